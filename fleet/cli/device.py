@@ -30,9 +30,9 @@ ANSWER_S: Final = 30
 LOOK_S: Final = 10
 
 
-@command("device", examples="fleet device gate-7-1f2e3d4c\nfleet device gate-7-1f2e3d4c --json")
+@command("device", examples="fleet device gate-7-1f2e3d4c --effective\nfleet device gate-7-1f2e3d4c --json")
 @click.argument("device", shell_complete=operator.devices)
-@click.option("--effective", is_flag=True, help="Show only what it should run, and why")
+@click.option("--effective", is_flag=True, help="Show only what it should run, each value with its source")
 def device(options: Options, *, device: str, effective: bool) -> Exit:
     """Show one device: what it runs, what it should run and why, and its health."""
     with connect(options) as client:
@@ -80,18 +80,32 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
                 item.instance,
                 output.target(item.target),
                 item.source,
-                str(item.port or "shared"),
+                str(item.port or "shared") if item.target else "-",
                 " ".join(f"{key}={value}" for key, value in item.config.items()),
             )
             for item in detail.effective
         ],
         empty="Nothing is assigned to the device.",
     )
+    if effective:
+        _show_keys(detail)
     for entry in detail.failed:
         click.echo(click.style("problem: ", fg="yellow", bold=True) + names.readable(" ".join(entry.text.split())))
         if entry.action:
             click.echo(f"         {entry.action}")
     return Exit.OK
+
+
+def _show_keys(detail: operator_api.DeviceDetail) -> None:
+    """Print each configuration key of each instance with its value and source, the manifest's defaults included."""
+    rows = [
+        (item.instance, key, of.value, of.source if of.declared else f"{of.source}, not in this version's manifest")
+        for item in detail.effective
+        for key, of in item.keys.items()
+    ]
+    if rows:
+        output.console().print()
+        output.table(("INSTANCE", "KEY", "VALUE", "SOURCE"), rows, empty="")
 
 
 def worker_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) -> str:

@@ -169,17 +169,35 @@ class Devices(View, frozen=True, kw_only=True):
     devices: tuple[DeviceRow, ...] = ()
 
 
+class EffectiveKey(View, frozen=True, kw_only=True):
+    """Value of one configuration key on a device, and its source.
+
+    Attributes:
+        source: `manifest` for its default, `device` for the device's own, or the source of the version.
+        declared: whether the version's manifest declares the key; otherwise the device does not get it.
+    """
+
+    value: str
+    source: str
+    declared: bool = True
+
+
 class Effective(View, frozen=True, kw_only=True):
     """Desired state of one instance on a device, and its source.
 
     Attributes:
-        source: `pin`, `group edge-eu`, or `rollout 7 (group edge-eu)` while it is being offered.
+        target: empty where a pin masks the instance: the device runs nothing under this name.
+        source: `pin`, `group edge-eu`, or `rollout 7 (group edge-eu)` while it is being offered; of the version, the
+            port and whether the worker is shared.
+        config: what is set, without the manifest's defaults.
+        keys: each configuration key that has a value, defaults included, with its own source.
     """
 
     instance: str
     target: str
     source: str
     config: dict[str, str] = {}
+    keys: dict[str, EffectiveKey] = {}
     port: Stored | None = None
     share_worker: bool = False
     attempt: Stored = 0

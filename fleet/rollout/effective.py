@@ -12,7 +12,7 @@ Besides: the choice of what an undo offers, of what replaces a withdrawn release
 
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from fleet.protocol.codes import RolloutState
 from fleet.rollout.model import Value
@@ -52,10 +52,15 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Value of one configuration key, and its source: `manifest`, `group edge-eu`, `device`."""
+    """Value of one configuration key, and its source: `manifest`, `device`, or as in `Effective`.
+
+    Attributes:
+        declared: whether the manifest declares the key; a device's own key that it does not declare waits, undelivered.
+    """
 
     value: str
     source: str
+    declared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,11 @@ class Effective:
 
     Attributes:
         value: with the device's own keys in its configuration.
-        keys: each key with its source, where the manifest's defaults are known.
     """
 
     value: Value
     source: str
     rollout: str = ""
-    keys: Mapping[str, Key] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +131,22 @@ def _with_own(each: Effective, own: Mapping[str, str]) -> Effective:
     return replace(each, value=replace(each.value, config=tuple(sorted(config.items()))))
 
 
-def sources(supplied: Value, source: str, *, defaults: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Key]:
-    """Return each configuration key with its value and where that comes from.
+def sources(
+    supplied: Value, source: str, *, declared: Mapping[str, str | None] | None, own: Mapping[str, str]
+) -> dict[str, Key]:
+    """Return each configuration key that has a value, and where that comes from, in order of the keys.
 
     Args:
-        supplied: the value as the group or pin named by `source` has it, without the device's own keys.
+        supplied: the value as the group or pin named by `source` has it, with or without the device's own keys.
         source: as in `Effective`.
-        defaults: the manifest's.
+        declared: the manifest's keys with their defaults; None where the manifest is not known.
         own: the device's.
     """
-    keys = {key: Key(value, "manifest") for key, value in defaults.items()}
+    keys = {key: Key(value, "manifest") for key, value in (declared or {}).items() if value is not None}
     keys |= {key: Key(value, source) for key, value in supplied.config}
-    return keys | {key: Key(value, "device") for key, value in own.items()}
+    keys |= {key: Key(value, "device") for key, value in own.items()}
+    known = keys if declared is None else declared
+    return {key: replace(each, declared=key in known) for key, each in sorted(keys.items())}
 
 
 def conflicts(groups: Iterable[Group]) -> tuple[Conflict, ...]:

@@ -18,7 +18,7 @@ from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, 
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
-from fleet.rollout.effective import Effective, Group, Overlay, SettledValue, effective
+from fleet.rollout.effective import Effective, Group, Key, Overlay, SettledValue, effective, sources
 from fleet.rollout.model import held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
@@ -102,6 +102,17 @@ class Director:
             if wants(row.state, member)
         ]
         return effective(groups, pins, [*overlays, *assumed], own=rollouts.own_keys(device.id))
+
+    def keys(self, device: DeviceRow, wanted: Mapping[str, Effective]) -> dict[str, dict[str, Key]]:
+        """Return the configuration keys of each wanted instance of a device, each with its value and source."""
+        own, found = self._store.rollouts.own_keys(device.id), {}
+        for instance, each in wanted.items():
+            if each.value.target is None:
+                continue
+            release = self._repository.release(each.value.target)
+            declared = None if release is None else {key: of.default for key, of in release.manifest.config.items()}
+            found[instance] = sources(each.value, each.source, declared=declared, own=own.get(instance, {}))
+        return found
 
     def _held_back(self, device: str, each: Effective) -> bool:
         """Tell whether a settled value waits in its catch-up queue: the device keeps what it was assigned before."""

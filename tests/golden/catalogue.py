@@ -101,6 +101,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "status": operator_api.Status,
         "device-row": operator_api.DeviceRow,
         "devices": operator_api.Devices,
+        "effective-key": operator_api.EffectiveKey,
         "effective": operator_api.Effective,
         "device-detail": operator_api.DeviceDetail,
         "timeline-entry": operator_api.TimelineEntry,

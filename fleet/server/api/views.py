@@ -69,28 +69,13 @@ class Views:
     def detail(self, row: DeviceRow) -> operator_api.DeviceDetail:
         """Return everything about one device."""
         certificate = self._store.access.newest_certificate(row.id)
-        effective = self._director.effective(row)
-        attempts = self._store.delivery.attempts(row.id)
         return operator_api.DeviceDetail(
             row=self.row(row),
             enrolled_at=utc(row.enrolled_at),
             boot_id=row.boot_id,
             health_at=utc_or_none(row.health_at),
             health=health_of(row),
-            effective=tuple(
-                operator_api.Effective(
-                    instance=instance,
-                    target=each.value.target,
-                    source=each.source,
-                    config=dict(each.value.config),
-                    port=each.value.port,
-                    share_worker=each.value.share_worker,
-                    attempt=max(each.value.attempt, attempts.get(instance, 0)),
-                    rollout=each.rollout,
-                )
-                for instance, each in sorted(effective.items())
-                if each.value.target is not None
-            ),
+            effective=self._effective(row),
             certificate_serial="" if certificate is None else certificate.serial,
             certificate_expires=None if certificate is None else utc(certificate.not_after),
             failed=self._failed(row.id),
@@ -100,6 +85,33 @@ class Views:
             ),
             dropped=self._dropped[row.id],
         )
+
+    def _effective(self, row: DeviceRow) -> tuple[operator_api.Effective, ...]:
+        """Return what a device should run, and what a pin keeps from it, each value with its source."""
+        wanted = self._director.effective(row)
+        keys, attempts = self._director.keys(row, wanted), self._store.delivery.attempts(row.id)
+        found = []
+        for instance, each in sorted(wanted.items()):
+            if each.value.target is None and each.source != "pin":
+                continue
+            of = keys.get(instance, {})
+            found.append(
+                operator_api.Effective(
+                    instance=instance,
+                    target=each.value.target or "",
+                    source=each.source,
+                    config={key: value for key, value in each.value.config if key in of and of[key].declared},
+                    keys={
+                        key: operator_api.EffectiveKey(value=has.value, source=has.source, declared=has.declared)
+                        for key, has in of.items()
+                    },
+                    port=each.value.port,
+                    share_worker=each.value.share_worker,
+                    attempt=max(each.value.attempt, attempts.get(instance, 0)),
+                    rollout=each.rollout,
+                )
+            )
+        return tuple(found)
 
     def _failed(self, device: str) -> tuple[operator_api.TimelineEntry, ...]:
         """Return the newest report of each instance whose last deployment failed."""

@@ -145,6 +145,36 @@ def test_a_device_shows_its_security_events_and_what_was_dropped(fleet, desk):
     assert ["dropped", "2300 messages since the server started"] in lines
 
 
+def test_the_effective_state_names_each_value_with_its_source(fleet, desk):
+    (hello,) = DETAIL.effective
+    keys = {
+        "level": operator_api.EffectiveKey(value="info", source=hello.source),
+        "retries": operator_api.EffectiveKey(value="3", source="manifest"),
+        "room": operator_api.EffectiveKey(value="cellar", source="device", declared=False),
+    }
+    masked = operator_api.Effective(instance="meter", target="", source="pin")
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(
+        DETAIL, effective=(msgspec.structs.replace(hello, keys=keys), masked)
+    )
+    lines = words(fleet("device", ROW.id, "--effective").stdout)
+    assert lines == [
+        ["INSTANCE", "SHOULD RUN", "BECAUSE OF", "PORT", "CONFIGURATION"],
+        ["hello", "main/hello@1.0.0", "rollout 7 (group edge-eu)", "8081", "level=info"],
+        ["meter", "-", "pin", "-"],
+        [""],
+        ["INSTANCE", "KEY", "VALUE", "SOURCE"],
+        ["hello", "level", "info", "rollout 7 (group edge-eu)"],
+        ["hello", "retries", "3", "manifest"],
+        ["hello", "room", "cellar", "device, not in this version's manifest"],
+        ["problem: blue was refused: grant-denied"],
+        ["raise this device's policy"],
+    ]
+    shown = json.loads(fleet("device", ROW.id, "--effective", "--json").stdout)
+    assert set(shown) == {"effective"}
+    assert shown["effective"][0]["keys"]["retries"] == {"value": "3", "source": "manifest", "declared": True}
+    assert [each["target"] for each in shown["effective"]] == [HELLO.target, ""]
+
+
 def test_devices_of_a_group_as_json(fleet, fleet_of_two):
     result = fleet("devices", "--group", "edge-eu", "--json")
     assert [row["id"] for row in json.loads(result.stdout)["devices"]] == ["gate-0a0a0a0a"]

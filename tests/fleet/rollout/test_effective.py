@@ -83,12 +83,20 @@ def test_a_device_has_keys_of_its_own_over_those_of_the_group_that_supplies_the_
     low = group("low", 0, c5=Value("v1", config=(("level", "debug"), ("extra", "1"))))
     found = effective([low, group("top", 5, c5=supplied)], {}, own={"c5": {"url": "https://device"}})["c5"]
     assert dict(found.value.config) == {"level": "info", "url": "https://device"}, "groups never merge"
-    keys = sources(supplied, "group top", defaults={"level": "warn", "retries": "3"}, own={"url": "https://device"})
-    assert keys == {
-        "level": Key("info", "group top"),
-        "url": Key("https://device", "device"),
-        "retries": Key("3", "manifest"),
-    }
+    declared = {"level": "warn", "retries": "3", "url": None, "unset": None}
+    for value in (supplied, found.value):
+        assert sources(value, "group top", declared=declared, own={"url": "https://device"}) == {
+            "level": Key("info", "group top"),
+            "url": Key("https://device", "device"),
+            "retries": Key("3", "manifest"),
+        }
+
+
+def test_a_key_of_the_device_that_the_manifest_does_not_declare_is_named_as_waiting():
+    keys = sources(Value("v2"), "group top", declared={"level": "warn"}, own={"url": "https://device"})
+    assert keys == {"level": Key("warn", "manifest"), "url": Key("https://device", "device", declared=False)}
+    unknown = sources(Value("v2", config=(("level", "info"),)), "pin", declared=None, own={"url": "x"})
+    assert unknown == {"level": Key("info", "pin"), "url": Key("x", "device")}, "nothing is said without a manifest"
 
 
 def test_keys_of_the_device_wait_for_an_instance():
