@@ -14,18 +14,20 @@ import functools
 import ipaddress
 import socket
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from fleet.protocol import names
 from fleet.protocol.files import RESTORE, damage
+from fleet.server.limits import Between, LimitError, ServerLimits, check_number
 
 FORMAT: Final = 1
 SIZES: Final = ("dev", "solo", "team")
 BROKERS: Final = ("auto", "mosquitto", "embedded")
 _PORT_MAX: Final = 65_535
 _PORT_DIGITS: Final = 5
+_KEEP_DAYS: Final = Between(1, 36_500)
 EVERYWHERE: Final = "::"
 """Every address of the machine, those of IPv4 too; `0.0.0.0` is those of IPv4 alone."""
 
@@ -85,6 +87,7 @@ class ServerConfig:
         broker: `auto` (Mosquitto when it is on PATH, else the embedded one in a development fleet), `mosquitto`,
             `embedded`, or `mqtts://host:port` of an external one.
         keep_days: days for which reports and events are kept.
+        limits: the table `[limits]`.
     """
 
     fleet: str
@@ -97,6 +100,7 @@ class ServerConfig:
     broker: str = "auto"
     keep_days: int = 90
     format: int = FORMAT
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     @property
     def production(self) -> bool:
@@ -136,8 +140,10 @@ class ServerConfig:
         return Address(self.host, Address.parse(bind, what).port)
 
     def dump(self) -> str:
-        """Render as TOML."""
-        lines = (f"{name} = {_toml(value)}" for name, value in asdict(self).items())
+        """Render as TOML; of the limits only those that are not the default."""
+        lines = [f"{each.name} = {_toml(getattr(self, each.name))}" for each in fields(self) if each.name != "limits"]
+        if changed := self.limits.changed:
+            lines += ["", "[limits]", *(f"{key} = {value}" for key, value in changed.items())]
         return "# How this server runs. Restart `fleet serve` after a change.\n" + "\n".join(lines) + "\n"
 
     @classmethod
@@ -147,33 +153,26 @@ class ServerConfig:
         Raises:
             HomeError: missing, not TOML, of another version, or with an unknown key or an invalid value.
         """
-        try:
-            if words := damage(path):
-                raise HomeError(f"{path} is damaged ({words}): {RESTORE}")
-            values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ChoiceError(
-                f"no server in {path.parent.parent}: run 'fleet init --dev', or name another --home"
-            ) from None
-        except PermissionError:
-            raise HomeError(f"cannot read {path}: it belongs to another user; use a home of your own") from None
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise HomeError(f"cannot read {path}: {error}; correct it, or {RESTORE}") from error
+        values = _read(path)
         found = values.get("format", FORMAT)
         if found != FORMAT:
             raise HomeError(
                 f"{path.parent} was made by another wasmfleet (format {found}, this one knows {FORMAT}): upgrade it"
             )
-        known = {field.name: field.type for field in fields(cls)}
+        known = {each.name: each.type for each in fields(cls)}
         for name, value in values.items():
             if name not in known:
                 raise HomeError(f"{path}: unknown key {name!r}; known are {', '.join(known)}")
-            if not isinstance(value, str if known[name] is str else int):
-                raise HomeError(f"{path}: {name} must be {'text' if known[name] is str else 'a number'}")
+            if known[name] is str and not isinstance(value, str):
+                raise HomeError(f"{path}: {name} must be text")
         missing = [name for name in ("fleet", "size", "host", "operators", "devices", "mqtt") if name not in values]
         if missing:
             raise HomeError(f"{path}: {missing[0]} is missing; add it, or {RESTORE}")
-        config = cls(**values)
+        try:
+            config = cls(**{**values, "limits": ServerLimits.read(values.get("limits", {}))})
+            check_number("keep_days", config.keep_days, _KEEP_DAYS)
+        except LimitError as error:
+            raise HomeError(f"{path}: {error}") from error
         config.check()
         return config
 
@@ -272,6 +271,22 @@ def has_ipv6() -> bool:
     except OSError:
         return False
     return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file of TOML. Raises `HomeError`."""
+    try:
+        if words := damage(path):
+            raise HomeError(f"{path} is damaged ({words}): {RESTORE}")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ChoiceError(
+            f"no server in {path.parent.parent}: run 'fleet init --dev', or name another --home"
+        ) from None
+    except PermissionError:
+        raise HomeError(f"cannot read {path}: it belongs to another user; use a home of your own") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HomeError(f"cannot read {path}: {error}; correct it, or {RESTORE}") from error
 
 
 def _toml(value: str | int) -> str:

@@ -16,7 +16,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final
 
 from fleet.protocol import bounds
 from fleet.protocol.codes import AlertKind
@@ -24,26 +24,11 @@ from fleet.protocol.messages import Hello
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.topics import Topic, Up
 from fleet.server.clock import SMALL
+from fleet.server.limits import DEFAULTS, MESSAGE_COST, Rate, ServerLimits
 from fleet.store.store import Store
 
 log = logging.getLogger(__name__)
 
-
-class Rate(NamedTuple):
-    """Limit of a token bucket: `burst` at once, `per_s` in the long run."""
-
-    burst: float
-    per_s: float
-
-
-TRAFFIC_BYTES: Final = Rate(16 * bounds.MIB, 32 * bounds.KIB)
-"""Of all messages. An agent keeps up to 2,000 reports of a few KiB for a server that was away, and then sends them."""
-
-STORED_BYTES: Final = Rate(32 * bounds.MIB, 32 * bounds.MIB / 86_400)
-"""Of reports, which stay in the database: four such backlogs, once a day."""
-
-WORK: Final = Rate(10_000, 40)
-"""In units of `_COST`: a backlog of 2,000 reports at once, ten reports a second in the long run."""
 
 BAD_MESSAGES: Final = Rate(256, 0.1)
 """Decoded in vain. An agent of another version may send one kind that is not understood with each health."""
@@ -59,18 +44,12 @@ CLONE_SHOWN_S: Final = 86_400.0
 CONNECTS: Final = Rate(30, 1 / 60)
 """Hellos of one device: a flapping network connects again after back-off, two clones at once and without end."""
 
-REQUESTS: Final = Rate(1000, 5)
-"""Over HTTPS: a device that carries out 64 items fetches some 200 files, and a followed log is a post each second."""
-
 CERTIFICATES_OF_ONE: Final = Rate(5, 1 / 3600)
 """An agent renews at two thirds of a certificate's life, and tries again each few minutes where that fails."""
 
-CERTIFICATES: Final = Rate(2000, 20)
-"""Of all devices: a fleet of 10,000 that renews at once is done in seven minutes."""
-
 DEVICES_MAX: Final = 40_000
 _PROBLEMS_MAX: Final = 20
-_COST: Final = {Up.HELLO: 20, Up.STATE: 4, Up.HEALTH: 4, Up.REPORT: 4}
+_COST: Final = {Up.HELLO: 5 * MESSAGE_COST, Up.STATE: MESSAGE_COST, Up.HEALTH: MESSAGE_COST, Up.REPORT: MESSAGE_COST}
 """A hello makes the server compare, sign and answer; the others are one statement each."""
 
 _STRAY_COST: Final = 20
@@ -106,9 +85,9 @@ class _Account:
 
     __slots__ = ("bad", "boots", "connects", "nonces", "patience", "stored", "traffic", "work")
 
-    def __init__(self, now: float) -> None:
-        self.traffic, self.stored = TokenBucket(TRAFFIC_BYTES, now), TokenBucket(STORED_BYTES, now)
-        self.work, self.bad = TokenBucket(WORK, now), TokenBucket(BAD_MESSAGES, now)
+    def __init__(self, limits: ServerLimits, now: float) -> None:
+        self.traffic, self.stored = TokenBucket(limits.traffic, now), TokenBucket(limits.stored, now)
+        self.work, self.bad = TokenBucket(limits.work, now), TokenBucket(BAD_MESSAGES, now)
         self.patience, self.connects = TokenBucket(PATIENCE, now), TokenBucket(CONNECTS, now)
         self.boots: deque[str] = deque(maxlen=_BOOTS_MAX)
         self.nonces: deque[str] = deque(maxlen=_NONCES_MAX)
@@ -141,6 +120,7 @@ class DeviceBudget:
         monotonic: Callable[[], float],
         silence: Callable[[], None],
         clear: Callable[[str], object],
+        limits: ServerLimits = DEFAULTS,
     ) -> None:
         """Prepare budgets.
 
@@ -150,7 +130,9 @@ class DeviceBudget:
             monotonic: seconds of a clock that never jumps.
             silence: called when `suspended` has changed, to tell the broker.
             clear: removes what the broker retains under a topic.
+            limits: of the server.
         """
+        self._limits = limits
         self._store, self._clock, self._monotonic = store, clock, monotonic
         self._silence, self._clear = silence, clear
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
@@ -268,7 +250,7 @@ class DeviceBudget:
     def _account(self, device: str, now: float) -> _Account:
         account = self._accounts.get(device)
         if account is None:
-            account = self._accounts[device] = _Account(now)
+            account = self._accounts[device] = _Account(self._limits, now)
             if len(self._accounts) > DEVICES_MAX:
                 self._accounts.popitem(last=False)
         else:
@@ -282,14 +264,14 @@ class RequestBudget:
     A key of a device's own is enough to renew, and each certificate costs a signature and a row.
     """
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._all = TokenBucket(CERTIFICATES, monotonic())
+    def __init__(self, monotonic: Callable[[], float], limits: ServerLimits = DEFAULTS) -> None:
+        self._monotonic, self._requests = monotonic, limits.requests
+        self._all = TokenBucket(limits.certificates, monotonic())
         self._devices: OrderedDict[tuple[str, Rate], TokenBucket] = OrderedDict()
 
     def check_request(self, device: str) -> None:
         """Take one request from the device's budget; raises `Refusal` when none is left."""
-        if not self._take(device, REQUESTS):
+        if not self._take(device, self._requests):
             raise Refusal(429, "too-many", f"{device} asks too often", action="wait a minute")
 
     def check_certificate(self, device: str) -> None:

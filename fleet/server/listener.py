@@ -56,12 +56,6 @@ _FILES_MAX: Final = 16_384
 _FILES_ELSEWHERE: Final = 256
 """Descriptors that are not connections of a listener: the database, artifacts being sent, the broker, the log."""
 
-OPERATORS: Final = Limits(connections=512, per_address=256, per_device=256)
-"""Also for enrolment. 512 connections of TLS are 150 MiB."""
-
-DEVICES: Final = Limits(connections=2048, per_address=256, per_device=8)
-"""More than for operators, since only enrolled devices can hold them beyond their handshake."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:

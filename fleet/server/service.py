@@ -67,9 +67,6 @@ UPKEEP_S: Final = 600
 END_S: Final = 30.0
 """Longest end after SIGTERM: below the 90 s of systemd, above the waits for requests and the broker."""
 
-ROWS_OF_DEVICE_MAX: Final = 10_000
-"""Reports, and events, kept of one device: a hundred deployments a month for as long as they are kept by default."""
-
 POKE_JITTER_PER_BOARD_S: Final = 0.01
 
 
@@ -158,11 +155,14 @@ class Server:
         files, certificates = listeners.files_for_each(2), self._certificates
         for_operators = routes.application(self._operators, self._store)
         for_devices = routes.device_application(self._devices)
-        for application, sockets, context, limits in (
-            (for_operators, operators, certificates.context(devices=False), listeners.OPERATORS),
-            (for_devices, devices, certificates.context(devices=True), listeners.DEVICES),
+        limits = self._config.limits
+        for application, sockets, context, most in (
+            (for_operators, operators, certificates.context(devices=False), limits.operators),
+            (for_devices, devices, certificates.context(devices=True), limits.devices),
         ):
-            listener = Listener(application, sockets, context, limits.within(files))
+            if most.within(files) != most:
+                log.warning("only %s connections: this process may not have more open files (ulimit -n)", files)
+            listener = Listener(application, sockets, context, most.within(files))
             self._stack.push_async_callback(listener.stop)
             await listener.start()
         self._stack.callback(self._end_polls)
@@ -235,7 +235,7 @@ class Server:
         store, repository, clock = self._store, self._repository, self._clock
         audit = AuditLog(store, clock)
         watch = self._changes = ChangeSignal()
-        self._artifacts = Artifacts(self._home.artifacts)
+        self._artifacts = Artifacts(self._home.artifacts, most_bytes=self._config.limits.artifact_bytes)
         _ = repository.director  # without it, or with one that others can read, no server starts
         self._director = Director(
             store=store,
@@ -261,6 +261,7 @@ class Server:
             monotonic=time.monotonic,
             silence=lambda: self._broker.shut_out(self._denied()),
             clear=lambda topic: self._bus.publish(topic, b"", retain=True),
+            limits=self._config.limits,
         )
         ingest = self._ingest = Ingest(
             store=store,
@@ -288,7 +289,7 @@ class Server:
             repository=repository,
             config=self._config,
             clock=clock,
-            budget=RequestBudget(time.monotonic),
+            budget=RequestBudget(time.monotonic, self._config.limits),
         )
         planner = RolloutPlanner(
             store=store,
@@ -436,7 +437,7 @@ class Server:
         keep = timedelta(days=self._config.keep_days)
         for _ in self._store.delivery.forgetting(before=(self._time.earliest - keep).timestamp()):
             yield
-        self._store.delivery.trim(ROWS_OF_DEVICE_MAX)
+        self._store.delivery.trim(self._config.limits.device_rows)
 
     def status(self) -> operator_api.Status:
         """Return a summary of the fleet."""

@@ -47,10 +47,10 @@ class Stored:
 
 
 class Artifacts:
-    """Directory of artifacts."""
+    """Directory of artifacts; an upload may have `most_bytes`."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, *, most_bytes: int = bounds.ARTIFACT_MAX_BYTES) -> None:
+        self._directory, self.most_bytes = directory, most_bytes
         self._damaged: set[str] = set()
         for left_over in directory.glob(".upload-*"):
             left_over.unlink(missing_ok=True)
@@ -96,10 +96,8 @@ class Artifacts:
             with beside.open("xb") as file:
                 async for block in _blocks(chunks):
                     length += len(block)
-                    if length > bounds.ARTIFACT_MAX_BYTES:
-                        raise ArtifactError(
-                            f"more than {bounds.ARTIFACT_MAX_BYTES >> 20} MiB: a component of that size fits no device"
-                        )
+                    if length > self.most_bytes:
+                        raise ArtifactError(f"more than {self.most_bytes} bytes, which is as much as this server takes")
                     await run_in_threadpool(_take, file, digest, block)
             if digest.hexdigest() != sha256:
                 raise ArtifactError(
@@ -172,8 +170,14 @@ class PublishingHandlers:
         """PUT /v1/artifacts/{sha256}."""
         sha256 = names.check_sha256(param(request, "sha256"))
         declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > bounds.ARTIFACT_MAX_BYTES:
-            raise Refusal(413, "too-large", f"{declared} bytes, at most {bounds.ARTIFACT_MAX_BYTES} are accepted")
+        most = self._artifacts.most_bytes
+        if declared.isdigit() and int(declared) > most:
+            raise Refusal(
+                413,
+                "too-large",
+                f"{declared} bytes, at most {most} are accepted",
+                action="" if most == bounds.ARTIFACT_MAX_BYTES else "raise limits.artifact_bytes in server.toml",
+            )
         try:
             stored = await self._artifacts.store(sha256, request.stream())
         except ArtifactError as error:

@@ -1,6 +1,7 @@
 """No device costs the server more than its budget: throttled, suspended, heard again; clones and certificates."""
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,8 +10,9 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Health, Hello, RenewRequest, Report
 from fleet.protocol.topics import Topic, Up
-from fleet.server import device_budget, service
-from fleet.server.device_budget import DeviceBudget, Rate, TokenBucket
+from fleet.server import device_budget
+from fleet.server.device_budget import DeviceBudget, TokenBucket
+from fleet.server.limits import Rate, ServerLimits
 from tests.eventually import eventually_async
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
@@ -135,7 +137,7 @@ async def test_four_hundred_reports_with_fresh_keys_neither_grow_a_row_nor_stop_
 
 
 @pytest.mark.asyncio
-async def test_of_one_device_a_number_of_rows_is_kept_and_nothing_of_others_is_dropped(new_fleet, monkeypatch):
+async def test_of_one_device_a_number_of_rows_is_kept_and_nothing_of_others_is_dropped(new_fleet):
     async with new_fleet() as fleet:
         hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
         store, now = fleet.server._store, datetime.now(UTC).timestamp()
@@ -146,7 +148,7 @@ async def test_of_one_device_a_number_of_rows_is_kept_and_nothing_of_others_is_d
         await witness.until(lambda board: board.acked == 1)
         await hostile.until(lambda board: board.acked == 30)
         events = len(store.devices.events(witness.device, 100))
-        monkeypatch.setattr(service, "ROWS_OF_DEVICE_MAX", 20)
+        fleet.server._config = replace(fleet.server._config, limits=ServerLimits(device_rows=20))
         fleet.server.keep_up()
         assert [row.sequence for row in store.delivery.reports(hostile.device, 100)] == list(range(30, 10, -1))
         assert [row.text for row in store.devices.events(hostile.device, 100)] == [f"{n}" for n in range(30, 10, -1)]
@@ -189,9 +191,9 @@ async def test_a_key_is_given_few_certificates_and_others_theirs(new_fleet):
 
 @pytest.mark.asyncio
 async def test_a_device_that_asks_without_end_over_https_is_told_to_wait(new_fleet, monkeypatch):
+    monkeypatch.setattr(ServerLimits, "requests", Rate(5, 0))
     async with new_fleet() as fleet:
         greedy, other = await fleet.board("greedy"), await fleet.board("other")
-        monkeypatch.setattr(device_budget, "REQUESTS", Rate(5, 0))
 
         def ask(board, times):
             with board.http() as http:

@@ -16,10 +16,12 @@ import pytest
 from fleet.ca import CertificateAuthority
 from fleet.server.config import Address
 from fleet.server.connections import Limits
-from fleet.server.listener import DEVICES, OPERATORS, Listener, bind
+from fleet.server.limits import ServerLimits
+from fleet.server.listener import Listener, bind
 from tests.eventually import eventually_async
 from tests.fleet.server.server_process import Crowd, serving
 
+OPERATORS, DEVICES = ServerLimits().operators, ServerLimits().devices
 MORE = 150
 """Connections beyond what one address may have."""
 
@@ -111,6 +113,21 @@ async def test_idle_tls_on_the_operators_port_ends_for_those_who_ask(new_home):
         assert (await poll).status_code == 200
         await http.aclose()
         await eventually_async(lambda: server.files() <= files, "their files are closed")
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_each_port_has_as_many_connections_as_server_toml_says(new_home):
+    home = new_home("embedded")
+    with (home / "server" / "server.toml").open("a") as file:
+        file.write("[limits]\ndevice_connections = 16\ndevice_connections_per_address = 5\n")
+        file.write("operator_connections_per_address = 7\n")
+    async with serving(home) as server:
+        for where, most in ((server.devices, 5), (server.operators, 7)):
+            crowd = await Crowd().join(where, most + 6)
+            await eventually_async(lambda crowd=crowd, most=most: crowd.open == most, "the oldest of too many end")
+            crowd.hang_up()
+        assert await answered(server) == 200
 
 
 @pytest.mark.asyncio
