@@ -33,6 +33,7 @@ from agent.update.state import DONE, Change, Committed, DeploymentState, EffectR
 from agent.update.store import Run
 from agent.update.trust import DeviceTrust
 from fleet.component import reader
+from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
@@ -57,6 +58,20 @@ def _sound(path: Path, length: int, sha256: str) -> bool:
         return True
     path.unlink(missing_ok=True)
     return False
+
+
+def _read(path: Path, item: Item) -> reader.Component | None:
+    """Read an artifact on disk as a component; remove one that was changed, and return None for it.
+
+    Raises:
+        OSError: it cannot be read.
+        reader.NotAComponentError: not a component that can run here.
+    """
+    data = path.read_bytes()
+    if len(data) != item.length or hashlib.sha256(data).hexdigest() != item.sha256:
+        path.unlink(missing_ok=True)
+        return None
+    return reader.read(data, file_name=item.target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,18 +219,16 @@ class EffectRunner:
     async def verify(self, change: Change) -> EffectResult:
         """Hash the artifact on the disk, and read it as a component."""
         assert change.item is not None
-        path, sha256 = self._artifact(change.item.sha256), change.item.sha256
+        path = self._artifact(change.item.sha256)
         try:
-            data = await asyncio.to_thread(path.read_bytes)
+            # In a thread: hashing and reading 64 MiB of somebody's bytes would hold up every other instance.
+            read = await asyncio.to_thread(_read, path, change.item)
         except OSError as error:
             return refused(RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}")
-        if len(data) != change.item.length or hashlib.sha256(data).hexdigest() != sha256:
-            path.unlink(missing_ok=True)
-            return refused(RejectCode.HASH_MISMATCH, "the artifact was changed on this device's disk, and is removed")
-        try:
-            read = reader.read(data, file_name=change.item.target)
         except reader.NotAComponentError as error:
             return refused(RejectCode.NOT_A_COMPONENT, str(error))
+        if read is None:
+            return refused(RejectCode.HASH_MISMATCH, "the artifact was changed on this device's disk, and is removed")
         assert change.manifest is not None
         grants = change.manifest.grants if change.item.grants is None else change.item.grants
         missing = read.missing(grants, world=change.manifest.world)

@@ -1,7 +1,8 @@
 """WebAssembly binary format: numbers, names, imports and sections, read within bounds; core modules explained.
 
 Used by `fleet.component.reader`, which reads, and `fleet.component.compose`, which also writes. Whatever the input,
-`DamagedError` is the only error, and the work is bounded by the input's size. Many toolchains still produce core
+`DamagedError` is the only error, and the work is bounded: by the number of sections, and by a `Budget` of entries and
+names for the whole file. Many toolchains still produce core
 modules: `how_to_componentize` names the command that makes a component of one.
 """
 
@@ -16,6 +17,12 @@ PREAMBLE_BYTES: Final = 8
 NAME_MAX_BYTES: Final = 4096
 SECTIONS_MAX: Final = 100_000
 COUNT_MAX: Final = 10_000
+ENTRIES_MAX: Final = 100_000
+"""Most entries read of one file, in all of its lists: ten times those of the largest component of a toolchain."""
+
+TEXT_MAX_BYTES: Final = 4 << 20
+"""Most bytes of names read of one file."""
+
 _CONTINUES: Final = 0x80
 
 
@@ -23,15 +30,41 @@ class DamagedError(Exception):
     """The bytes are not well-formed; the message says what and at which offset."""
 
 
+class Budget:
+    """Work left for one file, shared by all cursors over it, whatever the number of its sections."""
+
+    __slots__ = ("entries", "text_bytes")
+
+    def __init__(self, entries: int = ENTRIES_MAX, text_bytes: int = TEXT_MAX_BYTES) -> None:
+        self.entries = entries
+        self.text_bytes = text_bytes
+
+    def take_entries(self, count: int) -> None:
+        """Account for the entries of a list. Raises `DamagedError`."""
+        self.entries -= count
+        if self.entries < 0:
+            raise DamagedError(f"more than {ENTRIES_MAX} entries in all of its lists")
+
+    def take_text(self, size: int) -> None:
+        """Account for the bytes of a name. Raises `DamagedError`."""
+        self.text_bytes -= size
+        if self.text_bytes < 0:
+            raise DamagedError(f"more than {TEXT_MAX_BYTES >> 20} MiB of names")
+
+
 class Cursor:
-    """Position in some bytes that only moves forward, never past the end."""
+    """Position in some bytes that only moves forward, never past the end.
 
-    __slots__ = ("at", "data", "end")
+    Lists and names are counted against `budget`; without one given, against a budget of this cursor alone.
+    """
 
-    def __init__(self, data: bytes, at: int = 0, end: int | None = None) -> None:
+    __slots__ = ("at", "budget", "data", "end")
+
+    def __init__(self, data: bytes, at: int = 0, end: int | None = None, *, budget: Budget | None = None) -> None:
         self.data = data
         self.at = at
         self.end = len(data) if end is None else end
+        self.budget = Budget() if budget is None else budget
 
     def __bool__(self) -> bool:
         """Tell whether any bytes are left."""
@@ -93,6 +126,7 @@ class Cursor:
         value = self.u32()
         if value > COUNT_MAX:
             raise DamagedError(f"{value} entries in one list at offset {self.at}, at most {COUNT_MAX} are read")
+        self.budget.take_entries(value)
         return value
 
     def name(self) -> str:
@@ -100,6 +134,7 @@ class Cursor:
         size = self.u32()
         if size > NAME_MAX_BYTES:
             raise DamagedError(f"a name of {size} bytes at offset {self.at}")
+        self.budget.take_text(size)
         raw = self.take(size)
         try:
             return raw.decode()
@@ -145,9 +180,9 @@ class Section:
     start: int
     end: int
 
-    def cursor(self, data: bytes) -> Cursor:
-        """Return a cursor over the contents."""
-        return Cursor(data, self.start, self.end)
+    def cursor(self, data: bytes, budget: Budget) -> Cursor:
+        """Return a cursor over the contents, which counts against the budget of the whole file."""
+        return Cursor(data, self.start, self.end, budget=budget)
 
 
 def sections(data: bytes, start: int, end: int) -> Iterator[Section]:
@@ -233,8 +268,9 @@ def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:
     modules: set[str] = set()
     exports: set[str] = set()
     custom: set[str] = set()
+    budget = Budget()
     for section in sections(data, 0, len(data)):
-        cursor = section.cursor(data)
+        cursor = section.cursor(data, budget)
         if section.id == _CUSTOM:
             custom.add(cursor.name())
         elif section.id == _IMPORT:

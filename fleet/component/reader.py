@@ -29,7 +29,8 @@ IMPORT: Final = 10
 EXPORT: Final = 11
 
 _DEPTH_MAX: Final = 32
-_ITEMS_MAX: Final = 10_000
+_PRODUCERS_MAX: Final = 1000
+"""Most producers of a component; each repeats the name of its field, which may have 4 KiB."""
 
 HTTP_HANDLER: Final = "wasmfleet:http/handler"
 HTTP_HEALTH: Final = "wasmfleet:http/health"
@@ -180,8 +181,9 @@ def _read(data: bytes) -> Component:
     exports: list[str] = []
     producers: list[str] = []
     custom: list[str] = []
+    budget = binary.Budget()
     for section in binary.sections(data, 0, len(data)):
-        cursor = section.cursor(data)
+        cursor = section.cursor(data, budget)
         if section.id == IMPORT:
             for _ in range(cursor.count()):
                 imports.append(extern_name(cursor))
@@ -193,7 +195,7 @@ def _read(data: bytes) -> Component:
         elif section.id == CUSTOM:
             custom.append(cursor.name())
             if custom[-1] == "producers":
-                producers += _producers(cursor)
+                producers += _producers(cursor, _PRODUCERS_MAX - len(producers))
         if section.id in {IMPORT, EXPORT} and cursor:
             raise binary.DamagedError(f"bytes are left over in a section at offset {cursor.at}")
     modules, components = _nested(data)
@@ -205,7 +207,7 @@ def _read(data: bytes) -> Component:
         components=components,
         producers=tuple(producers),
         custom=tuple(custom),
-        plain=types.types_only(data),
+        plain=types.types_only(data, budget),
     )
 
 
@@ -217,15 +219,15 @@ def _export_rest(cursor: binary.Cursor) -> None:
         extern_type(cursor)
 
 
-def _producers(cursor: binary.Cursor) -> list[str]:
-    """Read the producers section of the tool conventions: fields, each with names and versions."""
+def _producers(cursor: binary.Cursor, most: int) -> list[str]:
+    """Read the producers section of the tool conventions: fields, each with names and versions; at most `most`."""
     found = []
     for _ in range(cursor.count()):
         field = cursor.name()
         for _ in range(cursor.count()):
             found.append(f"{field} {cursor.name()} {cursor.name()}".strip())
-            if len(found) > _ITEMS_MAX:
-                raise binary.DamagedError("too many producers")
+            if len(found) > most:
+                raise binary.DamagedError(f"more than {_PRODUCERS_MAX} producers")
     return found
 
 
@@ -305,6 +307,7 @@ def read_index(data: bytes) -> ComponentIndex:
         raise binary.DamagedError("it does not begin like a component")
     out = ComponentIndex(data)
     every = list(binary.sections(data, 0, len(data)))
+    budget = binary.Budget()
     last_import = max((at for at, section in enumerate(every) if section.id == IMPORT), default=-1)
     for at, section in enumerate(every):
         if section.id == NESTED:
@@ -312,7 +315,7 @@ def read_index(data: bytes) -> ComponentIndex:
         elif section.id == _INSTANCES and at < last_import:
             raise types.ForeignTypeError(f"an instance before an import at offset {section.start}")
         elif section.id in _ENTRIES and (at <= last_import or section.id == EXPORT):
-            cursor = section.cursor(data)
+            cursor = section.cursor(data, budget)
             for _ in range(cursor.count()):
                 _ENTRIES[section.id](out, cursor)
     return out

@@ -235,19 +235,23 @@ _INSTANCE_TYPE: Final = 0x42
 _SORT_INSTANCE: Final = 5
 
 
-def types_only(data: bytes) -> frozenset[str]:
+def types_only(data: bytes, budget: binary.Budget) -> frozenset[str]:
     """Return the names of a component's imports that bring no function and no resource.
+
+    Args:
+        data: the whole component.
+        budget: for the whole file; a type counts again for each import of it.
 
     Raises:
         wasm.DamagedError: the bytes are not well-formed.
     """
-    reader = _Reader(data)
+    reader = _Reader(data, budget)
     try:
         for section in binary.sections(data, 0, len(data)):
             if section.id not in {_CUSTOM, _CORE_MODULE}:
                 if section.id not in {_TYPE, _ALIAS, _IMPORT}:
                     break
-                reader.section(section.id, section.cursor(data))
+                reader.section(section.id, section.cursor(data, budget))
     except ForeignTypeError:
         pass
     return frozenset(reader.plain)
@@ -256,8 +260,9 @@ def types_only(data: bytes) -> frozenset[str]:
 class _Reader:
     """Follow the type space of a component up to its last import."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, budget: binary.Budget) -> None:
         self._data = data
+        self._budget = budget
         self._types: list[int | None] = []  # position of each type's definition, None for types of elsewhere
         self.plain: set[str] = set()
 
@@ -278,8 +283,15 @@ class _Reader:
         binary.extern_type(cursor)
         if sort == _SORT_TYPE:
             self._types.append(None)
-        elif sort == _SORT_INSTANCE and _plain(self._data, self._types, binary.Cursor(self._data, at + 1).u32()):
+        elif sort == _SORT_INSTANCE and self._plain(binary.Cursor(self._data, at + 1).u32()):
             self.plain.add(name)
+
+    def _plain(self, index: int) -> bool:
+        """Tell whether type `index` is an instance type that exports only types defined inside it."""
+        at = self._types[index] if index < len(self._types) else None
+        if at is None or self._data[at] != _INSTANCE_TYPE:
+            return False
+        return _plain(binary.Cursor(self._data, at + 1, budget=self._budget))
 
 
 def _alias(cursor: binary.Cursor) -> int:
@@ -296,12 +308,8 @@ def _alias(cursor: binary.Cursor) -> int:
     return int(sort == _SORT_TYPE)
 
 
-def _plain(data: bytes, types: list[int | None], index: int) -> bool:
-    """Tell whether type `index` is an instance type that exports only types defined inside it."""
-    at = types[index] if index < len(types) else None
-    if at is None or data[at] != _INSTANCE_TYPE:
-        return False
-    cursor = binary.Cursor(data, at + 1)
+def _plain(cursor: binary.Cursor) -> bool:
+    """Tell whether the declarations of an instance type under the cursor export only types defined inside it."""
     own: list[bool] = []  # for each type of the instance: defined there, and no resource
     for _ in range(cursor.count()):
         match cursor.byte():

@@ -278,6 +278,7 @@ def _crates(section: bytes) -> list[Package]:
 def _sections(data: bytes) -> list[bytes]:
     """Return the contents of all `.dep-v0` sections, at any depth."""
     found = []
+    budget = binary.Budget()
     todo = [(0, len(data), 0)]
     seen = 0
     while todo:
@@ -288,7 +289,7 @@ def _sections(data: bytes) -> list[bytes]:
             if seen > binary.SECTIONS_MAX or depth > _DEPTH_MAX:
                 raise binary.DamagedError("too many sections, or nested too deep")
             if section.id == _CUSTOM:
-                cursor = section.cursor(data)
+                cursor = section.cursor(data, budget)
                 if cursor.name() == SECTION:
                     found.append(data[cursor.at : section.end])
             elif not module and section.id in {_CORE_MODULE, _NESTED}:

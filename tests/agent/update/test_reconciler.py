@@ -168,6 +168,23 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
 
 @pytest.mark.asyncio
+async def test_the_agent_goes_on_while_a_component_is_read(kit, monkeypatch):
+    plain_read, loop, seen = effects.reader.read, asyncio.get_running_loop(), []
+
+    def read(data, **how):
+        went_on = threading.Event()
+        loop.call_soon_threadsafe(went_on.set)
+        seen.append(went_on.wait(5))
+        return plain_read(data, **how)
+
+    monkeypatch.setattr(effects.reader, "read", read)
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert seen == [True]
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
 async def test_a_newer_item_supersedes_a_version_on_probation(kit):
     async with on_a_device(kit):
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))

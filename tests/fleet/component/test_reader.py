@@ -1,5 +1,7 @@
 """What the reader says of components, and of files that are none."""
 
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,82 @@ def test_a_nested_part_that_is_something_else(kind, what):
 
 def test_more_sections_than_anyone_needs():
     assert "sections" in refusal(binary.COMPONENT + b"\0\1\0" * 100_001)[1]
+
+
+CALLS_MAX = 3_000_000
+LARGE = 8 << 20
+
+
+def list_of(count, entries):
+    return binary.u32(count) + entries
+
+
+def instance_type(declarations):
+    return b"\x42" + list_of(declarations, b"\x01\x7f" * declarations)
+
+
+HOSTILE = {
+    "producers in many sections": binary.section(
+        reader.CUSTOM,
+        binary.name("producers") + list_of(1, binary.name("f" * 4096) + list_of(2000, b"\0\0" * 2000)),
+    ),
+    "producers without a name": binary.section(
+        reader.CUSTOM, binary.name("producers") + list_of(1, binary.name("") + list_of(10_000, b"\0\0" * 10_000))
+    ),
+    "fields of producers": binary.section(reader.CUSTOM, binary.name("producers") + list_of(10_000, b"\0\0" * 10_000)),
+    "custom sections with long names": binary.section(reader.CUSTOM, binary.name("n" * 4096)),
+    "imports in many sections": binary.section(reader.IMPORT, list_of(10_000, b"\0\0\x01\0" * 10_000)),
+    "exports in many sections": binary.section(reader.EXPORT, list_of(10_000, b"\0\0\x01\0\0" * 10_000)),
+    "types in many sections": binary.section(7, list_of(10_000, b"\x7f" * 10_000)),
+    "aliases in many sections": binary.section(6, list_of(10_000, b"\x03\0\0\0" * 10_000)),
+    "types within types": binary.section(7, list_of(1, instance_type(9999))),
+    "empty sections": binary.section(reader.CUSTOM, b"\0"),
+}
+
+
+class TooMuchWorkError(Exception):
+    pass
+
+
+def counted(data):
+    """Read a component; return what is said of it and how many calls of the reader that took."""
+    calls = 0
+
+    def count(frame, event, _argument):
+        nonlocal calls
+        calls += event == "call" and "fleet/component" in frame.f_code.co_filename
+        if calls > CALLS_MAX:
+            raise TooMuchWorkError
+
+    sys.setprofile(count)
+    try:
+        return refusal(data), calls
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("each", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_component_is_refused_after_bounded_work(each):
+    (fault, message), _calls = counted(binary.COMPONENT + each * (LARGE // len(each)))
+    assert fault is Fault.DAMAGED
+    assert "more than" in message
+
+
+def test_a_type_imported_often_is_not_read_without_end():
+    whole = binary.COMPONENT + binary.section(7, list_of(1, instance_type(9999)))
+    whole += binary.section(reader.IMPORT, list_of(10_000, b"\0\x01i\x05\0" * 10_000))
+    assert "more than" in counted(whole)[0][1]
+
+
+@pytest.mark.parametrize("each", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_component_takes_little_memory(each):
+    data = binary.COMPONENT + each * (LARGE // len(each))
+    tracemalloc.start()
+    try:
+        refusal(data)
+        assert tracemalloc.get_traced_memory()[1] < 32 * bounds.MIB
+    finally:
+        tracemalloc.stop()
 
 
 SEEDS = st.sampled_from([*FIXTURES.values(), *GUESTS.values(), bytes(wat2wasm(PREVIEW1.format("")))])
