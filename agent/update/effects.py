@@ -250,7 +250,7 @@ class EffectRunner:
                     fuel=manifest.limits.fuel > 0,
                 )
             except ImageError as error:
-                return refused(error.code, error.message)
+                return _delayed(error.code, error.message)
         return DONE
 
     async def swap(self, change: Change, together: tuple[str, ...] = ()) -> EffectResult:
@@ -267,6 +267,8 @@ class EffectRunner:
             artifacts = self._places.artifacts
             await start(self._host, item, run, self._images, artifacts, self._sealed, together, probation=True)
         except (ImageError, Rejected) as error:
+            if error.code is RejectCode.INTERRUPTED:
+                return lost(error.message)  # the compiler was stopped: no verdict, and the swap is repeated
             return refused(error.code, error.message)
         except HostRefusedError as error:
             return refused(error.failed.code, error.failed.message, error.failed.log)

@@ -16,6 +16,7 @@ import os
 import resource
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -35,6 +36,22 @@ CHUNK_BYTES: Final = 1 << 20
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
 DESCRIBE_MAX_S: Final = 60.0
 STDERR_MAX_BYTES: Final = 16 * 1024
+VMSTAT: Final = Path("/proc/vmstat")
+
+_OWN_SIGNALS: Final = frozenset(
+    {
+        signal.SIGXCPU,  # the limit of CPU time; that of memory leads to SIGABRT
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,  # a system call that its sandbox forbids
+        signal.SIGTRAP,
+    }
+)
+"""Signals by which a component may end its compiler. Any other comes from outside (a stop of the agent, the OOM killer)
+and says nothing of the component."""
 
 
 def compiler() -> tuple[str, ...]:
@@ -166,11 +183,15 @@ class ImageStore:
         """Return the engine's description, from the compiler at the first call, for components with or without fuel.
 
         Raises:
-            ImageError: NO_ENGINE, with the reason.
+            ImageError: NO_ENGINE, with the reason; INTERRUPTED: the compiler was stopped.
         """
         if fuel not in self._engines:
+            kills = _oom_kills()
             out, err, code = await self._run(("--describe", *_fuel(fuel)), b"", DESCRIBE_MAX_S)
             if code != 0:
+                failed = _compiler_failed(code, err, kills)
+                if failed.code is RejectCode.INTERRUPTED:
+                    raise failed
                 raise ImageError(RejectCode.NO_ENGINE, f"no engine on this device: {_last_line(err) or f'exit {code}'}")
             try:
                 self._engines[fuel] = Engine(msgspec.json.decode(out, type=dict[str, Any]))
@@ -189,6 +210,7 @@ class ImageStore:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=err,
                 limit=CHUNK_BYTES,
+                start_new_session=True,  # a signal to the agent's process group is for the agent, which ends it
             )
             try:
                 # The compiler waits for its input, so the limits are set before it reads a byte.
@@ -208,7 +230,8 @@ class ImageStore:
     def _confine(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             resource.prlimit(pid, resource.RLIMIT_DATA, (self._memory_bytes, self._memory_bytes))
-            resource.prlimit(pid, resource.RLIMIT_CPU, (self._seconds, self._seconds))
+            # SIGXCPU comes a second before the SIGKILL of the hard limit, which would look like one from outside
+            resource.prlimit(pid, resource.RLIMIT_CPU, (self._seconds, self._seconds + 1))
             resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
             os.setpriority(os.PRIO_PROCESS, pid, 10)
 
@@ -229,7 +252,8 @@ class ImageStore:
             fuel: compile for a limited number of instructions.
 
         Raises:
-            ImageError: HASH_MISMATCH, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT or NO_SPACE.
+            ImageError: HASH_MISMATCH, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT, NO_SPACE, or
+                INTERRUPTED: the compiler was stopped, which says nothing of the component.
         """
         engine = await self.engine(fuel=fuel)
         with contextlib.suppress(ImageError):
@@ -242,9 +266,10 @@ class ImageStore:
             raise ImageError(RejectCode.NOT_FOUND, f"cannot read {artifact}: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ImageError(RejectCode.HASH_MISMATCH, f"{artifact} was changed on this device's disk")
+        kills = _oom_kills()
         image, err, code = await self._run(_fuel(fuel), data, self._seconds)
         if code != 0:
-            raise _compiler_failed(code, err)
+            raise _compiler_failed(code, err, kills)
         if not image or len(image) > bounds.IMAGE_MAX_BYTES:
             raise ImageError(RejectCode.COMPILE_LIMIT, f"the compiled image is too large: {len(image)} bytes")
         note = _Note(
@@ -380,10 +405,26 @@ def _last_line(err: bytes) -> str:
     return lines[-1][:500]
 
 
-def _compiler_failed(status: int, err: bytes) -> ImageError:
+def _oom_kills() -> int:
+    """Return how many processes the kernel has killed since the boot as memory ran out; 0 where it does not count."""
+    with contextlib.suppress(OSError, ValueError):
+        counts = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+        return int(counts.get("oom_kill", 0))
+    return 0
+
+
+def _compiler_failed(status: int, err: bytes, kills: int) -> ImageError:
+    """Make the error of a compiler that ended with `status`; `kills` is `_oom_kills` of before it began."""
     line = _last_line(err)
     if status < 0:
-        why = f"the compiler was killed by signal {-status} (a limit, or an internal error)"
+        name = _signal_name(-status)
+        if -status not in _OWN_SIGNALS:
+            if -status == signal.SIGKILL and _oom_kills() > kills:
+                why = "the device ran out of memory, and the kernel killed the compiler"
+            else:
+                why = f"the compiler was stopped by {name} before it had finished"
+            return ImageError(RejectCode.INTERRUPTED, why)
+        why = f"the compiler was killed by {name} (a limit, or an internal error)"
         return ImageError(RejectCode.COMPILE_LIMIT, f"{why}{': ' + line if line else ''}")
     code = RejectCode.COMPILE_FAILED
     lines = err.decode(errors="replace").strip().splitlines()
@@ -391,3 +432,10 @@ def _compiler_failed(status: int, err: bytes) -> ImageError:
         with contextlib.suppress(*wire.JSON_ERRORS, ValueError):
             code = RejectCode(msgspec.json.decode(lines[-1], type=_CompilerResult).code)
     return ImageError(code, line or f"the compiler ended with exit code {status}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

@@ -104,6 +104,7 @@ TABLE: Final = (
     Row(Phase.VERIFYING,    Event.INTERRUPTED, Phase.FETCHING,     Effect.FETCH, Counter.RESUMPTIONS, Phase.FAILED),
 
     Row(Phase.COMPILING,    Event.DONE,        Phase.STAGED,       Effect.STAGE),
+    Row(Phase.COMPILING,    Event.DELAYED,     Phase.FETCHING,     Effect.RETRY, Counter.DELAYS, Phase.FAILED),
     Row(Phase.COMPILING,    Event.REFUSED,     Phase.FAILED,       Effect.REMEMBER),
     Row(Phase.COMPILING,    Event.SUPERSEDED,  Phase.FAILED,       Effect.CLOSE),
     Row(Phase.COMPILING,    Event.FAULT,       Phase.FETCHING,     Effect.RETRY, Counter.FAULTS, Phase.FAILED),
@@ -167,7 +168,10 @@ _BEYOND: Final = {
 RETRY_FIRST_S: Final = 2.0
 RETRY_MAX_S: Final = 300.0
 _ENDED: Final[Mapping[Counter, tuple[str, str]]] = {
-    Counter.DELAYS: (RejectCode.UNREACHABLE, "the download did not succeed in the allowed number of attempts"),
+    Counter.DELAYS: (
+        RejectCode.UNREACHABLE,
+        "the download or the compiler did not succeed in the allowed number of attempts",
+    ),
     Counter.RESUMPTIONS: (RejectCode.INTERRUPTED, "the agent was restarted too often during this deployment"),
     Counter.INTERRUPTIONS: (
         RejectCode.INTERRUPTED,

@@ -384,7 +384,9 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
         return None
     tries = 1 + (known.tries if known is not None else 0)
     delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (tries - 1))
-    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX
+    went_back = change.phase is Phase.ROLLED_BACK
+    # interruptions while the new version ran may be its own doing
+    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX and not (code is RejectCode.INTERRUPTED and went_back)
     return FailedItem(
         instance=change.instance,
         key=item_key(change.item),
@@ -394,7 +396,7 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
         message=change.state.message,
         at=now,
         rollout=change.item.rollout,
-        went_back=change.phase is Phase.ROLLED_BACK,
+        went_back=went_back,
         tries=tries,
         retry_at=now.timestamp() + delay_s if again else None,
     )

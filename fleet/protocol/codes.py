@@ -62,7 +62,7 @@ class RejectCode(StrEnum):
     SUPERSEDED = "superseded"
     STATE_FAILED = "state-failed"  # memory could not be carried from the old version to the new
     SET_FAILED = "set-failed"  # another instance of its atomic set failed
-    INTERRUPTED = "interrupted"  # power cuts or crashes beyond the limit of the counter
+    INTERRUPTED = "interrupted"  # stopped or killed from outside, or power was lost, beyond the limit of the counter
     INTERNAL = "internal"
 
 
@@ -74,6 +74,7 @@ RETRYABLE = frozenset(
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
         RejectCode.FREEZE,  # may be published a moment later
+        RejectCode.INTERRUPTED,  # a stop, a power cut or a lack of memory; final where the new version ran
         RejectCode.INTERNAL,  # a bug in the device's own software: no verdict on the component
     }
 )
@@ -308,7 +309,8 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.HOST_GONE: "fleet-host does not run on the device: see systemctl status fleet-host; the device retries "
     "by itself",
     RejectCode.SUPERSEDED: "",
-    RejectCode.INTERRUPTED: "power was lost too often: check the device's power supply, then fleet retry",
+    RejectCode.INTERRUPTED: "power was lost too often, or memory ran out: check the device's power supply and "
+    "free memory; the device retries by itself unless it went back, else fleet retry",
     RejectCode.INTERNAL: "report this fault of the agent with its log, then fleet retry",
 }
 """Remedy for each code, for operators and devices' owners: one sentence, the same on the server and the device."""

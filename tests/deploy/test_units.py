@@ -55,6 +55,11 @@ def test_the_agent_outlives_the_host() -> None:
     assert "fleet-host.service" in " ".join(value("fleet-agent.service", "Wants"))
 
 
+def test_a_stop_of_the_agent_is_a_signal_to_the_agent_alone() -> None:
+    # the agent ends its compiler itself, and a compiler that is ended looks like one that failed
+    assert value("fleet-agent.service", "KillMode") == ["mixed"]
+
+
 @pytest.mark.parametrize("unit", sorted(UNITS.glob("fleet-*")), ids=lambda path: path.name)
 def test_a_missing_or_failed_unit_stops_no_other(unit: Path) -> None:
     for key in ("Requires", "Requisite", "BindsTo", "PartOf", "Conflicts", "PropagatesStopTo"):

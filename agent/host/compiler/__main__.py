@@ -6,15 +6,14 @@
 The program is niced and has limits on address space and CPU time, so that a component that uses too much memory or
 takes the compiler too long is refused while the old version keeps serving. The program may not write to files: the
 image leaves through a pipe. Exit status: 0 done; 2 not a component; 3 the compiler refused or failed; 4 a limit was
-hit; 5 no engine for this device. A failure prints a JSON line on stderr: `{"code": ..., "message": ...}`. After a panic
-(SIGABRT), SIGKILL or SIGXCPU, the caller names the reason, see `failure`.
+hit; 5 no engine for this device. A failure prints a JSON line on stderr: `{"code": ..., "message": ...}`. What a
+signal means that ended the program, its caller says: `agent.update.images`.
 """
 
 import argparse
 import json
 import os
 import resource
-import signal
 import stat
 import sys
 from typing import Final, NoReturn
@@ -37,24 +36,6 @@ _EXIT: Final = {
 }
 
 
-def failure(status: int, stderr: bytes) -> tuple[RejectCode, str]:
-    """Return why a compiler ended with `status` (negative: the signal that killed it), for its caller."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        if -status in {signal.SIGKILL, signal.SIGXCPU, signal.SIGSEGV}:
-            return (
-                RejectCode.COMPILE_LIMIT,
-                f"the compiler was killed by {name}: the component takes too much memory or time to compile",
-            )
-        return RejectCode.COMPILE_FAILED, f"the compiler crashed on this component ({name})"
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    try:
-        result = json.loads(lines[-1])
-        return RejectCode(result["code"]), str(result["message"])
-    except (IndexError, ValueError, KeyError, TypeError):
-        return RejectCode.COMPILE_FAILED, f"the compiler ended with status {status}: {' '.join(lines)[-500:]}"
-
-
 def _fail(code: RejectCode, message: str) -> NoReturn:
     sys.stderr.write(json.dumps({"code": code, "message": message}) + "\n")
     sys.stderr.flush()
@@ -64,10 +45,11 @@ def _fail(code: RejectCode, message: str) -> NoReturn:
 def _limit() -> None:
     os.nice(_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for kind, most in ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES)):
-        _, hard = resource.getrlimit(kind)
-        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (limit, limit))
+    # SIGXCPU of the soft limit comes before the SIGKILL of the hard one, which would look like one from outside
+    for kind, most, more in ((resource.RLIMIT_CPU, CPU_S, 1), (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES, 0)):
+        soft, hard = (most + more if each == resource.RLIM_INFINITY else each for each in resource.getrlimit(kind))
+        soft = min(most, soft)
+        resource.setrlimit(kind, (soft, min(soft + more, hard)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,8 +29,9 @@ _LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
 # nothing else may be started, although the only client is the agent
 _ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
 # exit statuses of the compiler, see `agent.host.compiler`
-_LIMIT_HIT: Final = 4
 _UNREACHABLE: Final = 5
+# of this client only: the service was stopped, or the kernel killed it
+_INTERRUPTED: Final = 6
 
 
 def _complain(code: str, message: str) -> None:
@@ -57,8 +58,8 @@ def client(arguments: list[str]) -> int:
             os.close(number)
         answer = sock.recv(_PACKET_MAX_BYTES)
     if not answer:
-        _complain("compile-limit", "the compiler's service ended before it answered: out of memory or time")
-        return _LIMIT_HIT
+        _complain("interrupted", "the compiler's service ended before it answered: stopped, or out of memory")
+        return _INTERRUPTED
     status = int(json.loads(answer)["status"])
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no handler to reset

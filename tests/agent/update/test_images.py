@@ -1,5 +1,6 @@
 """Images: made by the real compiler, and never used if anything about them was changed on disk."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -132,6 +133,107 @@ async def test_a_compiler_killed_by_a_signal_is_a_refusal(tmp_path, artifact, mo
     with pytest.raises(ImageError, match="panicked") as caught:
         await make(made, artifact)
     assert caught.value.code in {RejectCode.COMPILE_LIMIT, RejectCode.COMPILE_FAILED}
+
+
+def compiler_that(tmp_path, monkeypatch, does):
+    """Replace the compiler by a shell script that describes an engine, and else reads its input and does this."""
+    script = tmp_path / "compiler.sh"
+    script.write_text(f'[ "$1" = --describe ] && {{ echo \'{{"engine": "1"}}\'; exit; }}\ncat > /dev/null\n{does}\n')
+    monkeypatch.setenv("WASMFLEET_COMPILER", f"sh {script}")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["TERM", "KILL", "INT", "HUP", "QUIT"])
+@pytest.mark.parametrize("describing", [False, True], ids=["compiling", "describing"])
+async def test_a_compiler_that_is_stopped_says_nothing_of_the_component(
+    tmp_path, artifact, monkeypatch, name, describing
+):
+    if describing:
+        monkeypatch.setenv("WASMFLEET_COMPILER", f"sh -c 'kill -{name} $$'")
+    else:
+        compiler_that(tmp_path, monkeypatch, f"kill -{name} $$")
+    with pytest.raises(ImageError, match=f"SIG{name}") as caught:
+        await make(device(tmp_path), artifact)
+    assert caught.value.code is RejectCode.INTERRUPTED
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["XCPU", "ABRT", "SEGV", "SYS"])
+async def test_a_compiler_that_crashes_or_hits_its_limit_refuses_the_component(tmp_path, artifact, monkeypatch, name):
+    compiler_that(tmp_path, monkeypatch, f"ulimit -c 0; kill -{name} $$")
+    with pytest.raises(ImageError, match=f"SIG{name}") as caught:
+        await make(device(tmp_path), artifact)
+    assert caught.value.code is RejectCode.COMPILE_LIMIT
+
+
+@pytest.mark.asyncio
+async def test_a_compiler_without_end_hits_its_own_limit_of_time(tmp_path, artifact, monkeypatch):
+    """The limit of CPU time is told apart from a SIGKILL that another sent."""
+    compiler_that(tmp_path, monkeypatch, "while :; do :; done")
+    made = ImageStore(tmp_path / "images", b"k" * 32, memory_bytes=2 << 30, seconds=1)
+    ended = []
+    plain = images._compiler_failed
+    monkeypatch.setattr(images, "_compiler_failed", lambda code, *more: ended.append(code) or plain(code, *more))
+    run = made._run
+    monkeypatch.setattr(made, "_run", lambda arguments, data, seconds: run(arguments, data, 60))
+    with pytest.raises(ImageError) as caught:
+        await make(made, artifact)
+    assert ended == [-signal.SIGXCPU]
+    assert caught.value.code is RejectCode.COMPILE_LIMIT
+
+
+@pytest.mark.asyncio
+async def test_the_kernel_that_runs_out_of_memory_is_named(tmp_path, artifact, monkeypatch):
+    kills = tmp_path / "vmstat"
+    kills.write_text("nr_free_pages 7\noom_kill 3\n")
+    monkeypatch.setattr(images, "VMSTAT", kills)
+    compiler_that(tmp_path, monkeypatch, f"echo oom_kill 4 > {kills}; kill -KILL $$")
+    with pytest.raises(ImageError, match="ran out of memory") as caught:
+        await make(device(tmp_path), artifact)
+    assert caught.value.code is RejectCode.INTERRUPTED
+
+
+STOPPED_IN_A_GROUP = """
+import asyncio, signal, sys
+from pathlib import Path
+from agent.update.images import ImageError, ImageStore
+
+async def main():
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    made = ImageStore(Path(sys.argv[1]), b"k" * 32, memory_bytes=2 << 30, seconds=60)
+    compiling = asyncio.ensure_future(made.make(Path(sys.argv[2]), sha256=sys.argv[3], manifest_sha256="0" * 64))
+    await stop.wait()
+    try:
+        await compiling
+    except ImageError as error:
+        print(error.code)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_of_the_process_group_is_no_verdict(tmp_path, artifact, monkeypatch, number):
+    """As by `timeout`, Ctrl-C, or a service manager that signals every process: agent and compiler both get it."""
+    began = tmp_path / "began"
+    os.mkfifo(began)
+    # in Python, as the real one, which ends on SIGINT with a traceback and status 1
+    body = f"import sys; sys.stdin.read(); print(file=open({str(began)!r}, 'w')); import signal; signal.pause()"
+    (tmp_path / "waits.py").write_text(body)
+    compiler_that(tmp_path, monkeypatch, f"exec {sys.executable} {tmp_path}/waits.py < /dev/null")
+    path, sha256 = artifact
+    command = [sys.executable, "-c", STOPPED_IN_A_GROUP, str(tmp_path / "images"), str(path), sha256]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+        began.read_text()  # returns once the compiler is at work
+        compilers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.killpg(process.pid, number)
+        for pid in map(int, compilers):  # in a group of its own it is stopped by itself
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert said.strip() == "interrupted"
 
 
 @pytest.mark.asyncio

@@ -9,11 +9,12 @@ import pytest
 
 from agent.link.https import FetchError
 from agent.update import effects, restore
+from agent.update.images import ImageStore
 from agent.update.machine import Event
 from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamaged
 from agent.update.state import EffectResult, Violation, item_key, lost
 from agent.update.store import StoreError
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import Outcome, RejectCode, outcome_of
 from signing.errors import Rejected
 from tests.eventually import eventually_async
 
@@ -441,6 +442,51 @@ def broken(times, effect):
         return await effect(*arguments)
 
     return shows
+
+
+STOPPED_COMPILER = """
+[ "$1" = --describe ] && { echo '{"engine": "1"}'; exit; }
+cat > /dev/null
+echo >> "$0.times"
+[ $(wc -l < "$0.times") -le LEFT ] && kill -NAME $$
+echo compiled
+"""
+
+
+def with_a_compiler_that_is_stopped(kit, monkeypatch, *, times, name="TERM"):
+    """Give a device a compiler, as a process of its own, that a signal from outside ends so many times."""
+    script = kit.places.state / "compiler.sh"
+    script.write_text(STOPPED_COMPILER.replace("LEFT", str(times)).replace("NAME", name))
+    monkeypatch.setenv("WASMFLEET_COMPILER", f"sh {script}")
+    monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
+    kit.images_kind = ImageStore
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL"])
+@pytest.mark.asyncio
+async def test_a_compiler_that_is_stopped_is_started_again(kit, monkeypatch, name):
+    with_a_compiler_that_is_stopped(kit, monkeypatch, times=2, name=name)
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert kit.host.targets() == {"web": V1}
+        codes = [report.code for report in kit.reports() if report.code is not None]
+        assert codes == [RejectCode.INTERRUPTED] * 2
+        assert kit.chain()[-1] == "committed"
+        assert kit.store.failed() == ()
+
+
+@pytest.mark.asyncio
+async def test_a_compiler_that_is_stopped_each_time_gives_no_verdict(kit, monkeypatch):
+    with_a_compiler_that_is_stopped(kit, monkeypatch, times=1000, name="KILL")
+    monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == ("failed", RejectCode.INTERRUPTED)
+        assert "SIGKILL" in last.message
+        assert outcome_of(last.code, last.phase) is Outcome.DEFERRED
+        (failure,) = kit.store.failed()
+        assert failure.retry_at is not None, "tried again by itself"
 
 
 EFFECTS = ["fetch", "verify", "compile", "swap", "watch", "commit"]

@@ -103,6 +103,22 @@ def test_a_client_that_is_ended_takes_the_compiler_along(service: Service) -> No
         assert service.processes[0].wait(timeout=60) == 0
 
 
+def test_a_service_that_is_stopped_says_nothing_of_the_component(service: Service) -> None:
+    with subprocess.Popen(CLIENT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        assert client.stdin is not None
+        client.stdin.write(b"\0asm")  # the compiler waits for the rest
+        client.stdin.flush()
+        eventually(lambda: service.compilers, "a compiler is started")
+        compilers = [int(pid) for pid in service.compilers.split()]
+        service.processes[0].kill()  # as systemd and the kernel do with the whole unit
+        for pid in compilers:
+            os.kill(pid, signal.SIGKILL)
+        assert client.stderr is not None
+        said = json.loads(client.stderr.read())
+    assert client.returncode != 0
+    assert said["code"] == "interrupted"
+
+
 def test_a_client_that_is_ended_before_it_asks_is_nobody_to_complain_of(service: Service) -> None:
     with subprocess.Popen(CLIENT, stdin=subprocess.PIPE) as client:
         assert service.asked.wait(60)
