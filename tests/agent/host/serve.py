@@ -1,4 +1,4 @@
-"""`wasmtime serve` for comparisons: built by `make wasmtime-serve`, or another one that is named or installed."""
+"""`wasmtime serve` for comparisons: installed by `make wasmtime-serve`, or another one that is named or installed."""
 
 import contextlib
 import functools
