@@ -64,7 +64,10 @@ fuzz: $(STAMP) ## fuzz every parser of external input (FUZZ: times the HTTP muta
 test-density: $(STAMP) ## three thousand idle instances on one host, in a gibibyte (root)
 	$(BIN)/python -m pytest tests/agent/host/test_density.py -m density -s
 
-bench: $(STAMP) ## print the ratios and counts of the budget table
+# A peer that cannot be had is named in the table.
+bench: $(STAMP) ## measure requests beside wasmtime serve and nginx into docs/benchmarks.md (10 minutes; QUICK=1: one short pair each), then print the other ratios and counts
+	-$(BIN)/python -m pip install --quiet --group peers
+	$(BIN)/python -m tests.bench.request_path $(if $(QUICK),--quick)
 	$(BIN)/python -m pytest -m bench -s
 
 test-bounds: $(STAMP) ## the server's and commands' tests with the lowest and newest versions of dependencies (BOUNDS="--python 3.11 --set lowest")

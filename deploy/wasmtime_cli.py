@@ -5,6 +5,7 @@ last release is of another version than the library that devices run, so compari
 `$WASMFLEET_WASMTIME` names another command; after both, PATH is searched.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -22,7 +23,8 @@ def packaged() -> Path | None:
     command = Path(spec.origin).with_name("wasmtime")
     # pip drops the permission that the wheel does not record.
     if command.is_file() and not os.access(command, os.X_OK):
-        command.chmod(command.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        with contextlib.suppress(PermissionError):  # somebody else's environment: the command counts as missing
+            command.chmod(command.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     return command
 
 

@@ -30,21 +30,6 @@ def host(tmp_path):
     running.close()
 
 
-def test_requests(host):
-    port = support.free_port()
-    host.start("hello", support.a_run("direct", 1, port=port))
-    host.start("hello", support.a_run("routed", 1))
-    direct, took = rate(port, "/")
-    routed, _ = rate(host.port, "/routed/")
-    row("requests a second, warm, four connections, client in Python beside it", f"{direct:.0f}")
-    row("the same, p99 in milliseconds", f"{took[int(len(took) * 0.99)]:.2f}")
-    row(
-        "guest time of a call, p50 and p99 in microseconds",
-        f"{host.health('direct').p50_us} / {host.health('direct').p99_us}",
-    )
-    row("through the router, share of the direct rate", f"{routed / direct:.2f}")
-
-
 def test_a_neighbour_of_a_guest_that_spins(host):
     quiet, loud = support.free_port(), support.free_port()
     host.start("hello", support.a_run("quiet", 1, port=quiet))
