@@ -115,6 +115,7 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
             ("state", f"{view.state} ({causes})" if causes else str(view.state)),
             ("reason", reason),
             ("waits for", _waits_for(view)),
+            ("approval", _approvers(view)),
             (
                 "queue",
                 f"closed: {view.queue_closed}; 'fleet rollout resume {view.number}'" if view.queue_closed else "",
@@ -153,7 +154,7 @@ rollout.add_command(
     _verb(
         "approve",
         "is approved: the next wave follows",
-        "Approve the gate of a wave whose stage wants a second person.",
+        "Approve the gate of a wave whose stage wants a second person, who is not the one who began the rollout.",
     )
 )
 
@@ -457,6 +458,8 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
                 click.echo(f"  {line}")
         if view.state not in states and view.state in _FOLLOWED:
             click.echo(f"  {view.state}{': ' + output.first_line(view.reason) if view.reason else ''}")
+            if approvers := _approvers(view):
+                click.echo(f"  approval: {approvers}")
         states = {view.state}
     return view
 
@@ -483,7 +486,8 @@ def picture(view: RolloutView, *, devices_max: int = 24) -> Group:
     hidden = len(devices) - devices_max
     foot = [Text(f"  and {hidden} more", style="dim")] if hidden > 0 else []
     if view.state is RolloutState.PAUSED:
-        foot.append(Text(f"  paused: 'fleet rollout resume {view.number}' goes on", style="yellow"))
+        words = _approvers(view) or f"'fleet rollout resume {view.number}' goes on"
+        foot.append(Text(f"  paused: {words}", style="yellow"))
     return Group(Text(title(view), style="bold"), grid, *foot)
 
 
@@ -539,6 +543,13 @@ def progress_of(entry: RolloutDevice) -> str:
             return _standing_apart(entry)
         case _:
             return str(entry.outcome)
+
+
+def _approvers(view: RolloutView) -> str:
+    """Say who may approve the gate that a rollout waits at; empty where it waits for no approval."""
+    if PauseCause.APPROVAL not in view.causes:
+        return ""
+    return f"somebody other than {view.by or 'who began it'}: 'fleet rollout approve {view.number}'"
 
 
 def _waits_for(view: RolloutView) -> str:

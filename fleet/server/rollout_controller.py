@@ -136,6 +136,8 @@ class RolloutController:
         for row in (*rollouts.open(), *rollouts.scheduled(), *rollouts.queues()):
             if row.state in OPEN_STATES or row.reason:
                 reason = f": {row.reason}" if row.reason else ""
+                if PauseCause.APPROVAL in row.progress.causes:
+                    reason += f"; {approvers(row)}"
                 said.append(f"rollout {row.number} ({row.instance} to {row.group or row.device}) {row.state}{reason}")
         return said[:_WAITING_MAX]
 
@@ -492,6 +494,11 @@ def _change(row: RolloutRow) -> Change:
 def _differs(old: Member, new: Member) -> bool:
     """Tell whether a member changed beside what is known anew in each round."""
     return new is not old and replace(new, heard_at=old.heard_at, online_since=old.online_since) != old
+
+
+def approvers(row: RolloutRow) -> str:
+    """Say who may approve the gate of a rollout, and by which command."""
+    return f"somebody other than {row.by}: fleet rollout approve {row.number}"
 
 
 def refusal(left_out: dict[str, str]) -> str:

@@ -33,7 +33,7 @@ from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_wa
 from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director
 from fleet.server.retries import nothing_to_retry
-from fleet.server.rollout_controller import RolloutController, refusal
+from fleet.server.rollout_controller import RolloutController, approvers, refusal
 from fleet.server.rollout_members import Change, Membership
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rollouts import NewRollout
@@ -559,7 +559,7 @@ class RolloutPlanner:
                 409,
                 "approval",
                 f"wave {row.progress.wave} of rollout {row.number} wants an approval",
-                action=f"somebody other than {row.by}: fleet rollout approve {row.number}",
+                action=approvers(row),
             )
         names: list[str] = []
         for each in self._store.rollouts.together(row):
@@ -577,7 +577,7 @@ class RolloutPlanner:
         if PauseCause.APPROVAL not in row.progress.causes:
             raise Refusal(409, "approval", f"rollout {row.number} waits for no approval")
         if by == row.by:
-            raise Refusal(403, "approval", f"{by} began rollout {row.number}: somebody else approves it")
+            raise Refusal(403, "approval", f"{by} began rollout {row.number}", action=approvers(row))
         for each in self._store.rollouts.together(row):
             self._conductor.save(each, advance.approve(each.model), reason="")
 

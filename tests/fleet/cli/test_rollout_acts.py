@@ -102,3 +102,13 @@ def test_a_plan_is_played_over_the_group(fleet, desk):
     assert fleet("rollout", "simulate", "--group", "nowhere").exit_code == 4
     bad = fleet("rollout", "simulate", "--group", "edge-eu", "--max-lost", "x")
     assert (bad.exit_code, "--max-lost: 'x'" in bad.stderr) == (2, True)
+
+
+def test_a_rollout_that_waits_for_an_approval_says_who_gives_it(fleet, desk):
+    desk.routes[("GET", "/v1/rollouts/7")] = msgspec.structs.replace(
+        VIEW, state=RolloutState.PAUSED, causes=(PauseCause.APPROVAL,), reason="wave 1 wants an approval", by="alice"
+    )
+    shown = " ".join(fleet("rollout", "7").output.split())
+    assert "approval somebody other than alice: 'fleet rollout approve 7'" in shown
+    desk.routes[("GET", "/v1/rollouts/7")] = msgspec.structs.replace(VIEW, by="alice")
+    assert "somebody other than" not in fleet("rollout", "7").output

@@ -1,9 +1,12 @@
 """Plan of a group on a whole server: rollouts take its values unless a request names others, which admins may."""
 
+from datetime import UTC, datetime
+
+import msgspec
 import pytest
 
 from fleet.protocol import operator_api
-from fleet.protocol.codes import OnBreach, PauseCause, RolloutState
+from fleet.protocol.codes import OnBreach, PauseCause, Phase, RejectCode, RolloutState
 from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest, PlanBudget, PlanLimits, PlanStage
 from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
 
@@ -149,3 +152,109 @@ async def test_a_device_that_joins_counts_in_the_budget_of_its_site(new_fleet):
         )
         view = await operator.decided(view)
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
+
+
+# -- approval ----------------------------------------------------------------------------------------------------------
+
+CANARY = PlanStage(select={"ring": "canary"}, approval=True)
+
+
+async def act(operator, view, verb, token=None):
+    return await operator.http.post(f"/v1/rollouts/{view.number}/{verb}", headers=token)
+
+
+async def waiting_for_approval(fleet, **more):
+    """A rollout whose canary has succeeded, at the gate that wants an approval; the canary and the other device."""
+    operator = fleet.operator
+    canary, other = await fleet.board("a"), await fleet.board("b")
+    await label(operator, canary, ring="canary")
+    await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+    one = await operator.publish("1.0.0")
+    view = await operator.deploy(one, **more)
+    return canary, other, await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+
+
+@pytest.mark.asyncio
+async def test_a_stage_waits_for_the_approval_of_somebody_else(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        canary, other, view = await waiting_for_approval(fleet)
+        assert (view.causes, view.counts) == ((PauseCause.APPROVAL,), {"succeeded": 1, "pending": 1})
+        assert view.reason == "wave 1 is done and wants the approval of a second person"
+        (said,) = (await operator.get(operator_api.Status, "/v1/status")).waiting
+        assert said.endswith(f"{view.reason}; somebody other than admin: fleet rollout approve {view.number}")
+        bob, eve = await second(operator), await second(operator, Role.VIEWER, "eve")
+        own = await act(operator, view, "approve")
+        assert (own.status_code, "admin began rollout" in own.text) == (403, True)
+        assert (await act(operator, view, "approve", eve)).status_code == 403
+        assert (await act(operator, view, "resume", bob)).status_code == 409
+        assert not other.items
+        assert (await act(operator, view, "approve", bob)).is_success
+        view = await operator.decided(view)
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
+        assert await audit(operator, "rollout-approve") == [("bob", view.id, "")]
+        assert canary.items.keys() == other.items.keys() == {"hello"}
+
+
+@pytest.mark.asyncio
+async def test_a_canary_that_fails_while_its_stage_waits_for_an_approval_takes_the_version_back(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        canary, other, view = await waiting_for_approval(fleet)
+        canary.sequence += 1
+        (item,) = canary.items.values()
+        failed = canary.report(item, Phase.ROLLED_BACK, code=RejectCode.TRAPPED, message="it trapped")
+        canary._say(failed, canary.accepted[-1])
+        view = await operator.decided(view)
+        assert (view.state, other.items) == (RolloutState.REVERTED, {})
+        late = await act(operator, view, "approve", await second(operator))
+        assert (late.status_code, "is over" in late.text) == (409, True)
+
+
+@pytest.mark.asyncio
+async def test_who_retries_a_rollout_is_the_one_who_asked(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        _, _, view = await waiting_for_approval(fleet)
+        bob = await second(operator)
+        await operator.send(
+            operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/abort", operator_api.AbortRequest()
+        )
+        again = operator_api.RolloutView
+        reply = await act(operator, view, "retry", bob)
+        assert reply.is_success, reply.text
+        view = msgspec.json.decode(reply.content, type=again)
+        view = await operator.follow(view, lambda view: PauseCause.APPROVAL in view.causes)
+        assert (view.by, (await act(operator, view, "approve", bob)).status_code) == ("bob", 403)
+        assert (await act(operator, view, "approve")).is_success
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
+@pytest.mark.asyncio
+async def test_an_approval_holds_over_a_restart_of_the_server(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        _, other, view = await waiting_for_approval(fleet)
+        await fleet.stop()
+        await fleet.start()
+        view = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.number}")
+        assert (view.state, view.causes, other.items) == (RolloutState.PAUSED, (PauseCause.APPROVAL,), {})
+        assert (await act(operator, view, "approve", await second(operator))).is_success
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.asyncio
+async def test_a_rollout_that_could_ask_for_no_approval_is_refused(new_fleet, scheduled):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board = await fleet.board("a")
+        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        one = await operator.publish("1.0.0")
+        at = {"starts_at": datetime.now(UTC)} if scheduled else {}
+        view = await operator.deploy(one, allow_empty=True, **at)
+        view = await operator.follow(view, lambda view: view.state is RolloutState.REFUSED)
+        assert view.reason == (
+            "the stage ring=canary: 100% wants an approval, and takes no device that the change concerns"
+        )
+        assert not board.items
