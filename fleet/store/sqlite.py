@@ -18,7 +18,7 @@ import os
 import pwd
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -173,7 +173,7 @@ class Database:
     def backup(self, path: Path) -> None:
         """Write a consistent copy, marked as one, to a new file. Raises `DamagedError`."""
         try:
-            with sqlite3.connect(path) as copy:
+            with closing(sqlite3.connect(path)) as copy, copy:  # closed, it leaves no log beside the file
                 self._db.conn.backup(copy)
                 copy.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('restored', '')")
         except sqlite3.Error as error:

@@ -1,5 +1,6 @@
 """The server's memory: what it refuses to open, what it never forgets, and what it keeps apart."""
 
+import gc
 import os
 import sqlite3
 import stat
@@ -418,6 +419,19 @@ def test_a_backup_is_a_whole_store(store, tmp_path):
     store.backup(tmp_path / "copy.db")
     copy = Store.open(tmp_path / "copy.db", fleet="test")
     assert [row.id for row in copy.devices.all()] == [A, B]
+    copy.close()
+
+
+def test_a_backup_is_one_file_with_its_mark_in_it(store, tmp_path):
+    """The file is carried away alone: what stands in a log beside it would be lost."""
+    gc.disable()
+    try:
+        store.backup(tmp_path / "copy.db")
+        assert [each.name for each in tmp_path.glob("copy.db*")] == ["copy.db"]
+    finally:
+        gc.enable()
+    copy = Store.open(tmp_path / "copy.db", fleet="test")
+    assert copy.restored_at(now=7.0) == 7.0
     copy.close()
 
 
