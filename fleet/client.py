@@ -230,6 +230,10 @@ class Client:
         """Set and remove labels."""
         return self._send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/labels", request)
 
+    def set_keys(self, device: str, request: operator_api.KeysRequest) -> operator_api.DeviceDetail:
+        """Set and remove a device's own configuration keys."""
+        return self._send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{_quoted(device)}/keys", request)
+
     def pin(self, device: str, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
         """Give one device a target of its own."""
         return self._send(operator_api.RolloutView, "PUT", f"/v1/devices/{_quoted(device)}/pin", request)

@@ -5,12 +5,14 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import click
+from click.shell_completion import CompletionItem
 from rich.text import Text
 
-from fleet.cli import operator, output
+from fleet.cli import base, operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values, share_worker_option
 from fleet.cli.operator import connect, load_operator
 from fleet.cli.rollout import finish
@@ -30,10 +32,38 @@ ANSWER_S: Final = 30
 LOOK_S: Final = 10
 
 
-@command("device", examples="fleet device gate-7-1f2e3d4c --effective\nfleet device gate-7-1f2e3d4c --json")
+class _DeviceGroup(base.Group):
+    """Group in which `fleet device ID` means `fleet device show ID`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Take an argument that is no command as the id of a device, and an option as one of `show`."""
+        if args and args[0] not in self.commands and not ctx.resilient_parsing:
+            return super().resolve_command(ctx, ["show", *args])
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave options before the id to `show`, as in `fleet device --json ID`."""
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the devices beside the commands."""
+        argument = self.commands["show"].params[0]
+        return [*argument.shell_complete(ctx, incomplete), *super().shell_complete(ctx, incomplete)]
+
+
+@click.group("device", cls=_DeviceGroup, epilog="`fleet device ID` is short for `fleet device show ID`.")
+def device() -> None:
+    """Show one device, or set configuration keys of its own."""
+
+
+@command("show", examples="fleet device gate-7-1f2e3d4c --effective\nfleet device gate-7-1f2e3d4c --json")
 @click.argument("device", shell_complete=operator.devices)
 @click.option("--effective", is_flag=True, help="Show only what it should run, each value with its source")
-def device(options: Options, *, device: str, effective: bool) -> Exit:
+def show(options: Options, *, device: str, effective: bool) -> Exit:
     """Show one device: what it runs, what it should run and why, and its health."""
     with connect(options) as client:
         detail = client.device(device)
@@ -87,8 +117,9 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
         ],
         empty="Nothing is assigned to the device.",
     )
-    if effective:
-        _show_keys(detail)
+    if effective and any(item.keys for item in detail.effective):
+        output.console().print()
+        _show_keys(detail.effective)
     for entry in detail.failed:
         click.echo(click.style("problem: ", fg="yellow", bold=True) + names.readable(" ".join(entry.text.split())))
         if entry.action:
@@ -96,15 +127,72 @@ def device(options: Options, *, device: str, effective: bool) -> Exit:
     return Exit.OK
 
 
-def _show_keys(detail: operator_api.DeviceDetail) -> None:
+@command(
+    "set",
+    examples="fleet device set gate-7-1f2e3d4c hello room=cellar\n"
+    "fleet device set gate-7-1f2e3d4c hello level=debug retries=5",
+)
+@click.argument("device", shell_complete=operator.devices)
+@click.argument("instance")
+@click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
+def set_keys(options: Options, *, device: str, instance: str, pairs: tuple[str, ...]) -> None:
+    """Set configuration keys of one device, over those of its group.
+
+    They apply at once, and stay through rollouts, pause, abort and undo, until 'fleet device unset'.
+    """
+    keys: dict[str, str | None] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Fault(
+                f"{pair!r} is not a setting", "it has no '='" if not equals else "it has no key", "write KEY=VALUE"
+            )
+        if key in keys:
+            raise Fault(f"{key} is given twice", "one value can apply", "give it once")
+        keys[key] = value
+    _change_keys(options, device, operator_api.KeysRequest(instance=instance, keys=keys))
+
+
+@command("unset", examples="fleet device unset gate-7-1f2e3d4c hello room")
+@click.argument("device", shell_complete=operator.devices)
+@click.argument("instance")
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+def unset_keys(options: Options, *, device: str, instance: str, keys: tuple[str, ...]) -> None:
+    """Remove configuration keys of one device: those of its group apply again."""
+    request = operator_api.KeysRequest(instance=instance, keys=dict.fromkeys(keys))
+    _change_keys(options, device, request)
+
+
+def _change_keys(options: Options, device: str, request: operator_api.KeysRequest) -> None:
+    with connect(options) as client:
+        detail = client.set_keys(device, request)
+    if options.json:
+        output.show_json(detail)
+        return
+    here = [item for item in detail.effective if item.instance == request.instance and item.target]
+    output.say(
+        options,
+        f"{detail.row.id} has changed keys of its own for {request.instance}."
+        if here
+        else f"{detail.row.id} should run nothing as {request.instance} yet: its keys wait.",
+    )
+    if here and not options.quiet:
+        _show_keys(here)
+
+
+device.add_command(show)
+device.add_command(set_keys)
+device.add_command(unset_keys)
+
+
+def _show_keys(effective: Iterable[operator_api.Effective]) -> None:
     """Print each configuration key of each instance with its value and source, the manifest's defaults included."""
     rows = [
         (item.instance, key, of.value, of.source if of.declared else f"{of.source}, not in this version's manifest")
-        for item in detail.effective
+        for item in effective
         for key, of in item.keys.items()
     ]
     if rows:
-        output.console().print()
         output.table(("INSTANCE", "KEY", "VALUE", "SOURCE"), rows, empty="")
 
 

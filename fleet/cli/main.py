@@ -53,7 +53,7 @@ SECTIONS: Final[Sections] = {
     },
     "Devices": {
         "devices": Entry("fleet.cli.device:devices", "List the devices"),
-        "device": Entry("fleet.cli.device:device", "Show one device: what it runs, and why"),
+        "device": Entry("fleet.cli.device:device", "Show one device: what it runs, and why; set keys of its own"),
         "groups": Entry("fleet.cli.device:groups", "List the groups"),
         "group": Entry("fleet.cli.group:group", "Create a group, change its members, set its plan"),
         "why": Entry("fleet.cli.device:why", "Show what happened to a device, and what to do about it"),

@@ -60,8 +60,6 @@ _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 _DOTS_MAX: Final = 500
 """Most dots in one line: the memory that tomllib takes for a dotted key grows with the square of its parts."""
 
-_CONFIG_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 
 class NeedsTomlError(BadManifestError):
     """The component needs a `component.toml`.
@@ -336,8 +334,7 @@ def _check_instance(text: str) -> str | None:
 def _config(table: Table) -> dict[str, ConfigKey]:
     keys: dict[str, ConfigKey] = {}
     for key in list(table.raw):
-        if _CONFIG_KEY.fullmatch(key) is None:
-            raise BadManifestError(f"{FILE_NAME}: config: {key[:80]!r} is not a key: 1 to 64 of A-Z a-z 0-9 . _ -")
+        checked(names.check_config_key, key, "config")
         inner = table.table(key)
         default = inner.text("default", "") if "default" in inner.raw else None
         keys[key] = ConfigKey(description=inner.text("description", ""), default=default)

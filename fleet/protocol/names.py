@@ -75,6 +75,17 @@ def check_secret(value: str) -> str:
     return value
 
 
+def check_config_key(value: str) -> str:
+    """Return `value` if it is a configuration key.
+
+    Raises:
+        BadNameError: it is not.
+    """
+    if _SECRET.fullmatch(value) is None:
+        raise BadNameError(f"{value[:80]!r} is not a key: 1 to 64 of A-Z a-z 0-9 . _ -")
+    return value
+
+
 def check_sha256(value: str) -> str:
     """Return `value` if it is a sha256 in 64 lower-case hex digits.
 

@@ -278,6 +278,13 @@ class LabelsRequest(Body, frozen=True, kw_only=True):
     labels: Annotated[dict[Word, Word | None], msgspec.Meta(max_length=ITEMS_MAX)]
 
 
+class KeysRequest(Body, frozen=True, kw_only=True):
+    """A device's own configuration keys of one instance; None removes one. Others stay as they are."""
+
+    instance: Word
+    keys: Annotated[dict[Word, Document | None], msgspec.Meta(min_length=1, max_length=ITEMS_MAX)]
+
+
 class InstanceRequest(Body, frozen=True, kw_only=True):
     """Name an instance of the device in the path."""
 

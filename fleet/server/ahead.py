@@ -11,6 +11,7 @@ memory: a device shows it again at each poll while it is ahead.
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -190,15 +191,20 @@ class AheadDevices:
 
     def _adopt(self, row: DeviceRow, shown: _Shown, now: float) -> None:
         """Take a device's assignment for this server's newest; what differs from its groups' values becomes a pin."""
-        effective = self._director.effective(row)
+        effective, own = self._director.effective(row), self._store.rollouts.own_keys(row.id)
         attempts = self._store.delivery.attempts(row.id)
         self._director.adopt(row.id, shown.assignment, shown.envelope)
         for item in shown.assignment.items:
             value, held = _value_of(item), effective.get(item.instance)
             if item.attempt > attempts.get(item.instance, 0):
                 self._store.delivery.set_attempt(row.id, item.instance, item.attempt)
-            if held is None or not held.value.same(value):
-                self._pin(row.id, item.instance, value, item.rollout, now)
+            release, mine = self._repository.release(item.target), own.get(item.instance, {})
+            for key in mine.keys() & (release.manifest.config.keys() if release is not None else set()):
+                if item.config.get(key) != mine[key]:
+                    self._store.rollouts.set_own_key(row.id, item.instance, key, item.config.get(key))
+            shared = _without(value, mine)
+            if held is None or not _without(held.value, mine).same(shared):
+                self._pin(row.id, item.instance, shared, item.rollout, now)
         for instance in _unlisted(effective, shown.assignment):
             absent = Value(None, keep_data=instance in shown.assignment.keep_data)
             self._pin(row.id, instance, absent, "", now)
@@ -215,6 +221,11 @@ def _unlisted(effective: Mapping[str, Effective], assignment: Assignment) -> lis
     """Return the instances that the server wants and the device's assignment does not have."""
     listed = {item.instance for item in assignment.items}
     return [name for name, each in effective.items() if each.value.target is not None and name not in listed]
+
+
+def _without(value: Value, keys: Mapping[str, str]) -> Value:
+    """Return a value without the device's own keys, which are no part of what a group or a pin supplies."""
+    return replace(value, config=tuple(pair for pair in value.config if pair[0] not in keys))
 
 
 def _value_of(item: Item) -> Value:

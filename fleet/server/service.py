@@ -49,6 +49,7 @@ from fleet.server.check_ins import CheckIns
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
 from fleet.server.device_budget import DeviceBudget, RequestBudget
+from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.ingest import Ingest
@@ -306,10 +307,15 @@ class Server:
         ahead = self._ahead = AheadDevices(
             store=store, repository=repository, director=self._director, controller=self._conductor, clock=clock
         )
+        keys = DeviceKeys(
+            store=store, repository=repository, director=self._director, controller=self._conductor, clock=clock
+        )
         metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
         self._operators = Handlers(
             fleet=FleetHandlers(views=views, metrics=metrics, status=self.status, ahead=ahead),
-            devices=DeviceHandlers(store=store, controller=self._conductor, planner=planner, views=views, audit=audit),
+            devices=DeviceHandlers(
+                store=store, controller=self._conductor, planner=planner, keys=keys, views=views, audit=audit
+            ),
             commands=CommandHandlers(store=store, director=self._director, logs=logs, audit=audit, clock=clock),
             enrolment=EnrolmentHandlers(
                 store=store,

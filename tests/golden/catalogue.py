@@ -108,6 +108,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "device-alert": operator_api.Alert,
         "timeline": operator_api.Timeline,
         "labels-request": operator_api.LabelsRequest,
+        "keys-request": operator_api.KeysRequest,
         "instance-request": operator_api.InstanceRequest,
         "command-request": operator_api.CommandRequest,
         "command-reply": operator_api.CommandReply,

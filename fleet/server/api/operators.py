@@ -24,6 +24,7 @@ from fleet.server.api.devices import LogRelay
 from fleet.server.api.http import answer, body, param
 from fleet.server.api.query import LABEL, Number, Word
 from fleet.server.api.views import Metrics, Views
+from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
 from fleet.server.rollout_controller import RolloutController
@@ -77,7 +78,7 @@ class FleetHandlers:
 
 
 class DeviceHandlers:
-    """Handlers for devices: listing, labels, pins, retries."""
+    """Handlers for devices: listing, labels, configuration keys, pins, retries."""
 
     def __init__(
         self,
@@ -85,11 +86,12 @@ class DeviceHandlers:
         store: Store,
         controller: RolloutController,
         planner: RolloutPlanner,
+        keys: DeviceKeys,
         views: Views,
         audit: AuditLog,
     ) -> None:
         self._store, self._controller, self._planner = store, controller, planner
-        self._views, self._audit = views, audit
+        self._keys, self._views, self._audit = keys, views, audit
 
     async def list(self, _request: Request, _by: str) -> Response:
         """GET /v1/devices."""
@@ -130,6 +132,12 @@ class DeviceHandlers:
         self._store.devices.set_labels(row.id, labels)
         self._audit.record(by, "label", row.id, " ".join(f"{key}={value}" for key, value in sorted(labels.items())))
         self._controller.touch([row.id])
+        return answer(self._views.detail(_device(self._store, request)))
+
+    async def keys(self, request: Request, by: str) -> Response:
+        """PUT /v1/devices/{id}/keys."""
+        wanted = await body(request, operator_api.KeysRequest)
+        self._keys.change(_device(self._store, request), wanted, by=by)
         return answer(self._views.detail(_device(self._store, request)))
 
     async def pin(self, request: Request, by: str) -> Response:

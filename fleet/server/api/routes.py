@@ -203,6 +203,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=api.LabelsRequest,
     ),
     _put(
+        "/v1/devices/{id}/keys",
+        lambda on: on.devices.keys,
+        api.DeviceDetail,
+        "Set or remove a device's own configuration keys",
+        request=api.KeysRequest,
+    ),
+    _put(
         "/v1/devices/{id}/pin",
         lambda on: on.devices.pin,
         api.RolloutView,

@@ -305,6 +305,18 @@ def test_a_token_is_alone_on_standard_output_so_that_it_can_be_piped(fleet, desk
         (["unpin", ROW.id, "hello"], "POST", f"/v1/devices/{ROW.id}/unpin", {"instance": "hello"}),
         (["retry", ROW.id, "hello"], "POST", f"/v1/devices/{ROW.id}/retry", {"instance": "hello"}),
         (["label", ROW.id, "a=b", "c-"], "PUT", f"/v1/devices/{ROW.id}/labels", {"labels": {"a": "b", "c": None}}),
+        (
+            ["device", "set", ROW.id, "hello", "room=cellar", "url=a=b"],
+            "PUT",
+            f"/v1/devices/{ROW.id}/keys",
+            {"instance": "hello", "keys": {"room": "cellar", "url": "a=b"}},
+        ),
+        (
+            ["device", "unset", ROW.id, "hello", "room"],
+            "PUT",
+            f"/v1/devices/{ROW.id}/keys",
+            {"instance": "hello", "keys": {"room": None}},
+        ),
         (["revoke", ROW.id, "--yes"], "POST", f"/v1/devices/{ROW.id}/revoke", None),
     ],
 )
@@ -316,6 +328,30 @@ def test_acts_on_a_board(arguments, method, path, body, fleet, desk):
     if body is not None:
         assert desk.sent(path) == body
     assert msgspec.json.decode(fleet(*arguments, "--json").stdout, type=operator_api.DeviceDetail).row.id == ROW.id
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["room"], "error: 'room' is not a setting; it has no '='; write KEY=VALUE\n"),
+        (["=x"], "error: '=x' is not a setting; it has no key; write KEY=VALUE\n"),
+        (["room=a", "room=b"], "error: room is given twice; one value can apply; give it once\n"),
+    ],
+)
+def test_a_key_that_is_not_written_as_one_is_never_sent(pairs, said, fleet, desk):
+    result = fleet("device", "set", ROW.id, "hello", *pairs)
+    assert (result.exit_code, result.stderr, desk.seen) == (2, said, [])
+
+
+def test_keys_for_an_instance_that_is_not_there_yet_are_said_to_wait(fleet, desk):
+    desk.routes["PUT", f"/v1/devices/{ROW.id}/keys"] = DETAIL
+    assert "should run nothing as meter yet: its keys wait" in fleet("device", "set", ROW.id, "meter", "a=b").stdout
+
+
+def test_the_options_of_a_device_may_stand_before_its_id(fleet, desk):
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = DETAIL
+    assert json.loads(fleet("device", "--json", ROW.id).stdout)["row"]["id"] == ROW.id
+    assert fleet("device", "--effective", ROW.id).stdout == fleet("device", ROW.id, "--effective").stdout
 
 
 def test_a_board_is_not_revoked_without_a_yes(fleet, desk):
@@ -493,6 +529,8 @@ def test_init_never_overwrites(fleet, home):
         ("push x.wasm --group", "edge", ["edge-eu"]),
         ("why", "", ["gate-0a0a0a0a", "hut-1b1b1b1b"]),
         ("rollout abort", "", ["7"]),
+        ("device", "", ["gate-0a0a0a0a", "hut-1b1b1b1b", "set", "show", "unset"]),
+        ("device show", "gate", ["gate-0a0a0a0a"]),
         ("de", "de", ["demo", "deploy", "devices", "device"]),
     ],
 )

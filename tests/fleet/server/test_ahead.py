@@ -7,6 +7,7 @@ import pytest
 from fleet.protocol import operator_api
 from fleet.protocol.assignment import CheckIn
 from fleet.protocol.codes import RolloutState
+from fleet.protocol.manifest import ConfigKey
 from fleet.store.store import Store
 
 
@@ -16,10 +17,22 @@ async def restored(fleet, *, boards=("a",), meanwhile=None):
     found = [await fleet.board(name) for name in boards]
     first = await operator.publish("1.0.0")
     await operator.decided(await operator.deploy(first, waves="100%"))
+    newest = first
+
+    async def push():
+        nonlocal newest
+        for number in (2, 3):
+            newest = await operator.publish(f"{number}.0.0")
+            await operator.decided(await operator.deploy(newest, waves="100%"))
+
+    await made_anew(fleet, found, after=push, meanwhile=meanwhile)
+    return found, first, newest
+
+
+async def made_anew(fleet, found, *, after, meanwhile=None):
+    """A backup, what comes `after` it, and the server made anew from it; the boards are back."""
     fleet.server._store.backup(fleet.directory / "backup.db")
-    for number in (2, 3):
-        newest = await operator.publish(f"{number}.0.0")
-        await operator.decided(await operator.deploy(newest, waves="100%"))
+    await after()
     for board in found:
         await board.disconnect()
     await fleet.stop()
@@ -33,7 +46,31 @@ async def restored(fleet, *, boards=("a",), meanwhile=None):
     for board in found:
         await board.connect()
         await board.until(lambda board: any(isinstance(each.verb, CheckIn) for each in board.commands))
-    return found, first, newest
+
+
+async def set_key(fleet, board, value):
+    """Set a key of the device's own, and wait until the device has it."""
+    request = operator_api.KeysRequest(instance="hello", keys={"level": value})
+    await fleet.operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/keys", request)
+    await board.until(lambda board: board.items["hello"].config == {"level": value})
+
+
+@pytest.mark.asyncio
+async def test_adopting_takes_the_devices_own_keys_and_makes_no_pin_of_them(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0", config={"level": ConfigKey(default="info")})
+        await operator.decided(await operator.deploy(target, waves="100%"))
+        await set_key(fleet, board, "warn")
+        await made_anew(fleet, [board], after=lambda: set_key(fleet, board, "debug"))
+        assert await asyncio.to_thread(show, board) == 200
+        assert (await reconcile(fleet, "adopt")).done
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
+        (item,) = detail.effective
+        level = item.keys["level"]
+        assert (item.source, level.value, level.source) == ("group edge", "debug", "device")
+        await fleet.server._conductor.step()
+        assert board.accepted[-1].version == 3, "nothing changes on the device"
 
 
 def show(board):

@@ -52,3 +52,94 @@ async def test_an_instance_that_a_pin_masks_is_told_as_such(new_fleet):
         await operator.decided(await operator.send(operator_api.RolloutView, "POST", "/v1/removals", removal))
         await board.until(lambda board: not board.items)
         assert [told(each) for each in await effective(operator, board)] == [("", "pin", {})]
+
+
+async def change(operator, board, **keys):
+    request = operator_api.KeysRequest(instance="hello", keys=keys)
+    return await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/keys", request)
+
+
+def runs(**config):
+    return lambda board: board.items and board.items["hello"].config == config
+
+
+@pytest.mark.asyncio
+async def test_a_devices_own_keys_apply_at_once_and_stay_through_rollout_abort_and_undo(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board, other = fleet.operator, await fleet.board("a"), await fleet.board("b")
+        one, two = [await operator.publish(version, config=CONFIG) for version in ("1.0.0", "2.0.0")]
+        await operator.decided(await operator.deploy(one, config={"level": "warn"}))
+        detail = await change(operator, board, level="debug")
+        (shown,) = detail.effective
+        assert told(shown) == (one, "group edge", {"level": ("debug", "device"), "retries": ("3", "manifest")})
+        assert shown.config == {"level": "debug"}
+        await board.until(runs(level="debug"))
+        assert other.items["hello"].config == {"level": "warn"}
+
+        view = await operator.deploy(two, soak_s=3600, waves="100%")
+        await operator.follow(view, lambda view: view.counts.get("succeeded") == 2)
+        assert (board.items["hello"].target, board.items["hello"].config) == (two, {"level": "debug"})
+        await change(operator, board, retries="9")
+        await board.until(runs(level="debug", retries="9"))
+        path = f"/v1/rollouts/{view.number}/abort"
+        await operator.send(operator_api.RolloutView, "POST", path, operator_api.AbortRequest())
+        await board.until(lambda board: board.items["hello"].target == one)
+        assert board.items["hello"].config == {"level": "debug", "retries": "9"}
+        await other.until(lambda board: board.items["hello"].target == one)
+        assert other.items["hello"].config == {"level": "warn"}
+
+        await change(operator, board, level=None, retries=None)
+        await board.until(runs(level="warn"))
+        acts = [
+            each for each in (await operator.get(operator_api.Audit, "/v1/audit")).entries if each.act == "device-keys"
+        ]
+        assert acts[0].detail == "hello: level removed, retries removed"
+
+
+@pytest.mark.asyncio
+async def test_keys_of_the_device_do_not_make_a_change_of_the_group(new_fleet):
+    """Left out when it is judged whether a rollout would change anything."""
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        one = await operator.publish("1.0.0", config=CONFIG)
+        await operator.decided(await operator.deploy(one, config={"level": "warn"}))
+        await change(operator, board, level="debug")
+        await board.until(runs(level="debug"))
+        wish = operator_api.RolloutRequest(instance="hello", target=one, group="edge", config={"level": "warn"})
+        refused = await operator.send(operator_api.RolloutView, "POST", "/v1/rollouts", wish)
+        assert refused.state == "refused"
+
+
+@pytest.mark.asyncio
+async def test_keys_wait_for_their_instance_and_for_a_version_that_declares_them(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        assert (await change(operator, board, level="debug", room="cellar")).effective == ()
+        one = await operator.publish("1.0.0", config=CONFIG)
+        await operator.decided(await operator.deploy(one))
+        assert board.items["hello"].config == {"level": "debug"}
+        (shown,) = await effective(operator, board)
+        assert shown.config == {"level": "debug"}
+        assert {key: of.declared for key, of in shown.keys.items()} == {"level": True, "retries": True, "room": False}
+
+
+@pytest.mark.asyncio
+async def test_keys_that_nothing_takes_are_refused_and_nothing_is_kept(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        one = await operator.publish("1.0.0", config=CONFIG)
+        await operator.decided(await operator.deploy(one))
+        path = f"/v1/devices/{board.device}/keys"
+        for keys, kind, words in (
+            ({"level": "debug", "rom": "x"}, "unknown-config", "it knows level, retries"),
+            ({"level": None}, "unknown-config", "it has none"),
+            ({"a b": "x"}, "bad-name", ""),
+            ({"level": "x" * 8193}, "too-large", ""),
+        ):
+            problem = await operator.problem("PUT", path, operator_api.KeysRequest(instance="hello", keys=keys))
+            assert problem.type == kind
+            assert words in problem.detail
+        assert fleet.server._store.rollouts.own_keys(board.device) == {}
+        many = {f"k{number}": "x" * 8000 for number in range(9)}
+        problem = await operator.problem("PUT", path, operator_api.KeysRequest(instance="later", keys=many))
+        assert problem.type == "too-large"

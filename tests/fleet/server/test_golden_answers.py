@@ -306,6 +306,14 @@ async def one_board_alone(fleet, ask, gate, target):
     await ask("POST /v1/devices/{id}/unpin", operator_api.InstanceRequest(instance="hello"), id=gate.device)
     await gate.until(lambda each: each.items["hello"].target == before and each.acked == each.sequence)
     await ask("PUT /v1/devices/{id}/labels", operator_api.LabelsRequest(labels={"site": "north"}), id=gate.device)
+    for keys, note in (
+        ({"greeting": "ahoy"}, ""),
+        ({"greeting": None}, "that are removed"),
+        ({"tone": "x"}, "unknown"),
+    ):
+        wish = operator_api.KeysRequest(instance="hello", keys=keys)
+        await ask("PUT /v1/devices/{id}/keys", wish, id=gate.device, note=note)
+        await gate.until(lambda each: each.acked == each.sequence)
 
 
 async def what_is_known(ask, clerk, gate, kiosk):
