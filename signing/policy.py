@@ -127,8 +127,8 @@ def check_allowed(
         arch: the device's CPU (`x86_64`, `aarch64`, `riscv64`); empty to skip the check.
 
     Raises:
-        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, TOO_LARGE; MALFORMED: undeclared configuration; and as
-            `check_secrets`.
+        Rejected: WRONG_ARCH, SECURITY_EPOCH, GRANT_DENIED, TOO_LARGE; MALFORMED: configuration that the manifest does
+            not allow; and as `check_secrets`.
     """
     asked = release.manifest
     if asked.arch and arch and arch not in asked.arch:
@@ -144,6 +144,9 @@ def check_allowed(
     unknown = sorted(set(item.config) - set(asked.config))
     if unknown:
         raise Rejected(RejectCode.MALFORMED, f"{release.name} has no configuration key {unknown[0]!r}")
+    for key, value in item.config.items():
+        if wrong := asked.config[key].flaw(value):
+            raise Rejected(RejectCode.MALFORMED, f"{release.name}: {key}={value[:80]!r} is {wrong}")
     if any(len(value.encode()) > bounds.CONFIG_VALUE_MAX_BYTES for value in item.config.values()):
         raise Rejected(
             RejectCode.TOO_LARGE,

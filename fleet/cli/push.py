@@ -410,13 +410,17 @@ def _check_secrets(client: Client, manifest: Manifest, how: dict[str, Any]) -> N
 
 
 def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
-    for key in config or {}:
+    for key, value in (config or {}).items():
         if key not in manifest.config:
             known = ", ".join(manifest.config) or "none"
             raise Fault(
                 f"{manifest.name} has no configuration key {key!r}",
                 f"its manifest declares {known}",
                 f"add [config.{key}] to its component.toml",
+            )
+        if wrong := manifest.config[key].flaw(value):
+            raise Fault(
+                f"--config {key}={value[:80]} is not allowed", f"it is {wrong}", manifest.config[key].description
             )
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import tomllib
 from collections.abc import Container, Iterable
-from typing import Final
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -34,6 +34,7 @@ from fleet.protocol.manifest import (
     Grants,
     Health,
     Http,
+    KeyType,
     Limits,
     Manifest,
     OnMessage,
@@ -336,12 +337,33 @@ def _config(table: Table) -> dict[str, ConfigKey]:
     for key in list(table.raw):
         checked(names.check_config_key, key, "config")
         inner = table.table(key)
-        default = inner.text("default", "") if "default" in inner.raw else None
-        keys[key] = ConfigKey(description=inner.text("description", ""), default=default)
-        inner.finish()
+        keys[key] = _config_key(inner)
+        default = keys[key].default
         if len((default or "").encode()) > bounds.CONFIG_VALUE_MAX_BYTES:
             raise BadManifestError(f"{FILE_NAME}: config.{key}.default: at most {bounds.CONFIG_VALUE_MAX_BYTES} bytes")
     return keys
+
+
+def _config_key(table: Table) -> ConfigKey:
+    kind = table.text("type", "text")
+    if kind not in get_args(KeyType):
+        raise BadManifestError(
+            f"{FILE_NAME}: {table.at('type')}: {kind[:40]!r} is none of {', '.join(get_args(KeyType))}"
+        )
+    least, most = (table.signed(name) for name in ("min", "max"))
+    given: dict[str, Any] = {
+        "description": table.text("description", ""),
+        "default": table.text("default", "") if "default" in table.raw else None,
+        "type": kind,
+        "min": least,
+        "max": most,
+        "enum": table.texts("enum", lambda _: None),
+    }
+    table.finish()
+    key = ConfigKey(**given)
+    if wrong := key.contradiction():
+        raise BadManifestError(f"{FILE_NAME}: {table.path}: {wrong}")
+    return key
 
 
 def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
@@ -411,6 +433,9 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
     for key, value in manifest.config.items():
         inner = [f"description = {text(value.description)}"] if value.description else []
         inner += [] if value.default is None else [f"default = {text(value.default)}"]
+        inner += [] if value.type == "text" else [f"type = {text(value.type)}"]
+        inner += [f"{name} = {of}" for name, of in (("min", value.min), ("max", value.max)) if of is not None]
+        inner += [f"enum = {texts(value.enum)}"] if value.enum else []
         name = key if _BARE_KEY.fullmatch(key) else text(key)
         lines += ["", f"[config.{name}]", *inner]
     for key, secret in manifest.secrets.items():

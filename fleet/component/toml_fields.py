@@ -135,6 +135,17 @@ class Table:
             raise self.wrong(key, "a whole number", value)
         return self.in_bounds(key, value)
 
+    def signed(self, key: str) -> int | None:
+        """Take a whole number that may be negative; None where there is none."""
+        value = self.take(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.wrong(key, "a whole number", value)
+        if abs(value) > bounds.NUMBER_MAX:
+            raise BadManifestError(f"{FILE_NAME}: {self.at(key)}: beyond 2^53")
+        return value
+
     def size(self, key: str, default: int) -> int:
         """Take a size, in bytes."""
         value = self.take(key)

@@ -76,6 +76,9 @@ PRIORITY_MAX: Final = 1_000_000
 WAIT_MAX_S: Final = 10 * 366 * 86_400
 """Ten years, the longest soak, timeout or validity: added to the present time, the sum is still a valid time."""
 
+Whole = Annotated[int, Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
+"""A whole number that may be negative: a bound of a configuration key."""
+
 Count = Annotated[int, Meta(ge=0, le=NUMBER_MAX)]
 """A version, a sequence, an attempt, a generation, a number of things, bytes, or a duration."""
 

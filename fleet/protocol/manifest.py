@@ -14,14 +14,16 @@ week 0-7 (0 and 7 are Sunday). A field is `*`, a number, a range `a-b`, a step `
 with commas. When both days are restricted, either fits. Times are naive: wall-clock times of the device's zone.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from decimal import Decimal
+from typing import Any, Final, Literal
 
 import msgspec
 
 from fleet.protocol import bounds, names, outbound, wire
-from fleet.protocol.bounds import MIB, Count
+from fleet.protocol.bounds import MIB, Count, Whole
 
 CYCLONEDX: Final = "cyclonedx"
 SPDX: Final = "spdx"
@@ -283,11 +285,68 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_error_percent: Count = 10
 
 
+KeyType = Literal["text", "integer", "number", "boolean"]
+
+
 class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A configuration key that an operator may set."""
+    """A configuration key that an operator may set.
+
+    Attributes:
+        default: value where none is set.
+        type: form of a value, which is always carried as text.
+        min, max: smallest and largest number; of a text, its fewest and most characters.
+        enum: values that are allowed; empty for any.
+    """
 
     description: str = ""
     default: str | None = None
+    type: KeyType = "text"
+    min: Whole | None = None
+    max: Whole | None = None
+    enum: tuple[str, ...] = ()
+
+    def contradiction(self) -> str:
+        """Say what no value can meet, or which of the declared values is none; empty for nothing."""
+        if self.type == "boolean" and (self.min, self.max) != (None, None):
+            return "min and max are for numbers and texts"
+        if self.min is not None and self.max is not None and self.min > self.max:
+            return f"min is {self.min}, above max, {self.max}"
+        for each in self.enum:
+            if wrong := self._form(each):
+                return f"enum: {each[:40]!r} is {wrong}"
+        wrong = "" if self.default is None else self.flaw(self.default)
+        return f"default: {(self.default or '')[:40]!r} is {wrong}" if wrong else ""
+
+    def flaw(self, value: str) -> str:
+        """Say why a value is not one of this key, to follow "is"; empty where it is one."""
+        wrong = self._form(value)
+        return wrong or ("" if not self.enum or value in self.enum else f"none of {', '.join(self.enum)}")
+
+    def _form(self, value: str) -> str:
+        if (pattern := _FORMS.get(self.type)) is not None and pattern.fullmatch(value) is None:
+            return _NOT_OF_FORM[self.type]
+        if self.type == "boolean":
+            return ""
+        size, what = Decimal(len(value) if self.type == "text" else value), " characters" * (self.type == "text")
+        if self.type == "integer" and abs(size) > bounds.NUMBER_MAX:
+            return "beyond 2^53"
+        if self.min is not None and size < self.min:
+            return f"less than {self.min}{what}"
+        if self.max is not None and size > self.max:
+            return f"more than {self.max}{what}"
+        return ""
+
+
+_FORMS: Final = {
+    "integer": re.compile(r"-?(0|[1-9][0-9]{0,15})"),
+    "number": re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,16})?"),
+    "boolean": re.compile("true|false"),
+}
+_NOT_OF_FORM: Final = {
+    "integer": "not a whole number, such as 5",
+    "number": "not a number, such as 0.5",
+    "boolean": "neither true nor false",
+}
 
 
 class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -328,13 +387,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     secrets: dict[str, SecretKey] = {}
 
     def plain(self) -> dict[str, Any]:
-        """Convert to JSON types for signing, without the fields of `LATER` that have their default."""
+        """Convert to JSON types for signing, without later fields that have their default: `LATER`, `LATER_OF_KEYS`."""
         value: dict[str, Any] = msgspec.to_builtins(self)
         for path in LATER:
             within, _, name = path.rpartition(".")
             struct, place = (getattr(self, within), value[within]) if within else (self, value)
             if getattr(struct, name) == _default(struct, name):
                 del place[name]
+        for key, declared in self.config.items():
+            for name in LATER_OF_KEYS:
+                if getattr(declared, name) == _default(declared, name):
+                    del value["config"][key][name]
         return value
 
     def digest(self) -> str:
@@ -345,6 +408,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
+
+
+LATER_OF_KEYS: Final = ("type", "min", "max", "enum")
+"""The same, in each configuration key."""
 
 
 def _default(struct: msgspec.Struct, name: str) -> object:
@@ -360,14 +427,18 @@ def decode(data: bytes) -> Manifest:
     """Read a normalised manifest from JSON.
 
     Raises:
-        BadManifestError: too large, not JSON, an unknown field or one of another type.
+        BadManifestError: too large, not JSON, an unknown field or one of another type, a key that contradicts itself.
     """
     if len(data) > bounds.MANIFEST_MAX_BYTES:
         raise BadManifestError(f"the manifest has {len(data)} bytes, at most {bounds.MANIFEST_MAX_BYTES} fit")
     try:
-        return msgspec.json.decode(data, type=Manifest)
+        found = msgspec.json.decode(data, type=Manifest)
     except wire.JSON_ERRORS as error:
         raise BadManifestError(f"manifest: {error}") from error
+    for key, declared in found.config.items():
+        if wrong := declared.contradiction():
+            raise BadManifestError(f"manifest: config.{key}: {wrong}")
+    return found
 
 
 def convert(value: object) -> Manifest:

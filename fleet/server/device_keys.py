@@ -10,7 +10,7 @@ from typing import Final
 
 from fleet.protocol import bounds, names
 from fleet.protocol.operator_api import KeysRequest, Refusal
-from fleet.server.director import Director
+from fleet.server.director import Director, bad_value
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
@@ -83,7 +83,9 @@ class DeviceKeys:
         if release is None:
             return
         known = release.manifest.config
-        for key in given:
+        for key, value in given.items():
+            if wrong := bad_value(release, key, value):
+                raise Refusal(422, "bad-config", wrong, known[key].description)
             if key not in known:
                 raise Refusal(
                     422,

@@ -29,6 +29,7 @@ from signing.policy import Release
 
 log = logging.getLogger(__name__)
 LIFE: Final = timedelta(days=30)
+_SHOWN_CHARS: Final = 80
 RENEW_BEFORE: Final = LIFE / 3
 FRESH_LIFE: Final = timedelta(minutes=10)
 COMMAND_LIFE: Final = timedelta(minutes=5)
@@ -307,7 +308,7 @@ class Director:
     def _wanted(self, device: DeviceRow) -> Assignment:
         """Return the content of a device's assignment, without version and times."""
         attempts = self._store.delivery.attempts(device.id)
-        boxes = self._store.boxes.newest(device.id)
+        boxes, own = self._store.boxes.newest(device.id), self._store.rollouts.own_keys(device.id)
         items: list[Item] = []
         wanted = self.effective(device)
         kept = self._forgotten(device.id, wanted)
@@ -322,9 +323,9 @@ class Director:
             if unfit(release, device):  # the preflight said so
                 kept.append(instance)
                 continue
-            # the listing of secrets says so, or the catch-up queue: the device keeps what it had
+            # the listing of secrets says so, the catch-up queue, or the rollout: the device keeps what it had
             held = self._held_back(device.id, each)
-            if held or lacks(release, instance, boxes):
+            if held or lacks(release, instance, boxes) or bad_key(release, own.get(instance, {})):
                 before = (
                     self._before(device.id, instance, each.rollout) if held else self._assigned(device.id, instance)
                 )
@@ -365,6 +366,19 @@ def lacks(release: Release | None, instance: str, boxes: Mapping[tuple[str, str]
     """Return the secrets that a release requires and of which a device has no box."""
     declared = {} if release is None else release.manifest.secrets
     return tuple(name for name, key in sorted(declared.items()) if key.required and (instance, name) not in boxes)
+
+
+def bad_value(release: Release, key: str, value: str) -> str:
+    """Say why a release does not take a value of a configuration key; empty where it does, or does not know the key."""
+    declared = release.manifest.config.get(key)
+    wrong = "" if declared is None else declared.flaw(value)
+    return f"{key}={value[:_SHOWN_CHARS]!r} is {wrong}" if wrong else ""
+
+
+def bad_key(release: Release | None, own: Mapping[str, str]) -> str:
+    """Say which of a device's own keys a release does not take, and why; empty for none."""
+    flaws = () if release is None else (bad_value(release, key, value) for key, value in sorted(own.items()))
+    return next((wrong for wrong in flaws if wrong), "")
 
 
 def _refs(release: Release, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[SecretRef, ...]:

@@ -12,7 +12,7 @@ from fleet.rollout.decide import Gate, Rollout
 from fleet.rollout.effective import Overlay
 from fleet.rollout.members import Candidate, draw
 from fleet.rollout.model import Member, Value
-from fleet.server.director import Director, lacks, unfit
+from fleet.server.director import Director, bad_key, lacks, unfit
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
@@ -157,7 +157,9 @@ class Membership:
         missing = self.lacks(row, release, instance)
         secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
         engineless = "it has no wasm engine" if row.versions.host and not row.versions.engine else ""
-        return unfit(release, row) or engineless or secret
+        wrong = bad_key(release, self._store.rollouts.own_keys(row.id).get(instance, {}))
+        key = f"its own {wrong}: fleet device set {row.id} {instance} KEY=VALUE" if wrong else ""
+        return unfit(release, row) or engineless or secret or key
 
     def _elsewhere(self, change: Change, row: DeviceRow) -> str:
         """Return what supplies the instance in spite of the change: a pin, or another group."""

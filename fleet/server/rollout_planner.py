@@ -31,7 +31,7 @@ from fleet.rollout.decide import Rollout
 from fleet.rollout.effective import Fitness, Group, SettledValue
 from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
-from fleet.server.director import Director
+from fleet.server.director import Director, bad_value
 from fleet.server.retries import nothing_to_retry
 from fleet.server.rollout_controller import RolloutController, approvers, refusal
 from fleet.server.rollout_members import Change, Membership
@@ -690,6 +690,7 @@ def _overridden(request: RolloutRequest, policy: GroupPlan | None) -> tuple[str,
 
 
 _PORT_MAX: Final = 65_535
+_GIVE: Final = "give --config KEY=VALUE"
 
 
 def value_of(request: RolloutRequest, release: Release, before: Value | None, *, attempt: int) -> Value:
@@ -725,13 +726,15 @@ def _check_config(release: Release, config: dict[str, str], *, explicit: bool) -
             )
         if len(value.encode()) > bounds.CONFIG_VALUE_MAX_BYTES:
             raise Refusal(413, "too-large", f"the value of {key} is larger than {bounds.CONFIG_VALUE_MAX_BYTES} bytes")
+        if wrong := bad_value(release, key, value):
+            raise Refusal(422, "bad-config", wrong, "" if explicit else "the instance has it from before", _GIVE)
     missing = [key for key, declared in known.items() if declared.default is None and key not in config]
     if missing:
         raise Refusal(
             422,
             "missing-config",
             f"{release.name} needs a value for {', '.join(missing)}",
-            action="give --config KEY=VALUE",
+            action=_GIVE,
         )
 
 

@@ -14,7 +14,7 @@ from tuf.api.metadata import Root
 
 from fleet.protocol.assignment import ASSIGNMENT_TYPE, FRESH_TYPE, SecretRef
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import SecretKey
+from fleet.protocol.manifest import ConfigKey, SecretKey
 from signing import director, dsse
 from signing.errors import Rejected, SigningError
 from signing.state import VERSION_MAX
@@ -277,6 +277,12 @@ def _(scene: Scene) -> bytes:
 @attack("configuration that the manifest does not declare", RejectCode.MALFORMED)
 def _(scene: Scene) -> bytes:
     return scene.altered(config={"url": "https://evil.example"})
+
+
+@attack("a value that the manifest does not allow", RejectCode.MALFORMED)
+def _(scene: Scene) -> bytes:
+    item = scene.repo.publish("1.1.0", grants=CLOCKS, config={"retries": ConfigKey(type="integer", min=1)})
+    return scene.repo.assign(msgspec.structs.replace(item, config={"retries": "0"}))
 
 
 @attack("a secret that the manifest does not declare", RejectCode.MALFORMED)

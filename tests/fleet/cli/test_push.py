@@ -121,6 +121,13 @@ def test_a_configuration_key_that_the_manifest_does_not_have(tmp_path, fleet, de
     assert "no configuration key 'level'" in result.stderr
 
 
+def test_a_value_that_the_manifest_does_not_allow_is_not_even_signed(tmp_path, fleet, desk):
+    toml = "[config.retries]\ndescription = '1 to 9'\ntype = 'integer'\nmin = 1\nmax = 9\ndefault = '3'"
+    result = fleet("push", component(tmp_path, toml=toml), "--group", "edge-eu", "--config", "retries=10")
+    assert (result.exit_code, desk.seen) == (2, [])
+    assert result.stderr == "error: --config retries=10 is not allowed; it is more than 9; 1 to 9\n"
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -188,6 +188,15 @@ def test_the_demo_s_own_texts(name):
         ("trigger = 'service'", "trigger does not fit: component.wasm exports no wasi:cli/run"),
         ("world = 'wasi:http'", "world is 'wasi:http', but component.wasm exports wasmfleet:http/handler"),
         ("[config.'a b']", "config: 'a b' is not a key"),
+        ("[config.x]\ntype = 'float'", "config.x.type: 'float' is none of text, integer, number, boolean"),
+        ("[config.x]\nmin = 'a'", "config.x.min: expected a whole number, not a text"),
+        ("[config.x]\nmax = 0.5", "config.x.max: expected a whole number, not a number"),
+        ("[config.x]\nmax = 90071992547409921", "config.x.max: beyond 2^53"),
+        ("[config.x]\ntype = 'integer'\nmin = 3\nmax = 2", "config.x: min is 3, above max, 2"),
+        ("[config.x]\ntype = 'boolean'\nmin = 3", "config.x: min and max are for numbers and texts"),
+        ("[config.x]\ntype = 'integer'\ndefault = 'a'", "config.x: default: 'a' is not a whole number"),
+        ("[config.x]\nenum = ['a', 'b']\ndefault = 'c'", "config.x: default: 'c' is none of a, b"),
+        ("[config.x]\ntype = 'number'\nenum = ['1e3']", "config.x: enum: '1e3' is not a number"),
         ("[secrets.'a b']", "secrets: secret 'a b' is not a name"),
         ("[secrets.key]\nvalue = 'hunter2'", "secrets.key.value: unknown field"),
         ("[secrets.key]\nrequired = 'yes'", "secrets.key.required: expected true or false, not a text"),
@@ -316,7 +325,10 @@ manifests = st.builds(
     health=st.builds(Health, check=st.booleans(), probation_ms=small, max_error_percent=st.integers(0, 100)),
     config=st.dictionaries(
         st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
-        st.builds(ConfigKey, description=texts, default=st.none() | texts),
+        st.builds(ConfigKey, description=texts, default=st.none() | texts)
+        | st.builds(ConfigKey, type=st.just("integer"), min=st.integers(-9, 0), max=st.integers(0, 9))
+        | st.builds(ConfigKey, type=st.just("boolean"), default=st.sampled_from(["true", "false"]))
+        | st.builds(ConfigKey, type=st.just("text"), enum=st.lists(texts, max_size=3, unique=True).map(tuple)),
         max_size=3,
     ),
     secrets=st.dictionaries(

@@ -85,3 +85,51 @@ def test_a_later_field_written_out_at_its_default_hashes_the_same():
     assert wordy.digest() == HELLO.digest()
     with pytest.raises(BadManifestError, match="unknown field"):
         manifest.convert(HELLO.plain() | {"of_tomorrow": 1})
+
+
+KEYS = {
+    "integer": manifest.ConfigKey(type="integer", min=-2, max=10),
+    "number": manifest.ConfigKey(type="number", min=0, max=1),
+    "boolean": manifest.ConfigKey(type="boolean"),
+    "text": manifest.ConfigKey(min=2, max=3),
+    "enum": manifest.ConfigKey(type="integer", enum=("1", "5")),
+    "any": manifest.ConfigKey(),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "refused"),
+    [
+        ("integer", ["-2", "0", "10"], ["-3", "11", "", "1.0", "01", "+1", " 1", "1\n", "1e1", "٣", "0x1", "9" * 17]),
+        ("number", ["0", "1", "0.5", "1.000"], ["1.01", "-0.1", ".5", "1.", "nan", "inf", "1e-1", "1,5", "0.5\n"]),
+        ("boolean", ["true", "false"], ["True", "1", "", "yes", "true\n"]),
+        ("text", ["ab", "äöü"], ["a", "abcd", ""]),
+        ("enum", ["1", "5"], ["2", "01", ""]),
+        ("any", ["", "x", "1\n2"], []),
+    ],
+)
+def test_a_value_is_one_of_its_key_or_told_why_not(key, allowed, refused):
+    assert [KEYS[key].flaw(each) for each in allowed] == [""] * len(allowed)
+    assert all(KEYS[key].flaw(each) for each in refused)
+
+
+def test_a_whole_number_is_one_that_every_reader_takes():
+    assert manifest.ConfigKey(type="integer").flaw(str(2**53)) == ""
+    assert manifest.ConfigKey(type="integer").flaw(str(2**53 + 1)) == "beyond 2^53"
+
+
+def test_a_typed_key_is_signed_with_its_type_and_an_untyped_one_as_before():
+    typed = msgspec.structs.replace(HELLO, config={"every": KEYS["integer"], "plain": manifest.ConfigKey(default="x")})
+    assert typed.plain()["config"] == {
+        "every": {"description": "", "default": None, "type": "integer", "min": -2, "max": 10},
+        "plain": {"description": "", "default": "x"},
+    }
+    assert manifest.convert(typed.plain()) == typed
+
+
+@pytest.mark.parametrize(
+    "key", [{"type": "float"}, {"type": "integer", "default": "x"}, {"min": 2, "max": 1}, {"min": 2**60}, {"min": 0.5}]
+)
+def test_a_signed_key_that_contradicts_itself_is_no_manifest(key):
+    with pytest.raises(BadManifestError, match=r"manifest: .*config"):
+        manifest.convert(HELLO.plain() | {"config": {"x": key}})

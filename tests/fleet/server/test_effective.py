@@ -143,3 +143,50 @@ async def test_keys_that_nothing_takes_are_refused_and_nothing_is_kept(new_fleet
         many = {f"k{number}": "x" * 8000 for number in range(9)}
         problem = await operator.problem("PUT", path, operator_api.KeysRequest(instance="later", keys=many))
         assert problem.type == "too-large"
+
+
+RETRIES = {"retries": ConfigKey(description="1 to 9", type="integer", min=1, max=9, default="3")}
+
+
+@pytest.mark.asyncio
+async def test_a_value_that_is_none_of_its_key_is_refused_at_deploy_and_for_a_device(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        loose = await operator.publish("1.0.0", config={"retries": ConfigKey(default="3")})
+        tight = await operator.publish("2.0.0", config=RETRIES)
+        await operator.decided(await operator.deploy(loose, config={"retries": "many"}))
+        wish = operator_api.RolloutRequest(instance="hello", target=tight, group="edge")
+        problem = await operator.problem("POST", "/v1/rollouts", wish)
+        said = "retries='many' is not a whole number, such as 5"
+        assert (problem.type, problem.title, problem.detail) == ("bad-config", said, "the instance has it from before")
+        wish = operator_api.RolloutRequest(instance="hello", target=tight, group="edge", config={"retries": "10"})
+        problem = await operator.problem("POST", "/v1/rollouts", wish)
+        assert (problem.type, problem.title) == ("bad-config", "retries='10' is more than 9")
+        await operator.decided(await operator.deploy(tight, config={"retries": "9"}))
+        request = operator_api.KeysRequest(instance="hello", keys={"retries": "0"})
+        problem = await operator.problem("PUT", f"/v1/devices/{board.device}/keys", request)
+        assert (problem.type, problem.title, problem.detail) == ("bad-config", "retries='0' is less than 1", "1 to 9")
+        await change(operator, board, retries="1")
+        await board.until(runs(retries="1"))
+
+
+@pytest.mark.asyncio
+async def test_a_device_whose_own_value_does_not_fit_a_new_version_is_left_out_and_keeps_what_it_has(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board, other = await fleet.board("a"), await fleet.board("b")
+        loose = await operator.publish("1.0.0", config={"retries": ConfigKey(default="3")})
+        tight = await operator.publish("2.0.0", config=RETRIES)
+        await operator.decided(await operator.deploy(loose))
+        await change(operator, board, retries="many")
+        await board.until(runs(retries="many"))
+        view = await operator.decided(await operator.deploy(tight))
+        (left,) = [each for each in view.devices if each.device == board.device]
+        assert (left.outcome, left.reason.partition(":")[0]) == (
+            "not-affected",
+            "its own retries='many' is not a whole number, such as 5",
+        )
+        assert (board.items["hello"].target, other.items["hello"].target) == (loose, tight)
+        await change(operator, board, retries="5")
+        await board.until(lambda board: board.items["hello"].target == tight)
+        assert board.items["hello"].config == {"retries": "5"}
