@@ -63,6 +63,10 @@ class ServerLimits:
         device_rows: reports, and events, kept of one device: a hundred deployments a month for `keep_days`.
         certificates_burst: issued to all devices: a fleet of 10,000 that renews at once is done in seven minutes.
         artifact_bytes: of one uploaded component; at most as much as devices take.
+        broker_client_bytes: messages that wait in the broker for one client that is away or slow: 10,000 reports of the
+            usual size for the server. The rest comes again, since devices keep reports until they are acknowledged.
+        broker_client_messages: of those, their number.
+        broker_memory_bytes: of the broker in all, beyond which it drops messages.
     """
 
     operator_connections: _Connections = 512
@@ -82,6 +86,9 @@ class ServerLimits:
     certificates_burst: Annotated[int, Between(10, 1_000_000)] = 2000
     certificates_per_s: _PerSecond = 20
     artifact_bytes: Annotated[int, Between(bounds.MIB, bounds.ARTIFACT_MAX_BYTES)] = bounds.ARTIFACT_MAX_BYTES
+    broker_client_bytes: _BurstBytes = 64 * bounds.MIB
+    broker_client_messages: Annotated[int, Between(100, 65_000)] = 10_000
+    broker_memory_bytes: Annotated[int, Between(64 * bounds.MIB, 64 * 1024 * bounds.MIB)] = 2048 * bounds.MIB
 
     def __post_init__(self) -> None:
         """Refuse invalid values. Raises `LimitError`."""

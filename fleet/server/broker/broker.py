@@ -25,6 +25,7 @@ from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
 from fleet.protocol.files import atomic_write, set_aside
 from fleet.server.config import EVERYWHERE, Address, ServerConfig, ServerPaths
+from fleet.server.limits import DEFAULTS, ServerLimits
 
 LISTS: Final = "issuers.crl"
 
@@ -46,10 +47,16 @@ class Broker:
     """
 
     def __init__(
-        self, name: str, bind: Address, program: list[str] | None, home: ServerPaths, lists: Callable[[], bytes]
+        self,
+        name: str,
+        bind: Address,
+        program: list[str] | None,
+        home: ServerPaths,
+        lists: Callable[[], bytes],
+        limits: ServerLimits = DEFAULTS,
     ) -> None:
         """Create a broker at `bind`; `program` is its command, None for an external broker."""
-        self.name = name
+        self.name, self._limits = name, limits
         self.address = bind if program is None else bind.here
         self.remembers = name != "embedded"
         self._bind = bind
@@ -80,13 +87,16 @@ class Broker:
                 "install mosquitto, or name one with --broker mqtts://HOST:PORT"
             )
         if program is not None:
-            return cls("mosquitto", bind, [str(program), "-c", str(home.broker / FILE)], home, lists)
+            command = [str(program), "-c", str(home.broker / FILE)]
+            return cls("mosquitto", bind, command, home, lists, config.limits)
         files = (home.ca / "ca.pem", home.tls / "server.pem", home.tls / "server.key")
         command = [sys.executable, "-m", "fleet.server.broker.embedded", bind.host, str(bind.port)]
         command += [
             str(path) for path in (*files, home.broker / "revoked", home.broker / "suspended", home.broker / LISTS)
         ]
-        return cls("embedded", bind, command, home, lists)
+        most = config.limits
+        command += map(str, (most.broker_client_bytes, most.broker_client_messages, most.broker_memory_bytes))
+        return cls("embedded", bind, command, home, lists, most)
 
     @property
     def pid(self) -> int | None:
@@ -141,6 +151,7 @@ class Broker:
             certificate=tls / "server.pem",
             key=tls / "server.key",
             lists=lists if lists.stat().st_size else None,
+            limits=self._limits,
         )
 
     def _write(self, denied: Denied) -> None:
@@ -306,10 +317,8 @@ class Child:
 FILE: Final = "mosquitto.conf"
 _SBIN: Final = "/usr/sbin:/usr/local/sbin"
 MAX_PACKET_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
-IN_FLIGHT_MAX_BYTES: Final = 16 * bounds.MIB
-QUEUED_MAX_BYTES: Final = 64 * bounds.MIB
-"""Kept for one client that is away or slow: 10,000 reports of the usual size for the server. The rest comes again,
-since devices keep reports until they are acknowledged."""
+_IN_FLIGHT_SHARE: Final = 4
+"""A fourth of what may wait for a client may be on its way to it at once."""
 
 
 def find() -> Path | None:
@@ -319,7 +328,14 @@ def find() -> Path | None:
 
 
 def configure(
-    directory: Path, *, address: Address, ca: Path, certificate: Path, key: Path, lists: Path | None = None
+    directory: Path,
+    *,
+    address: Address,
+    ca: Path,
+    certificate: Path,
+    key: Path,
+    lists: Path | None = None,
+    limits: ServerLimits = DEFAULTS,
 ) -> Path:
     """Write the configuration and return its path. `write_acl` goes with it.
 
@@ -347,9 +363,10 @@ def configure(
         "autosave_interval 300",
         "persistent_client_expiration 14d",
         "max_inflight_messages 1000",
-        f"max_inflight_bytes {IN_FLIGHT_MAX_BYTES}",
-        "max_queued_messages 10000",
-        f"max_queued_bytes {QUEUED_MAX_BYTES}",
+        f"max_inflight_bytes {limits.broker_client_bytes // _IN_FLIGHT_SHARE}",
+        f"max_queued_messages {limits.broker_client_messages}",
+        f"max_queued_bytes {limits.broker_client_bytes}",
+        f"memory_limit {limits.broker_memory_bytes}",
         f"max_packet_size {MAX_PACKET_BYTES}",
         f"message_size_limit {bounds.DESIRED_MAX_BYTES}",
         "log_dest stdout",

@@ -7,9 +7,14 @@ the certificate's CN; a plugin restricts each session to its own topics, and `Fi
 amqtt still accepts subscriptions to `$share` that it never serves, keeps nothing over a restart, and is slow: use
 Mosquitto in production.
 
+amqtt queues without bounds for a client that does not read, makes a task for each packet of one that does not take its
+answers, and reads packets of a quarter of a gigabyte. Here messages that wait are bounded (`Allowance`), a client that
+does not take what was sent is not read either, and its connection ends after `_STALLED_S`.
+
 SIGHUP reloads the certificate and the lists of revoked and suspended devices.
 
-    python -m fleet.server.broker.embedded HOST PORT CA CERTIFICATE KEY REVOKED SUSPENDED LISTS
+    python -m fleet.server.broker.embedded HOST PORT
+        CA CERTIFICATE KEY REVOKED SUSPENDED LISTS CLIENT_BYTES CLIENT_MESSAGES TOTAL_BYTES
 """
 
 import asyncio
@@ -18,6 +23,8 @@ import logging
 import signal
 import ssl
 import sys
+from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -25,12 +32,14 @@ from typing import Any, Final, NamedTuple
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker
 from amqtt.contexts import Action, BrokerConfig, ListenerConfig, ListenerType
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 
 from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
 from fleet.protocol.topics import BadTopicError, Topic, Up
+from fleet.server.broker.allowance import Allowance, Waiting
 from fleet.server.config import Address
 
 log = logging.getLogger(__name__)
@@ -38,6 +47,19 @@ _CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
 _CONNECT_S: Final = 10.0
 _TAKEOVER_S: Final = 5.0
 _LENGTH_BYTES: Final = 4
+_PACKET_MAX_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
+_STALLED_S: Final = 10.0
+"""Longest wait for a client to take what was sent: on loopback a client that reads takes it at once."""
+
+_UNHANDLED_MAX: Final = 64
+"""Messages of one client that were read and not distributed yet; beyond that it is not read."""
+
+_UNSENT_MAX: Final = 1024
+"""Messages of all clients that wait to be distributed; beyond that no client is read."""
+
+_BREATH_S: Final = 0.01
+"""Pause until it is looked again whether a client may be read: amqtt has no event for that."""
+
 _LISTENER: Final = "default"
 _HERE: Final = "fleet.server.broker.embedded"
 """Name of this module, also when it runs as a program; amqtt finds the plugins by it."""
@@ -145,16 +167,91 @@ class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
         return may(session.client_id, topic, publish=action is Action.PUBLISH)
 
 
+class _Counted:
+    """Handler of a client's session, whose messages are counted while they wait for the client."""
+
+    def __init__(self, handler: BrokerProtocolHandler, client: str, waiting: Waiting) -> None:
+        self._handler, self._client, self._waiting = handler, client, waiting
+
+    async def mqtt_publish(self, topic: str, data: bytes, qos: int | None, *, retain: bool) -> None:
+        """Send a message, unless too many wait already; return when it is acknowledged, or no longer waited for."""
+        size = len(data)
+        if not self._waiting.take(self._client, size):
+            if self._waiting.dropped[self._client] == 1:
+                log.warning("%s does not take its messages: those beyond its allowance are dropped", self._client)
+            return
+        try:
+            with contextlib.suppress(TimeoutError):  # not acknowledged: the handler has said so
+                await self._handler.mqtt_publish(topic, data, qos, retain=retain)
+        finally:
+            self._waiting.give(self._client, size)
+
+
 class FilteringBroker(Broker):  # type: ignore[misc]
-    """amqtt, with retained messages under the rule of live ones.
+    """amqtt, with retained messages under the rule of live ones, and bounds on what waits for a client.
 
     amqtt 0.12 sends a client that connects whatever is retained under any client's subscription, and asks no plugin.
 
     Attributes:
         suspended: devices that may not write now.
+        waiting: messages that wait for clients.
     """
 
     suspended: frozenset[str] = frozenset()
+
+    def __init__(self, config: BrokerConfig, allowance: Allowance) -> None:
+        super().__init__(config)
+        self.waiting = Waiting(allowance)
+        self._held: dict[str, list[int]] = {}
+        self._letting_go_at = _UNSENT_MAX
+
+    async def may_read(self, client: str) -> None:
+        """Wait until more may be read from a client."""
+        while True:
+            session = self._sessions.get(client, (None, None))[0]
+            unhandled = 0 if session is None else session.delivered_message_queue.qsize()
+            # the server is read also when nothing more may wait: it acknowledges what does
+            full = self.waiting.full and client != SERVER_CN
+            if unhandled < _UNHANDLED_MAX and self._broadcast_queue.qsize() < _UNSENT_MAX and not full:
+                return
+            await asyncio.sleep(_BREATH_S)
+
+    def _get_handler(self, session: Session) -> _Counted | None:
+        handler = super()._get_handler(session)
+        return None if handler is None else _Counted(handler, session.client_id, self.waiting)
+
+    async def _run_broadcast(self, running_tasks: "deque[asyncio.Task[Any]]") -> None:
+        await super()._run_broadcast(running_tasks)
+        if len(running_tasks) < self._letting_go_at:
+            return
+        # amqtt lets go of finished tasks, and their messages, only up to the first that waits
+        waits = [task for task in running_tasks if not task.done()]
+        for task in running_tasks:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.info("a message was not delivered: %s", task.exception())
+        running_tasks.clear()
+        running_tasks.extend(waits)
+        self._letting_go_at = max(_UNSENT_MAX, 2 * len(waits))
+
+    async def _retain_broadcast_message(self, broadcast: dict[str, Any], qos: int, target_session: Session) -> None:
+        """Keep a message for a client that is away."""
+        client, size = target_session.client_id, len(broadcast["data"])
+        if self.waiting.take(client, size):
+            self._held.setdefault(client, []).append(size)
+            await super()._retain_broadcast_message(broadcast, qos, target_session)
+
+    async def _publish_session_retained_messages(self, session: Session) -> None:
+        self._release(session.client_id)
+        await super()._publish_session_retained_messages(session)
+
+    async def _delete_session(self, client_id: str) -> None:
+        self._release(client_id)
+        await super()._delete_session(client_id)
+
+    def _release(self, client: str) -> None:
+        """Count no more what was kept for a client that is back."""
+        for size in self._held.pop(client, ()):
+            self.waiting.give(client, size)
 
     async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
         if action is Action.PUBLISH and session.client_id in self.suspended:
@@ -177,15 +274,53 @@ class FilteringBroker(Broker):  # type: ignore[misc]
             await asyncio.wait(sending)
 
 
-class _Replay(StreamReaderAdapter):  # type: ignore[misc]
-    """Reader that returns the CONNECT packet again."""
+class _Writer(StreamWriterAdapter):  # type: ignore[misc]
+    """Writer that waits for a client `_STALLED_S` and no longer."""
 
-    def __init__(self, first: bytes, reader: asyncio.StreamReader) -> None:
+    async def drain(self) -> None:
+        await self._patiently(super().drain())
+
+    async def close(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._patiently(super().close())
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._writer.transport.abort()
+
+    async def _patiently(self, taken: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(_STALLED_S):
+                await taken
+        except TimeoutError:
+            self.abort()
+            raise ConnectionResetError("the client takes nothing") from None
+
+
+class _Reader(StreamReaderAdapter):  # type: ignore[misc]
+    """Reader that returns the CONNECT packet again, and reads no faster than the client takes its answers.
+
+    Args:
+        connect: the packet that was read already.
+        reader, writer: of the connection.
+        broker: asked whether the client may be read.
+    """
+
+    def __init__(
+        self, connect: Connect, reader: asyncio.StreamReader, writer: _Writer, broker: FilteringBroker
+    ) -> None:
         super().__init__(reader)
-        self._first = first
+        self._first, self._client = connect.packet, connect.client_id
+        self._writer, self._broker = writer, broker
 
     async def read(self, n: int = -1) -> bytes:
         if not self._first:
+            if n > _PACKET_MAX_BYTES:
+                log.warning("refused: %s sends a packet of %s bytes", self._client, n)
+                self._writer.abort()  # a goodbye of TLS would wait until the client has sent all of it
+                raise ConnectionResetError("the packet is too large")
+            await self._writer.drain()
+            await self._broker.may_read(self._client)
             return bytes(await super().read(n))
         size = len(self._first) if n < 0 else n
         taken, self._first = self._first[:size], self._first[size:]
@@ -229,9 +364,8 @@ class Gate:
         assert task is not None
         self._live[name] = (writer, task)
         try:
-            await self._broker.external_connected(
-                _Replay(connect.packet, reader), StreamWriterAdapter(writer), _LISTENER
-            )
+            answers = _Writer(writer)
+            await self._broker.external_connected(_Reader(connect, reader, answers, self._broker), answers, _LISTENER)
         except (OSError, asyncio.IncompleteReadError) as error:
             log.info("%s is gone: %s", name, error)
         finally:
@@ -259,7 +393,7 @@ class Files(NamedTuple):
     lists: Path
 
 
-async def serve(host: str, port: int, files: Files) -> None:
+async def serve(host: str, port: int, files: Files, allowance: Allowance) -> None:
     """Serve until SIGTERM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -271,7 +405,8 @@ async def serve(host: str, port: int, files: Files) -> None:
         BrokerConfig(
             listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=str(Address(host, port)))},
             plugins={f"{_HERE}.{plugin.__name__}": {} for plugin in (Certificates, OwnTopics)},
-        )
+        ),
+        allowance,
     )
     await broker.start()
     gate = Gate(broker, files.revoked, files.suspended)
@@ -300,10 +435,11 @@ def _accept_only(context: ssl.SSLContext, lists: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run as a program: HOST PORT CA CERTIFICATE KEY REVOKED SUSPENDED LISTS."""
+    """Run as a program, with the arguments that the module names."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     host, port = arguments[:2]
-    asyncio.run(serve(host, int(port), Files(*map(Path, arguments[2:]))))
+    files, numbers = arguments[2 : 2 + len(Files._fields)], arguments[2 + len(Files._fields) :]
+    asyncio.run(serve(host, int(port), Files(*map(Path, files)), Allowance(*map(int, numbers))))
 
 
 if __name__ == "__main__":

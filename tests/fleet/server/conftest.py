@@ -510,11 +510,17 @@ def broker(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def new_fleet(tmp_path: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[Fleet]]:
-    """`async with new_fleet() as fleet`: a server that runs; Mosquitto where it is installed."""
+    """`async with new_fleet() as fleet`: a server that runs; Mosquitto where it is installed.
+
+    `settings` are added to its `server.toml`.
+    """
 
     @contextlib.asynccontextmanager
-    async def make(broker: str = "auto", size: str = "dev") -> AsyncIterator[Fleet]:
-        async with Fleet(tmp_path, broker, size) as fleet:
+    async def make(broker: str = "auto", size: str = "dev", settings: str = "") -> AsyncIterator[Fleet]:
+        made = Fleet(tmp_path, broker, size)
+        with (made.home / "server" / "server.toml").open("a") as file:
+            file.write(settings)
+        async with made as fleet:
             yield fleet
 
     return make

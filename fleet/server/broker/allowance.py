@@ -1,0 +1,67 @@
+"""Memory that clients of a broker may take by not reading: for each of them, and in all.
+
+Counted are messages that wait for a client: for its connection, for its acknowledgement, or for its return. What is
+over is not queued. Nothing is lost by that: assignments are retained, and devices keep reports until they are
+acknowledged.
+"""
+
+from collections import Counter
+from typing import Final, NamedTuple
+
+MESSAGE_BYTES: Final = 2048
+"""What a message takes beside its payload: task, coroutines, topic, packet."""
+
+
+class Allowance(NamedTuple):
+    """Bounds of what waits: bytes and messages of one client, and bytes in all."""
+
+    client_bytes: int
+    client_messages: int
+    total_bytes: int
+
+
+class Waiting:
+    """Messages that wait for clients. All methods run on the loop.
+
+    Attributes:
+        total: bytes that wait.
+        dropped: messages that were not queued, by client.
+    """
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
+        self._bytes: Counter[str] = Counter()
+        self._messages: Counter[str] = Counter()
+        self.total = 0
+        self.dropped: Counter[str] = Counter()
+
+    @property
+    def full(self) -> bool:
+        """Tell whether clients may add nothing now."""
+        return self.total >= self._allowance.total_bytes
+
+    def take(self, client: str, payload: int) -> bool:
+        """Count a message that waits for a client; false when it may not."""
+        size = payload + MESSAGE_BYTES
+        allowed = (
+            self._bytes[client] + size <= self._allowance.client_bytes
+            and self._messages[client] < self._allowance.client_messages
+            and self.total + size <= self._allowance.total_bytes
+        )
+        if not allowed:
+            self.dropped[client] += 1
+            return False
+        self._bytes[client] += size
+        self._messages[client] += 1
+        self.total += size
+        return True
+
+    def give(self, client: str, payload: int) -> None:
+        """Count a message no more."""
+        size = payload + MESSAGE_BYTES
+        self.total -= size
+        self._bytes[client] -= size
+        self._messages[client] -= 1
+        if not self._messages[client]:
+            del self._bytes[client], self._messages[client]
+            self.dropped.pop(client, None)

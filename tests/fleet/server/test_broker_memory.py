@@ -1,0 +1,144 @@
+"""A device that does not read cannot make the broker grow without bound, and others are served meanwhile."""
+
+import asyncio
+import contextlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fleet.protocol import bounds, wire
+from fleet.protocol.messages import Ack, Report
+from fleet.protocol.topics import Down, Topic, Up, device_subscriptions
+from fleet.server.broker.allowance import MESSAGE_BYTES, Allowance, Waiting
+from fleet.server.config import Address
+from tests.eventually import eventually_async
+
+LIMITS = "[limits]\nbroker_client_bytes = 1048576\nbroker_memory_bytes = 67108864\n"
+SPARE_MIB = 24
+"""Growth that is none of the messages: packets on their way, the allocator."""
+
+
+def memory_mib(fleet):
+    """What the broker holds in memory now."""
+    status = Path(f"/proc/{fleet.server.broker_pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+
+
+def packet(kind, body):
+    head, length = bytes([kind]), len(body)
+    while True:
+        length, low = divmod(length, 128)
+        head += bytes([low | (0x80 if length else 0)])
+        if not length:
+            return head + body
+
+
+def text(value):
+    return len(value).to_bytes(2, "big") + value.encode()
+
+
+@contextlib.asynccontextmanager
+async def deaf(board, *, clean=True):
+    """Connect and subscribe as a device does, and read nothing from then on; yield the writer."""
+    where = Address.parse(board.enrolled.mqtt[0].removeprefix("mqtts://"), "the broker")
+    reader, writer = await asyncio.open_connection(where.host, where.port, ssl=board.context())
+    writer.write(packet(0x10, text("MQTT") + b"\x04" + (b"\x02" if clean else b"\x00") + b"\0\0" + text(board.device)))
+    assert (await reader.readexactly(4))[3] == 0
+    topics = device_subscriptions(board.device)
+    writer.write(packet(0x82, b"\0\1" + b"".join(text(topic) + b"\1" for topic in topics)))
+    answer = await reader.readexactly(4 + len(topics))
+    assert answer[0] == 0x90
+    writer.transport.pause_reading()
+    try:
+        yield writer
+    finally:
+        writer.transport.abort()
+
+
+async def flood(fleet, board, witness, mib):
+    """Publish to a device, and wait until the broker has handled all of it."""
+    for _ in range(4 * mib):
+        assert fleet.server._bus.publish(str(Topic(board.device, Down.COMMAND)), b"x" * 255 * bounds.KIB, retain=False)
+    end = witness.acked + 1_000_000
+    fleet.server._bus.publish(str(Topic(witness.device, Down.ACK)), wire.encode(Ack(sequence=end)), retain=False)
+    await witness.until(lambda board: board.acked == end)
+
+
+async def is_served(fleet, witness, sequence):
+    """Have a report of a device taken."""
+    now = datetime.now(UTC)
+    witness.publish(Up.REPORT, Report(device=witness.device, boot_id="boot", sequence=sequence, at=now, assignment=0))
+    reports = fleet.server._store.delivery.reports
+    await eventually_async(lambda: bool(reports(witness.device, 1)), "the witness's report is taken")
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_messages_for_a_device_that_reads_nothing_are_bounded(new_fleet, broker):
+    async with new_fleet(broker, settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("deaf"), await fleet.board("witness")
+        async with deaf(board):
+            await flood(fleet, board, witness, 8)
+            memory = memory_mib(fleet)
+            await flood(fleet, board, witness, 80)
+            assert memory_mib(fleet) <= memory + SPARE_MIB
+            await is_served(fleet, witness, 1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_messages_for_a_device_that_is_away_are_bounded(new_fleet, broker):
+    async with new_fleet(broker, settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("away"), await fleet.board("witness")
+        async with deaf(board, clean=False):
+            pass
+        await flood(fleet, board, witness, 8)
+        memory = memory_mib(fleet)
+        await flood(fleet, board, witness, 80)
+        assert memory_mib(fleet) <= memory + SPARE_MIB
+        await is_served(fleet, witness, 1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
+async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("deaf"), await fleet.board("witness")
+        memory = memory_mib(fleet)
+        async with deaf(board) as writer:
+            with contextlib.suppress(ConnectionError):
+                for _ in range(2000):
+                    writer.write(b"\xc0\0" * 1000)
+                    await writer.drain()
+            assert memory_mib(fleet) <= memory + SPARE_MIB
+            await is_served(fleet, witness, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_packet_larger_than_any_message_is_not_read(new_fleet):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("large"), await fleet.board("witness")
+        memory = memory_mib(fleet)
+        async with deaf(board) as writer:
+            with contextlib.suppress(ConnectionError):
+                writer.write(packet(0x30, b"")[:1] + b"\xff\xff\xff\x7f" + text(str(Topic(board.device, Up.STATE))))
+                for _ in range(100):
+                    writer.write(b"x" * bounds.MIB)
+                    await writer.drain()
+            assert memory_mib(fleet) <= memory + SPARE_MIB
+            await is_served(fleet, witness, 1)
+
+
+def test_what_waits_is_counted_by_client_and_in_all():
+    waiting = Waiting(Allowance(client_bytes=3 * MESSAGE_BYTES, client_messages=2, total_bytes=4 * MESSAGE_BYTES))
+    assert not waiting.take("a", 2 * MESSAGE_BYTES + 1)
+    assert [waiting.take("a", 0) for _ in range(3)] == [True, True, False]
+    assert [waiting.take("b", 0) for _ in range(2)] == [True, True]
+    assert waiting.full
+    assert not waiting.take("c", 0)
+    waiting.give("a", 0)
+    assert waiting.take("c", 0)
+    for client in ("a", "b", "b", "c"):
+        waiting.give(client, 0)
+    assert waiting.total == 0
