@@ -22,6 +22,7 @@ from fleet.rollout.advance import Step, advance_set
 from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
 from fleet.rollout.effective import Fitness, safe_value
 from fleet.rollout.model import Member, leave, overtaken
+from fleet.rollout.presence import Polls, by_polls, polled
 from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
@@ -75,6 +76,7 @@ class RolloutController:
         self._next: float | None = None
         self._online: dict[str, float] = {}
         self._heard: dict[str, float] = {}
+        self._polls: dict[str, Polls] = {}
         self._began = self.steady()
         self._published: frozenset[str] | None = None
         self.waits: dict[int, tuple[str, ...]] = {}
@@ -90,6 +92,13 @@ class RolloutController:
     def heard(self, device: str) -> None:
         """Note that a device has sent anything."""
         self._heard[device] = self.steady()
+
+    def polled(self, device: str) -> None:
+        """Note that a device asked for its assignment over HTTPS."""
+        before, now = self._polls.get(device), self.steady()
+        self._polls[device] = polled(before, now)
+        if before is None or now > before.until:
+            self._wake.set()
 
     def touch(self, devices: Iterable[str]) -> None:
         """Look again at devices whose desired state may have changed."""
@@ -153,6 +162,9 @@ class RolloutController:
         """Note since when each device is online, as far as this server saw it."""
         online, now = self._store.devices.connected(), self.steady()
         self._online = {device: self._online.get(device, now) for device in online}
+        self._polls = by_polls(self._polls, online, now)
+        for each in self._polls.values():
+            self._look_at(each.until)
 
     def _look_at(self, until: float | None) -> None:
         if until is not None:
@@ -229,7 +241,8 @@ class RolloutController:
     def _present(self, row: RolloutRow, members: Iterable[Member]) -> list[Member]:
         """Return members as they are now: connected or not, and out of the count when revoked or out of the group."""
         there = self._membership.ids(row.group, row.device)
-        found = with_presence(members, self._online, self._heard, self._began)
+        polling = {device: each.since for device, each in self._polls.items()}
+        found = with_presence(members, self._online, self._heard, self._began, polling)
         for place, member in enumerate(found):
             if member.device not in there:
                 device = self._store.devices.get(member.device)

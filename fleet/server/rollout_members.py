@@ -1,7 +1,7 @@
 """Members of a rollout as the store knows them: whom the change concerns, and the draw over them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -172,12 +172,26 @@ class Membership:
 
 
 def with_presence(
-    members: Iterable[Member], online: dict[str, float], heard: dict[str, float], since: float
+    members: Iterable[Member],
+    online: Mapping[str, float],
+    heard: Mapping[str, float],
+    since: float,
+    polling: Mapping[str, float],
 ) -> list[Member]:
-    """Return members with what the server knows of their connections now."""
+    """Return members with what the server knows of their connections now.
+
+    Args:
+        members: as stored.
+        online: since when each device is connected.
+        heard: when each device sent anything.
+        since: the beginning of what the server has heard.
+        polling: since when each device polls that is not connected; in the catch-up queue it counts as online.
+    """
     return [
         replace(
-            each, online_since=online.get(each.device), heard_at=max(each.heard_at or 0, heard.get(each.device, since))
+            each,
+            online_since=online.get(each.device, polling.get(each.device) if each.arrival else None),
+            heard_at=max(each.heard_at or 0, heard.get(each.device, since)),
         )
         for each in members
     ]

@@ -28,6 +28,7 @@ from fleet.server.api.query import Number, Word
 from fleet.server.api.secrets import box_of
 from fleet.server.enrolment import Enrolment
 from fleet.server.listener import peer_certificate
+from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
@@ -142,10 +143,11 @@ class DeviceApi:
         artifacts: Artifacts,
         enrolment: Enrolment,
         ahead: AheadDevices,
+        controller: RolloutController,
         clock: Callable[[], datetime],
         logs: LogRelay,
     ) -> None:
-        self.logs, self._ahead = logs, ahead
+        self.logs, self._ahead, self._controller = logs, ahead, controller
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, ahead.director, clock
         self._unheard: dict[str, float] = {}
@@ -171,6 +173,7 @@ class DeviceApi:
         if self._director.is_ahead(device):
             raise Refusal(409, AHEAD, "this server knows no assignment as new as this device's: show it")
         self._doubt_broker(device)
+        self._controller.polled(device.id)
         row = self._director.reconcile(device.id)  # an assignment that an earlier director's key signed is signed again
         if row is None:
             raise Refusal(404, "not-found", "nothing was ever assigned to this device")

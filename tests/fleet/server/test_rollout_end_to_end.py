@@ -1,10 +1,16 @@
 """The main job over real sockets: a push reaches boards that verify it, wave by wave, and a bad one is stopped."""
 
+import asyncio
+
 import pytest
 
-from fleet.protocol import operator_api
+from fleet.protocol import operator_api, wire
+from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Outcome, RejectCode, RolloutState
+from fleet.protocol.messages import DesiredReply
+from signing import dsse
 from signing.state import VerifierState
+from tests.eventually import eventually_async
 
 
 def outcomes(view: operator_api.RolloutView) -> dict[int, list[Outcome]]:
@@ -117,6 +123,38 @@ async def test_a_board_that_is_offline_gets_it_from_the_queue_when_it_comes_back
         await away.connect()
         view = await fleet.operator.follow(view, lambda view: view.counts == {"succeeded": 3})
         assert away.items["hello"].target == target
+
+
+@pytest.mark.asyncio
+async def test_a_board_without_the_broker_gets_it_from_the_queue_by_its_polls(new_fleet):
+    async with new_fleet() as fleet:
+        await fleet.board("here"), await fleet.board("there")
+        away, dead = await fleet.enrol("away"), await fleet.enrol("dead")
+        target = await fleet.operator.publish("1.0.0")
+        view = await fleet.operator.decided(await fleet.operator.deploy(target))
+        assert view.counts == {"succeeded": 2, "pending": 2}
+
+        def poll():
+            with away.http() as http:
+                reply = http.get("/v1/desired", params={"nonce": "0" * 32})
+            assignment = dsse.parse(wire.decode(DesiredReply, reply.content).assignment.encode()).payload
+            return [item.target for item in wire.decode(Assignment, assignment).items]
+
+        assert await asyncio.to_thread(poll) == []
+        view = await fleet.operator.follow(view, lambda view: view.counts.get("waiting"))
+        assert {each.device: each.outcome for each in view.devices if each.device in {away.device, dead.device}} == {
+            away.device: Outcome.WAITING,
+            dead.device: Outcome.PENDING,
+        }
+
+        async def offered():
+            return await asyncio.to_thread(poll) == [target]
+
+        await eventually_async(offered, "the assignment that follows from the offer is there")
+        # by its own signed word, once it reaches the broker, it has succeeded
+        await away.connect()
+        view = await fleet.operator.follow(view, lambda view: view.counts.get("succeeded") == 3)
+        assert view.counts == {"succeeded": 3, "pending": 1}
 
 
 @pytest.mark.asyncio
