@@ -170,7 +170,7 @@ def _places(options: argparse.Namespace) -> Paths:
 
 
 def _enroll(options: argparse.Namespace) -> int:
-    settings = config.load(options.config)
+    settings = options.settings
     if options.first_boot:
         return _first_boot(options, settings)
     if options.token_file is not None:
@@ -267,7 +267,7 @@ def _run(options: argparse.Namespace) -> int:
     from agent.clock import ReferenceClock  # noqa: PLC0415
     from agent.service import Enrolled, Links, build  # noqa: PLC0415 - only the service needs MQTT and TUF
 
-    places, settings = _places(options), config.load(options.config)
+    places, settings = _places(options), options.settings
     who = _identity(places)
     if identity.is_copied_disk(who):
         raise UsageError(
@@ -328,7 +328,7 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    places, settings = _places(options), config.load(options.config)
+    places, settings = _places(options), options.settings
     _become_owner(places.state)
     if not (places.identity / "enrolled.json").exists():
         return 0  # a device that never enrolled has nothing to restore
@@ -406,7 +406,7 @@ def _why(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    settings = config.load(options.config)
+    settings = options.settings
     _become_owner(options.state)
     results = check.run_checks(_places(options), settings)
     if options.json:
@@ -420,6 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `fleet-agent`; return its exit code."""
     options = parse(_parser(), COMMAND_EXAMPLES, arguments)
     try:
+        # before a command becomes another user; the default alone may be missing
+        options.settings = config.load(options.config, required=options.config is not CONFIG_FILE)
         return int(options.run(options))
     except ERRORS as error:
         print(printable(f"fleet-agent {options.command}: {error}"), file=sys.stderr)

@@ -32,7 +32,15 @@ _MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
 class ConfigError(Exception):
-    """Error in the configuration: a file that cannot be read, or a key that is unknown or has a wrong value."""
+    """Error in the configuration: a file that cannot be read, or a key that is unknown or has a wrong value.
+
+    Attributes:
+        key: dotted name of the key; empty for none.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -171,7 +179,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(dict(merged), Settings)
     except msgspec.ValidationError as error:
-        raise ConfigError(_in_words(str(error))) from error
+        raise _in_words(str(error)) from error
     positive = {
         "health_s": settings.health_s,
         "refresh_s": settings.refresh_s,
@@ -186,26 +194,34 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     }
     for name, value in positive.items():
         if value <= 0:
-            raise ConfigError(f"{name} is {value}, but must be more than 0")
+            raise ConfigError(f"{name} is {value}, but must be more than 0", name)
     for name in sorted(_MAY_BE_NONE):
         if getattr(settings.policy, name) < 0:
-            raise ConfigError(f"policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more")
+            raise ConfigError(
+                f"policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more", f"policy.{name}"
+            )
     return settings
 
 
-def load(file: Path) -> Settings:
+def load(file: Path, *, required: bool = False) -> Settings:
     """Read, merge and validate the configuration.
 
     Args:
-        file: `agent.toml`; need not exist.
+        file: `agent.toml`.
+        required: refuse a `file` that does not exist: somebody has named it, and relies on the policy in it.
 
     Raises:
-        ConfigError: the message names the file and the key.
+        ConfigError: the message names the file, the key and its line.
     """
+    texts: dict[str, str] = {}
     parts: dict[str, Mapping[str, Any]] = {}
+    if required and not file.is_file():
+        reason = "not a file" if file.exists() else "no such file"
+        raise ConfigError(f"cannot read {file}: {reason}; check the path, or leave out --config")
     for path in fragments(file):
         try:
-            parts[str(path)] = tomllib.loads(path.read_text())
+            texts[str(path)] = path.read_text(encoding="utf-8")
+            parts[str(path)] = tomllib.loads(texts[str(path)])
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
     try:
@@ -215,18 +231,41 @@ def load(file: Path) -> Settings:
             try:
                 validate(part)
             except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from None
+                line = _line_of(error.key, texts[name])
+                raise ConfigError(f"{name}: {error}" + (f" (line {line})" if line else "")) from None
         raise ConfigError(f"{file}: {merged}") from None
 
 
-def _in_words(error: str) -> str:
-    """Describe an error of msgspec by its key: `policy.memory: unknown key`."""
+def _in_words(error: str) -> ConfigError:
+    """Describe an error of msgspec by its key: `unknown key 'policy.memory'`."""
     words, _, place = error.partition(" - at `$")
     table = place.strip("`.")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", words)
     if unknown is None:
-        return f"{table}: {words}" if table else words
-    return f"unknown key {'.'.join(filter(None, (table, unknown[1])))!r}"
+        return ConfigError(f"{table}: {words}" if table else words, table.partition("[")[0])
+    key = ".".join(filter(None, (table, unknown[1])))
+    return ConfigError(f"unknown key {key!r}", key)
+
+
+def _line_of(key: str, text: str) -> int:
+    """Return the number of the line that sets a key or the table in which it stands; 0 for none found."""
+    table, found = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            table, here = _bare(header[1]) + ".", _bare(header[1])
+        elif assigned := re.match(r"([^=#]+)=", line):
+            here = table + _bare(assigned[1])
+        else:
+            continue
+        if here == key:
+            return number
+        if key.startswith(f"{here}."):
+            found = number
+    return found
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\s\"']", "", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,15 @@ from tests.simulator.repository import Repository
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
+def configuration(tmp_path):
+    """Return the test's agent.toml; empty unless the test has written one."""
+    path = tmp_path / "agent.toml"
+    path.touch()
+    return path
+
+
 def agent(tmp_path, *arguments, stdin=""):
-    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", configuration(tmp_path))
     command, *rest = arguments
     return subprocess.run(
         [sys.executable, "-m", "agent.cli", command, *map(str, places), *rest],
@@ -88,7 +95,7 @@ def test_binary_data_is_not_a_token(tmp_path, where):
     noise = tmp_path / "noise"
     noise.write_bytes(bytes(range(128, 256)) * 2000)
     words = ["--token-file", str(noise)] if where == "file" else []
-    places = ["--state", str(tmp_path / "state"), "--config", str(tmp_path / "agent.toml")]
+    places = ["--state", str(tmp_path / "state"), "--config", str(configuration(tmp_path))]
     done = subprocess.run(
         [sys.executable, "-m", "agent.cli", "enroll", *places, *words],
         input=noise.read_bytes(),
@@ -162,6 +169,37 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     done = agent(tmp_path, "run")
     assert done.returncode == 1
     assert "'policy.log'" in done.stderr
+
+
+COMMANDS = [
+    ("run",),
+    ("restore",),
+    ("status",),
+    ("why",),
+    ("check",),
+    ("enroll", "--token-file", "/dev/null"),
+    ("apply", "/dev/null"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_named_configuration_that_is_missing_is_refused(tmp_path, command):
+    """The agent must not run without the policy that its owner named."""
+    enrolled(tmp_path).close()
+    nowhere = tmp_path / "nope.toml"
+    done = agent(tmp_path, *command, "--config", str(nowhere))
+    assert done.returncode == 1
+    assert f"cannot read {nowhere}: no such file" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_mistake_in_the_configuration_is_an_error_of_every_command(tmp_path, command):
+    (tmp_path / "agent.toml").write_text("health_s = 60\n\n[policy]\nlog = 'all'\n")
+    enrolled(tmp_path).close()
+    done = agent(tmp_path, *command)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'agent.toml'}: unknown key 'policy.log' (line 4)" in done.stderr
 
 
 def test_a_state_directory_of_a_newer_agent_is_refused_in_one_line(tmp_path):
@@ -275,7 +313,7 @@ def systemd(tmp_path):
 def test_a_stopped_agent_ends_whatever_it_was_doing(tmp_path, systemd, number):
     """No host, server or broker answers, so the agent is waiting for each of them."""
     enrolled_to_the_full(tmp_path).close()
-    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", tmp_path / "agent.toml")
+    places = ("--state", tmp_path / "state", "--runtime", tmp_path / "run", "--config", configuration(tmp_path))
     left = [tmp_path / "state" / place / ".new-00000000-x" for place in ("", "identity", "images")]
     for path in left:
         path.parent.mkdir(exist_ok=True)

@@ -70,6 +70,24 @@ def test_an_error_names_the_file_that_holds_it(tmp_path, text, words):
     assert str(caught.value).startswith(f"{tmp_path / 'config.d' / 'a10.toml'}: {words}")
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("prodution = true", 1),
+        ("\n# production = 1\nproduction = 'yes'", 3),
+        ("health_s = 60\n\n[policy]\nlogs = 'off'\n 'state_bytes' = -1", 5),
+        ("[policy]\nlogs = 'off'\n[network]\nlogs = 1", 4),
+        ("policy.logs = 'off'\npolicy.memory = 1", 2),
+        ("[policy]\ninterfaces = [1]", 2),
+        ("network = { proxy = '', request_s = 0 }", 1),
+        ("health_s = \n", 1),
+    ],
+)
+def test_an_error_names_the_line(tmp_path, text, line):
+    with pytest.raises(ConfigError, match=rf"\b(at )?line {line}\b"):
+        config.load(write(tmp_path, main=text))
+
+
 def test_the_policy_narrows_limits_and_never_widens_them():
     policy = Policy(memory_bytes=1000, call_ms=50, concurrency=1)
     narrowed = policy.limit(Limits(memory_bytes=5000, call_ms=10, concurrency=4, fuel=7))

@@ -29,6 +29,7 @@ def start(directory):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
         ready.bind(address)
         ready.settimeout(60)
+        (directory / "agent.toml").touch()
         places = ("--state", directory / "state", "--runtime", directory / "run", "--config", directory / "agent.toml")
         process = subprocess.Popen(
             [sys.executable, "-m", "agent.cli", "run", *map(str, places)],

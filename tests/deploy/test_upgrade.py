@@ -122,6 +122,7 @@ class Device:
         self._site = Path()
         for each in (self._root, self._state / "agent", self._state / "host"):
             each.mkdir(parents=True, mode=0o700)
+        (self._state / "agent.toml").touch()
 
     def install(self, deb: Path) -> None:
         """Install the package's files; running processes continue."""
