@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import logging
 import os
 import socket
 import ssl
@@ -29,6 +30,8 @@ from typing import Final, Protocol
 from agent.clock import ReferenceClock
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import sync_directory
+
+log = logging.getLogger("agent.link.https")
 
 CHUNK_BYTES: Final = 64 * 1024
 RATE_WINDOW_S: Final = 30.0
@@ -233,6 +236,9 @@ class HttpsClient:
     ) -> None:
         """Fetch a file of known length and hash to `into`, resuming `<into>.part` from an earlier attempt.
 
+        A power cut may leave a partial file with stale blocks. So a file that was resumed and has another hash is
+        fetched once more from its start, before a mismatch says anything of the server.
+
         Args:
             path: below the base URL.
             into: final name of the file.
@@ -254,9 +260,15 @@ class HttpsClient:
                 part.unlink()
                 have = 0
             self._check_space(into.parent, length - have)
-            if have < length:
-                self._continue(path, part, have, length, progress, cancelled)
-            finish(part, into, length, sha256)
+            start = self._continue(path, part, have, length, progress, cancelled) if have < length else have
+            try:
+                finish(part, into, length, sha256)
+            except FetchError as error:
+                if not start:
+                    raise
+                log.warning("%s: resumed after %d bytes, and starts over: %s", path, start, error.message)
+                self._continue(path, part, 0, length, progress, cancelled)
+                finish(part, into, length, sha256)
         except OSError as error:
             code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
             raise FetchError(code, f"cannot write {into}: {error.strerror}") from error
@@ -278,7 +290,8 @@ class HttpsClient:
         length: int,
         progress: Callable[[int], None],
         cancelled: threading.Event | None,
-    ) -> None:
+    ) -> int:
+        """Fetch what a partial file lacks; return from which byte on the server sent it, 0 for all of it."""
         deadline = time.monotonic() + self._download_s
         headers = {"Range": f"bytes={have}-"} if have else {}
         with self._exchange("GET", path, None, headers, deadline) as (answer, connection):
@@ -291,6 +304,7 @@ class HttpsClient:
                     part.unlink(missing_ok=True)
                     raise FetchError(RejectCode.UNREACHABLE, f"{path}: the server does not resume; starting over")
                 raise _refusal(answer.status, path, answer.read1(CHUNK_BYTES))
+            start = have
             with part.open("r+b" if have else "wb") as file:
                 file.seek(have)
                 rate = _Rate(self._min_rate)
@@ -310,6 +324,7 @@ class HttpsClient:
                     progress(have)
         if have < length:
             raise FetchError(RejectCode.UNREACHABLE, f"{path}: the transfer ended after {have} of {length} bytes")
+        return start
 
 
 class _Rate:

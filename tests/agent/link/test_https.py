@@ -130,13 +130,30 @@ def test_a_file_with_another_hash_is_refused_and_removed(https, server, tmp_path
     assert not list(tmp_path.glob("a.wasm*"))
 
 
-def test_a_planted_partial_file_is_detected(https, server, tmp_path):
-    (tmp_path / "a.wasm.part").write_bytes(b"x" * 1000)
+PARTIAL = {
+    "planted": b"x" * 1000,
+    "stale blocks after a power cut": DATA[:5000] + bytes(1000),
+    "stale blocks, and complete": DATA[:-1000] + bytes(1000),
+}
+
+
+@pytest.mark.parametrize("part", PARTIAL.values(), ids=PARTIAL)
+def test_a_partial_file_with_other_bytes_is_fetched_from_its_start(https, server, tmp_path, part):
+    (tmp_path / "a.wasm.part").write_bytes(part)
     server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert server.seen[-1][1] is None, "no range"
+
+
+def test_a_file_with_another_hash_is_refused_after_a_resume_and_a_fresh_start(https, server, tmp_path):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
+    server.answer = lambda handler: handler.send_file(DATA[:-1] + b"?")
     with pytest.raises(FetchError) as caught:
         download(https, tmp_path / "a.wasm")
     assert caught.value.code is RejectCode.HASH_MISMATCH
-    download(https, tmp_path / "a.wasm")
+    assert [asked for _, asked in server.seen] == ["bytes=5000-", None]
+    assert not list(tmp_path.glob("a.wasm*"))
 
 
 def test_a_download_stops_at_the_signed_length(https, server, tmp_path):
