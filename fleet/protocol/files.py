@@ -10,10 +10,13 @@ given, so that `remove_leftovers` knows what nobody writes any more, whoever els
 import contextlib
 import errno
 import functools
+import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Final
+
+log = logging.getLogger("fleet.protocol.files")
 
 RESTORE: Final = (
     "restore this file from a copy, or the whole server from a backup (fleet server backup) with "
@@ -26,6 +29,12 @@ _ENDS: Final = {".json": b"}", ".pem": b"-----", ".key": b"-----", ".crl": b"---
 """How a whole text file of ours ends, by suffix."""
 
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_SYNC: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+"""Errors of fsync on a directory where the file system has no such operation (FUSE, CIFS, 9p)."""
+
+_unsynced: Final[set[int]] = set()
+"""Devices of file systems of which has been said that their directories cannot be synced."""
+
 _NO_MODES: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -125,8 +134,23 @@ def _boot() -> str:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory (files created, renamed, removed) onto the medium."""
-    _sync(directory, os.O_DIRECTORY)
+    """Bring the names in a directory (files created, renamed, removed) onto the medium.
+
+    Not every file system can (FUSE, CIFS, 9p): there a warning says once that a power cut may undo the newest changes.
+    """
+    try:
+        _sync(directory, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        device = directory.stat().st_dev
+        if device not in _unsynced:
+            _unsynced.add(device)
+            log.warning(
+                "%s: the file system cannot sync directories (%s): a power cut may undo the newest changes",
+                directory,
+                error.strerror,
+            )
 
 
 def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:

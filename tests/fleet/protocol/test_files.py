@@ -1,15 +1,25 @@
 """Files that survive a power cut: whole content, on the medium before its name, and the name on the medium too."""
 
 import errno
+import logging
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fleet.protocol.files import atomic_write, create_exclusive, damage, move_into_place, remove_leftovers
+from fleet.protocol.files import (
+    atomic_write,
+    create_exclusive,
+    damage,
+    move_into_place,
+    remove_leftovers,
+    set_aside,
+    sync_directory,
+)
 from tests.fleet.disk import Medium
 
 
@@ -187,3 +197,46 @@ def test_what_another_process_may_be_writing_stays(tmp_path):
     left = cut_off(tmp_path)
     assert remove_leftovers(tmp_path) == 0
     assert left.exists()
+
+
+def test_a_directory_that_the_kernel_does_not_sync_is_no_error():
+    """With a file system of the kernel's own that answers EINVAL, as FUSE and CIFS do."""
+    directory = os.open("/proc", os.O_DIRECTORY)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(directory)
+    os.close(directory)
+    sync_directory(Path("/proc"))
+
+
+@pytest.fixture
+def no_directory_sync(monkeypatch):
+    """A file system whose directories cannot be synced, with the error that the test sets."""
+    plain, answer = os.fsync, {"errno": errno.EINVAL}
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answer["errno"], os.strerror(answer["errno"]))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("fleet.protocol.files._unsynced", set())
+    return answer
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_files_are_stored_where_directories_cannot_be_synced(no_directory_sync, tmp_path, caplog, number):
+    no_directory_sync["errno"] = number
+    with caplog.at_level(logging.WARNING):
+        atomic_write(tmp_path / "a", b"1", mode=0o600)
+        create_exclusive(tmp_path / "b", b"2", mode=0o600)
+        move_into_place(tmp_path / "b", tmp_path / "c")
+        set_aside(tmp_path / "c")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "c.damaged"]
+    (said,) = caplog.records
+    assert str(tmp_path) in said.getMessage()
+
+
+def test_a_directory_that_the_medium_does_not_take_is_an_error(no_directory_sync, tmp_path):
+    no_directory_sync["errno"] = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        atomic_write(tmp_path / "a", b"1", mode=0o600)
