@@ -141,8 +141,8 @@ def _tcp(host: str, port: int) -> str:
 def _clock(who: identity.Identity) -> str:
     now = datetime.now(UTC)
     if now < who.floor:
-        return f"{now:%Y-%m-%d %H:%M} is before {who.floor:%Y-%m-%d %H:%M}: the agent uses the latter until it is set"
-    return f"{now:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{now:%Y-%m-%d %H:%M}Z is before {who.floor:%Y-%m-%d %H:%M}Z: the agent uses the latter until it is set"
+    return f"{now:%Y-%m-%d %H:%M:%S}Z"
 
 
 def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None) -> socket.socket:

@@ -131,26 +131,40 @@ def format_status(found: StatusReport) -> Iterable[str]:
     if not found.running:
         yield "  no instance is committed"
     for running in found.running:
-        yield f"  {running.instance}: runs {running.target} since {running.since:%Y-%m-%d %H:%M:%S} UTC"
+        yield f"  {running.instance}: runs {running.target} since {_time(running.since)}"
     for doubt in found.doubts:
         yield f"  {doubt.instance}: keeps running, as [policy] on_revoked allows ({doubt.code}): {doubt.message}"
     for change in found.changing:
         what = f"changes to {change.target}" if change.target else "is being removed"
         yield f"  {change.instance}: {what}, {change.phase}" + (f": {change.message}" if change.message else "")
-    for failure in found.failed:
-        yield f"  {failure.instance}: {failure.target} failed ({failure.code}): {failure.message}"
+    for failure, times in _newest_failures(found.failed):
+        often = f" {times} times, last at {_time(failure.at)}" if times > 1 else ""
+        yield f"  {failure.instance}: {failure.target} failed{often} ({failure.code}): {failure.message}"
         if failure.retry_at is not None:
-            yield f"      next retry: {failure.retry_at:%Y-%m-%d %H:%M} UTC or later"
+            yield f"      next retry: {_time(failure.retry_at)} or later"
         else:
             yield "      no automatic retry ('fleet retry' tries again)"
         if failure.action:
             yield f"      what to do: {failure.action}"
 
 
+def _time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _newest_failures(failed: Iterable[Failed]) -> list[tuple[Failed, int]]:
+    """Return the newest failure of each instance, version and reason, with their number; attempts fail alike."""
+    newest: dict[tuple[str, str, str], tuple[Failed, int]] = {}
+    for each in sorted(failed, key=lambda each: each.at):
+        alike = (each.instance, each.target, each.code.value)
+        newest[alike] = (each, 1 + newest[alike][1] if alike in newest else 1)
+    return sorted(newest.values(), key=lambda pair: (pair[0].instance, pair[0].at))
+
+
 def format_timeline(found: StatusReport) -> Iterable[str]:
     """Format the history of changes as lines for people, oldest first."""
     for report in found.timeline:
-        line = f"  {report.at:%Y-%m-%d %H:%M:%S} {report.instance or 'assignment'} {report.phase}"
+        line = f"  {_time(report.at)} {report.instance or 'assignment'} {report.phase}"
         if report.phase is Phase.COMMITTED and not report.exercised:
             line += " (too few calls during probation to judge the version)"
         if report.target:

@@ -263,10 +263,11 @@ def test_status_and_why_tell_the_story(tmp_path):
     store.close()
     status = agent(tmp_path, "status")
     assert status.returncode == 0
-    assert "runs a/web@1.0.0 since 2026-05-01 12:00:00 UTC" in status.stdout
+    assert "runs a/web@1.0.0 since 2026-05-01 12:00:00Z" in status.stdout
     why = agent(tmp_path, "why", "web").stdout
     assert "[hash-mismatch] other bytes" in why
     assert "| last words" in why
+    assert "  2026-05-01 12:00:00Z web failed" in why
     assert "a/web@2.0.0 failed" in status.stdout
     assert "components/" not in status.stdout + why
     assert "no automatic retry" in why
@@ -274,6 +275,32 @@ def test_status_and_why_tell_the_story(tmp_path):
     facts = json.loads(agent(tmp_path, "why", "--json").stdout)
     assert facts["failed"][0]["code"] == "hash-mismatch"
     assert facts["unsent_reports"] == 1
+
+
+def test_a_failure_of_several_attempts_is_one_line_with_a_count(tmp_path):
+    store = enrolled(tmp_path)
+    for attempt in range(4):
+        failure = FailedItem(
+            instance="web" if attempt else "api",
+            key="k",
+            attempt=attempt,
+            target="components/a/web/2.0.0.wasm",
+            code=RejectCode.NO_SPACE,
+            message=f"{7 - attempt} bytes are missing",
+            at=NOW + timedelta(hours=attempt),
+            retry_at=None if attempt < 3 else NOW.timestamp() + 86_400,
+        )
+        store.apply(Transition(failure=failure))
+    store.close()
+    lines = agent(tmp_path, "status").stdout.splitlines()
+    failed = [line for line in lines if " failed " in line]
+    assert failed == [
+        "  api: a/web@2.0.0 failed (no-space): 7 bytes are missing",
+        "  web: a/web@2.0.0 failed 3 times, last at 2026-05-01 15:00:00Z (no-space): 4 bytes are missing",
+    ]
+    assert [line for line in lines if "retry:" in line] == ["      next retry: 2026-05-02 12:00:00Z or later"]
+    assert len([line for line in lines if "no automatic retry" in line]) == 1, "of the other instance"
+    assert len(json.loads(agent(tmp_path, "status", "--json").stdout)["failed"]) == 4
 
 
 def test_check_names_the_first_thing_that_fails(tmp_path):
