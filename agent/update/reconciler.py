@@ -61,6 +61,8 @@ log = logging.getLogger("agent.update.reconciler")
 
 PROGRESS_S: Final = 5.0
 STORE_AGAIN_S: Final = 30.0
+RETRY_SLACK_S: Final = 1.0
+"""Added to the wait for a retry, so that it is due when the timer fires."""
 INSPECT_AGAIN_S: Final = 5.0
 """When the host is asked again about an instance that it restarts: with its pauses it runs or is in quarantine soon."""
 
@@ -499,7 +501,7 @@ class Reconciler:
         times = [each.retry_at - now for each in self.state.failed.values() if each.retry_at is not None]
         due = min((seconds for seconds in times if seconds > 0), default=None)
         if due is not None:
-            self._settle_later(due + 1)
+            self._settle_later(due + RETRY_SLACK_S)
 
     def _settle_later(self, seconds: float) -> None:
         """Settle again after so many seconds, or at the earlier time for which that is planned already."""

@@ -29,9 +29,12 @@ from fleet.protocol.names import TargetName
 
 log = logging.getLogger("agent.update.state")
 
+RETRY_SOON_S: Final = 300.0
 RETRY_FIRST_S: Final = 3600.0
 RETRY_MAX_S: Final = 86_400.0
 RETRY_TRIES_MAX: Final = 10
+_OWN_FAULTS: Final = frozenset({RejectCode.INTERNAL, RejectCode.HOST_GONE})
+"""Failures of the device's own software, maybe by the component's doing: retried later than others, and not forever."""
 
 FailureKey = tuple[str, str, int]
 """Key of a failure: instance, item key and attempt."""
@@ -376,17 +379,21 @@ def _secrets(change: Change) -> dict[str, int]:
 def failed_item(change: Change, known: FailedItem | None, now: datetime) -> FailedItem | None:
     """Make the record of a change that failed; None for one that was only superseded.
 
-    A failure of a kind that may pass is tried again without an operator: after an hour, then doubling up to a day, ten
-    times.
+    A failure of a kind that may pass (no space, a port in use, the network, an interruption) is tried again without an
+    operator as long as the assignment stands: after five minutes, then doubling up to a day. A fault of the device's
+    own software is tried again after an hour, ten times.
     """
     code = RejectCode(change.state.code or RejectCode.INTERNAL)
     if change.item is None or code is RejectCode.SUPERSEDED:
         return None
     tries = 1 + (known.tries if known is not None else 0)
-    delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (tries - 1))
+    is_own = code in _OWN_FAULTS
+    doublings = min(tries - 1, 20)  # far beyond the longest wait, and no overflow
+    delay_s = min(RETRY_MAX_S, (RETRY_FIRST_S if is_own else RETRY_SOON_S) * 2.0**doublings)
     went_back = change.phase is Phase.ROLLED_BACK
     # interruptions while the new version ran may be its own doing
-    again = code in RETRYABLE and tries <= RETRY_TRIES_MAX and not (code is RejectCode.INTERRUPTED and went_back)
+    is_ended = tries > RETRY_TRIES_MAX if is_own else code is RejectCode.INTERRUPTED and went_back
+    again = code in RETRYABLE and not is_ended
     return FailedItem(
         instance=change.instance,
         key=item_key(change.item),

@@ -71,6 +71,7 @@ RETRYABLE = frozenset(
         RejectCode.UNREACHABLE,
         RejectCode.TOO_SLOW,
         RejectCode.NO_SPACE,
+        RejectCode.PORT_IN_USE,
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
         RejectCode.FREEZE,  # may be published a moment later
@@ -305,7 +306,8 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.DEVELOPMENT: "the device is in production and this fleet is for development: enrol it in a real one",
     RejectCode.CONTAINMENT: "the device's policy requires isolation layers that its kernel does not provide: see "
     "fleet-host check on the device",
-    RejectCode.PORT_IN_USE: "another program uses that port: deploy with another --port",
+    RejectCode.PORT_IN_USE: "another program uses that port: end it, and the device retries by itself, or deploy with "
+    "another --port",
     RejectCode.HOST_GONE: "fleet-host does not run on the device: see systemctl status fleet-host; the device retries "
     "by itself",
     RejectCode.SUPERSEDED: "",

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from agent.link.https import FetchError
-from agent.update import effects, restore
+from agent.update import effects, reconciler, restore
 from agent.update.images import ImageStore
 from agent.update.machine import Event
 from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamaged
@@ -442,6 +442,24 @@ def broken(times, effect):
         return await effect(*arguments)
 
     return shows
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_is_tried_again_until_there_is_space(kit, monkeypatch):
+    monkeypatch.setattr("agent.update.state.RETRY_SOON_S", 0.02)
+    monkeypatch.setattr("agent.update.state.RETRY_MAX_S", 0.02)
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
+        kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full") for _ in range(12)]
+        monkeypatch.setattr(reconciler, "RETRY_SLACK_S", 0.0)
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        await kit.until(lambda: kit.host.targets() == {"web": V2})
+        await kit.settled()
+        failed = [outcome_of(each.code, each.phase) for each in kit.reports() if each.phase == "failed"]
+        assert failed == [Outcome.DEFERRED] * 12
+        assert kit.chain()[-1] == "committed"
+        assert kit.store.failed() == ()
 
 
 STOPPED_COMPILER = """

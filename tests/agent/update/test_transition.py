@@ -149,6 +149,13 @@ def test_a_superseded_change_ends_with_a_report_and_no_failure():
         (RejectCode.HOST_GONE, 9, 86_400),
         (RejectCode.INTERNAL, 10, None),
         (RejectCode.TRAPPED, 0, None),
+        # nothing of the device's own, and as long as the assignment stands
+        (RejectCode.NO_SPACE, 0, 300),
+        (RejectCode.UNREACHABLE, 1, 600),
+        (RejectCode.PORT_IN_USE, 2, 1200),
+        (RejectCode.NO_SPACE, 10, 86_400),
+        (RejectCode.NO_SPACE, 5000, 86_400),
+        (RejectCode.INTERRUPTED, 0, None),  # it went back: maybe the version's own doing
     ],
 )
 def test_a_failure_is_stored_with_its_next_retry(code, known_tries, retry_s):
