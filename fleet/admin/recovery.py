@@ -37,7 +37,7 @@ from fleet import ca
 from fleet.admin.bootstrap import issue
 from fleet.ca import CaError
 from fleet.protocol import bounds
-from fleet.protocol.files import atomic_write, move_into_place
+from fleet.protocol.files import atomic_write, move_into_place, temporary_name
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
 from fleet.store.sqlite import StoreError
 from fleet.store.store import Store
@@ -73,7 +73,7 @@ def backup(home: Path, output: Path) -> int:
     place = ServerPaths(home)
     try:
         fleet = ServerConfig.load(place.config).fleet
-        beside = output.with_name(f".{output.name}.new")
+        beside = temporary_name(output)
         with tempfile.TemporaryDirectory(dir=place.server, prefix=".backup-") as scratch:
             copy = Path(scratch) / "fleet.db"
             store = Store.open(place.database, fleet=fleet, create=False)
@@ -81,7 +81,7 @@ def backup(home: Path, output: Path) -> int:
                 store.backup(copy)
             finally:
                 store.close()
-            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 with os.fdopen(handle, "wb") as file:
                     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:

@@ -390,7 +390,7 @@ def write_file(file: Path, data: bytes | str, action: str = "check the path") ->
     Raises:
         Fault: it cannot be written.
     """
-    from fleet.protocol.files import move_into_place  # noqa: PLC0415 - keeps the start fast
+    from fleet.protocol.files import move_into_place, temporary_name  # noqa: PLC0415 - keeps the start fast
 
     data = data.encode() if isinstance(data, str) else data
     try:
@@ -398,7 +398,7 @@ def write_file(file: Path, data: bytes | str, action: str = "check the path") ->
             file.write_bytes(data)
             return
         target = file.resolve()
-        beside = target.with_name(f".{target.name}.new")
+        beside = temporary_name(target)
         try:
             beside.write_bytes(data)
             move_into_place(beside, target)

@@ -25,7 +25,7 @@ from fleet.cli.base import Exit, Fault, Group, Options, command, reason
 from fleet.cli.operator import Operator, load_operator
 from fleet.protocol import names
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import move_into_place
+from fleet.protocol.files import move_into_place, temporary_name
 from fleet.protocol.messages import BadTokenError, Token
 from fleet.protocol.operator_api import DeviceRow
 from signing.errors import FetchNotFound, Rejected
@@ -208,7 +208,7 @@ def _box(client: "Client", device: str, sha256: str) -> bytes:
 
 def _write(target: Path, files: dict[str, bytes]) -> int:
     """Write the tar beside its target and move it into place; returns its size in bytes."""
-    beside = target.with_name(f".{target.name}.new")
+    beside = temporary_name(target)
     try:
         with beside.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:

@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -87,6 +88,11 @@ def _take_name(source: Path, path: Path) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside a file for its next content, until it is whole; no other process is given the same."""
+    return path.with_name(f"{_TEMPORARY}{_boot()}-{secrets.token_hex(8)}")
 
 
 def move_into_place(source: Path, target: Path) -> None:

@@ -1,0 +1,59 @@
+"""Two `fleet` commands at once in one home: each writes its files under a name of its own, and none is lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROBE = Path(__file__).resolve().parents[3] / "components" / "adapter" / "probe.wasm"
+
+# Each process stops before its file gets its name, until all are there: the order in which they would collide.
+WAIT = """
+import sys
+from pathlib import Path
+
+plain = Path.replace
+
+
+def replace(self, target):
+    print("written", flush=True)
+    sys.stdin.readline()
+    return plain(self, target)
+
+
+Path.replace = replace
+"""
+COMPOSE = """
+from fleet.cli.main import main
+sys.argv = ["fleet", "component", "compose", *sys.argv[1:]]
+main()
+"""
+STATE = """
+from signing.updater import FileState
+from signing.trusted_metadata import VerifierState
+FileState(Path(sys.argv[1]), lock=Path(sys.argv[1] + ".lock")).save(VerifierState())
+"""
+BUNDLE = """
+from fleet.cli import bundle
+bundle._write(Path(sys.argv[1]), {"a": b"content"})  # the command around it needs a server
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [(COMPOSE, (PROBE, "-o")), (STATE, ()), (BUNDLE, ())],
+    ids=["a file that a person named", "what a verifier remembers", "a bundle"],
+)
+def test_two_processes_that_write_one_file_both_succeed(tmp_path, code, arguments):
+    target = tmp_path / "file"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", WAIT + code, *map(str, arguments), str(target)]
+    both = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    for each in both:
+        assert each.stdout.readline() == "written\n"
+    for each in both:
+        _, errors = each.communicate("\n", timeout=60)
+        assert (each.returncode, errors) == (0, "")
+    assert target.read_bytes()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith("new") or path.name.startswith(".")]
