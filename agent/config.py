@@ -28,6 +28,10 @@ CAPPED: Final = (
 )
 """Names of the limits that both a manifest and the device's policy set."""
 
+UNPRIVILEGED_PORT: Final = 1024
+"""First port that needs no privilege, as `ip_unprivileged_port_start` of the kernel."""
+
+_PORT_MAX: Final = 65535
 _MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
@@ -49,6 +53,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         interfaces: interfaces or packages that components may import; None for all.
         outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
+        ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
+        share_workers: let components of one publisher share a process where the director says so.
         logs: log lines that may leave the device when an operator follows logs.
         bundles: accept assignments from an offline bundle, which nothing proves to be current.
         late_bundles: accept bundles even after timestamp and snapshot have expired, until root or targets expires.
@@ -62,6 +68,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     interfaces: tuple[str, ...] | None = None
     outbound: tuple[str, ...] | None = None
+    ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
+    share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
     bundles: bool = False
     late_bundles: bool = False
@@ -90,15 +98,26 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             limits, **{name: min(getattr(limits, name), getattr(self, name)) for name in CAPPED}
         )
 
-    def denied(self, grants: Grants) -> tuple[str, ...]:
-        """Return the interfaces and destinations in `grants` that this policy does not allow."""
+    def denied(self, grants: Grants, port: int | None) -> tuple[str, ...]:
+        """Return the interfaces and destinations in `grants`, and the own port, that this policy does not allow."""
         beyond: list[str] = []
         if self.interfaces is not None:
             ceiling = Grants(interfaces=self.interfaces)
             beyond += [each for each in grants.interfaces if not ceiling.allows(each)]
         if self.outbound is not None:
             beyond += [each for each in grants.outbound if not outbound.covered(each, self.outbound)]
+        if port is not None and not any(port in port_range(each) for each in self.ports):
+            beyond.append(f"port {port}")
         return tuple(beyond)
+
+
+def port_range(text: str) -> range:
+    """Return the ports of `8080` or `8000-8099`. Raises `ValueError`."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    ports = range(0) if found is None else range(int(found[1]), int(found[2] or found[1]) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > _PORT_MAX:
+        raise ValueError(f"{text[:40]!r} is not a port, nor a range of ports such as 8000-8099")
+    return ports
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -200,6 +219,11 @@ def validate(merged: Mapping[str, Any]) -> Settings:
             raise ConfigError(
                 f"policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more", f"policy.{name}"
             )
+    for ports in settings.policy.ports:
+        try:
+            port_range(ports)
+        except ValueError as error:
+            raise ConfigError(f"policy.ports: {error}", "policy.ports") from None
     return settings
 
 

@@ -168,7 +168,7 @@ class EffectRunner:
             resolved = await self._worker(self._trust.resolve, item)
         except Rejected as error:
             return _delayed(error.code, error.message)
-        denied = self._settings.policy.denied(resolved.grants)
+        denied = self._settings.policy.denied(resolved.grants, item.port)
         if denied:
             return refused(RejectCode.GRANT_DENIED, f"this device's own policy does not allow {', '.join(denied)}")
         into = self._artifact(item.sha256)

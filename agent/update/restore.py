@@ -127,7 +127,7 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
         limits=policy.limit(manifest.limits),
         config={**defaults, **item.config},
         port=item.port,
-        share_worker=item.share_worker,
+        share_worker=item.share_worker and policy.share_workers,
         secrets=tuple(ref.name for ref in item.secrets),
     )
 

@@ -300,7 +300,7 @@ def _violation(trust: Reconfirms, policy: Policy, committed: Committed) -> Rejec
     except Rejected as error:
         if error.code in REASONS:
             return error
-    denied = policy.denied(manifest.grants if item.grants is None else item.grants)
+    denied = policy.denied(manifest.grants if item.grants is None else item.grants, item.port)
     if denied:
         return Rejected(RejectCode.GRANT_DENIED, f"this device's own policy does not allow {', '.join(denied)}")
     return None

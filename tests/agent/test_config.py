@@ -96,10 +96,32 @@ def test_the_policy_narrows_limits_and_never_widens_them():
 
 def test_the_policy_may_deny_granted_interfaces():
     wanted = Grants(interfaces=("wasi:clocks", "wasi:i2c/i2c"), outbound=("https://a:443", "https://b:443"))
-    assert Policy().denied(wanted) == ()
-    assert Policy(interfaces=("wasi:clocks",)).denied(wanted) == ("wasi:i2c/i2c",)
-    assert Policy(outbound=("https://a:443",)).denied(wanted) == ("https://b:443",)
-    assert Policy(interfaces=()).denied(wanted) == wanted.interfaces
+    assert Policy().denied(wanted, None) == ()
+    assert Policy(interfaces=("wasi:clocks",)).denied(wanted, None) == ("wasi:i2c/i2c",)
+    assert Policy(outbound=("https://a:443",)).denied(wanted, None) == ("https://b:443",)
+    assert Policy(interfaces=()).denied(wanted, None) == wanted.interfaces
+
+
+@pytest.mark.parametrize(
+    ("ports", "denied"),
+    [
+        (None, {1, 80, 1023}),
+        (("80", "8000-8001"), {1, 1023, 1024, 8080, 65535}),
+        ((), {1, 80, 1023, 1024, 8000, 8080, 65535}),
+    ],
+)
+def test_the_policy_bounds_the_ports_that_a_director_may_give(ports, denied):
+    policy = Policy() if ports is None else Policy(ports=ports)
+    for port in (1, 80, 1023, 1024, 8000, 8080, 65535):
+        assert policy.denied(Grants(), port) == ((f"port {port}",) if port in denied else ()), port
+    assert policy.denied(Grants(), None) == ()
+
+
+@pytest.mark.parametrize("ports", ["http", "0", "65536", "9-8", "-1", "1-", "", "80,443"])
+def test_a_range_of_ports_that_is_none_is_named(tmp_path, ports):
+    path = write(tmp_path, main=f'[policy]\nports = ["{ports}"]\n')
+    with pytest.raises(ConfigError, match=r"policy\.ports: .* is not a port"):
+        config.load(path)
 
 
 def test_the_documentation_lists_every_key_and_no_other():

@@ -169,6 +169,18 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
 
 @pytest.mark.asyncio
+async def test_a_port_that_the_devices_owner_does_not_give_is_refused_before_anything_is_fetched(kit):
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, msgspec.structs.replace(kit.publish("1.0.0"), port=80)))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == ("failed", RejectCode.GRANT_DENIED)
+        assert "policy does not allow port 80" in last.message
+        assert (kit.server.fetched, kit.host.targets()) == ([], {})
+        await kit.run(kit.assignment(2, msgspec.structs.replace(kit.publish("1.0.0"), port=8080)))
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
 async def test_the_agent_goes_on_while_a_component_is_read(kit, monkeypatch):
     plain_read, loop, seen = effects.reader.read, asyncio.get_running_loop(), []
 

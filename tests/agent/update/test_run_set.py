@@ -20,4 +20,5 @@ def test_the_operators_settings_of_an_instance_reach_the_host():
     assert (told.generation, told.port, told.share_worker) == (3, 8081, False)
     sharing = Item(**{**{name: getattr(item, name) for name in item.__struct_fields__}, "share_worker": True})
     assert run_of(sharing, manifest, 3, Policy()).share_worker
+    assert not run_of(sharing, manifest, 3, Policy(share_workers=False)).share_worker, "the owner of the device decides"
     assert not item.same_as(sharing), "it is another thing to run: the device must act on it"
