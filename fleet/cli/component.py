@@ -40,7 +40,9 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
         suggestion, problem = error.suggestion, str(error)
         missing = True
     except BadManifestError as error:
-        raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
+        if toml or found is not None:
+            raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
+        suggestion, problem, missing = "", str(error), True  # a library, or one to compose: shown all the same
     else:
         suggestion = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
         problem, missing = "", False
@@ -63,6 +65,8 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
             ("problem", problem),
         ]
     )
+    if not suggestion:
+        return Exit.OK
     click.echo("\nA sufficient component.toml:\n" if missing else "\nAs component.toml:\n")
     for line in suggestion.rstrip().splitlines():
         click.echo(printable(f"    {line}".rstrip()))

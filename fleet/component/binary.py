@@ -6,6 +6,7 @@ names for the whole file. Many toolchains still produce core
 modules: `how_to_componentize` names the command that makes a component of one.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -236,6 +237,12 @@ _IMPORT: Final = 2
 _EXPORT: Final = 7
 
 
+_PREVIEW1: Final = "wasi_snapshot_preview1"
+_WASM_BINDGEN: Final = re.compile(r"__wbindgen_|wbg$|\./.*_bg\.js$")
+_FOR_COMPONENTS: Final = re.compile(r"wasi_snapshot_preview1$|\$root$|__main_module__$|\[export\]|[^:]+:")
+"""Modules that `wasm-tools component new` resolves: the adapter, the world itself, exported resources, interfaces."""
+
+
 def how_to_componentize(data: bytes, file_name: str) -> str:
     """Say in one line what the core module `file_name` is and which command makes a component of it."""
     stem = file_name.removesuffix(".wasm")
@@ -245,22 +252,39 @@ def how_to_componentize(data: bytes, file_name: str) -> str:
     except DamagedError as error:
         return f"{file_name} is a core module, not a component, and damaged: {error}; build it again"
     head = f"{file_name} is a core module, not a component"
-    if any(section.startswith("component-type") for section in custom) and "wasi_snapshot_preview1" not in modules:
-        return f"{head}: wasm-tools component new {file_name} {out}"
-    if "wasi_snapshot_preview1" in modules:
+    if foreign := _foreign_host(modules):
+        return f"{head}, {foreign}"
+    if _PREVIEW1 in modules:
         kind = "command" if "_start" in exports else "reactor"
         return (
-            f"{head} (WASI preview 1): wasm-tools component new {file_name} "
-            f"--adapt wasi_snapshot_preview1.{kind}.wasm {out}"
+            f"{head} (WASI preview 1): build it for WASI 0.2 (target wasm32-wasip2), or wasm-tools component new "
+            f"{file_name} --adapt {_PREVIEW1}.{kind}.wasm {out}, with the adapter from a release of Wasmtime"
         )
-    if "wasi_unstable" in modules:
-        return f"{head}, for a WASI older than preview 1: build it with current tools, for WASI 0.2"
-    if "env" in modules or "gojs" in modules or "wbg" in modules:
-        return f"{head}, made for a browser or a host of its own (imports {min(modules)}): build it for WASI 0.2"
+    if any(section.startswith("component-type") for section in custom):
+        return f"{head}: wasm-tools component new {file_name} {out}"
     return (
         f"{head}: wasm-tools component embed --world WORLD WIT-DIRECTORY {file_name} -o {stem}.embed.wasm, "
         f"then wasm-tools component new {stem}.embed.wasm {out}"
     )
+
+
+def _foreign_host(modules: set[str]) -> str:
+    """Say for which host a core module was made that `wasm-tools component new` cannot stand in for; empty for none."""
+    if found := sorted(each for each in modules if _WASM_BINDGEN.match(each)):
+        return (
+            f"made by wasm-bindgen for JavaScript (imports {found[0]}): leave wasm-bindgen and the crates that "
+            "use it out, and build with cargo build --target wasm32-wasip2"
+        )
+    if found := sorted(each for each in modules if each.startswith("fastly_")):
+        return (
+            f"made for Fastly Compute (imports {found[0]}): replace Fastly's SDK by wasi:http/incoming-handler, "
+            "and build for WASI 0.2 (target wasm32-wasip2)"
+        )
+    if "wasi_unstable" in modules:
+        return "for a WASI older than preview 1: build it with current tools, for WASI 0.2"
+    if found := sorted(each for each in modules if not _FOR_COMPONENTS.match(each)):
+        return f"made for a browser or a host of its own (imports {found[0]}): build it for WASI 0.2"
+    return ""
 
 
 def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:

@@ -56,7 +56,7 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (wasi.MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
     (wasi.RUN, Service, "wasi:cli"),
 )
-_INTERFACE: Final = re.compile(r"[a-z][a-z0-9-]*:[a-z][a-z0-9-]*(/[a-z][a-z0-9-]*)?")
+_INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-zA-Z][a-zA-Z0-9-]*)?")
 _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 _DOTS_MAX: Final = 500
 """Most dots in one line: the memory that tomllib takes for a dotted key grows with the square of its parts."""
@@ -166,13 +166,18 @@ def describe(
 
     Raises:
         NeedsTomlError: an import is not granted, or a `component.toml` is needed for another reason.
-        BadManifestError: any other error.
+        BadManifestError: any other error, such as an import that no grant can name.
     """
     if text is None:
         manifest = infer(file_name, component, version=version)
     else:
         manifest = load(text, component=component, file_name=file_name, version=version)
     if missing := check_grants(component, manifest):
+        if foreign := [name for name in missing if not _INTERFACE.fullmatch(bare(name))]:
+            raise BadManifestError(
+                f"{file_name} imports {foreign[0][:80]!r}, which belongs to no package, so that no device serves it: "
+                "move it into an interface of a package, or compose the component with the one that exports it"
+            )
         raise NeedsTomlError(
             f"{file_name} imports {', '.join(missing)}, which its manifest does not grant: "
             f"save the suggested {FILE_NAME} to allow them",

@@ -44,6 +44,10 @@ _BY_WORLD: Final = {
 """Interfaces that are part of a world and need no grant."""
 
 
+_DRAFT: Final = re.compile(r"wasi:(cli|clocks|filesystem|http|io|random|sockets)/[^@]*@0\.2\.0-")
+"""Pre-releases of what WASI 0.2.0 itself has; other packages of WASI have only drafts until now."""
+
+
 class Fault(StrEnum):
     """Reason why a file is not a component that can run here."""
 
@@ -55,6 +59,7 @@ class Fault(StrEnum):
     OTHER_VERSION = "other-version"
     DAMAGED = "damaged"
     WASI_0_3 = "wasi-0.3"
+    WASI_DRAFT = "wasi-draft"
 
 
 class NotAComponentError(ValueError):
@@ -173,6 +178,13 @@ def _check_wasi(component: Component, file_name: str) -> None:
             Fault.WASI_0_3,
             f"{file_name} is built for WASI 0.3 ({newer[0]}), and devices serve WASI 0.2: build it for target "
             "wasm32-wasip2, or with your toolchain's option for WASI 0.2",
+        )
+    drafts = [name for name in (*component.imports, *component.exports) if _DRAFT.match(name)]
+    if drafts:
+        raise NotAComponentError(
+            Fault.WASI_DRAFT,
+            f"{file_name} is built for a pre-release of WASI 0.2 ({drafts[0]}), and devices serve its releases: update "
+            "your toolchain and its WIT files, and build it again",
         )
 
 

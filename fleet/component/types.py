@@ -283,6 +283,8 @@ class _Reader:
         binary.extern_type(cursor)
         if sort == _SORT_TYPE:
             self._types.append(None)
+            if self._data[at + 1] == 0:  # equal to another type, as a world's `use` has it: nothing of its own
+                self.plain.add(name)
         elif sort == _SORT_INSTANCE and self._plain(binary.Cursor(self._data, at + 1).u32()):
             self.plain.add(name)
 

@@ -157,7 +157,11 @@ class Image:
         self.component = component
         kind = component.type
         self._imported = kind.imports(engine.raw)
-        self.imports = {name: _functions(engine.raw, extern) for name, extern in self._imported.items()}
+        self.imports = {
+            # A type at the top level is equal to one of an interface, or the linker has nothing for it.
+            name: not isinstance(extern.ty, wc.ResourceType) and _functions(engine.raw, extern)
+            for name, extern in self._imported.items()
+        }
         self.exports = kind.exports(engine.raw)
         self._found: dict[tuple[str, str], wc.ExportIndex | None] = {}
 
@@ -321,7 +325,7 @@ def _adapted(artifact: bytes | str) -> bytes | str:
     try:
         return compose.compose(_ADAPTER, artifact) if compose.needs_adapter(read(artifact)) else artifact
     except NotAComponentError as error:
-        if error.fault is Fault.WASI_0_3:  # the engine would compile it, and could not link it
+        if error.fault in {Fault.WASI_0_3, Fault.WASI_DRAFT}:  # the engine would compile it, and could not link it
             raise EngineError(RejectCode.NOT_A_COMPONENT, str(error)) from error
         return artifact  # the engine says better what is wrong with it
     except compose.ComposeError as error:

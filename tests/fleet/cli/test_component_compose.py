@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from wasmtime import wat2wasm
 
 from fleet.cli.main import main
 from fleet.component import compose, reader
@@ -92,3 +93,27 @@ def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
     assert run(PROBE, "-o", tmp_path / "link.wasm").exit_code == 0
     assert (tmp_path / "link.wasm").is_symlink()
     assert (tmp_path / "real" / "whole.wasm").read_bytes().startswith(b"\0asm")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('(component (instance $i) (export "my:own/thing@1.0.0" (instance $i)))', "exports only my:own/thing@1.0.0"),
+        ('(component (import "host-log" (func)))', "a device can call one of"),
+        (
+            '(component (import "host-log" (func)) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))',
+            "'host-log', which belongs to no package",
+        ),
+    ],
+    ids=["a library", "nothing to call", "a function of no package"],
+)
+def test_a_component_that_no_device_runs_is_shown_with_its_problem(tmp_path, text, problem):
+    file = tmp_path / "thing.wasm"
+    file.write_bytes(wat2wasm(text))
+    done = CliRunner().invoke(main, ["component", "inspect", str(file)])
+    assert (done.exit_code, "component.toml:" in done.output) == (0, False), done.output
+    assert problem in " ".join(done.output.split())
+    said = json.loads(CliRunner().invoke(main, ["component", "inspect", str(file), "--json"]).output)
+    assert problem in said["problem"]
+    assert said["component_toml"] == ""
+    assert CliRunner().invoke(main, ["component", "inspect", str(file), "--toml"]).exit_code != 0

@@ -405,3 +405,27 @@ def test_the_docs_examples_are_read():
     assert blocks
     for block in blocks:
         component_toml.load(block)
+
+
+LABELS = st.from_regex(r"[a-z][a-z0-9]{0,4}(-([a-z][a-z0-9]{0,4}|[A-Z][A-Z0-9]{0,4})){0,2}", fullmatch=True)
+INTERFACES = st.builds("{}:{}/{}@{}".format, LABELS, LABELS, LABELS, st.sampled_from(["0.1.0", "0.2.0-draft", "1.2.3"]))
+IMPORTS = st.one_of(LABELS, INTERFACES, st.builds("url=<https://{}.com>".format, LABELS))
+
+
+@given(st.lists(IMPORTS, max_size=4, unique=True))
+def test_a_suggestion_is_always_accepted(imports):
+    component = made(imports=imports)
+    try:
+        component_toml.describe(component, None, file_name="x.wasm")
+    except NeedsTomlError as error:
+        component_toml.describe(component, error.suggestion, file_name="x.wasm")
+    except BadManifestError:
+        assert any(":" not in name or "=" in name for name in imports)
+
+
+@pytest.mark.parametrize("name", ["host-log", "my-things", "url=<https://a.com/x.wasm>"])
+def test_an_import_outside_of_any_package_is_refused_in_words(name):
+    with pytest.raises(BadManifestError, match="belongs to no package") as caught:
+        component_toml.describe(made(imports=["wasi:logging/logging@0.1.0-draft", name]), None, file_name="x.wasm")
+    assert not isinstance(caught.value, NeedsTomlError)
+    assert repr(name) in str(caught.value)

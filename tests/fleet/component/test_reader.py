@@ -108,6 +108,25 @@ def test_an_interface_known_only_for_its_types_needs_no_grant():
     assert seen.missing(Grants()) == ("wasi:io/error@0.2.0", "wasi:clocks/wall-clock@0.2.0", "my:errors/again@0.2.0")
 
 
+def test_a_world_that_uses_a_type_by_its_name_needs_no_grant_for_it():
+    seen = reader.read(
+        bytes(
+            wat2wasm("""
+        (component
+          (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+          (alias export $error "error" (type $e))
+          (import "err" (type (eq $e)))
+          (import "thing" (type (sub resource))))""")
+        )
+    )
+    assert seen.plain == {"err"}
+
+
+@pytest.mark.parametrize("name", ["wasi:config/store@0.2.0-rc.1", "wasi:nn/graph@0.2.0-rc-2024-10-28"])
+def test_packages_of_which_there_are_only_drafts_are_read(name):
+    assert reader.read(bytes(wat2wasm(f'(component (import "{name}" (instance)))'))).imports == (name,)
+
+
 PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32 i32 i32 i32) (result i32))){})'
 
 
@@ -122,6 +141,25 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
         (b"\0asm\x0c\0\1\0", Fault.OTHER_VERSION, "0c 00 01 00"),
         (b";; a remark\n(component\n", Fault.TEXT, "wasm-tools parse thing.wasm -o thing.wasm"),
         (wat2wasm("(module)"), Fault.CORE_MODULE, "wasm-tools component embed"),
+        (
+            wat2wasm(
+                '(module (import "__wbindgen_placeholder__" "f" (func)) (import "wasi_snapshot_preview1" "x" (func)))'
+            ),
+            Fault.CORE_MODULE,
+            "wasm-bindgen for JavaScript (imports __wbindgen_placeholder__)",
+        ),
+        (wat2wasm('(module (import "./thing_bg.js" "f" (func)))'), Fault.CORE_MODULE, "leave wasm-bindgen"),
+        (
+            wat2wasm('(module (import "fastly_http_req" "f" (func)) (import "wasi_snapshot_preview1" "x" (func)))'),
+            Fault.CORE_MODULE,
+            "made for Fastly Compute (imports fastly_http_req): replace Fastly's SDK by wasi:http/incoming-handler",
+        ),
+        (
+            wat2wasm('(module (import "env" "f" (func)) (import "wasi_snapshot_preview1" "x" (func)))'),
+            Fault.CORE_MODULE,
+            "(imports env)",  # the adapter alone would not help
+        ),
+        (wat2wasm(PREVIEW1.format("")), Fault.CORE_MODULE, "with the adapter from a release of Wasmtime"),
         (wat2wasm(PREVIEW1.format("")), Fault.CORE_MODULE, "--adapt wasi_snapshot_preview1.reactor.wasm"),
         (
             wat2wasm(PREVIEW1.format('(func (export "_start"))')),
@@ -141,6 +179,18 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
             wat2wasm('(component (import "wasi:cli/stdin@0.3.0-rc-2025-09-16" (instance)))'),
             Fault.WASI_0_3,
             "WASI 0.2",
+        ),
+        (
+            wat2wasm('(component (import "wasi:http/types@0.2.0-rc-2023-12-05" (instance)))'),
+            Fault.WASI_DRAFT,
+            "a pre-release of WASI 0.2 (wasi:http/types@0.2.0-rc-2023-12-05)",
+        ),
+        (
+            wat2wasm(
+                '(component (instance $i) (export "wasi:http/incoming-handler@0.2.0-rc-2023-11-10" (instance $i)))'
+            ),
+            Fault.WASI_DRAFT,
+            "incoming-handler@0.2.0-rc-2023-11-10",
         ),
     ],
 )
