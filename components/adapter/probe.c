@@ -17,6 +17,7 @@
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
 //   /events            lines without end, each flushed
 //   /large/N           N MiB
+//   /pages/N           N times 4 KiB
 //   /sum               the request's trailers, as /describe prints fields
 //   /half              half a body, not flushed, then a trap
 #include <stddef.h>
@@ -501,11 +502,11 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         finish(body, trailers);
     } else if (is(target, TEXT("/events"))) {
         for (int32_t stream = open_body(answer(200));;) write_all(stream, TEXT("event\n"));
-    } else if (starts(target, TEXT("/large/"))) {
+    } else if (starts(target, TEXT("/large/")) || starts(target, TEXT("/pages/"))) {
         int32_t body = answer(200), stream = open_body(body);
         uint32_t blocks = 0;
         for (size_t i = 7; i < target.size; i++) blocks = blocks * 10 + (uint32_t)(target.data[i] - '0');
-        blocks *= 256;
+        if (target.data[1] == 'l') blocks *= 256;
         for (uint32_t n = 0; n < blocks; n++) {
             for (size_t i = 0; i < 4096; i += 4) *(uint32_t *)(page + i) = n;
             write_all(stream, (text){page, 4096});
