@@ -67,8 +67,7 @@ test-density: $(STAMP) ## three thousand idle instances on one host, in a gibiby
 # A peer that cannot be had is named in the table.
 bench: $(STAMP) ## measure requests beside wasmtime serve and nginx into docs/benchmarks.md (10 minutes; QUICK=1: one short pair each), then print the other ratios and counts
 	-$(BIN)/python -m pip install --quiet --group peers
-	$(BIN)/python -m tests.bench.request_path $(if $(QUICK),--quick)
-	$(BIN)/python -m pytest -m bench -s
+	$(BIN)/python -m tests.bench.request_path $(if $(QUICK),--quick); status=$$?; $(BIN)/python -m pytest -m bench -s && exit $$status
 
 test-bounds: $(STAMP) ## the server's and commands' tests with the lowest and newest versions of dependencies (BOUNDS="--python 3.11 --set lowest")
 	$(BIN)/python -m deploy.dependency_bounds $(BOUNDS)

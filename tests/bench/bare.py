@@ -16,12 +16,13 @@ import sys
 import time
 
 SMALL = b"hello over wasi:http\n"
-LARGE = bytes(1 << 20)
+LARGE = {b"/large/1": bytes(1 << 20), b"/pages/16": bytes(1 << 16)}
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 def answer(head, body):
-    content = body if head.startswith(b"POST /echo") else LARGE if head.startswith(b"GET /large/1") else SMALL
+    target = head.split(b" ", 2)[1]
+    content = body if target == b"/echo" else LARGE.get(target, SMALL)
     return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(content), content)
 
 

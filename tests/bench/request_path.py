@@ -44,12 +44,13 @@ UP = Case(
     "64 KiB up, unread by the guest, 4 connections", "POST", "/sum", 64 * KIB, 4, lambda body: body in {b"\n", HELLO}
 )
 BOTH = Case("64 KiB up and back, 4 connections", "POST", "/echo", 64 * KIB, 4, lambda body: body == b"x" * 64 * KIB)
-DOWN = Case("1 MiB down, streamed, 4 connections", "GET", "/large/1", 0, 4, lambda body: len(body) == KIB * KIB)
+DOWN = Case("64 KiB down, 4 connections", "GET", "/pages/16", 0, 4, lambda body: len(body) == 64 * KIB)
+STREAM = Case("1 MiB down, streamed, 4 connections", "GET", "/large/1", 0, 4, lambda body: len(body) == KIB * KIB)
 ASKS = Case(
     "Outgoing request, 4 connections", "GET", "/get?127.0.0.1:{upstream}/", 0, 4, lambda body: body.endswith(HELLO)
 )
-CASES = [*SMALL, UP, BOTH, DOWN, ASKS]
-BODIES = [UP, BOTH, DOWN]
+CASES = [*SMALL, UP, DOWN, BOTH, STREAM, ASKS]
+BODIES = [UP, DOWN, BOTH, STREAM]
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def probe(name: str, peer: str, cases: list[Case], *, ingress: bool, reused: boo
     )
 
 
-def native(name: str, *, shared: bool) -> Entry:
-    return Entry(name, lambda stage, _: stage.product("hello", ingress=True, shared=shared), SMALL, REUSED)
+def native(name: str, cases: list[Case], *, shared: bool) -> Entry:
+    return Entry(name, lambda stage, _: stage.product("hello", ingress=True, shared=shared), cases, REUSED)
 
 
 # A contestant stands beside its peer, so that both of a pair run within seconds.
@@ -95,11 +96,11 @@ ENTRIES = [
         REUSED,
     ),
     probe("reused, port of its own", REUSED, SMALL, ingress=False, reused=True),
-    native("native world, shared ingress", shared=False),
-    native("native world, shared worker, shared ingress", shared=True),
-    Entry("floor: nginx answers by itself", lambda stage, _: stage.nginx_alone(), SMALL),
-    Entry("floor: sockets in one Python process", lambda stage, _: stage.bare("one"), [*SMALL, *BODIES]),
-    Entry("floor: sockets, two Python processes", lambda stage, _: stage.bare("two"), [*SMALL, *BODIES]),
+    native("native world, shared ingress", SMALL, shared=False),
+    native("native world, shared worker, shared ingress", SMALL[1:3], shared=True),
+    Entry("floor: nginx answers by itself", lambda stage, _: stage.nginx_alone(), SMALL[:2]),
+    Entry("floor: sockets in one Python process", lambda stage, _: stage.bare("one"), [*SMALL[:2], *BODIES]),
+    Entry("floor: sockets, two Python processes", lambda stage, _: stage.bare("two"), SMALL[:2]),
     Entry("floor: engine alone, fresh", lambda stage, _: stage.engine(1), SMALL[:1]),
     Entry("floor: engine alone, reused", lambda stage, _: stage.engine(FOREVER), SMALL[:1]),
 ]
@@ -228,7 +229,7 @@ def machine() -> str:
     )
 
 
-def preface(stage: Stage, cores: Cores, options: argparse.Namespace, others: float) -> str:
+def preface(stage: Stage, cores: Cores, options: argparse.Namespace, load: float) -> str:
     priority = (
         "real-time priority (`chrt --rr 10`)" if cores.priority else "**ordinary priority**: real-time was refused"
     )
@@ -251,7 +252,7 @@ as proxy, in one run. `make bench` writes this page.
 | processes | each server with all its processes on one core, the client (wrk, one thread) on another, {priority} |
 | host | as {stage.welcome.runs_as if stage.welcome else "nothing"}; isolation: {held} |
 | samples | {seconds} s each, {pairs} |
-| load of the server's core before the run | {others:.0%} |
+| load average of the machine before the run | {load:.1f} |
 
 - **requests/s**: median of the rounds; answers other than 200 do not count.
 - **of its peer**: median of the ratios of pairs, each pair out of one round. Fresh instances are compared with fresh
@@ -263,8 +264,7 @@ as proxy, in one run. `make bench` writes this page.
 - A remark names errors, a client that was the limit, and work of other processes on the server's core: at real-time
   priority they get only what the server leaves, and the kernel's twentieth.
 
-Requests with a body always get an instance of their own, so "reused" does not reuse there. `probe.wasm` has no answer
-of 64 KiB to a request without a body: that case is missing.
+Requests with a body always get an instance of their own, so "reused" does not reuse there.
 
 """
 
@@ -272,6 +272,7 @@ of 64 KiB to a request without a body: that case is missing.
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure requests beside wasmtime serve and nginx.")
     parser.add_argument("--quick", action="store_true", help="one pair of one second each, to try it out")
+    parser.add_argument("--ordinary", action="store_true", help="leave the priority of processes as it is")
     parser.add_argument(
         "--only", default="", metavar="WORD", help="only cases whose title has this word; writes no page"
     )
@@ -294,7 +295,7 @@ def main() -> int:
         Path(directory).chmod(0o755)  # workers are other users
         stage = Stage(cores, Path(directory))
         try:
-            others = stage.idle_share()
+            load = os.getloadavg()[0]
             bench = Bench(stage, *((1, 1) if chosen.quick else (ROUNDS, SECONDS)))
             bench.start(cases)
             parts = []
@@ -302,7 +303,7 @@ def main() -> int:
                 parts.append(f"## {case.title}\n\n{bench.run(case)}\n")
                 print(parts[-1], flush=True)
             print(bench.summary(), flush=True)
-            page = [preface(stage, cores, chosen, others), bench.summary(), *parts]
+            page = [preface(stage, cores, chosen, load), bench.summary(), *parts]
         finally:
             stage.close()
     if not chosen.only:

@@ -320,9 +320,3 @@ http {{
             # The one child before there is an instance.
             (self._router,) = children(self._host.process.pid)
         return self._host
-
-    def idle_share(self, seconds: float = 1.0) -> float:
-        """Return the share of the server's core that is used before anything is measured."""
-        before, began = busy_ns(self.cores.server), time.monotonic_ns()
-        time.sleep(seconds)
-        return (busy_ns(self.cores.server) - before) / (time.monotonic_ns() - began)
