@@ -127,7 +127,7 @@ def sample(
         front_ns: the same of the router or proxy among them, None without one.
         client_s: processor time of wrk, in seconds.
         busy_ns: time during which the server's core was busy with anything, ours included.
-        elapsed_ns: length of the run.
+        elapsed_ns: time in which that was: wrk's own duration and its start and end.
     """
     good = max(load.requests - load.errors.get("status", 0), 0)
     each = max(good, 1) * 1000
@@ -138,8 +138,8 @@ def sample(
         errors=load.errors,
         server_us=server_ns / each,
         front_us=None if front_ns is None else front_ns / each,
-        client=client_s * 1_000_000_000 / elapsed_ns,
-        server=server_ns / elapsed_ns,
+        client=client_s * 1_000_000 / max(load.duration_us, 1),
+        server=server_ns / max(load.duration_us * 1000, 1),
         others=max(busy_ns - server_ns, 0) / elapsed_ns,
     )
 

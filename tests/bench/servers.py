@@ -63,7 +63,10 @@ class Cores:
     def holds(self, pid: int) -> bool:
         """Tell whether a process runs where, and with the priority, that the page says."""
         policy = os.SCHED_RR if self.priority else os.SCHED_OTHER
-        return os.sched_getaffinity(pid) == {self.server} and os.sched_getscheduler(pid) == policy
+        try:
+            return os.sched_getaffinity(pid) == {self.server} and os.sched_getscheduler(pid) == policy
+        except ProcessLookupError:
+            return True  # ended meanwhile
 
 
 def pick_cores(*, realtime: bool) -> Cores:

@@ -38,8 +38,8 @@ def test_answers_of_another_status_are_no_requests():
     assert found.rate == pytest.approx(9950)
     assert found.server_us == pytest.approx(100)
     assert found.front_us == pytest.approx(10)
-    assert found.client == pytest.approx(0.5 / 2.2)
-    assert found.server == pytest.approx(1.99 / 2.2)
+    assert found.client == pytest.approx(0.25)
+    assert found.server == pytest.approx(0.995)
     assert found.others == pytest.approx(0.11 / 2.2)
 
 
