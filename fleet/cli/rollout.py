@@ -4,12 +4,13 @@ Following draws live bars on a terminal, and prints one line for each change els
 Following goes on after a restart of the server: the rollout is in its database and on the devices.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from msgspec.structs import replace
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -25,7 +26,7 @@ from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 if TYPE_CHECKING:
     from fleet.client import Client
-    from fleet.rollout.members import Amount
+    from fleet.rollout.members import Amount, Stage
 
 POLL_S: Final = 25
 
@@ -249,15 +250,14 @@ def unfreeze(options: Options, *, group: str) -> None:
 )
 @click.option(
     "--soak",
-    default=0,
     type=click.IntRange(0, bounds.WAIT_MAX_S),
     metavar="SECONDS",
-    help="Soak of each wave  [0]",
+    help="Soak of each wave  [0, or as the group's plan says]",
 )
 @click.option("--failures", default="", metavar="N|P%", help="Devices of each wave that may fail")
 @click.option("--max-lost", default="", metavar="N|P%", help="Devices of each wave that may be lost")
 @click.option("--min-success", default="", metavar="N|P%", help="Devices of each wave that must succeed")
-@click.option("--at-once", default=0, type=click.IntRange(0), metavar="N", help="Devices in progress at any time")
+@click.option("--at-once", type=click.IntRange(0), metavar="N", help="Devices in progress at any time")
 @click.option("--seed", default=1, type=click.IntRange(0), show_default=True, metavar="N", help="Play by this seed")
 @click.option(
     "--runs",
@@ -267,33 +267,43 @@ def unfreeze(options: Options, *, group: str) -> None:
     metavar="N",
     help="Runs for each failure rate",
 )
-def simulate(options: Options, *, group: str, waves: str, soak: int, seed: int, runs: int, **limits: Any) -> None:
+def simulate(
+    options: Options, *, group: str, waves: str, soak: int | None, seed: int, runs: int, **limits: Any
+) -> None:
     """Play a plan over a group and show when it would halt.
 
     Nothing is changed: the simulated devices are slow, flap, reboot and go away by a seed, and a version that fails on
-    a share of them is rolled out by the decisions of the server.
+    a share of them is rolled out by the decisions of the server. What is not given is as the plan of the group says,
+    whose approvals are given at once.
     """
-    from fleet.rollout import members  # noqa: PLC0415 - not for --help
-    from fleet.rollout.decide import Limits  # noqa: PLC0415
+    from fleet.rollout import group_plan, members  # noqa: PLC0415 - not for --help
     from fleet.simulator.forecast import Place, Plan, forecast  # noqa: PLC0415
 
     with connect(options) as client:
         rows = [row for row in client.devices().devices if group in row.groups and not row.revoked]
-    if not rows:
-        raise Fault(f"the group {group!r} has no devices", "", "'fleet groups' lists the groups", code=Exit.REFUSED)
+        if not rows:
+            raise Fault(f"the group {group!r} has no devices", "", "'fleet groups' lists the groups", code=Exit.REFUSED)
+        plan = client.policy(group).plan or operator_api.GroupPlan()
+    given = {name: value for name, value in limits.items() if value not in (None, "")}
+    by = "" if plan.budget is None else plan.budget.by
     try:
-        stages = members.parse_waves(waves or members.default_waves(len(rows)))
-        asked = Limits(
-            min_success=amount("--min-success", limits["min_success"] or "10%"),
-            failures=amount("--failures", limits["failures"]) if limits["failures"] else None,
-            lost=amount("--max-lost", limits["max_lost"]) if limits["max_lost"] else None,
-            at_once=limits["at_once"],
+        for name in given.keys() - {"at_once"}:
+            amount(f"--{name.replace('_', '-')}", given[name])
+        asked = group_plan.limits_of(
+            replace(plan.limits, **given), min_available=None if plan.budget is None else plan.budget.min_available
         )
+        stages = () if waves else group_plan.stages_of(plan)
+        stages = stages or members.parse_waves(waves or members.default_waves(len(rows)))
     except members.BadWavesError as error:
         raise Fault(str(error)) from None
-    found = forecast({row.id: Place(row.online) for row in rows}, Plan(stages, asked, soak), seed=seed, runs=runs)
+    found = forecast(
+        {row.id: Place(row.online, site=row.labels.get(by, ""), labels=row.labels) for row in rows},
+        Plan(_played(stages, soak), asked, plan.soak_s or 0 if soak is None else soak),
+        seed=seed,
+        runs=runs,
+    )
     if options.json:
-        output.show_json([asdict(each) for each in found])
+        output.show_json([dataclasses.asdict(each) for each in found])
         return
     columns = ("FAILS ON", "HALTS", "IN WAVE", "AFTER", "HURT", "AT MOST", "MET IT")
     table = [
@@ -309,6 +319,13 @@ def simulate(options: Options, *, group: str, waves: str, soak: int, seed: int, 
         for each in found
     ]
     output.table(columns, table, empty="")
+
+
+def _played(stages: "Sequence[Stage]", soak: int | None) -> "tuple[Stage, ...]":
+    """Return stages that wait for no approval, and soak as asked."""
+    return tuple(
+        dataclasses.replace(each, approval=False, soak_s=each.soak_s if soak is None else None) for each in stages
+    )
 
 
 rollout.add_command(simulate)

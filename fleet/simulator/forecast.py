@@ -3,7 +3,7 @@
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fleet.protocol.codes import RolloutState
@@ -26,6 +26,7 @@ class Place:
     online: bool
     site: str = ""
     affected: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +91,5 @@ def _scenario(fleet: Mapping[str, Place], plan: Plan, rate: float, seed: int) ->
         later = tuple(each for each in drawn.away if each[0] > 0)
         away = later if place.online else ((0.0, rng.uniform(0.1, 4) * DAY), *later)
         devices[name] = replace(drawn, away=away)
-    sites = {name: Site(place.site, affected=place.affected) for name, place in fleet.items()}
+    sites = {name: Site(place.site, affected=place.affected, labels=place.labels) for name, place in fleet.items()}
     return Scenario(seed, devices, plan.stages, plan.limits, plan.soak_s, sites, tick_s=_TICK_S)

@@ -7,7 +7,7 @@ from one seed, so that a run can be played again.
 
 import heapq
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -27,10 +27,11 @@ OLD: Final = "old"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Place of a device, and whether it can run the change at all."""
+    """Place and labels of a device, and whether it can run the change at all."""
 
     name: str = ""
     affected: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Simulation:
     def _begin(self) -> tuple[Rollout, dict[str, Member]]:
         affected = [name for name in self.devices if self._site(name).affected]
         drawn = draw(
-            [Candidate(name, self.devices[name].traits.online(0)) for name in affected],
+            [Candidate(name, self.devices[name].traits.online(0), self._site(name).labels) for name in affected],
             self.scenario.stages,
             seed=self.scenario.seed,
         )
@@ -156,6 +157,7 @@ class Simulation:
                 wave_of.get(name, 0),
                 Outcome.PENDING if name in wave_of else Outcome.NOT_AFFECTED,
                 rank=rank.get(name, 0),
+                canary=bool(drawn.stages) and drawn.stages[0].takes(self._site(name).labels),
                 site=self._site(name).name,
                 heard_at=0.0,
                 online_since=0.0 if device.traits.online(0) else None,

@@ -112,3 +112,29 @@ def test_a_rollout_that_waits_for_an_approval_says_who_gives_it(fleet, desk):
     assert "approval somebody other than alice: 'fleet rollout approve 7'" in shown
     desk.routes[("GET", "/v1/rollouts/7")] = msgspec.structs.replace(VIEW, by="alice")
     assert "somebody other than" not in fleet("rollout", "7").output
+
+
+def test_the_plan_of_the_group_is_played_where_no_option_says_otherwise(fleet, desk):
+    rows = tuple(
+        operator_api.DeviceRow(
+            id=f"d{number}",
+            name="d",
+            groups=("edge-eu",),
+            online=True,
+            labels={"ring": "lab" if number < 2 else "shop"},
+        )
+        for number in range(6)
+    )
+    desk.routes[("GET", "/v1/devices")] = operator_api.Devices(devices=rows)
+    stages = (operator_api.PlanStage(select={"ring": "lab"}, approval=True), operator_api.PlanStage())
+    plan = operator_api.GroupPlan(soak_s=86_400, stages=stages)
+    desk.routes[("GET", "/v1/groups/edge-eu/policy")] = operator_api.GroupPolicy(group="edge-eu", plan=plan)
+
+    def played(*words):
+        return json.loads(fleet("--json", "rollout", "simulate", "--group", "edge-eu", "--runs", "3", *words).output)
+
+    good, *_, bad = played()
+    assert (good["halted"], good["after_s"] > 86_400) == (0, True), "it soaks, and an approval is no halt"
+    assert (bad["halted"], bad["wave"], bad["hurt_most"]) == (3, 1, 2), "both devices of the lab, and nobody else"
+    good, *_, bad = played("--waves", "100%", "--soak", "0")
+    assert (good["after_s"] < 86_400, bad["hurt_most"] > 2) == (True, True)

@@ -121,11 +121,16 @@ async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_
         boards = [await fleet.board(name) for name in "ab"]
         for board in boards:
             await label(operator, board, site="berlin")
-        one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         for target in (one, two):
             await operator.decided(await operator.deploy(target))
         budget = PlanBudget(by="site", min_available=1)
-        await set_plan(operator, GroupPlan(budget=budget, stages=(PlanStage(size="1", soak_s=3600), PlanStage())))
+        await set_plan(operator, GroupPlan(soak_s=0, budget=budget, stages=(PlanStage(),)))
+        view = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(group="edge"))
+        view = await operator.decided(view)
+        assert (view.state, [each.text for each in view.waves]) == (RolloutState.SUCCEEDED, ["1", "100%"])
+        view = await operator.decided(await operator.deploy(three))
+        assert (view.state, [each.text for each in view.waves]) == (RolloutState.SUCCEEDED, ["100%"])
         for board in boards:
             board.behaviour = behaviours["silent"]
         undo = operator_api.UndoRequest(group="edge", waves="100%")
