@@ -45,7 +45,7 @@ def polled(before: Polls | None, now: float) -> Polls:
         return Polls(now, now)
     pause_s = now - before.last
     if now > before.until:
-        return Polls(now, now, pause_s)  # it went away meanwhile, or polls more rarely than was known
+        return Polls(now, now, pause_s)  # gone meanwhile, or polls more rarely than was known
     return replace(before, last=now, pause_s=max(pause_s, before.pause_s / _JITTER))
 
 

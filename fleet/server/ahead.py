@@ -46,6 +46,7 @@ class AheadDevices:
 
     Attributes:
         director: signs assignments.
+        controller: of rollouts, which is told of devices that poll.
 
     Args:
         clock: the time, UTC.
@@ -62,7 +63,8 @@ class AheadDevices:
     ) -> None:
         self.director = self._director = director
         self._store, self._repository = store, repository
-        self._controller, self._clock = controller, clock
+        self.controller = self._controller = controller
+        self._clock = clock
         self._shown: dict[str, _Shown] = {}
 
     def show(self, device: DeviceRow, envelope: bytes) -> None:

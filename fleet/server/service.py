@@ -358,7 +358,6 @@ class Server:
             clock=clock,
             logs=logs,
             ahead=ahead,
-            controller=self._conductor,
         )
 
     def _end_polls(self) -> None:

@@ -105,8 +105,11 @@ def test_a_token_is_good_once_and_for_a_board_without_an_identity(stage, board, 
     async def story():
         token = (await stage.scene.command("enroll-token", "--group", GROUP, "--quiet")).encode()
 
+        config = tmp_path / "agent.toml"
+        config.touch()
+
         async def enroll(name: str) -> tuple[int, str, str]:
-            words = ("enroll", "--state", str(tmp_path / name), "--config", str(tmp_path / "none.toml"))
+            words = ("enroll", "--state", str(tmp_path / name), "--config", str(config))
             return await stage.scene.processes.run(module(AGENT, *words), stdin=token)
 
         first = await enroll("first")

@@ -28,7 +28,6 @@ from fleet.server.api.query import Number, Word
 from fleet.server.api.secrets import box_of
 from fleet.server.enrolment import Enrolment
 from fleet.server.listener import peer_certificate
-from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
@@ -143,11 +142,10 @@ class DeviceApi:
         artifacts: Artifacts,
         enrolment: Enrolment,
         ahead: AheadDevices,
-        controller: RolloutController,
         clock: Callable[[], datetime],
         logs: LogRelay,
     ) -> None:
-        self.logs, self._ahead, self._controller = logs, ahead, controller
+        self.logs, self._ahead, self._controller = logs, ahead, ahead.controller
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, ahead.director, clock
         self._unheard: dict[str, float] = {}
