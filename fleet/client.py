@@ -360,6 +360,10 @@ class Client:
         """Fetch the effect that a rollout would have."""
         return self._send(operator_api.Preflight, "POST", "/v1/preflight", request)
 
+    def withdrawal(self, target: str) -> operator_api.WithdrawalView:
+        """Fetch the effect that the withdrawal of a release would have."""
+        return self._get(operator_api.WithdrawalView, "/v1/withdrawal", {"target": target})
+
     def deploy(self, request: operator_api.RolloutRequest) -> operator_api.RolloutView:
         """Start a rollout."""
         return self._send(operator_api.RolloutView, "POST", "/v1/rollouts", request)

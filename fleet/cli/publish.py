@@ -6,7 +6,7 @@ between; then everything is verified and signed again. Component and manifest ar
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import names
 from fleet.protocol.manifest import MAX_BYTES, BadManifestError, Manifest
 from fleet.protocol.names import TargetName
+from fleet.protocol.operator_api import WithdrawalView
 from signing import events, hash_bins, repository
 from signing.errors import RepositoryError
 from signing.events import Document, Event
@@ -38,6 +39,7 @@ from signing.policy import Release
 
 CONFLICTS_MAX: Final = 5
 _CONFLICT: Final = 409
+_NAMED_MAX: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,14 +313,19 @@ def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
     return msgspec.structs.replace(manifest, version=f"{prefix}{number + 1}")
 
 
-@command("withdraw", examples="fleet withdraw hello@1.4.0\nfleet withdraw hello@1.4.0 --yes")
+@command(
+    "withdraw",
+    examples="fleet withdraw hello@1.4.0\nfleet withdraw hello@1.4.0 --dry-run\nfleet withdraw hello@1.4.0 --yes",
+)
 @click.argument("target", metavar="NAME@VERSION")
 @click.option("--yes", is_flag=True, help="Revoke without asking")
-def withdraw(options: Options, *, target: str, yes: bool) -> None:
+@click.option("--dry-run", "dry", is_flag=True, help="Revoke nothing: show which devices it concerns, and what follows")
+def withdraw(options: Options, *, target: str, yes: bool, dry: bool) -> None:
     """Revoke a published release, with this namespace's key and for good.
 
-    Every device that runs it stops it, nothing can deploy it again, and its version is never published again. To go
-    back to another version first, deploy that.
+    Every device that runs it stops it, nothing can deploy it again, and its version is never published again. Devices
+    go to the newest settled version with the same data schema, at or above its security epoch; where there is none they
+    run nothing, and keep the data. To go to another version first, deploy that.
     """
     who = load_operator(options)
     name = who.target(target)
@@ -326,28 +333,78 @@ def withdraw(options: Options, *, target: str, yes: bool) -> None:
         raise Fault(f"{name} is not of the namespace {who.namespace}", "only its own publisher can revoke it")
     with who.client() as client:
         trust = TrustStore(who, client)
-        running = _devices_running(client, name)
-        users = f"{len(running)} devices run it and stop it" if running else "no device runs it"
-        if not yes and not click.confirm(f"Revoke {name} for good? By what devices report, {users}.", err=True):
-            raise click.Abort
-        new = _revoke(who, client, trust, name)
+        _check_published(trust, name)
+        effect = client.withdrawal(name.path)
+        if not dry and not yes:
+            click.echo("\n".join(_consequences(effect)), err=True)
+            if not click.confirm(f"Revoke {name} for good?", err=True):
+                raise click.Abort
+        new = not dry and _revoke(who, client, trust, name)
     if options.json:
-        output.show_json({"target": name.path, "revoked": True, "new": new, "running": running})
-    else:
-        output.say(options, f"{name} is revoked." if new else f"{name} was revoked before.")
-        for device in running:
-            output.say(options, f"  {device} stops it")
+        running = sorted({each.device for each in effect.devices if each.runs})
+        done = {"target": name.path, "revoked": not dry or trust.is_revoked(name.path), "new": new, "running": running}
+        output.show_json({**done, "devices": effect.devices, "rollouts": effect.rollouts})
+        return
+    if dry or yes:
+        output.say(options, "\n".join(_consequences(effect)))
+    said = f"{name} is revoked." if new else f"{name} was revoked before."
+    output.say(options, "Nothing was changed." if dry else said)
+
+
+def _consequences(effect: WithdrawalView) -> list[str]:
+    """Say which devices a withdrawal concerns and what becomes of them, by count and name."""
+    running = {each.device for each in effect.devices if each.runs}
+    waiting = {each.device for each in effect.devices} - running
+    runs = _counted(len(running), "device runs it", "devices run it") if running else "no device runs it"
+    more = f"; {_counted(len(waiting), 'more is', 'more are')} to run it" if waiting else ""
+    lines = [f"By what devices report, {runs}{more}."]
+    following: dict[str, list[str]] = {}
+    for each in effect.devices:
+        following.setdefault(each.next, []).append(each.device)
+    for path, devices in sorted(following.items(), key=lambda item: bool(item[0])):
+        goes = _counted(len(devices), "goes to", "go to") + f" {output.target(path)}"
+        stops = _counted(
+            len(devices),
+            "runs nothing in its place, and keeps its data",
+            "run nothing in its place, and keep their data",
+        )
+        lines.append(f"  {goes if path else stops}: {_first(devices)}")
+    away = sorted({each.device for each in effect.devices if not each.online})
+    if away:
+        when = _counted(
+            len(away), "is offline, and follows when it is back", "are offline, and follow when they are back"
+        )
+        lines.append(f"  {when}: {_first(away)}")
+    if effect.rollouts:
+        word = "rollout" if len(effect.rollouts) == 1 else "rollouts"
+        lines.append(f"  {word} {', '.join(map(str, effect.rollouts))}: revoked")
+    return lines
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _first(devices: Sequence[str]) -> str:
+    more = len(devices) - _NAMED_MAX
+    return ", ".join(devices[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_published(trust: TrustStore, name: TargetName) -> None:
+    """Check that there is a release to revoke, or that was revoked before. Raises `Fault`."""
+    if trust.role is None:
+        raise Fault(f"{name} is not published", "the namespace is empty", code=Exit.REFUSED)
+    if not trust.is_revoked(name.path) and trust.release(name.path) is None:
+        raise Fault(f"{name} is not published", "there is nothing to revoke", code=Exit.REFUSED)
 
 
 def _revoke(who: Operator, client: Client, trust: TrustStore, name: TargetName) -> bool:
     """Sign and publish the revocation; return False when it was revoked before."""
     signer, ends = publisher(who, trust)
     for _ in range(CONFLICTS_MAX):
+        _check_published(trust, name)
         role = trust.role
-        if role is None:
-            raise Fault(f"{name} is not published", "the namespace is empty", code=Exit.REFUSED)
-        if not trust.is_revoked(name.path) and trust.release(name.path) is None:
-            raise Fault(f"{name} is not published", "there is nothing to revoke", code=Exit.REFUSED)
+        assert role is not None, "a release is published in a role"
         try:
             new = repository.revoke(role, name=name, signer=signer, now=datetime.now(UTC), ends=ends)
         except RepositoryError as error:
@@ -372,7 +429,3 @@ def _publish_revocation(client: Client, namespace: str, role: bytes) -> bool:
             raise
         return False
     return True
-
-
-def _devices_running(client: Client, name: TargetName) -> list[str]:
-    return [row.id for row in client.devices().devices if any(each.target == name.path for each in row.instances)]

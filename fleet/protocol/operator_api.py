@@ -701,6 +701,34 @@ class Preflight(View, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
+class WithdrawnDevice(View, frozen=True, kw_only=True):
+    """Device that a withdrawal concerns, once for each instance.
+
+    Attributes:
+        runs: whether the device runs the release by its newest word; otherwise it is only assigned.
+        next: target path that it is offered instead; empty where it runs nothing under this name.
+    """
+
+    device: str
+    instance: str
+    online: bool = False
+    runs: bool = False
+    next: str = ""
+
+
+class WithdrawalView(View, frozen=True, kw_only=True):
+    """Effect that the withdrawal of a release would have.
+
+    Attributes:
+        devices: that run it, or are assigned it.
+        rollouts: numbers of the rollouts that would end with it.
+    """
+
+    target: str
+    devices: tuple[WithdrawnDevice, ...] = ()
+    rollouts: tuple[Stored, ...] = ()
+
+
 class AuditEntry(View, frozen=True, kw_only=True):
     """Entry of the audit log: an act of an operator, a device or the server itself."""
 

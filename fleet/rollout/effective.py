@@ -278,6 +278,21 @@ def safe_value(
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """Consequences of withdrawing a release, before or while they are carried out.
+
+    Attributes:
+        target: of the release.
+        ended: numbers of the rollouts that end with it.
+        replaced: the value that takes the place of each settled one, None for nothing, by group, device and instance.
+    """
+
+    target: str
+    ended: frozenset[int]
+    replaced: Mapping[tuple[str, str, str], SettledValue | None]
+
+
 # -- devices ahead of the server ---------------------------------------------------------------------------------------
 
 

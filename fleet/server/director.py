@@ -6,7 +6,7 @@ is stored here is ahead of a restored database: it gets none until an operator d
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -18,11 +18,11 @@ from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, 
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
-from fleet.rollout.effective import Effective, Group, Key, Overlay, SettledValue, effective, sources
-from fleet.rollout.model import held_back, wants
+from fleet.rollout.effective import Effective, Group, Key, Overlay, SettledValue, Withdrawal, effective, sources
+from fleet.rollout.model import Member, held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
-from fleet.store.rows import AssignmentRow, DeviceRow
+from fleet.store.rows import AssignmentRow, DeviceRow, RolloutRow, SettledRow
 from fleet.store.store import Store
 from signing import director, dsse
 from signing.policy import Release
@@ -82,24 +82,28 @@ class Director:
         self._restored_at = store.restored_at(now=clock().timestamp())
         self._heard: set[str] = set()
 
-    def effective(self, device: DeviceRow, assumed: Iterable[Overlay] = ()) -> dict[str, Effective]:
+    def effective(
+        self, device: DeviceRow, assumed: Iterable[Overlay] = (), *, after: Withdrawal | None = None
+    ) -> dict[str, Effective]:
         """Return the desired value of each instance of a device, also of removed ones, with its source.
 
-        `assumed` are rollouts that are not there yet, in force as if they had been offered.
+        Args:
+            device: of the fleet.
+            assumed: rollouts that are not there yet, in force as if they had been offered.
+            after: a withdrawal that is not there yet, as if it had been carried out.
         """
         rollouts = self._store.rollouts
         groups = [
-            Group(
-                group.name,
-                group.priority,
-                {row.instance: SettledValue(row.value, row.rollout) for row in rollouts.settled(group=group.name)},
-            )
+            Group(group.name, group.priority, _values(rollouts.settled(group=group.name), after))
             for group in self._store.devices.groups_of(device)
         ]
-        pins = {row.instance: SettledValue(row.value, row.rollout) for row in rollouts.settled(device=device.id)}
+        pins = _values(rollouts.settled(device=device.id), after)
+        in_force = rollouts.overlays(device.id)
+        if after is not None:
+            in_force = _left(in_force, after.ended)
         overlays = [
             Overlay(row.id, row.number, row.group, row.instance, row.value)
-            for row, member in rollouts.overlays(device.id)
+            for row, member in in_force
             if wants(row.state, member)
         ]
         return effective(groups, pins, [*overlays, *assumed], own=rollouts.own_keys(device.id))
@@ -113,6 +117,21 @@ class Director:
             release = self._repository.release(each.value.target)
             declared = None if release is None else {key: of.default for key, of in release.manifest.config.items()}
             found[instance] = sources(each.value, each.source, declared=declared, own=own.get(instance, {}))
+        return found
+
+    def targets_after(self, device: DeviceRow, withdrawal: Withdrawal) -> dict[str, str]:
+        """Return the target of each instance that a device runs once a release is withdrawn."""
+        boxes, found = self._store.boxes.newest(device.id), {}
+        own = self._store.rollouts.own_keys(device.id)
+        for instance, each in self.effective(device, after=withdrawal).items():
+            release = None if each.value.target is None else self._repository.release(each.value.target)
+            if release is None or unfit(release, device):
+                continue
+            barred = bool(lacks(release, instance, boxes) or bad_key(release, own.get(instance, {})))
+            kept = self._kept(device.id, instance, each, barred=barred)
+            targets = [release.name.path] if kept is None else [item.target for item in kept]
+            if targets and targets[0] != withdrawal.target:
+                found[instance] = targets[0]
         return found
 
     def _held_back(self, device: str, each: Effective) -> bool:
@@ -289,6 +308,15 @@ class Director:
                 return [item for item in items if self._repository.release(item.target) is not None]
         return []
 
+    def _kept(self, device: str, instance: str, each: Effective, *, barred: bool) -> list[Item] | None:
+        """Return what a device keeps while it waits in a catch-up queue, or is barred; None where it gets the new one.
+
+        A secret that it lacks bars it, or a key of its own that the release does not take.
+        """
+        if self._held_back(device, each):
+            return self._before(device, instance, each.rollout)
+        return self._assigned(device, instance) if barred else None
+
     def has_another(self, device: str, instance: str, rollout: str) -> bool:
         """Tell whether the newest assignment has an instance of this name that another rollout brought."""
         return any(item.rollout != rollout for item in self._assigned(device, instance))
@@ -323,12 +351,9 @@ class Director:
             if unfit(release, device):  # the preflight said so
                 kept.append(instance)
                 continue
-            # the listing of secrets says so, the catch-up queue, or the rollout: the device keeps what it had
-            held = self._held_back(device.id, each)
-            if held or lacks(release, instance, boxes) or bad_key(release, own.get(instance, {})):
-                before = (
-                    self._before(device.id, instance, each.rollout) if held else self._assigned(device.id, instance)
-                )
+            barred = bool(lacks(release, instance, boxes) or bad_key(release, own.get(instance, {})))
+            before = self._kept(device.id, instance, each, barred=barred)
+            if before is not None:
                 items += before
                 kept += [] if before else [instance]
                 continue
@@ -360,6 +385,27 @@ class Director:
             stop_all=not items,
             keep_data=tuple(sorted(kept)),
         )
+
+
+def _values(rows: Iterable[SettledRow], after: Withdrawal | None) -> dict[str, SettledValue]:
+    """Return settled values by instance, as a withdrawal leaves them."""
+    replaced = {} if after is None else after.replaced
+    found = {
+        row.instance: replaced.get((row.group, row.device, row.instance), SettledValue(row.value, row.rollout))
+        for row in rows
+    }
+    return {instance: held for instance, held in found.items() if held is not None}
+
+
+def _left(in_force: Iterable[tuple[RolloutRow, Member]], ended: Collection[int]) -> list[tuple[RolloutRow, Member]]:
+    """Return the rollouts that stay in force when some end, and with them those whose place they had taken."""
+    gone, left = set(ended), []
+    for row, member in sorted(in_force, key=lambda each: -each[0].number):
+        if row.number in gone or row.superseded_by in gone:
+            gone.add(row.number)
+        else:
+            left.append((row, member))
+    return left
 
 
 def lacks(release: Release | None, instance: str, boxes: Mapping[tuple[str, str], BoxRow]) -> tuple[str, ...]:

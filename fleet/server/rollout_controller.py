@@ -20,7 +20,7 @@ from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
 from fleet.rollout import advance
 from fleet.rollout.advance import Step, advance_set
 from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
-from fleet.rollout.effective import Fitness, safe_value
+from fleet.rollout.effective import Fitness, SettledValue, Withdrawal, safe_value
 from fleet.rollout.model import Member, leave, overtaken
 from fleet.rollout.presence import Polls, by_polls, polled
 from fleet.rollout.steady import Witness
@@ -388,15 +388,32 @@ class RolloutController:
         if published == self._published:
             return
         self._published = published
-        for row in (*self._store.rollouts.open(), *self._store.rollouts.scheduled()):
-            if row.value.target is not None and row.value.target not in published:
-                self.end(row, RolloutState.REVOKED, f"{row.value.target} was withdrawn")
-        for settled in self._store.rollouts.all_settled():
-            if settled.value.target is not None and settled.value.target not in published:
-                self._replace_withdrawn(settled)
+        for row in self._offering(lambda target: target not in published):
+            self.end(row, RolloutState.REVOKED, f"{row.value.target} was withdrawn")
+        for settled in self._settled_on(lambda target: target not in published):
+            self._replace_withdrawn(settled)
 
-    def _replace_withdrawn(self, settled: SettledRow) -> None:
-        """Settle the newest value that may take the place of a withdrawn one; none: the devices run nothing."""
+    def foresee(self, target: str) -> Withdrawal:
+        """Return what would follow if a release were withdrawn now."""
+        ended = {each.number for row in self._offering(target.__eq__) for each in self._set_of(row)}
+        replaced = {
+            (row.group, row.device, row.instance): self._replacement(row, without=target)
+            for row in self._settled_on(target.__eq__)
+        }
+        return Withdrawal(target, frozenset(ended), replaced)
+
+    def _offering(self, chosen: Callable[[str], bool]) -> list[RolloutRow]:
+        """Return the rollouts under way or to come that offer one of these targets."""
+        rows = (*self._store.rollouts.open(), *self._store.rollouts.scheduled())
+        return [row for row in rows if row.value.target is not None and chosen(row.value.target)]
+
+    def _settled_on(self, chosen: Callable[[str], bool]) -> list[SettledRow]:
+        """Return the settled values, pins included, that have one of these targets."""
+        rows = self._store.rollouts.all_settled()
+        return [row for row in rows if row.value.target is not None and chosen(row.value.target)]
+
+    def _replacement(self, settled: SettledRow, *, without: str = "") -> SettledValue | None:
+        """Return the newest value that may take the place of a withdrawn one; None: the devices run nothing."""
         rollouts = self._store.rollouts
         brought = rollouts.get(settled.rollout) if settled.rollout else None
         facts = Fitness(0, 0) if brought is None else brought.plan.fitness
@@ -404,8 +421,13 @@ class RolloutController:
         fit = {
             release.name.path: Fitness(release.manifest.security_epoch, release.manifest.data_schema)
             for release in self._repository.releases()
+            if release.name.path != without
         }
-        held = safe_value(facts, history, fit)
+        return safe_value(facts, history, fit)
+
+    def _replace_withdrawn(self, settled: SettledRow) -> None:
+        """Settle the value that takes the place of a withdrawn one."""
+        rollouts, held = self._store.rollouts, self._replacement(settled)
         value = None if held is None else held.value
         scope = settled.group or settled.device
         follows = "nothing" if value is None else value.target

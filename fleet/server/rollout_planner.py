@@ -28,7 +28,7 @@ from fleet.protocol.operator_api import (
 from fleet.protocol.trust_api import Role
 from fleet.rollout import advance, effective, group_plan
 from fleet.rollout.decide import Rollout
-from fleet.rollout.effective import Fitness, Group, SettledValue
+from fleet.rollout.effective import Fitness, Group, SettledValue, Withdrawal
 from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
@@ -118,6 +118,10 @@ class RolloutPlanner:
             previous="" if before is None else before.target or "",
             warnings=() if count else (f"it is refused: {drawn.unguarded or refusal(drawn.left_out)}",),
         )
+
+    def foresee_withdrawal(self, target: str) -> Withdrawal:
+        """Return what would follow if a release were withdrawn now."""
+        return self._conductor.foresee(target)
 
     def _plan(self, request: RolloutRequest, value: Value, *, staged: bool = True) -> RolloutPlan:
         """Return the waves and limits that a request asks for, and for what it leaves open those of the group's plan.

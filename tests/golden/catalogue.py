@@ -138,6 +138,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "rollouts": operator_api.Rollouts,
         "excluded": operator_api.Excluded,
         "preflight": operator_api.Preflight,
+        "withdrawn-device": operator_api.WithdrawnDevice,
+        "withdrawal": operator_api.WithdrawalView,
         "audit-entry": operator_api.AuditEntry,
         "audit": operator_api.Audit,
         "device-ahead": operator_api.AheadDevice,

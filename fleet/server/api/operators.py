@@ -39,6 +39,7 @@ AUDIT_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
 TIMELINE_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
 ROLLOUTS_LIMIT: Final = Number(name="limit", default=50, most=_LIST_MAX)
 ROLLOUTS_GROUP: Final = Word(name="group", pattern=LABEL, what="the name of a group")
+WITHDRAWAL_TARGET: Final = Word(name="target", pattern="[a-zA-Z0-9/._+-]{1,255}", what="the path of a target")
 ROLLOUT_WAIT: Final = Number(name="wait", most=60)
 ROLLOUT_SINCE: Final = Number(name="since", most=NUMBER_MAX)
 REPORTS_BOOT: Final = Word(name="boot_id", pattern=".{1,64}", what="a boot id")
@@ -448,6 +449,11 @@ class RolloutHandlers:
     async def preflight(self, request: Request, _by: str) -> Response:
         """POST /v1/preflight."""
         return answer(self._planner.preflight(await body(request, operator_api.RolloutRequest)))
+
+    async def withdrawal(self, request: Request, _by: str) -> Response:
+        """GET /v1/withdrawal."""
+        foreseen = self._planner.foresee_withdrawal(WITHDRAWAL_TARGET.of(request))
+        return answer(self._views.withdrawal(foreseen))
 
     async def undo(self, request: Request, by: str) -> Response:
         """POST /v1/undo."""

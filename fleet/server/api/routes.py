@@ -387,6 +387,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Show what a rollout would do",
         request=api.RolloutRequest,
     ),
+    _get(
+        "/v1/withdrawal",
+        lambda on: on.rollouts.withdrawal,
+        api.WithdrawalView,
+        "Show what the withdrawal of a release would do",
+        query=(operators.WITHDRAWAL_TARGET,),
+    ),
     _post(
         "/v1/undo",
         lambda on: on.rollouts.undo,

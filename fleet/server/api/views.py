@@ -13,10 +13,11 @@ from fleet.protocol.codes import RETRYABLE, AlertKind, Outcome, Phase, RejectCod
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import GroupPlan, History
+from fleet.rollout.effective import Withdrawal
 from fleet.rollout.group_plan import stages_of
 from fleet.rollout.members import taken
 from fleet.rollout.model import Member
-from fleet.server.director import Director
+from fleet.server.director import Director, items_of
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
 from fleet.store.sqlite import utc, utc_or_none
 from fleet.store.store import Store
@@ -222,6 +223,29 @@ class Views:
         online = self._store.devices.connected()
         found = self._store.rollouts.devices(row.number)
         return tuple(_rollout_device(member, extra, online=member.device in online) for member, extra in found)
+
+    def withdrawal(self, foreseen: Withdrawal) -> operator_api.WithdrawalView:
+        """Return the devices that the withdrawal of a release would concern, and what would become of them."""
+        devices: list[operator_api.WithdrawnDevice] = []
+        for row in self._store.devices.all():
+            instances = {} if row.revoked else self._instances_of(row, foreseen.target)
+            after = self._director.targets_after(row, foreseen) if instances else {}
+            devices += [
+                operator_api.WithdrawnDevice(
+                    device=row.id, instance=name, online=row.online, runs=runs, next=after.get(name, "")
+                )
+                for name, runs in sorted(instances.items())
+            ]
+        return operator_api.WithdrawalView(
+            target=foreseen.target, devices=tuple(devices), rollouts=tuple(sorted(foreseen.ended))
+        )
+
+    def _instances_of(self, row: DeviceRow, target: str) -> dict[str, bool]:
+        """Return the instances with which a device has a target, and whether it runs it by its newest word."""
+        health = health_of(row)
+        running = {each.instance for each in (() if health is None else health.instances) if each.target == target}
+        items = items_of(self._store.delivery.assignment(row.id))
+        return {name: name in running for name in running | {item.instance for item in items if item.target == target}}
 
     def audit(self, limit: int) -> operator_api.Audit:
         """Return acts, newest first."""

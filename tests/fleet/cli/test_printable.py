@@ -7,6 +7,8 @@ import inspect
 import json
 import logging
 import re
+import shutil
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
@@ -23,6 +25,7 @@ from tests.golden import support
 from tests.signing.sealing_device import Device
 
 HOSTILE = "a\x1b[2J\x1b[31mb\x9b1mc\u202ed\r\n  forged-0a0a0a0a  online\x07\u2028e\x7f\x00\u200f\tf\u2066"
+DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 DEVICE, TARGET = "gate-0a0a0a0a", "components/main/hello/1.0.0.wasm"
 JOINED = re.compile(r"(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f])")
 STYLE = re.compile(r"\x1b\[(?:0|1|2|3[0-7]|9[0-7]|[0-9]+(?:;[0-9]+)+)m")
@@ -50,6 +53,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "secrets": (("GET", "/v1/secrets"), ("secret", "list")),
     "set_secret": (("PUT", "/v1/secrets/key"), ("secret", "set", "key", "--group", "edge", "--instance", "hello")),
     "remove_secret": (("POST", "/v1/secrets/key/remove"), ("secret", "rm", "key", "--group", "edge")),
+    "withdrawal": (("GET", "/v1/withdrawal"), ("withdraw", "hello@1.0.0", "--dry-run")),
     "deploy": (("POST", "/v1/rollouts"), ("deploy", "hello@1.0.0", "--group", "edge")),
     "rollouts": (("GET", "/v1/rollouts"), ("rollouts",)),
     "rollout": (("GET", "/v1/rollouts/7"), ("rollout", "show", "7")),
@@ -129,10 +133,15 @@ def test_every_answer_of_the_server_is_shown_by_a_command_here() -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_no_text_of_an_answer_reaches_the_output_raw(fleet, desk, name):
+def test_no_text_of_an_answer_reaches_the_output_raw(fleet, desk, name, tmp_path):
     kind = answers(name)
     assert kind is not None
     where, words = SHOWN[name]
+    if name == "withdrawal":
+        assert (
+            fleet("publish", shutil.copy(DEMO / "v1.wasm", tmp_path / "hello.wasm"), "--version", "1.0.0").exit_code
+            == 0
+        )
     shown = 0
     desk.routes["POST", f"/v1/devices/{DEVICE}/command"] = support.full(operator_api.CommandReply)
     for data in spoiled(kind):

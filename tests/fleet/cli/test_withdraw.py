@@ -14,7 +14,7 @@ DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 
 @pytest.fixture
 def published(desk, fleet, tmp_path):
-    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
+    desk.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target="components/main/hello/1.0.0.wasm")
     file = shutil.copy(DEMO / "v1.wasm", tmp_path / "hello.wasm")
     for version in ("1.0.0", "1.1.0"):
         assert fleet("publish", file, "--version", version).exit_code == 0
@@ -41,6 +41,60 @@ def test_it_asks_first(fleet, published):
     assert asked.exit_code == 130
     assert "no device runs it" in asked.stderr
     assert versions(published) == ["1.0.0", "1.1.0"]
+
+
+CONCERNED = operator_api.WithdrawalView(
+    target="components/main/hello/1.0.0.wasm",
+    devices=(
+        operator_api.WithdrawnDevice(
+            device="berlin", instance="hello", online=True, runs=True, next="components/main/hello/0.9.0.wasm"
+        ),
+        operator_api.WithdrawnDevice(device="cairo", instance="hello", runs=True),
+        operator_api.WithdrawnDevice(device="oslo", instance="hello", online=True),
+    ),
+    rollouts=(7,),
+)
+SAID = """\
+By what devices report, 2 devices run it; 1 more is to run it.
+  2 run nothing in its place, and keep their data: cairo, oslo
+  1 goes to main/hello@0.9.0: berlin
+  1 is offline, and follows when it is back: cairo
+  rollout 7: revoked
+"""
+
+
+def test_the_devices_that_run_it_are_counted_and_named_with_what_becomes_of_them_before_it_asks(fleet, published):
+    published.routes["GET", "/v1/withdrawal"] = CONCERNED
+    asked = fleet("withdraw", "hello@1.0.0", stdin="n\n")
+    assert asked.exit_code == 130
+    assert asked.stderr.startswith(SAID + "Revoke main/hello@1.0.0 for good?")
+    assert versions(published) == ["1.0.0", "1.1.0"]
+    done = fleet("withdraw", "hello@1.0.0", "--yes")
+    assert done.stdout == SAID + "main/hello@1.0.0 is revoked.\n"
+
+
+def test_a_dry_run_revokes_nothing(fleet, published):
+    published.routes["GET", "/v1/withdrawal"] = CONCERNED
+    shown = fleet("withdraw", "hello@1.0.0", "--dry-run")
+    assert (shown.exit_code, shown.stdout) == (0, SAID + "Nothing was changed.\n")
+    answer = json.loads(fleet("withdraw", "hello@1.0.0", "--dry-run", "--json").stdout)
+    assert (answer["revoked"], answer["new"], answer["running"]) == (False, False, ["berlin", "cairo"])
+    assert [each.get("next", "") for each in answer["devices"]] == ["components/main/hello/0.9.0.wasm", "", ""]
+    assert answer["rollouts"] == [7]
+    assert versions(published) == ["1.0.0", "1.1.0"]
+    assert fleet("withdraw", "hello@9.9.9", "--dry-run").exit_code == 4
+
+
+def test_of_many_devices_the_first_are_named(fleet, published):
+    many = tuple(
+        operator_api.WithdrawnDevice(device=f"d{number:02}", instance="hello", online=True, runs=True)
+        for number in range(30)
+    )
+    published.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target="t", devices=many)
+    shown = fleet("withdraw", "hello@1.0.0", "--dry-run").stdout
+    assert "30 devices run it." in shown
+    assert "d19 and 10 more" in shown
+    assert "d20" not in shown
 
 
 def test_somebody_who_publishes_in_between_loses_nothing(fleet, published):

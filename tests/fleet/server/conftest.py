@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import secrets
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 import msgspec
@@ -402,6 +404,14 @@ def request_certificate(key: ec.EllipticCurvePrivateKey) -> str:
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
 
 
+class Done(NamedTuple):
+    """Command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 class Fleet:
     """A server in this process, its operator, and boards."""
 
@@ -485,6 +495,22 @@ class Fleet:
         await board.connect()
         await self.online(board)
         return board
+
+    async def command(self, *words: object, stdin: str = "") -> Done:
+        """Run `fleet` with these words as a process of its own, against this server."""
+        environment = {**os.environ, "WASMFLEET_HOME": str(self.home), "WASMFLEET_KEY_PASSPHRASE": PASSPHRASE.decode()}
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / "fleet"),
+            *map(str, words),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        async with asyncio.timeout(PATIENCE_S):
+            stdout, stderr = await process.communicate(stdin.encode())
+        assert process.returncode is not None
+        return Done(process.returncode, stdout.decode(), stderr.decode())
 
     async def online(self, *boards: Board) -> None:
         async with asyncio.timeout(PATIENCE_S):

@@ -252,6 +252,7 @@ async def a_rollout_that_succeeds(fleet, ask, target, *, away):
     await ask("POST /v1/rollouts", operator_api.RolloutRequest(instance="hello", group="nowhere"), note="to no group")
     await fleet.operator.decided(view)
     await ask("GET /v1/rollouts/{id}", id=view.id, note="that succeeded, with one board away")
+    await ask("GET /v1/withdrawal", target=target)
     await ask("POST /v1/devices/{id}/revoke", id=away)
     box = gate.accepted[-1].items[0].secrets[0].sha256
     await ask("GET /v1/devices/{id}/secrets/{sha256}", id=gate.device, sha256=box)
