@@ -11,7 +11,9 @@ from typing import Final
 
 import click
 import msgspec
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,9 @@ _PLAIN_WIDTH: Final = 2000
 
 _WHOLE_CHARS: Final = 16
 """Columns with longer cells wrap on a narrow terminal; 16 leaves room for `rolled back` and `namespace/name@1.0`."""
+
+_GAP: Final = 2
+_INDENT: Final = 4
 
 _STYLES: Final = {
     "succeeded": "green",
@@ -84,19 +89,64 @@ def result(options: Options, value: msgspec.Struct | dict[str, object], text: st
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str) -> None:
     """Print rows under headers, without lines; print `empty` when there are none.
 
-    On a narrow terminal, long cells wrap. Short cells and the first column, which people copy, stay whole.
+    On a narrow terminal, long cells wrap between words. Short cells and the first column, which people copy, stay
+    whole. Columns that do not fit beside the others go below their row.
     """
     cells = [[state(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     if not cells:
         click.echo(empty)
         return
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, name in enumerate(columns):
-        longest = max(len(row[number]) for row in cells)
-        grid.add_column(name, overflow="fold", no_wrap=number == 0 or longest <= _WHOLE_CHARS)
+    if not console().is_terminal:
+        grid = _grid(columns, [None] * len(columns))
+        for row in cells:
+            grid.add_row(*row)
+        show(grid)
+        return
+    widths = _widths(columns, cells, console().width)
+    beside, whole = columns[: len(widths)], len(widths) == len(columns)
+    grid = _grid(beside, widths)
     for row in cells:
-        grid.add_row(*row)
-    show(grid)
+        grid.add_row(*row[: len(widths)])
+        if not whole and (below := _below(columns[len(widths) :], row[len(widths) :])):
+            console().print(grid)
+            console().print(Padding(below, (0, 0, 0, _INDENT)))
+            grid = _grid(beside, widths, header=False)
+    if grid.row_count:
+        console().print(grid)
+
+
+def _grid(columns: Sequence[str], widths: Sequence[int | None], *, header: bool = True) -> Table:
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=header)
+    for name, width in zip(columns, widths, strict=True):
+        grid.add_column(name, overflow="fold", width=width, no_wrap=width is None)
+    return grid
+
+
+def _widths(columns: Sequence[str], cells: Sequence[Sequence[Text]], room: int) -> list[int]:
+    """Return the widths of the columns that fit beside each other with no word broken: all, or the first ones."""
+    longest, shortest = [], []
+    for number, name in enumerate(columns):
+        texts = [name, *(row[number].plain for row in cells)]
+        longest.append(max(map(cell_len, texts)))
+        kept_whole = number == 0 or longest[-1] <= _WHOLE_CHARS
+        words = (cell_len(word) for text in texts for word in text.split())
+        shortest.append(longest[-1] if kept_whole else max(words, default=0))
+    count = len(columns)
+    while count > 1 and sum(shortest[:count]) + _GAP * (count - 1) > room:
+        count -= 1
+    widths = [min(width, room) for width in shortest[:count]]
+    left = room - sum(widths) - _GAP * (count - 1)
+    for number in sorted(range(count), key=lambda number: longest[number] - widths[number]):
+        more = min(longest[number] - widths[number], left)
+        widths[number] += max(more, 0)
+        left -= max(more, 0)
+    return widths
+
+
+def _below(columns: Sequence[str], cells: Sequence[Text]) -> Text:
+    """Return the cells of a row that did not fit, each with the name of its column where it has one."""
+    pairs = [(name, cell) for name, cell in zip(columns, cells, strict=True) if cell.plain]
+    return Text("  ").join(Text.assemble((f"{name} ", "bold") if name else "", cell) for name, cell in pairs)
 
 
 def note(text: str) -> None:

@@ -588,6 +588,38 @@ def test_a_narrow_terminal_wraps_long_cells_and_cuts_nothing(fleet, fleet_of_two
         assert any(text in line for line in lines), text
 
 
+LONG = msgspec.structs.replace(
+    ROLLOUT, number=117, instance="temperature-reader", device="gate-7-1f2e3d4c", group="",
+    target="components/acme-corp/temperature-reader/1.4.0-rc.1.wasm", counts={"succeeded": 12, "not-affected": 3},
+    reason="wave 2 needs 1 success and has 0; it waits for gate-7-1f2e3d4c (offline)",
+    created_at=NOW - timedelta(days=3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [(ROLLOUT,), (LONG,), (ROLLOUT, LONG)], ids=["short", "long", "both"])
+def test_no_id_of_a_rollout_is_broken_on_a_narrow_terminal(fleet, desk, narrow, rows):
+    desk.routes["GET", "/v1/rollouts"] = operator_api.Rollouts(rollouts=rows)
+    assert fleet("rollouts").exit_code == 0
+    lines = narrow.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in rows:
+        place = row.group or row.device
+        for text in (f"{row.number} ", row.state, row.instance, output.target(row.target), place, *row.reason.split()):
+            assert any(text in line for line in lines), (text, narrow.getvalue())
+    assert lines[0].split()[:4] == ["NO", "STATE", "INSTANCE", "TARGET"]
+
+
+def test_columns_that_do_not_fit_go_below_their_row_with_their_names(fleet, desk, narrow):
+    desk.routes["GET", "/v1/rollouts"] = operator_api.Rollouts(rollouts=(LONG,))
+    assert fleet("rollouts").exit_code == 0
+    assert [line.rstrip() for line in narrow.getvalue().splitlines()] == [
+        "NO   STATE     INSTANCE            TARGET",
+        "117  reverted  temperature-reader  acme-corp/temperature-reader@1.4.0-rc.1",
+        "    TO gate-7-1f2e3d4c  DEVICES 12 succeeded 3 not-affected  STARTED 3 d ago",
+        "    wave 2 needs 1 success and has 0; it waits for gate-7-1f2e3d4c (offline)",
+    ]
+
+
 def test_the_history_of_a_device_that_never_was_is_not_doubted(fleet, desk):
     desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     result = fleet("audit", "verify", "gate-00000000")
