@@ -166,6 +166,13 @@ _DEPLOY: Final = (
     share_worker_option,
     click.option("--note", default="", metavar="TEXT", help="Record this line in the history"),
     click.option("--detach", is_flag=True, help="Return at once instead of following the rollout"),
+    click.option(
+        "--wait",
+        type=click.Choice(["decided", "all"]),
+        default="decided",
+        show_default=True,
+        help="Follow until the rollout is decided, or until each device has an outcome, those that catch up too",
+    ),
 )
 
 
@@ -341,7 +348,7 @@ def _deploy(
 ) -> Exit:
     request = msgspec.structs.replace(_request(target.name, target.path, how), also=also or {})
     view = client.pin(request.device, request) if request.device else client.deploy(request)
-    return finish(client, view, options, detach=how["detach"])
+    return finish(client, view, options, detach=how["detach"], everybody=how["wait"] == "all")
 
 
 def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.RolloutRequest:
@@ -374,6 +381,8 @@ def _check_where(how: dict[str, Any]) -> None:
     """Check the options before anything is published. Raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
+    if how["detach"] and how["wait"] == "all":
+        raise click.UsageError("Give either --detach or --wait all.")
     try:
         if how["instance"]:
             check_label(how["instance"], "instance")

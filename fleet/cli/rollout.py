@@ -44,6 +44,7 @@ _DETAILS_MAX: Final = 5
 _DECIDED: Final = frozenset(
     {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.NOT_AFFECTED, Outcome.REVERTED, Outcome.SUPERSEDED}
 )
+_NOT_YET: Final = frozenset({Outcome.PENDING, Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS, Outcome.LOST})
 _COUNTED_NOT: Final = frozenset({Outcome.NOT_AFFECTED, Outcome.UNPROVEN})
 _FOLLOWED: Final = OPEN_STATES | {RolloutState.SCHEDULED}
 _BY_ITSELF: Final = frozenset({PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY})
@@ -392,20 +393,23 @@ def remove(
         return finish(client, client.remove(request), options, detach=detach)
 
 
-def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
+def follow(client: "Client", view: RolloutView, options: Options, *, everybody: bool = False) -> Exit:
     """Show the rollout until it is decided, and print its outcome.
+
+    With `everybody`, go on after its success until each of its devices has an outcome, those of its catch-up queue too.
 
     Raises:
         UnreachableError: the server stayed unreachable for more than a minute.
     """
+    changes = revisions(client, view, everybody=everybody)
     try:
         if options.json or options.quiet:
-            for latest in revisions(client, view):
+            for latest in changes:
                 view = latest
         elif output.console().is_terminal:
-            view = _live(client, view)
+            view = _live(changes, view)
         else:
-            view = _lines(client, view)
+            view = _lines(changes, view, everybody=everybody)
     except KeyboardInterrupt:
         click.echo(
             f"\nRollout {view.number} continues.\n"
@@ -414,7 +418,19 @@ def follow(client: "Client", view: RolloutView, options: Options) -> Exit:
             err=True,
         )
         return Exit.INTERRUPTED
-    return conclude(view, options)
+    code = conclude(view, options)
+    if everybody and view.state is RolloutState.SUCCEEDED and (missing := _without_outcome(view)):
+        if options.json:
+            return Exit.FAILED
+        raise Fault(
+            f"rollout {view.number} succeeded, and does not reach {_some(missing)}",
+            f"its catch-up queue is closed: {view.queue_closed}"
+            if view.queue_closed
+            else "another value took its place",
+            f"run 'fleet rollout resume {view.number}'" if view.queue_closed else "see 'fleet rollouts'",
+            code=Exit.FAILED,
+        )
+    return code
 
 
 def exit_code(view: RolloutView) -> Exit:
@@ -452,21 +468,49 @@ def _details(entry: RolloutDevice) -> list[str]:
     return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in entry.log)]
 
 
-def revisions(client: "Client", view: RolloutView) -> Iterator[RolloutView]:
-    """Yield the rollout now and after each change, until it is decided or an operator has to decide."""
+def revisions(client: "Client", view: RolloutView, *, everybody: bool = False) -> Iterator[RolloutView]:
+    """Yield the rollout now and after each change, until it is decided or an operator has to decide.
+
+    With `everybody`, go on after its success until each device has an outcome, or cannot get one any more.
+    """
     yield view
-    while view.state in _FOLLOWED and not _BY_ITSELF.intersection(view.causes):
+    while _is_open(view) or (everybody and _catches_up(client, view)):
         latest = operator.patiently(functools.partial(client.rollout, view.id, wait_s=POLL_S, since=view.revision))
         if latest.revision > view.revision:
             view = latest
             yield view
 
 
-def _lines(client: "Client", view: RolloutView) -> RolloutView:
+def _is_open(view: RolloutView) -> bool:
+    """Tell whether a rollout goes on without an operator."""
+    return view.state in _FOLLOWED and not _BY_ITSELF.intersection(view.causes)
+
+
+def _some(devices: list[str]) -> str:
+    more = len(devices) - _DETAILS_MAX
+    return ", ".join(devices[:_DETAILS_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _without_outcome(view: RolloutView) -> list[str]:
+    """Name the devices that have no outcome yet."""
+    return [entry.device for entry in view.devices if entry.outcome in _NOT_YET]
+
+
+def _catches_up(client: "Client", view: RolloutView) -> bool:
+    """Tell whether devices of a rollout that succeeded still get it: its queue is open, and its value settled."""
+    if view.state is not RolloutState.SUCCEEDED or view.queue_closed or not _without_outcome(view):
+        return False
+    if not view.group:
+        return True
+    groups = operator.patiently(client.groups).groups
+    return any(each.rollout == view.id for group in groups if group.name == view.group for each in group.settled)
+
+
+def _lines(changes: Iterator[RolloutView], view: RolloutView, *, everybody: bool) -> RolloutView:
     click.echo(title(view))
     seen: dict[str, str] = {}
     states = {view.state}
-    for latest in revisions(client, view):
+    for latest in changes:
         view = latest
         for entry in view.devices:
             line = f"{entry.device}  {progress_of(entry)}"
@@ -477,13 +521,16 @@ def _lines(client: "Client", view: RolloutView) -> RolloutView:
             click.echo(f"  {view.state}{': ' + output.first_line(view.reason) if view.reason else ''}")
             if approvers := _approvers(view):
                 click.echo(f"  approval: {approvers}")
+        succeeded = view.state is RolloutState.SUCCEEDED and view.state not in states
+        if everybody and succeeded and (missing := _without_outcome(view)):
+            click.echo(f"  succeeded: not yet on {_some(missing)}")
         states = {view.state}
     return view
 
 
-def _live(client: "Client", view: RolloutView) -> RolloutView:
+def _live(changes: Iterator[RolloutView], view: RolloutView) -> RolloutView:
     with Live(picture(view), console=output.console(), auto_refresh=False, transient=False) as live:
-        for latest in revisions(client, view):
+        for latest in changes:
             view = latest
             live.update(picture(view), refresh=True)
     return view
@@ -618,10 +665,10 @@ def _next_step(view: RolloutView) -> str:
     return f"run 'fleet rollout {view.number}'"
 
 
-def finish(client: "Client", view: RolloutView, options: Options, *, detach: bool) -> Exit:
+def finish(client: "Client", view: RolloutView, options: Options, *, detach: bool, everybody: bool = False) -> Exit:
     """Follow a rollout that was just started, or print how to follow it."""
     if not detach:
-        return follow(client, view, options)
+        return follow(client, view, options, everybody=everybody)
     if view.state not in _FOLLOWED:
         return conclude(view, options)
     output.result(options, view, f"{title(view)}\nFollow it with 'fleet rollout {view.number} --follow'.")

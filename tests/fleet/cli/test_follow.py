@@ -12,7 +12,8 @@ from fleet.cli import operator, output, rollout
 from fleet.cli.base import Exit, Fault, Options
 from fleet.client import Client, UnreachableError
 from fleet.protocol.codes import Outcome, PauseCause, Phase, RejectCode, RolloutState
-from fleet.protocol.operator_api import RolloutDevice, RolloutView, WaveView
+from fleet.protocol.operator_api import GroupRow, Groups, RolloutDevice, RolloutView, WaveView
+from fleet.protocol.operator_api import Settled as SettledHere
 
 START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 A, B = "berlin-0a0a0a0a", "paris-1b1b1b1b"
@@ -116,6 +117,48 @@ def test_each_change_is_a_line_and_success_is_exit_code_0(capsys):
     )
     # always waited for what is newer than what was shown
     assert script.asked == [1, 2, 3, 4]
+
+
+EARLY = view(RolloutState.SUCCEEDED, SUCCEEDED(A), board(B, Outcome.PENDING), revision=5, ended_at=START)
+LATE = view(RolloutState.SUCCEEDED, SUCCEEDED(A), SUCCEEDED(B), revision=6, ended_at=START)
+
+
+class SettledScript(Script):
+    """A script in whose group a rollout has settled the value."""
+
+    rollout_id = "r7"
+
+    def groups(self) -> Groups:
+        settled = SettledHere(instance="hello", target=EARLY.target, since=START, rollout=self.rollout_id)
+        return Groups(groups=(GroupRow(name="edge-eu", settled=(settled,)),))
+
+
+def test_a_rollout_is_followed_to_the_last_device_of_its_queue_where_asked(capsys):
+    script = SettledScript(*GOOD[1:4], EARLY, EARLY, LATE)
+    assert rollout.follow(script, GOOD[0], Options(), everybody=True) is Exit.OK
+    assert not script.views
+    assert capsys.readouterr().out.endswith(
+        f"  succeeded: not yet on {B}\n"
+        f"  {B}  succeeded in 1.5 s\n"
+        "Rollout 7 succeeded after 0.0 s: 2 of 2 devices run main/hello@2.0.0\n"
+    )
+    assert rollout.follow(SettledScript(EARLY), GOOD[0], Options(), everybody=False) is Exit.OK
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_queue_that_closes_is_not_followed_for_ever(quiet):
+    closed = view(RolloutState.SUCCEEDED, *EARLY.devices, revision=6, queue_closed="oslo failed", ended_at=START)
+    with pytest.raises(Fault, match="closed: oslo failed; run 'fleet rollout resume 7'") as stopped:
+        rollout.follow(SettledScript(EARLY, closed), GOOD[0], Options(quiet=quiet), everybody=True)
+    assert stopped.value.code is Exit.FAILED
+    assert rollout.follow(SettledScript(EARLY, closed), GOOD[0], Options(json=True), everybody=True) is Exit.FAILED
+
+
+def test_a_queue_whose_value_another_rollout_replaced_is_not_followed_for_ever():
+    script = SettledScript(EARLY)
+    script.rollout_id = "r8"
+    with pytest.raises(Fault, match=f"does not reach {B}; another value took its place"):
+        rollout.follow(script, GOOD[0], Options(), everybody=True)
 
 
 def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
