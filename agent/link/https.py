@@ -66,6 +66,22 @@ class Source(Protocol):
         """Return the body of the response; raises `FetchError`."""
 
 
+class ArtifactSource(Source, Protocol):
+    """Source of artifacts too."""
+
+    def download(
+        self,
+        path: str,
+        into: Path,
+        *,
+        length: int,
+        sha256: str,
+        progress: Callable[[int], None],
+        cancelled: threading.Event,
+    ) -> None:
+        """Fetch a file of known length and hash, see `HttpsClient.download`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionTls:
     """TLS settings of a connection.

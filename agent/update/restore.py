@@ -3,7 +3,7 @@
 Committed items are stored in the database and also in `runset.json` with the device's MAC, so that components run even
 if the database is damaged. The versions that the verifier remembers stand there too, as of the last commit: a lost
 database does not make the device accept an assignment again that is older than that. A missing or damaged image is
-compiled again from its artifact, whose sha256 is known.
+compiled again from its artifact, whose sha256 is known. Where the artifact is lost too, the agent fetches it again.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import logging
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from agent.link.host_client import (
     HostLost,
     HostRefusedError,
 )
-from agent.link.https import FetchError, Source
+from agent.link.https import ArtifactSource, CancelledError, FetchError
 from agent.update.images import ImageError, ImageStore, OpenImage
 from agent.update.problems import Problems, ReportSink
 from agent.update.secrets import SecretStore
@@ -38,7 +39,7 @@ from agent.update.state import Committed
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
-from fleet.protocol.codes import InstanceState
+from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.files import atomic_write
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
@@ -47,6 +48,9 @@ from signing.state import VerifierState
 log = logging.getLogger("agent.update.restore")
 
 CONNECT_AGAIN_S: Final = 0.2
+MEND_FIRST_S: Final = 5.0
+MEND_MAX_S: Final = 900.0
+"""Pauses before an instance that could not be restored is tried again: doubling, from the first to the longest."""
 
 
 class RunsetError(Exception):
@@ -290,7 +294,7 @@ class HostRestorer:
         host: HostClient,
         db: Database,
         materials: Materials,
-        source: Source,
+        source: ArtifactSource,
         problems: Problems,
         sink: ReportSink,
     ) -> None:
@@ -300,7 +304,7 @@ class HostRestorer:
             host: connection to the host; its events are read only here.
             db: the store.
             materials: of this device.
-            source: of boxes that were damaged on disk.
+            source: of artifacts and boxes that were lost or damaged on disk.
             problems: lists instances that could not be started.
             sink: notified of changes of health.
         """
@@ -310,6 +314,7 @@ class HostRestorer:
         self._source = source
         self._problems = problems
         self._sink = sink
+        self._failed: set[str] = set()
 
     async def run(self) -> None:
         """Handle the host's events, forever. A restoration ends with the connection on which it began."""
@@ -338,6 +343,12 @@ class HostRestorer:
     async def _restore_all(self, welcome: host_api.Welcome) -> None:
         try:
             await self._restore(welcome)
+            pause_s = MEND_FIRST_S
+            while self._failed:
+                await self._mend()
+                if self._failed:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(MEND_MAX_S, 2 * pause_s)
         except HostGoneError:
             if self._host.welcome is welcome:  # otherwise this is already another connection
                 self._host.close()
@@ -348,20 +359,97 @@ class HostRestorer:
         for each in items:
             with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance reports the error
                 await asyncio.to_thread(self._materials.secrets.fetch, each.item, self._source)
-        of = self._materials
-        restored = await restore(self._host, welcome, items, of.images, of.artifacts, of.policy, of.secrets)
-        for one in restored:
-            source = f"restore {one.instance}"
-            if one.problem:
-                self._problems.set(source, f"{one.instance} could not be started: {one.problem}")
-                log.error("%s", self._problems.text(source))
-            else:
-                self._problems.clear(source)
-                log.info("%s runs again", one.instance)
+        await self._start(welcome, items)
         # Otherwise another host follows, with its own welcome.
         if self._host.connected and self._host.welcome is welcome:
             self._host.ready.set()
         self._sink.changed()
+
+    async def _start(self, welcome: host_api.Welcome, items: Iterable[Committed]) -> None:
+        """Start those of the items that the host does not run, and note which of them could not be started."""
+        of = self._materials
+        restored = await restore(self._host, welcome, items, of.images, of.artifacts, of.policy, of.secrets)
+        for one in restored:
+            self._note(one)
+
+    def _note(self, one: Restored) -> None:
+        source = f"restore {one.instance}"
+        if not one.problem:
+            self._failed.discard(one.instance)
+            self._problems.clear(source)
+            log.info("%s runs again", one.instance)
+            return
+        self._failed.add(one.instance)
+        text = f"{one.instance} could not be started: {one.problem}"
+        if text != self._problems.text(source):
+            self._problems.set(source, text)
+            log.error("%s", text)
+
+    async def _mend(self) -> None:
+        """Make the files of instances that could not be started anew, and start them.
+
+        Changes go on meanwhile. So the host and the store are asked again once the files are there.
+        """
+        ready = {each.item.instance for each in await self._missing() if await self._has_files(each)}
+        welcome = await self._host.hello()
+        await self._start(welcome, [each for each in await self._missing() if each.item.instance in ready])
+        self._sink.changed()
+
+    async def _missing(self) -> list[Committed]:
+        """Return the items that could not be started, and still are to run; those being changed wait for that."""
+        welcome = await self._host.hello()
+        there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
+        changing = {each.instance for each in await self._db(Store.changes)}
+        items = {each.item.instance: each for each in await self._db(Store.committed)}
+        for instance in [each for each in self._failed if each in there or each not in items]:
+            self._failed.discard(instance)
+            self._problems.clear(f"restore {instance}")
+        return [items[instance] for instance in sorted(self._failed - changing)]
+
+    async def _has_files(self, committed: Committed) -> bool:
+        """Make sure of an item's artifact, image and secrets; note the problem if that fails."""
+        item, of = committed.item, self._materials
+        try:
+            with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance reports the error
+                await asyncio.to_thread(of.secrets.fetch, item, self._source)
+            try:
+                image = await checked_image(item, committed.manifest, of.images, of.artifacts)
+            except ImageError as error:
+                if error.code not in {RejectCode.NOT_FOUND, RejectCode.HASH_MISMATCH}:
+                    raise
+                await self._fetch(item)
+                image = await checked_image(item, committed.manifest, of.images, of.artifacts)
+        except (FetchError, ImageError, OSError) as error:
+            self._note(Restored(item.instance, str(error)))
+            return False
+        os.close(image.descriptor)
+        return True
+
+    async def _fetch(self, item: Item) -> None:
+        """Fetch a lost artifact beside its place, where no change's download writes, and then put it there."""
+        cancelled = threading.Event()
+        log.warning(
+            "%s: the artifact of %s is lost or damaged on the disk, and is fetched again", item.instance, item.target
+        )
+
+        def run() -> None:
+            beside = self._materials.artifacts / f"{item.sha256}.again"
+            with contextlib.suppress(CancelledError):
+                self._source.download(
+                    f"/v1/artifacts/{item.sha256}",
+                    beside,
+                    length=item.length,
+                    sha256=item.sha256,
+                    progress=lambda _received: None,
+                    cancelled=cancelled,
+                )
+                beside.replace(self._materials.artifacts / f"{item.sha256}.wasm")
+
+        try:
+            await asyncio.to_thread(run)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
 
     async def _stop_unknown(self, welcome: host_api.Welcome, items: Iterable[Committed]) -> None:
         """Stop instances that are neither committed nor being changed."""
