@@ -24,6 +24,7 @@ import hashlib
 import importlib.metadata
 import mmap
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,15 @@ class GuestError(Exception):
         self.outcome = outcome
 
 
+_ALLOCATION_FAILED: Final = re.compile(
+    r"!(.*\b)?(handle_alloc_error|__rust_alloc_error_handler|rust_oom|__rg_oom|out_?of_?memory)\b", re.IGNORECASE
+)
+"""Functions of toolchains that end a guest when an allocation fails.
+
+The engine does not say that a memory could not grow, since a guest may go on without.
+"""
+
+
 def guest_error(text: str) -> GuestError:
     """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace."""
     outcome, why = CallOutcome.GUEST_TRAP, _reason(text)
@@ -363,6 +373,8 @@ def guest_error(text: str) -> GuestError:
             f"its answer is larger than {NATIVE_ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http; "
             "one of wasi:http/incoming-handler has no such limit"
         )
+    elif _ALLOCATION_FAILED.search(text):
+        why = f"an allocation failed, so that it has used up its memory (limits.memory): {why}"
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
 
 
