@@ -353,7 +353,7 @@ class GuestError(Exception):
 
 
 _ALLOCATION_FAILED: Final = re.compile(
-    r"!(.*\b)?(handle_alloc_error|__rust_alloc_error_handler|rust_oom|__rg_oom|out_?of_?memory)\b", re.IGNORECASE
+    r"\b(handle_alloc_error|__rust_alloc_error_handler|rust_oom|__rg_oom|out_?of_?memory)\b", re.IGNORECASE
 )
 """Functions of toolchains that end a guest when an allocation fails.
 
@@ -373,7 +373,7 @@ def guest_error(text: str) -> GuestError:
             f"its answer is larger than {NATIVE_ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http; "
             "one of wasi:http/incoming-handler has no such limit"
         )
-    elif _ALLOCATION_FAILED.search(text):
+    elif any(_ALLOCATION_FAILED.search(line.partition("!")[2]) for line in text.splitlines()):
         why = f"an allocation failed, so that it has used up its memory (limits.memory): {why}"
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
 
