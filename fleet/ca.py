@@ -508,13 +508,12 @@ def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
     try:
         made = x509.load_pem_x509_certificate(pem.encode())
         made.verify_directly_issued_by(read_certificate(directory / "ca.pem"))
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
         raise CaError("this is not an issuing CA below this fleet's root") from error
-    constraints = made.extensions.get_extension_for_class(x509.BasicConstraints).value
-    if not constraints.ca or made.not_valid_after_utc <= now:
-        raise CaError(
-            f"this certificate cannot issue: it expired on {made.not_valid_after_utc:%Y-%m-%d}, or is not a CA"
-        )
+    if not _may_issue(made):
+        raise CaError("this certificate cannot issue: it is not a CA; install what fleet ca renew has signed")
+    if made.not_valid_after_utc <= now:
+        raise CaError(f"this certificate cannot issue: it expired on {made.not_valid_after_utc:%Y-%m-%d}")
     try:
         key = load_pem_private_key((directory / "next.key").read_bytes(), password=None)
     except OSError as error:
@@ -526,6 +525,14 @@ def install(directory: Path, pem: str, *, now: datetime) -> x509.Certificate:
     atomic_write(directory / "issuing.pem", made.public_bytes(Encoding.PEM), mode=0o644)
     _finish_install(directory)
     return made
+
+
+def _may_issue(certificate: x509.Certificate) -> bool:
+    """Tell whether a certificate is one of a CA. One without the extension is not; nor is one that cannot be read."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return False
 
 
 def mend(directory: Path, *, now: datetime) -> list[str]:

@@ -2,9 +2,9 @@
 
 Connections are counted by peer: the address until a certificate is verified, then the device. A connection that waits
 for its client (no byte yet, half a request, keep-alive) ends when its peer, or the listener, has as many as it may: the
-one that has waited longest. A connection whose request is being answered never ends for another. Where every connection
-is being answered, the new one is refused. So a client that holds thousands of idle connections takes nothing from those
-that ask.
+one that has waited longest. A client that goes on sending a body waits anew with each part. A connection whose request
+is being answered never ends for another. Where every connection is being answered, the new one is refused. So a client
+that holds thousands of idle connections takes nothing from those that ask.
 
 Handshakes of one address are bounded apart, by half of its connections, and each has `HANDSHAKE_S` in which none of its
 own address ends it: beyond the bound the newest is refused. If the oldest ended instead, a thousand devices that come
@@ -150,6 +150,13 @@ class Connections:
         if peer is not None and (connection in peer.busy or connection in peer.handshakes):
             peer.busy.discard(connection)
             peer.handshakes.pop(connection, None)
+            peer.waiting[connection] = None
+
+    def went_on(self, connection: Connection) -> None:
+        """Note that the client of a connection that waits for it has sent a good part of a body: it waits anew."""
+        peer = self._peers.get(connection.peer)
+        if peer is not None and connection in peer.waiting:
+            del peer.waiting[connection]
             peer.waiting[connection] = None
 
     def leave(self, connection: Connection) -> None:

@@ -229,15 +229,27 @@ class Ingest:
             log.exception("%d messages could not be stored", len(batch))
             self.counts["failed"] += len(batch)
             return
-        for device, sequence in acks.items():
-            self._director.acknowledge(device, Ack(sequence=sequence))
-        for message, _ in batch:
-            if isinstance(message, Hello):
-                self._answer(message)
-        for device in self._unproven:
-            self._check_ins.ask(device)
+        # what was written concerns rollouts and followers, whatever becomes of the answers
         self._conductor.wake()
         self._watch.changed()
+        for device, sequence in acks.items():
+            with self._answering(device, "reports, which were stored and cannot be acknowledged"):
+                self._director.acknowledge(device, Ack(sequence=sequence))
+        for message, _ in batch:
+            if isinstance(message, Hello):
+                with self._answering(message.device, "a hello, which was stored and cannot be answered"):
+                    self._answer(message)
+        for device in self._unproven:
+            with self._answering(device, "a state, of which no proof can be asked for"):
+                self._check_ins.ask(device)
+
+    @contextlib.contextmanager
+    def _answering(self, device: str, what: str) -> Iterator[None]:
+        """Answer one device: if that fails, the others are answered."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - logged with its traceback
+            self._drop("failed", device, what, error)
 
     def _write(self, batch: list[tuple[Message, bytes]], answers: dict[str, int | None]) -> None:
         now = self._clock().timestamp()
@@ -446,11 +458,8 @@ class Ingest:
                     self._unproven[device] = None
 
     def _answer(self, hello: Hello) -> None:
-        try:
-            if self._store.devices.online([hello.device]):
-                self._greet(hello)
-        except Exception as error:  # noqa: BLE001 - logged with its traceback; the other devices are answered
-            self._drop("failed", hello.device, "a hello, which was stored and cannot be answered", error)
+        if self._store.devices.online([hello.device]):
+            self._greet(hello)
 
     def _greet(self, hello: Hello) -> None:
         """Answer a device that connected: its assignment where it is behind or ahead, and that this is current."""

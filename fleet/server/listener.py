@@ -360,6 +360,10 @@ class _Accepted(Connection):
         table = self._listener.connections
         (table.busy if busy else table.waits)(self)
 
+    def went_on(self) -> None:
+        """Note that the client sends its body in time: connections that send nothing end before this one."""
+        self._listener.connections.went_on(self)
+
     def lost(self) -> None:
         """Forget it."""
         self._listener.left(self)
@@ -456,6 +460,8 @@ class _Protocol(H11Protocol):
                 self._body_bytes, self._body_since, self._body_paid = 0, self.loop.time(), -1
             paid = self._body_bytes // self._deadlines.body_bytes
             if paid > self._body_paid:
+                if paid:
+                    self._accepted.went_on()
                 self._body_paid = paid
                 self._await(state, self._body_since + self._deadlines.body * (1 + paid) - self.loop.time())
         elif state is h11.IDLE:

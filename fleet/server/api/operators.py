@@ -130,8 +130,9 @@ class DeviceHandlers:
                 labels.pop(key, None)
             else:
                 labels[key] = names.check_label(value, f"value of the label {key},")
-        self._store.devices.set_labels(row.id, labels)
-        self._audit.record(by, "label", row.id, " ".join(f"{key}={value}" for key, value in sorted(labels.items())))
+        with self._store.atomic():
+            self._store.devices.set_labels(row.id, labels)
+            self._audit.record(by, "label", row.id, " ".join(f"{key}={value}" for key, value in sorted(labels.items())))
         self._controller.touch([row.id])
         return answer(self._views.detail(_device(self._store, request)))
 
@@ -203,8 +204,9 @@ class CommandHandlers:
         if isinstance(wanted.verb, FollowLogs):
             self._logs.expect(row.id, sent.sequence, wanted.verb.instance, minutes=wanted.verb.minutes)
         words = wire.canonical(wanted.verb).decode()
-        self._audit.record(by, "command", row.id, words)
-        self._store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
+        with self._store.atomic():
+            self._audit.record(by, "command", row.id, words)
+            self._store.devices.note(row.id, "command", f"{by} sent {words}", now=self._now())
         return answer(operator_api.CommandReply(sequence=sent.sequence, expires=sent.expires), 202)
 
     def _now(self) -> float:

@@ -105,10 +105,11 @@ class SecretHandlers:
                     f"{instance} on {device.id} runs {release.name}, which does not start without {name}",
                     action=f"set another value, or remove the instance first: fleet remove {instance}",
                 )
-        had = [device.id for device in devices if self._store.boxes.remove(device.id, instance, name)]
-        if not had:
-            raise Refusal(404, "unknown-secret", f"no device there has a secret {name} of {instance}")
-        self._audit.record(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
+        with self._store.atomic():
+            had = [device.id for device in devices if self._store.boxes.remove(device.id, instance, name)]
+            if not had:
+                raise Refusal(404, "unknown-secret", f"no device there has a secret {name} of {instance}")
+            self._audit.record(by, "remove-secret", f"{instance}/{name}", wish.group or wish.device)
         self._controller.touch(had)
         return answer(self.listing())
 

@@ -156,6 +156,31 @@ async def test_a_fault_with_one_message_leaves_the_rest_of_its_batch(new_fleet, 
 
 
 @pytest.mark.asyncio
+async def test_an_answer_that_fails_stops_neither_the_rollouts_nor_other_answers(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        ingest, woken = ingest_of(fleet), []
+        ingest.flush()
+        director, controller = fleet.server._director, fleet.server._conductor
+        sound = director.acknowledge
+
+        def broken(device, ack):
+            if device == hostile.device:
+                raise ValueError("a fault with this one")
+            return sound(device, ack)
+
+        monkeypatch.setattr(director, "acknowledge", broken)
+        monkeypatch.setattr(controller, "wake", lambda: woken.append(True))
+        for board in (hostile, witness):
+            data = wire.encode(said(board.device)[Up.REPORT])
+            ingest.on_message(str(Topic(board.device, Up.REPORT)), data)
+        ingest.flush()
+        assert woken
+        await witness.until(lambda board: board.acked == 1)
+        assert ingest.bad == {hostile.device: 1}
+
+
+@pytest.mark.asyncio
 async def test_what_a_database_gave_up_as_a_whole_is_not_acknowledged_and_taken_when_it_comes_again(
     new_fleet, monkeypatch
 ):

@@ -41,6 +41,14 @@ def test_whoever_was_answered_last_has_waited_shortest():
     assert [first.ended, second.ended] == [False, True]
 
 
+def test_a_client_that_goes_on_sending_has_waited_shortest():
+    connections = table()
+    upload, idle = enter(connections, "a", "a")
+    connections.went_on(upload)
+    enter(connections, "a")
+    assert [upload.ended, idle.ended] == [False, True]
+
+
 def test_a_connection_that_is_being_answered_never_ends_for_another():
     connections = table()
     answered = enter(connections, "a", "a")

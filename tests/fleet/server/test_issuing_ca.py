@@ -157,6 +157,29 @@ def test_what_an_issuing_ca_may_do_is_written_in_it(tmp_path):
         fleet_ca.install(tmp_path, fleet_ca.sign(root, request, now=NOW), now=NOW)
 
 
+@pytest.mark.parametrize(
+    ("extension", "words"),
+    [
+        (None, "not a CA"),
+        (x509.BasicConstraints(ca=False, path_length=None), "not a CA"),
+        (x509.UnrecognizedExtension(x509.BasicConstraints.oid, b"nonsense"), "not a CA"),
+    ],
+)
+def test_a_certificate_of_the_root_that_is_no_ca_is_refused(tmp_path, extension, words):
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    root = fleet_ca.create("acme", now=NOW)
+    (tmp_path / "ca.pem").write_bytes(root.certificate.public_bytes(Encoding.PEM))
+    request = x509.load_pem_x509_csr(fleet_ca.request(tmp_path, ["fleet.example.com"]).encode())
+    builder = fleet_ca.builder(request.subject, root.certificate.subject, request.public_key(), NOW, timedelta(days=1))
+    if extension is not None:
+        builder = builder.add_extension(extension, critical=True)
+    pem = builder.sign(root.key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+    with pytest.raises(CaError, match=words):
+        fleet_ca.install(tmp_path, pem, now=NOW)
+
+
 def test_a_server_name_outside_its_constraints_convinces_nobody(tmp_path):
     """A stolen issuing CA cannot pose as any other server than the fleet's own."""
     root = fleet_ca.create("acme", now=NOW)

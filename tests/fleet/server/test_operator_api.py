@@ -248,6 +248,23 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
 
 
 @pytest.mark.asyncio
+async def test_labels_change_together_with_their_entry_in_the_audit_log_or_not_at_all(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        board = await fleet.enrol("a")
+        path, wish = f"/v1/devices/{board.device}/labels", operator_api.LabelsRequest(labels={"site": "north"})
+
+        def full(**_entry):
+            raise OSError("no space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet.server._store.access, "audit", full)
+            assert (await fleet.operator.problem("PUT", path, wish)).status == 500
+        assert fleet.server._store.devices.get(board.device).labels == {}
+        await fleet.operator.send(operator_api.DeviceDetail, "PUT", path, wish)
+        assert fleet.server._store.devices.get(board.device).labels == {"site": "north"}
+
+
+@pytest.mark.asyncio
 async def test_labels_that_come_while_others_are_being_sent_are_kept(new_fleet):
     async with new_fleet() as fleet:
         operator, board = fleet.operator, await fleet.board("a", group="")

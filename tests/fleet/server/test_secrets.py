@@ -119,6 +119,25 @@ async def test_a_rotated_secret_is_assigned_at_once_and_only_the_version_grows(n
 
 
 @pytest.mark.asyncio
+async def test_a_secret_is_removed_together_with_its_entry_in_the_audit_log_or_not_at_all(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        await joined(fleet, "a", connected=False)
+        await give(fleet)
+        scope = SecretScope(instance="hello", group="edge")
+
+        def full(**_entry):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet.server._store.access, "audit", full)
+            problem = await fleet.operator.problem("POST", "/v1/secrets/db-password/remove", scope)
+        assert problem.status == 500
+        assert (await fleet.operator.get(Secrets, "/v1/secrets")).secrets
+        await fleet.operator.send(Secrets, "POST", "/v1/secrets/db-password/remove", scope)
+        assert not (await fleet.operator.get(Secrets, "/v1/secrets")).secrets
+
+
+@pytest.mark.asyncio
 async def test_the_value_is_nowhere(new_fleet, caplog):
     async with new_fleet() as fleet:
         caplog.set_level(logging.DEBUG)
