@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from agent.identity.identity import Identity
+from agent.update.problems import NOT_STARTED
 from agent.update.state import Violation
 from agent.update.store import Store
 from fleet.protocol.codes import Phase, RejectCode, remediation
@@ -131,7 +132,9 @@ def format_status(found: StatusReport) -> Iterable[str]:
     if not found.running:
         yield "  no instance is committed"
     for running in found.running:
-        yield f"  {running.instance}: runs {running.target} since {_time(running.since)}"
+        is_down = any(each.startswith(NOT_STARTED.format(running.instance)) for each in found.problems)
+        what = f"does not run; {running.target} is committed" if is_down else f"runs {running.target}"
+        yield f"  {running.instance}: {what} since {_time(running.since)}"
     for doubt in found.doubts:
         yield f"  {doubt.instance}: keeps running, as [policy] on_revoked allows ({doubt.code}): {doubt.message}"
     for change in found.changing:

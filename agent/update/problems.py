@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
-from typing import Protocol
+from typing import Final, Protocol
 
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol.messages import Report
+
+NOT_STARTED: Final = "{} could not be started: "
+"""Beginning of the problem of a committed instance, by its name, that does not run; the reason follows."""
 
 
 class ReportSink(Protocol):

@@ -33,7 +33,7 @@ from agent.link.host_client import (
 )
 from agent.link.https import ArtifactSource, CancelledError, FetchError
 from agent.update.images import ImageError, ImageStore, OpenImage
-from agent.update.problems import Problems, ReportSink
+from agent.update.problems import NOT_STARTED, Problems, ReportSink
 from agent.update.secrets import SecretStore
 from agent.update.state import Committed
 from agent.update.store import Database, Store, StoreError
@@ -380,7 +380,7 @@ class HostRestorer:
             log.info("%s runs again", one.instance)
             return
         self._failed.add(one.instance)
-        text = f"{one.instance} could not be started: {one.problem}"
+        text = NOT_STARTED.format(one.instance) + one.problem
         if text != self._problems.text(source):
             self._problems.set(source, text)
             log.error("%s", text)

@@ -277,6 +277,17 @@ def test_status_and_why_tell_the_story(tmp_path):
     assert facts["unsent_reports"] == 1
 
 
+def test_status_does_not_say_that_an_instance_runs_that_could_not_be_started(tmp_path):
+    store = enrolled(tmp_path)
+    store.apply(Transition(committed=committed()))
+    store.set_problems(["web could not be started: cannot read the artifact"])
+    store.close()
+    lines = agent(tmp_path, "status").stdout.splitlines()
+    assert "  web could not be started: cannot read the artifact" in lines
+    assert "  web: does not run; a/web@1.0.0 is committed since 2026-05-01 12:00:00Z" in lines
+    assert not [line for line in lines if "web: runs" in line]
+
+
 def test_a_failure_of_several_attempts_is_one_line_with_a_count(tmp_path):
     store = enrolled(tmp_path)
     for attempt in range(4):
