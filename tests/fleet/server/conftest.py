@@ -497,7 +497,7 @@ class Fleet:
         return board
 
     async def command(self, *words: object, stdin: str = "") -> Done:
-        """Run `fleet` with these words as a process of its own, against this server."""
+        """Run `fleet` with these words as a process of its own, against this server, in the directory of the test."""
         environment = {**os.environ, "WASMFLEET_HOME": str(self.home), "WASMFLEET_KEY_PASSPHRASE": PASSPHRASE.decode()}
         process = await asyncio.create_subprocess_exec(
             str(Path(sys.executable).parent / "fleet"),
@@ -506,6 +506,7 @@ class Fleet:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=environment,
+            cwd=self.directory,
         )
         async with asyncio.timeout(PATIENCE_S):
             stdout, stderr = await process.communicate(stdin.encode())

@@ -9,13 +9,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import Outcome, RolloutState
+from fleet.protocol.manifest import ConfigKey
+from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest, PlanStage
+from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "rollouts.md").read_text()
 EXAMPLES = re.findall(r"^\$ fleet (.+)$", PAGE, re.MULTILINE)
+PLAN = re.search(r"```toml\n(.+?)```", PAGE, re.DOTALL)[1]
 GROUP, DEVICE, NUMBER = "edge-eu", "gate-7-1f2e3d4c", "7"
 UNENDED = codes.OPEN_STATES | {RolloutState.SCHEDULED}
 
@@ -40,10 +45,14 @@ class Scene:
             operator_api.RolloutView, "POST", f"/v1/rollouts/{self.view.number}/{verb}"
         )
 
+    async def set_plan(self, plan: GroupPlan | None) -> None:
+        await self.operator.send(GroupPolicy, "PUT", f"/v1/groups/{GROUP}/policy", GroupPolicyRequest(plan=plan))
+
     # what an example finds
 
     async def quiet(self) -> None:
-        """Nothing is under way, and nothing is pinned."""
+        """Nothing is under way, nothing is pinned, and the group has no plan."""
+        await self.set_plan(None)
         self.view = await self.newest()
         if self.view.state in UNENDED:
             await self.act("abort")
@@ -55,7 +64,7 @@ class Scene:
             await board.until(lambda board: board.items and board.items["hello"].target == self.before)
 
     async def soaking(self) -> None:
-        """Its first device has succeeded."""
+        """The first device of a rollout has succeeded."""
         await self.quiet()
         self.view = await self.operator.deploy(self.target, group=GROUP, waves="1, 100%", soak_s=3600)
         self.view = await self.operator.follow(self.view, lambda view: view.counts.get("succeeded") == 1)
@@ -67,6 +76,27 @@ class Scene:
     async def aborted(self) -> None:
         await self.soaking()
         await self.act("abort")
+
+    async def unapproved(self) -> None:
+        """Somebody else began it, its first device has succeeded, and the plan wants an approval."""
+        await self.quiet()
+        await self.set_plan(GroupPlan(stages=(PlanStage(size="1", approval=True), PlanStage())))
+        reply = await self.operator.send(OperatorReply, "PUT", "/v1/operators/eve", OperatorRequest(role=Role.OPERATOR))
+        wish = operator_api.RolloutRequest(instance="hello", target=self.target, group=GROUP)
+        began = await self.operator.http.post(
+            "/v1/rollouts", content=msgspec.json.encode(wish), headers={"authorization": f"Bearer {reply.token}"}
+        )
+        view = msgspec.json.decode(began.content, type=operator_api.RolloutView)
+        self.view = await self.operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+
+    async def planned(self) -> None:
+        await self.quiet()
+        await self.set_plan(GroupPlan(soak_s=60))
+
+    async def with_a_key(self) -> None:
+        await self.quiet()
+        assert (await self.fleet.command("device", "set", self.boards[0].device, "hello", "room=cellar")).code == 0
+        await in_the_cellar(self)
 
     async def succeeded(self) -> None:
         await self.quiet()
@@ -120,6 +150,39 @@ async def is_not_frozen(scene: Scene) -> None:
     assert await scene.freezes() == {}
 
 
+async def plan_of(scene: Scene) -> GroupPlan | None:
+    return (await scene.operator.get(GroupPolicy, f"/v1/groups/{GROUP}/policy")).plan
+
+
+async def has_no_plan(scene: Scene) -> None:
+    assert await plan_of(scene) is None
+
+
+async def has_the_plan_of_the_page(scene: Scene) -> None:
+    plan = await plan_of(scene)
+    assert (plan.soak_s, len(plan.stages), plan.budget.by, plan.limits.at_once) == (600, 3, "site", 20)
+
+
+async def keeps_its_plan(scene: Scene) -> None:
+    assert await plan_of(scene) == GroupPlan(soak_s=60)
+
+
+async def approved(scene: Scene) -> None:
+    scene.view = await scene.operator.decided(await scene.newest())
+    assert (scene.view.state, scene.view.by) == (RolloutState.SUCCEEDED, "eve")
+    undo = operator_api.UndoRequest(rollout=str(scene.view.number))
+    await scene.set_plan(None)
+    await scene.operator.decided(await scene.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo))
+
+
+async def in_the_cellar(scene: Scene) -> None:
+    await scene.boards[0].until(lambda board: dict(board.items["hello"].config) == {"room": "cellar"})
+
+
+async def no_longer_in_the_cellar(scene: Scene) -> None:
+    await scene.boards[0].until(lambda board: not board.items["hello"].config)
+
+
 def stays(state: RolloutState) -> Callable[[Scene], Awaitable[None]]:
     return lambda scene: scene.is_(state)
 
@@ -143,11 +206,18 @@ STORY = {
     "rollout abort 7 --keep": Example(Scene.soaking, kept_as_a_pin, says="pinned where they are"),
     "rollout retry 7": Example(Scene.aborted, runs_again, says="Follow it with", more=("--detach",)),
     "rollout cancel-device 7": Example(Scene.soaking, left_out, says="goes on without"),
-    "rollout approve 7": Example(Scene.soaking, stays(RolloutState.RUNNING), code=4, says="waits for no approval"),
+    "rollout approve 7": Example(Scene.unapproved, approved, says="is approved"),
     "undo 7": Example(Scene.succeeded, gone_back, says="3 of 3 devices run main/hello@1.3.0"),
     "freeze": Example(Scene.quiet, is_frozen, says="edge-eu is frozen: trade fair."),
     "unfreeze": Example(Scene.frozen, is_not_frozen, says="edge-eu is no longer frozen."),
-    "rollout simulate": Example(Scene.quiet, lambda scene: scene.quiet(), says="HALTS"),
+    "rollout simulate": Example(Scene.quiet, has_no_plan, says="HALTS"),
+    "group policy edge-eu --set plan.toml --dry-run": Example(Scene.quiet, has_no_plan, says="ring=canary"),
+    "group policy edge-eu --set plan.toml": Example(Scene.quiet, has_the_plan_of_the_page, says="ring=canary"),
+    "group policy edge-eu": Example(Scene.planned, keeps_its_plan, says="soak"),
+    "group policy edge-eu --clear": Example(Scene.planned, has_no_plan, says="edge-eu"),
+    f"device set {DEVICE}": Example(Scene.quiet, in_the_cellar, says="room"),
+    f"device {DEVICE} --effective": Example(Scene.with_a_key, in_the_cellar, says="cellar"),
+    f"device unset {DEVICE}": Example(Scene.with_a_key, no_longer_in_the_cellar, says="room"),
 }
 
 
@@ -166,11 +236,13 @@ async def test_each_example_does_what_the_page_says(new_fleet):
     async with new_fleet() as fleet:
         boards = [await fleet.board(name, group=GROUP) for name in ("a", "b", "c")]
         scene = Scene(fleet, boards)
-        await scene.set([await fleet.operator.publish(version) for version in ("1.3.0", "1.4.0")])
+        keys = {"room": ConfigKey(default="attic")}
+        await scene.set([await fleet.operator.publish(version, config=keys) for version in ("1.3.0", "1.4.0")])
+        (fleet.directory / "plan.toml").write_text(PLAN)
         for example in EXAMPLES:
             story = STORY[of(example)]
             await story.finds(scene)
-            here = {NUMBER: str(scene.view.number), DEVICE: boards[0].device} if "simulate" not in example else {}
+            here = {NUMBER: str(scene.view.number), DEVICE: boards[0].device} if "--seed" not in example else {}
             words = [here.get(word, word) for word in shlex.split(example)]
             done = await fleet.command(*words, *story.more)
             assert done.code == story.code, (example, done)
