@@ -229,7 +229,7 @@ class Ingest:
             log.exception("%d messages could not be stored", len(batch))
             self.counts["failed"] += len(batch)
             return
-        # what was written concerns rollouts and followers, whatever becomes of the answers
+        # rollouts and followers are concerned by what was written, whatever becomes of the answers
         self._conductor.wake()
         self._watch.changed()
         for device, sequence in acks.items():
