@@ -288,8 +288,10 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 KeyType = Literal["text", "integer", "number", "boolean"]
 
 
-class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A configuration key that an operator may set.
+
+    Written without what has its default, since earlier hosts and agents refuse the fields of `LATER_OF_KEYS`.
 
     Attributes:
         default: value where none is set.
@@ -395,9 +397,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             if getattr(struct, name) == _default(struct, name):
                 del place[name]
         for key, declared in self.config.items():
+            first = {"description": declared.description, "default": declared.default}  # signed at their defaults too
+            place = value["config"][key] = {**first, **value["config"][key]}
             for name in LATER_OF_KEYS:
                 if getattr(declared, name) == _default(declared, name):
-                    del value["config"][key][name]
+                    place.pop(name, None)
         return value
 
     def digest(self) -> str:

@@ -2,8 +2,10 @@
 
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
+from agent.host.ipc import host_api
 from agent.update.machine import LIMITS, TABLE, Counter, Effect, Event, State
 from agent.update.probation import ProbationSample
 from agent.update.state import (
@@ -23,7 +25,7 @@ from agent.update.state import (
 )
 from fleet.protocol.assignment import Item, SecretRef
 from fleet.protocol.codes import Phase, RejectCode
-from fleet.protocol.manifest import Http, Manifest
+from fleet.protocol.manifest import ConfigKey, Grants, Http, Limits, Manifest
 
 AT = datetime(2026, 5, 1, tzinfo=UTC)
 DEVICE = DeviceContext(device="d-01234567", boot_id="b", places=None, mac_key=b"", clock=None)
@@ -190,3 +192,39 @@ def test_each_phase_is_timed_and_a_repeated_one_is_summed():
     done = step(before, fault("a bug"))
     assert done.change.timings_ms == {"compiling": 2500}
     assert step(done.change, DONE).change.timings_ms == {"compiling": 2500, "fetching": 0}
+
+
+UNTYPED = Manifest(
+    name="web",
+    version="2.0.0",
+    trigger=Http(),
+    config={"room": ConfigKey(default="attic"), "name": ConfigKey(description="shown")},
+)
+RUN = host_api.Run(instance="web", generation=4, target=NEW.target, manifest=UNTYPED, grants=Grants(), limits=Limits())
+
+
+class EarlierKey(msgspec.Struct, forbid_unknown_fields=True):
+    """A configuration key as the version before reads it."""
+
+    description: str = ""
+    default: str | None = None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        host_api.encode(host_api.Start(id=1, run=RUN)),
+        msgspec.json.encode(Committed(item=NEW, manifest=UNTYPED, generation=4, assignment=2, at=AT)),
+        msgspec.json.encode(msgspec.structs.replace(change(P.STAGED), manifest=UNTYPED)),
+    ],
+    ids=["start", "committed", "change"],
+)
+def test_the_version_before_reads_untyped_keys(written):
+    """A host that still runs as the agent is upgraded, and an agent that is put back, refuse unknown fields."""
+    plain = msgspec.json.decode(written)
+    (keys,) = [each["manifest"]["config"] for each in (plain, plain.get("run", {})) if "manifest" in each]
+    read = msgspec.convert(keys, dict[str, EarlierKey])
+    assert read == {"room": EarlierKey(default="attic"), "name": EarlierKey(description="shown")}
+    again = msgspec.convert(keys, dict[str, ConfigKey])
+    assert again == UNTYPED.config
+    assert msgspec.structs.replace(UNTYPED, config=again).digest() == UNTYPED.digest()

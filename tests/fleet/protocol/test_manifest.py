@@ -125,6 +125,7 @@ def test_a_typed_key_is_signed_with_its_type_and_an_untyped_one_as_before():
         "plain": {"description": "", "default": "x"},
     }
     assert manifest.convert(typed.plain()) == typed
+    assert typed.digest() == "4328242a962ba647233c3f1b4add49e085db8c47fa719856ecdb6edeea2f4d3b"
 
 
 @pytest.mark.parametrize(
