@@ -17,7 +17,7 @@ import msgspec
 
 from agent import systemd
 from agent.config import Paths
-from agent.update.machine import Effect, Event, Happened, State, advance, phase_of
+from agent.update.machine import LIMITS, Counter, Effect, Event, Happened, State, advance, phase_of
 from agent.update.plan import Failure, InFlight, Member, Want
 from agent.update.probation import ProbationSample
 from fleet.protocol import bounds, wire
@@ -391,8 +391,9 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
     doublings = min(tries - 1, 20)  # far beyond the longest wait, and no overflow
     delay_s = min(RETRY_MAX_S, (RETRY_FIRST_S if is_own else RETRY_SOON_S) * 2.0**doublings)
     went_back = change.phase is Phase.ROLLED_BACK
-    # interruptions while the new version ran may be its own doing
-    is_ended = tries > RETRY_TRIES_MAX if is_own else code is RejectCode.INTERRUPTED and went_back
+    # Interruptions while it was compiled or ran may be its own doing.
+    is_suspect = went_back or change.state.interruptions > LIMITS[Counter.INTERRUPTIONS]
+    is_ended = tries > RETRY_TRIES_MAX if is_own else code is RejectCode.INTERRUPTED and is_suspect
     again = code in RETRYABLE and not is_ended
     return FailedItem(
         instance=change.instance,

@@ -75,7 +75,7 @@ RETRYABLE = frozenset(
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
         RejectCode.FREEZE,  # may be published a moment later
-        RejectCode.INTERRUPTED,  # a stop, a power cut or a lack of memory; final where the new version ran
+        RejectCode.INTERRUPTED,  # a stop, a power cut or a lack of memory; final where it may be the version's doing
         RejectCode.INTERNAL,  # a bug in the device's own software: no verdict on the component
     }
 )

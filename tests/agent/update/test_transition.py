@@ -176,6 +176,13 @@ def test_endless_internal_errors_are_a_failure_that_is_retried():
     assert done.failure.retry_at is not None
 
 
+def test_a_component_whose_compilation_takes_the_device_down_is_not_tried_for_ever():
+    """Found in COMPILING once more than allowed: maybe the component's own doing, also where nothing was swapped."""
+    done = step(change(P.COMPILING, interruptions=LIMITS[Counter.INTERRUPTIONS]), FOUND)
+    assert (done.report.phase, done.failure.code) == ("failed", RejectCode.INTERRUPTED)
+    assert done.failure.retry_at is None
+
+
 def test_an_effects_findings_are_kept_and_log_lines_only_reported_for_failures():
     found = EffectResult(event=Event.DONE, replaced=ProbationSample(calls=3), log=("a line",))
     done = step(change(P.SWAPPING, generation=4), found)
