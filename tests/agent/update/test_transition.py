@@ -183,6 +183,26 @@ def test_a_component_whose_compilation_takes_the_device_down_is_not_tried_for_ev
     assert done.failure.retry_at is None
 
 
+@pytest.mark.parametrize(("known_tries", "retry_s"), [(0, 3600), (1, 7200), (9, 86_400), (10, None)])
+def test_a_compiler_that_is_stopped_at_each_try_ends(known_tries, retry_s):
+    """A component that runs the compiler out of memory at each try would be compiled for ever."""
+    known = FailedItem(
+        instance="web",
+        key=item_key(NEW),
+        attempt=0,
+        target=NEW.target,
+        code=RejectCode.INTERRUPTED,
+        message="",
+        at=AT,
+        tries=known_tries,
+    )
+    stopped = EffectResult(event=Event.DELAYED, code=RejectCode.INTERRUPTED, message="stopped")
+    before = change(P.COMPILING, delays=LIMITS[Counter.DELAYS])
+    done = step(before, stopped, known=known if known_tries else None)
+    assert (done.failure.code, done.failure.tries) == (RejectCode.INTERRUPTED, known_tries + 1)
+    assert done.failure.retry_at == (None if retry_s is None else AT.timestamp() + retry_s)
+
+
 def test_an_effects_findings_are_kept_and_log_lines_only_reported_for_failures():
     found = EffectResult(event=Event.DONE, replaced=ProbationSample(calls=3), log=("a line",))
     done = step(change(P.SWAPPING, generation=4), found)
