@@ -268,6 +268,7 @@ class EffectRunner:
             await start(self._host, item, run, self._images, artifacts, self._sealed, together, probation=True)
         except (ImageError, Rejected) as error:
             if error.code is RejectCode.INTERRUPTED:
+                await self._back_off(change)
                 return lost(error.message)  # the compiler was stopped: no verdict, and the swap is repeated
             return refused(error.code, error.message)
         except HostRefusedError as error:
@@ -426,6 +427,8 @@ class EffectRunner:
             await self._settle()
             return lost(str(error))
         except (HostRefusedError, ImageError, Rejected) as error:
+            if isinstance(error, ImageError) and error.code is RejectCode.INTERRUPTED:
+                await self._back_off(change)
             return lost(f"the previous version could not be started again: {error}")
         return DONE
 

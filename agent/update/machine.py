@@ -322,8 +322,8 @@ def _give_up(state: State, following: State, happened: Happened, row: Row, now: 
 
 
 def retry_delay_s(state: State) -> float:
-    """Return the longest wait before a delayed or faulty effect is repeated: doubling, up to five minutes."""
-    return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** max(0, state.delays + state.faults - 1)))
+    """Return the longest wait before an effect that did not succeed is repeated: doubling, up to five minutes."""
+    return float(min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** max(0, state.delays + state.faults + state.losses - 1)))
 
 
 def _name(phase: Phase) -> str:

@@ -167,6 +167,7 @@ def test_an_internal_error_does_not_restart_probation():
 
 def test_retry_delays_after_internal_errors_double():
     assert [machine.retry_delay_s(State(faults=count)) for count in (1, 2, 12)] == [2.0, 4.0, 300.0]
+    assert [machine.retry_delay_s(State(losses=count)) for count in (0, 1, 2, 3)] == [2.0, 2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize("event", [Event.HOST_LOST, Event.FAULT, Event.INTERRUPTED, Event.DONE])

@@ -9,12 +9,12 @@ import pytest
 
 from agent.link.https import FetchError
 from agent.update import effects, reconciler, restore
-from agent.update.images import ImageStore
-from agent.update.machine import Event
+from agent.update.images import ImageError, ImageStore
+from agent.update.machine import Event, State
 from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamaged
-from agent.update.state import EffectResult, Violation, item_key, lost
+from agent.update.state import Change, EffectResult, Violation, item_key, lost
 from agent.update.store import StoreError
-from fleet.protocol.codes import Outcome, RejectCode, outcome_of
+from fleet.protocol.codes import Outcome, Phase, RejectCode, outcome_of
 from signing.errors import Rejected
 from tests.eventually import eventually_async
 
@@ -517,6 +517,47 @@ async def test_a_compiler_that_is_stopped_each_time_gives_no_verdict(kit, monkey
         assert outcome_of(last.code, last.phase) is Outcome.DEFERRED
         (failure,) = kit.store.failed()
         assert failure.retry_at is not None, "tried again by itself"
+
+
+def stopped(times, asked, monkeypatch):
+    """Have the compiler stopped so many times as a missing image is made again; note each wait before the next try."""
+    whole, left = effects.start, [None] * times
+
+    async def sometimes(*arguments, **more):
+        if left:
+            left.pop()
+            raise ImageError(RejectCode.INTERRUPTED, "the compiler was stopped by SIGKILL before it had finished")
+        return await whole(*arguments, **more)
+
+    monkeypatch.setattr(effects, "start", sometimes)
+    monkeypatch.setattr(effects, "retry_delay_s", lambda state: asked.append(state.losses) or 0.0)
+
+
+@pytest.mark.asyncio
+async def test_a_swap_whose_compiler_is_stopped_waits_before_it_is_repeated(kit, monkeypatch):
+    async with on_a_device(kit):
+        stopped(2, asked := [], monkeypatch)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert asked == [0, 1]
+        assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.asyncio
+async def test_a_rollback_whose_compiler_is_stopped_waits_before_it_is_repeated(kit, monkeypatch):
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        (before,) = kit.committed()
+        await kit.carrier.stop(Change(instance="web", assignment=1, state=State()))
+        stopped(1, asked := [], monkeypatch)
+        change = Change(instance="web", assignment=2, state=State(phase=Phase.ROLLING_BACK, losses=1), generation=9)
+
+        async def renew(committed):
+            return committed
+
+        assert (await kit.carrier.revert(change, before, renew)).event is Event.HOST_LOST
+        assert asked == [1]
+        assert (await kit.carrier.revert(change, before, renew)).event is Event.DONE
+        assert kit.host.targets() == {"web": V1}
 
 
 EFFECTS = ["fetch", "verify", "compile", "swap", "watch", "commit"]
