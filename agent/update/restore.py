@@ -388,11 +388,13 @@ class HostRestorer:
     async def _mend(self) -> None:
         """Make the files of instances that could not be started anew, and start them.
 
-        Changes go on meanwhile. So the host and the store are asked again once the files are there.
+        Changes go on meanwhile, and a start may take minutes. So before each start, the host and the store are asked
+        again: an item that was removed, stopped or replaced in between stays as it is now.
         """
         ready = {each.item.instance for each in await self._missing() if await self._has_files(each)}
-        welcome = await self._host.hello()
-        await self._start(welcome, [each for each in await self._missing() if each.item.instance in ready])
+        for instance in sorted(ready):
+            welcome = await self._host.hello()
+            await self._start(welcome, [each for each in await self._missing() if each.item.instance == instance])
         self._sink.changed()
 
     async def _missing(self) -> list[Committed]:

@@ -1,8 +1,12 @@
 """Committed instances whose files on this device were lost or damaged: fetched, compiled and started again."""
 
+import asyncio
+
 import pytest
 
 from agent.link.https import FetchError
+from agent.update import restore
+from agent.update.state import Violation, item_key
 from fleet.protocol.codes import RejectCode
 
 V1, V2 = "components/acme/web/1.0.0.wasm", "components/acme/web/2.0.0.wasm"
@@ -63,4 +67,57 @@ async def test_an_instance_that_was_removed_meanwhile_is_not_started_again(kit, 
     await kit.until(lambda: kit.problems.texts() == [])
     assert kit.host.targets() == {}
     assert kit.store.committed() == ()
+    await kit.pull_plug()
+
+
+def hold_mending(kit, monkeypatch, instance):
+    """Hold the start of a mended instance; return the event that it begins and the event that releases it."""
+    begun, let, start = asyncio.Event(), asyncio.Event(), restore.start
+
+    async def held(link, item, *arguments):
+        if item.instance == instance and link.ready.is_set():
+            begun.set()
+            await let.wait()
+        return await start(link, item, *arguments)
+
+    monkeypatch.setattr(restore, "start", held)
+    return begun, let
+
+
+async def two_harmed(kit):
+    """Deploy a and b, cut the power, and lose their files."""
+    await kit.boot()
+    items = [kit.publish("1.0.0", instance=instance) for instance in ("a", "b")]
+    await kit.run(kit.assignment(1, *items))
+    await kit.pull_plug()
+    for path in [*kit.places.artifacts.glob("*.wasm"), *kit.places.images.glob("*.cwasm")]:
+        path.unlink()
+    return items
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_was_stopped_while_another_starts_is_not_started_again(kit, monkeypatch):
+    _, b = await two_harmed(kit)
+    begun, let = hold_mending(kit, monkeypatch, "a")
+    await kit.boot()
+    await begun.wait()
+    revoked = {"key": item_key(b), "target": b.target, "code": RejectCode.REVOKED, "message": "revoked"}
+    await kit.deployer.hold([Violation(instance="b", **revoked)])
+    await kit.settled()
+    let.set()
+    await kit.until(lambda: kit.problems.texts() == [])
+    assert kit.host.targets() == {"a": V1}
+    await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_was_replaced_while_another_starts_does_not_go_back(kit, monkeypatch):
+    a, _ = await two_harmed(kit)
+    begun, let = hold_mending(kit, monkeypatch, "a")
+    await kit.boot()
+    await begun.wait()
+    await kit.run(kit.assignment(2, a, kit.publish("2.0.0", instance="b")))
+    let.set()
+    await kit.until(lambda: kit.problems.texts() == [])
+    assert kit.host.targets() == {"a": V1, "b": V2}
     await kit.pull_plug()
