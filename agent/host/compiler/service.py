@@ -52,11 +52,14 @@ def client(arguments: list[str]) -> int:
             select.select([0], [], [])
         limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
         packet = json.dumps({"arguments": arguments, "limits": limits}).encode()
-        framing.send_packet(sock, packet, tuple(range(_STREAMS)))
-        # The compiler now owns the streams: their reader must see the end as soon as the compiler closes them.
-        for number in (0, 1):
-            os.close(number)
-        answer = sock.recv(_PACKET_MAX_BYTES)
+        try:
+            framing.send_packet(sock, packet, tuple(range(_STREAMS)))
+            # The compiler now owns the streams: their reader must see the end as soon as the compiler closes them.
+            for number in (0, 1):
+                os.close(number)
+            answer = sock.recv(_PACKET_MAX_BYTES)
+        except ConnectionError:  # the service ended before it read the request
+            answer = b""
     if not answer:
         _complain("interrupted", "the compiler's service ended before it answered: stopped, or out of memory")
         return _INTERRUPTED

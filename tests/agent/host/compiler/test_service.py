@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -117,6 +118,28 @@ def test_a_service_that_is_stopped_says_nothing_of_the_component(service: Servic
         said = json.loads(client.stderr.read())
     assert client.returncode != 0
     assert said["code"] == "interrupted"
+
+
+@pytest.mark.parametrize("has_asked", [True, False])
+def test_a_service_that_is_killed_before_it_reads_says_nothing_of_the_component(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_asked: bool
+) -> None:
+    """The request is lost with the connection: ECONNRESET after it was sent, EPIPE before."""
+    monkeypatch.setenv("WASMFLEET_COMPILER_SOCKET", str(tmp_path / "compiler.sock"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "compiler.sock"))
+        listener.listen()
+        with subprocess.Popen(CLIENT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            connection, _ = listener.accept()
+            with connection:
+                assert client.stdin is not None
+                if has_asked:
+                    client.stdin.write(b"\0asm")
+                    client.stdin.flush()
+                    assert select.select([connection], [], [], 60)[0], "the request is there, and nobody reads it"
+            _, err = client.communicate(None if has_asked else b"\0asm")
+    assert json.loads(err)["code"] == "interrupted"
+    assert client.returncode == 6
 
 
 def test_a_client_that_is_ended_before_it_asks_is_nobody_to_complain_of(service: Service) -> None:
