@@ -13,7 +13,8 @@ import hmac
 import logging
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -50,7 +51,21 @@ log = logging.getLogger("agent.update.restore")
 CONNECT_AGAIN_S: Final = 0.2
 MEND_FIRST_S: Final = 5.0
 MEND_MAX_S: Final = 900.0
-"""Pauses before an instance that could not be restored is tried again: doubling, from the first to the longest."""
+MEND_LASTING_MAX_S: Final = 86400.0
+"""Pauses before an instance that could not be restored is tried again: doubling, from the first to the longest.
+
+The longest is a day where only another release or a person is likely to help: each try may cost a download or a
+compilation. PORT_IN_USE costs neither.
+"""
+_PASSING: Final = frozenset(
+    {
+        RejectCode.UNREACHABLE,
+        RejectCode.TOO_SLOW,
+        RejectCode.PORT_IN_USE,
+        RejectCode.HOST_GONE,
+        RejectCode.INTERRUPTED,
+    }
+)
 
 
 class RunsetError(Exception):
@@ -154,10 +169,11 @@ def take_over(store: Store, runset: Path, key: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Outcome of the restoration of an instance; `problem` is empty if it runs."""
+    """Outcome of the restoration of an instance; `problem` is empty if it runs, `code` says of which kind it is."""
 
     instance: str
     problem: str = ""
+    code: RejectCode = RejectCode.INTERNAL
 
 
 async def wait_for_host(link: HostClient, seconds: float) -> host_api.Welcome:
@@ -203,8 +219,10 @@ async def restore(
         run = run_of(item.item, item.manifest, item.generation, policy)
         try:
             await start(link, item.item, run, images, artifacts, sealed)
-        except (ImageError, HostRefusedError, Rejected) as error:
-            restored.append(Restored(item.item.instance, str(error)))
+        except HostRefusedError as error:
+            restored.append(Restored(item.item.instance, str(error), error.failed.code))
+        except (ImageError, Rejected) as error:
+            restored.append(Restored(item.item.instance, str(error), error.code))
         else:
             restored.append(Restored(item.item.instance))
     return restored
@@ -283,6 +301,27 @@ class Materials:
     secrets: SecretStore
 
 
+@dataclass(slots=True)
+class _Mending:
+    """Tries to mend an instance, over all connections to the host.
+
+    Attributes:
+        code: what was wrong at the last try.
+        pause_s: before the try after the next.
+        due: when to try next, in seconds of the clock.
+    """
+
+    code: RejectCode
+    pause_s: float
+    due: float
+
+    def put_off(self, now: float, *, has_tried: bool) -> None:
+        """Plan the next try, after one that failed or one that a change held up."""
+        longest = MEND_LASTING_MAX_S if has_tried and self.code not in _PASSING else MEND_MAX_S
+        self.due = now + min(longest, self.pause_s)
+        self.pause_s = min(longest, 2 * self.pause_s)
+
+
 class HostRestorer:
     """Reader of the host's events: restores the committed instances on each new host before others may use it."""
 
@@ -297,6 +336,8 @@ class HostRestorer:
         source: ArtifactSource,
         problems: Problems,
         sink: ReportSink,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Prepare a restorer.
 
@@ -307,6 +348,8 @@ class HostRestorer:
             source: of artifacts and boxes that were lost or damaged on disk.
             problems: lists instances that could not be started.
             sink: notified of changes of health.
+            clock: seconds that do not jump.
+            sleep: waits between two tries.
         """
         self._host = host
         self._db = db
@@ -314,7 +357,9 @@ class HostRestorer:
         self._source = source
         self._problems = problems
         self._sink = sink
-        self._failed: set[str] = set()
+        self._clock = clock
+        self._sleep = sleep
+        self._failed: dict[str, _Mending] = {}
 
     async def run(self) -> None:
         """Handle the host's events, forever. A restoration ends with the connection on which it began."""
@@ -343,12 +388,12 @@ class HostRestorer:
     async def _restore_all(self, welcome: host_api.Welcome) -> None:
         try:
             await self._restore(welcome)
-            pause_s = MEND_FIRST_S
             while self._failed:
                 await self._mend()
                 if self._failed:
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(MEND_MAX_S, 2 * pause_s)
+                    # an instance that was removed is no problem any more: looked at more often than mended
+                    due = min(each.due for each in self._failed.values())
+                    await self._sleep(min(MEND_MAX_S, max(0.0, due - self._clock())))
         except HostGoneError:
             if self._host.welcome is welcome:  # otherwise this is already another connection
                 self._host.close()
@@ -375,26 +420,32 @@ class HostRestorer:
     def _note(self, one: Restored) -> None:
         source = f"restore {one.instance}"
         if not one.problem:
-            self._failed.discard(one.instance)
+            self._failed.pop(one.instance, None)
             self._problems.clear(source)
             log.info("%s runs again", one.instance)
             return
-        self._failed.add(one.instance)
+        self._failed.setdefault(one.instance, _Mending(one.code, MEND_FIRST_S, self._clock())).code = one.code
         text = NOT_STARTED.format(one.instance) + one.problem
         if text != self._problems.text(source):
             self._problems.set(source, text)
             log.error("%s", text)
 
     async def _mend(self) -> None:
-        """Make the files of instances that could not be started anew, and start them.
+        """Make the files of instances whose time has come anew, and start them.
 
         Changes go on meanwhile, and a start may take minutes. So before each start, the host and the store are asked
         again: an item that was removed, stopped or replaced in between stays as it is now.
         """
-        ready = {each.item.instance for each in await self._missing() if await self._has_files(each)}
+        missing, now = await self._missing(), self._clock()
+        due = {instance for instance, each in self._failed.items() if each.due <= now}
+        tried = [each for each in missing if each.item.instance in due]
+        ready = {each.item.instance for each in tried if await self._has_files(each)}
         for instance in sorted(ready):
             welcome = await self._host.hello()
             await self._start(welcome, [each for each in await self._missing() if each.item.instance == instance])
+        names = {each.item.instance for each in tried}
+        for instance in due & self._failed.keys():
+            self._failed[instance].put_off(self._clock(), has_tried=instance in names)
         self._sink.changed()
 
     async def _missing(self) -> list[Committed]:
@@ -404,9 +455,9 @@ class HostRestorer:
         changing = {each.instance for each in await self._db(Store.changes)}
         items = {each.item.instance: each for each in await self._db(Store.committed)}
         for instance in [each for each in self._failed if each in there or each not in items]:
-            self._failed.discard(instance)
+            self._failed.pop(instance)
             self._problems.clear(f"restore {instance}")
-        return [items[instance] for instance in sorted(self._failed - changing)]
+        return [items[instance] for instance in sorted(self._failed.keys() - changing)]
 
     async def _has_files(self, committed: Committed) -> bool:
         """Make sure of an item's artifact, image and secrets; note the problem if that fails."""
@@ -422,7 +473,8 @@ class HostRestorer:
                 await self._fetch(item)
                 image = await checked_image(item, committed.manifest, of.images, of.artifacts)
         except (FetchError, ImageError, OSError) as error:
-            self._note(Restored(item.instance, str(error)))
+            code = RejectCode.NO_SPACE if isinstance(error, OSError) else error.code
+            self._note(Restored(item.instance, str(error), code))
             return False
         os.close(image.descriptor)
         return True

@@ -317,6 +317,7 @@ class DeviceKit:
         self.boots = 0
         self.settings = Settings()
         self.images_kind, self.compile_s = QuickImages, 10
+        self.mending = {}  # arguments of the restorer: its clock and its pauses
         self.store = self.deployer = None
 
     def publish(self, version, *, instance="web", attempt=0, rollout="", atomic="", **more):
@@ -407,6 +408,7 @@ class DeviceKit:
             source=self.server,
             problems=self.problems,
             sink=SimpleNamespace(changed=lambda: None),
+            **self.mending,
         )
         self.linking = asyncio.gather(self.link.run(), self.restorer.run())
         await self.deployer.recover()

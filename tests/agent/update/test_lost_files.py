@@ -11,6 +11,8 @@ from fleet.protocol.codes import RejectCode
 
 V1, V2 = "components/acme/web/1.0.0.wasm", "components/acme/web/2.0.0.wasm"
 
+DAY_S = 86400
+
 
 def lose(path):
     path.unlink()
@@ -120,4 +122,80 @@ async def test_an_instance_that_was_replaced_while_another_starts_does_not_go_ba
     let.set()
     await kit.until(lambda: kit.problems.texts() == [])
     assert kit.host.targets() == {"a": V1, "b": V2}
+    await kit.pull_plug()
+
+
+class Days:
+    """Clock that a pause moves on, until the last of some days has passed; lists when the server was asked."""
+
+    def __init__(self, kit, days):
+        self.kit, self.now, self.end = kit, 0.0, days * DAY_S
+        self.over = asyncio.Event()
+        self.asked = []
+        kit.mending = {"clock": lambda: self.now, "sleep": self.sleep}
+        kit.server.fetched = self
+
+    def append(self, _sha256):
+        self.asked.append(self.now)
+
+    async def sleep(self, seconds):
+        assert seconds > 0
+        self.now += seconds
+        if self.now >= self.end:
+            self.over.set()
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+
+    def on(self, day):
+        return sum(1 for each in self.asked if each // DAY_S == day)
+
+
+@pytest.mark.asyncio
+async def test_an_artifact_that_is_damaged_on_the_server_is_fetched_once_a_day(kit):
+    await harmed(kit, lose)
+    kit.server.artifacts = dict.fromkeys(kit.server.artifacts, b"damaged")
+    days = Days(kit, 7)
+    await kit.boot()
+    await days.over.wait()
+    assert days.on(0) < 20
+    assert [days.on(day) for day in range(2, 7)] == [1, 1, 1, 1, 1]
+    assert len(kit.problems.texts()) == 1
+    await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_a_new_host_does_not_hurry_what_only_a_person_can_mend(kit):
+    await harmed(kit, lose)
+    kit.server.artifacts = dict.fromkeys(kit.server.artifacts, b"damaged")
+    days = Days(kit, 3)
+    await kit.boot()
+    await days.over.wait()
+    asked, again = len(days.asked), asyncio.Event()
+
+    async def sleep(_seconds):
+        again.set()
+        await asyncio.Event().wait()
+
+    kit.restorer._sleep = sleep
+    kit.host.kill()
+    kit.host.start()
+    await again.wait()
+    assert len(days.asked) <= asked + 1, "the try that was due"
+    again.clear()
+    asked = len(days.asked)
+    kit.host.kill()
+    kit.host.start()
+    await again.wait()
+    assert len(days.asked) == asked
+    await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_a_server_out_of_reach_is_asked_every_quarter_of_an_hour(kit):
+    await harmed(kit, lose)
+    kit.server.trouble = [FetchError(RejectCode.UNREACHABLE, "no route") for _ in range(1000)]
+    days = Days(kit, 4)
+    await kit.boot()
+    await days.over.wait()
+    assert [days.on(day) for day in range(1, 4)] == [96, 96, 96]
     await kit.pull_plug()
