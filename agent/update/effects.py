@@ -135,7 +135,6 @@ class EffectRunner:
         self._clock = clock
         self._jitter = jitter
         self._downloads = ThreadPoolExecutor(1, thread_name_prefix="download")
-        self._compiling = asyncio.Semaphore(1)
 
     def _artifact(self, sha256: str) -> Path:
         return self._places.artifacts / f"{sha256}.wasm"
@@ -237,20 +236,19 @@ class EffectRunner:
         return DONE
 
     async def compile(self, change: Change) -> EffectResult:
-        """Compile the artifact to an image; one at a time."""
+        """Compile the artifact to an image."""
         item, manifest = change.item, change.manifest
         assert item is not None
         assert manifest is not None
-        async with self._compiling:
-            try:
-                await self._images.make(
-                    self._artifact(item.sha256),
-                    sha256=item.sha256,
-                    manifest_sha256=item.manifest_sha256,
-                    fuel=manifest.limits.fuel > 0,
-                )
-            except ImageError as error:
-                return _delayed(error.code, error.message)
+        try:
+            await self._images.make(
+                self._artifact(item.sha256),
+                sha256=item.sha256,
+                manifest_sha256=item.manifest_sha256,
+                fuel=manifest.limits.fuel > 0,
+            )
+        except ImageError as error:
+            return _delayed(error.code, error.message)
         return DONE
 
     async def swap(self, change: Change, together: tuple[str, ...] = ()) -> EffectResult:

@@ -178,6 +178,7 @@ class ImageStore:
         self._seconds = seconds
         self.damaged: asyncio.Queue[DamagedImage] = asyncio.Queue()
         self._engines: dict[bool, Engine] = {}
+        self._making = asyncio.Semaphore(1)
 
     async def engine(self, *, fuel: bool = False) -> Engine:
         """Return the engine's description, from the compiler at the first call, for components with or without fuel.
@@ -243,7 +244,7 @@ class ImageStore:
         return hmac.new(self._key, bare, hashlib.sha256).hexdigest()
 
     async def make(self, artifact: Path, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> None:
-        """Compile an artifact, unless there is an intact image of it.
+        """Compile an artifact, unless there is an intact image of it; one at a time, whoever asks.
 
         Args:
             artifact: file, hashed again before it is compiled.
@@ -255,6 +256,10 @@ class ImageStore:
             ImageError: HASH_MISMATCH, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT, NO_SPACE, or
                 INTERRUPTED: the compiler was stopped, which says nothing of the component.
         """
+        async with self._making:
+            await self._make(artifact, sha256, manifest_sha256, fuel=fuel)
+
+    async def _make(self, artifact: Path, sha256: str, manifest_sha256: str, *, fuel: bool) -> None:
         engine = await self.engine(fuel=fuel)
         with contextlib.suppress(ImageError):
             found = await self.open(sha256=sha256, manifest_sha256=manifest_sha256, fuel=fuel)

@@ -199,3 +199,32 @@ async def test_a_server_out_of_reach_is_asked_every_quarter_of_an_hour(kit):
     await days.over.wait()
     assert [days.on(day) for day in range(1, 4)] == [96, 96, 96]
     await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_only_one_compiler_runs_at_a_time(kit):
+    at_once = []
+
+    class SlowImages(kit.images_kind):
+        running = 0
+
+        async def _run(self, arguments, data, seconds):
+            self.running += 1
+            at_once.append(self.running)
+            for _ in range(50):  # turns, in which another one could begin
+                await asyncio.sleep(0)
+            try:
+                return await super()._run(arguments, data, seconds)
+            finally:
+                self.running -= 1
+
+    kit.images_kind = SlowImages
+    await kit.boot()
+    item = kit.publish("1.0.0")
+    await kit.run(kit.assignment(1, item))
+    artifact = kit.places.artifacts / f"{item.sha256}.wasm"
+    makes = (kit.images.make(artifact, sha256=item.sha256, manifest_sha256=each * 64) for each in "abc")
+    await asyncio.gather(*makes)
+    assert len(at_once) > 3
+    assert max(at_once) == 1
+    await kit.pull_plug()
