@@ -19,6 +19,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -439,7 +440,7 @@ class Reconciler:
         try:
             facts = await self._db(self._store.facts)
             await self._db(restore.write_runset, self._device.places.runset, items, facts, self._device.mac_key)
-        except OSError as error:
+        except (OSError, sqlite3.Error, msgspec.DecodeError) as error:
             log.warning("cannot write the second record of the committed items: %s", error)
 
     async def _report_progress(self, item: DownloadProgress) -> None:

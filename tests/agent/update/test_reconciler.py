@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 
 import msgspec
@@ -405,6 +406,24 @@ async def test_committed_items_are_in_the_run_set_at_once(kit):
         await kit.deployer.hold([Violation(instance="web", **reason)])
         await kit.settled()
         assert second_record(kit) == kit.committed() == ()
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), msgspec.DecodeError("damaged")])
+@pytest.mark.asyncio
+async def test_a_run_set_that_cannot_be_written_does_not_end_the_agent(kit, caplog, monkeypatch, error):
+    async with on_a_device(kit):
+        read = kit.store.facts
+
+        def facts():
+            if kit.store._db.in_transaction:  # a step, which is repeated
+                return read()
+            raise error
+
+        monkeypatch.setattr(kit.store, "facts", facts)
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        assert kit.host.targets() == {"web": V1}
+        assert [each.item.target for each in kit.committed()] == [V1]
+        assert f"cannot write the second record of the committed items: {error}" in caplog.text
 
 
 @pytest.mark.asyncio
