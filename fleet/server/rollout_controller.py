@@ -132,7 +132,7 @@ class RolloutController:
         self._note_presence()
         await self._join_dirty()
         for row in self._store.rollouts.scheduled():
-            self._begin_scheduled(row)
+            self._begin_scheduled(row.number)
         for row in (*self._store.rollouts.open(), *self._store.rollouts.queues()):
             await self._advance(row.number)
         await self._settle_dirty()
@@ -170,8 +170,11 @@ class RolloutController:
         if until is not None:
             self._next = until if self._next is None else min(self._next, until)
 
-    def _begin_scheduled(self, row: RolloutRow) -> None:
+    def _begin_scheduled(self, number: int) -> None:
         """Resolve the members of a rollout whose time has come, or of the set that it leads."""
+        row = self._store.rollouts.get(str(number))
+        if row is None or row.state is not RolloutState.SCHEDULED:
+            return  # it began with the one that leads its set
         rows = self._set_of(row)
         if rows[0].number != row.number:
             return

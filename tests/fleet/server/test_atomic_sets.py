@@ -133,6 +133,25 @@ async def test_a_set_that_begins_later_leaves_a_device_out_of_all_of_it(new_flee
 
 
 @pytest.mark.asyncio
+async def test_a_set_that_begins_later_begins_each_member_once(new_fleet, broker, caplog):
+    async with new_fleet(broker) as fleet:
+        await fleet.operator.token("edge")
+        target = await fleet.operator.publish("1.0.0")
+        empty = await deploy_both(fleet, target, starts_at=datetime.now(UTC), allow_empty=True)
+        for number in empty.together:
+            member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
+            await fleet.operator.follow(member, lambda view: view.state is RolloutState.SUCCEEDED)
+        await fleet.board("a")
+        other = await fleet.operator.publish("2.0.0")
+        view = await deploy_both(fleet, other, starts_at=datetime.now(UTC))
+        await fleet.operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
+        entries = (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries
+        ended = [each.subject for each in entries if each.act == "rollout-succeeded"]
+        assert len(ended) == len(set(ended)) == 4
+        assert "a round of the rollout loop failed" not in caplog.text
+
+
+@pytest.mark.asyncio
 async def test_a_device_that_joins_while_a_set_is_open_gets_all_of_it_or_none(new_fleet, broker):
     async with new_fleet(broker) as fleet:
         await fleet.board("a")
