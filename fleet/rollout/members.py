@@ -152,7 +152,8 @@ def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int)
     """Give each device its wave. The last stage takes every device that no other took.
 
     Wave 1 takes online devices only, unless it has room for every device. What it lacks are open vacancies. A stage
-    without devices is dropped; the approval that it wants before later stages goes to the stage before it.
+    without devices is dropped; its approval goes to the stage before it, although nobody may be left after that one:
+    devices that join the group later catch up to what was approved.
     """
     order = sorted(candidates, key=lambda each: (not each.online, lot(seed, each.device)))
     waves: list[tuple[str, ...]] = []
@@ -168,9 +169,9 @@ def draw(candidates: Iterable[Candidate], stages: Sequence[Stage], *, seed: int)
                 online = [each for each in fit if each.online]
                 vacancies, fit = len(fit) - len(online), online
         if not fit and not (not waves and vacancies):
-            if stage.approval and rest and kept:
+            if stage.approval and kept:
                 kept[-1] = replace(kept[-1], approval=True)
-            elif stage.approval and rest and unguarded is None:
+            elif stage.approval and unguarded is None:
                 unguarded = stage
             continue
         chosen = {each.device for each in fit}

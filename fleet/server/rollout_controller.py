@@ -26,7 +26,7 @@ from fleet.rollout.presence import Polls, by_polls, polled
 from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
-from fleet.server.rollout_members import Change, Drawn, Membership, with_presence
+from fleet.server.rollout_members import Change, Drawn, Membership, refusal, with_presence
 from fleet.store.rows import AssignmentRow, RolloutRow, SettledRow
 from fleet.store.store import ChangeSignal, Store
 from signing.errors import SigningError
@@ -40,7 +40,6 @@ _REST_MAX_S: Final = 1.0
 _WITNESS_S: Final = 10.0
 """Steady time that a crash may lose."""
 
-_NAMED_MAX: Final = 5
 _WAITING_MAX: Final = 20
 _ENDED: Final = frozenset({RolloutState.REVERTED, RolloutState.ABORTED, RolloutState.REVOKED, RolloutState.SUPERSEDED})
 
@@ -537,12 +536,3 @@ def _differs(old: Member, new: Member) -> bool:
 def approvers(row: RolloutRow) -> str:
     """Say who may approve the gate of a rollout, and by which command."""
     return f"somebody other than {row.by}: fleet rollout approve {row.number}"
-
-
-def refusal(left_out: dict[str, str]) -> str:
-    """Say why a rollout concerns no device."""
-    if not left_out:
-        return "the group has no devices"
-    some = "; ".join(f"{device}: {reason}" for device, reason in sorted(left_out.items())[:_NAMED_MAX])
-    more = len(left_out) - _NAMED_MAX
-    return f"it concerns no device: {some}" + (f" and {more} more" if more > 0 else "")

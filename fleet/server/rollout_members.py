@@ -19,6 +19,7 @@ from fleet.store.store import Store
 from signing.policy import Release
 
 _ASSUMED: Final = "assumed"
+_NAMED_MAX: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Drawn:
 
     Attributes:
         left_out: the reason for each device that it does not concern.
-        unguarded: why it must not begin although it concerns devices; empty for no reason.
+        unguarded: why it must not begin, nor settle for an empty group; empty for no reason.
     """
 
     progress: Rollout
@@ -87,6 +88,7 @@ class Membership:
         drawn = draw(candidates, plan.stages, seed=plan.seed)
         if drawn.unguarded is not None:
             reason = f"the stage {drawn.unguarded} wants an approval, and takes no device that the change concerns"
+            reason = reason if candidates else f"{refusal(left_out)}; {reason}"
             return Drawn(Rollout(RolloutState.RUNNING, (), plan.limits), "", (), left_out, reason)
         wave_of = {device: wave for wave, devices in enumerate(drawn.waves, 1) for device in devices}
         rank = {device: place for place, device in enumerate(drawn.order)}
@@ -195,3 +197,12 @@ def with_presence(
         )
         for each in members
     ]
+
+
+def refusal(left_out: dict[str, str]) -> str:
+    """Say why a rollout concerns no device."""
+    if not left_out:
+        return "the group has no devices"
+    some = "; ".join(f"{device}: {reason}" for device, reason in sorted(left_out.items())[:_NAMED_MAX])
+    more = len(left_out) - _NAMED_MAX
+    return f"it concerns no device: {some}" + (f" and {more} more" if more > 0 else "")

@@ -33,8 +33,8 @@ from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_wa
 from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
 from fleet.server.retries import nothing_to_retry
-from fleet.server.rollout_controller import RolloutController, approvers, refusal
-from fleet.server.rollout_members import Change, Membership
+from fleet.server.rollout_controller import RolloutController, approvers
+from fleet.server.rollout_members import Change, Membership, refusal
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rollouts import NewRollout
 from fleet.store.rows import DeviceRow, GroupRow, RolloutPlan, RolloutRow

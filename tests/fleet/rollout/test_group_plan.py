@@ -1,6 +1,7 @@
 """Plan of a group as people write it: read strictly, each error naming key and line, and its stages in the draw."""
 
 import contextlib
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -176,7 +177,12 @@ def test_the_approval_of_a_stage_without_devices_goes_to_the_stage_before_it():
 def test_an_approval_that_no_stage_can_ask_for_is_named():
     assert draw(fleet(plain=4), (LAB, FIRST, REST), seed=1).unguarded is LAB
     assert draw(fleet(lab=1, plain=4), (LAB, FIRST, REST), seed=1).unguarded is None
-    assert draw([], (LAB, REST), seed=1).unguarded is None, "nobody is left that it could guard"
+    assert draw([], (LAB, REST), seed=1).unguarded is LAB, "who joins later would get it without the approval"
+
+
+def test_an_approval_is_asked_for_where_no_device_is_left_after_it():
+    drawn = draw(fleet(lab=1), (replace(LAB, approval=False), replace(FIRST, approval=True), REST), seed=1)
+    assert [(stage.selector, stage.approval) for stage in drawn.stages] == [(LAB.selector, True)]
 
 
 def test_the_first_stage_that_has_devices_takes_online_ones():

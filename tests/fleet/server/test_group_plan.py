@@ -248,6 +248,38 @@ async def test_an_approval_holds_over_a_restart_of_the_server(new_fleet):
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
+@pytest.mark.asyncio
+async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board = await fleet.board("a")
+        await label(operator, board, ring="canary")
+        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        one = await operator.publish("1.0.0")
+        operator.http.headers.update(await second(operator))
+        leave = operator_api.GroupRequest(remove=(board.device,))
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", leave)
+        view = await operator.deploy(one, allow_empty=True)
+        assert view.state is RolloutState.REFUSED
+        assert view.reason.startswith("the group has no devices; the stage ring=canary: 100% wants an approval, and")
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert group.settled == ()
+
+
+@pytest.mark.asyncio
+async def test_a_group_cut_to_its_canary_waits_for_the_approval_of_a_later_stage(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await label(operator, await fleet.board("a"), ring="canary")
+        beta = PlanStage(select={"ring": "beta"}, approval=True)
+        await set_plan(operator, GroupPlan(stages=(PlanStage(select={"ring": "canary"}), beta, PlanStage())))
+        view = await operator.deploy(await operator.publish("1.0.0"))
+        view = await operator.follow(view, lambda view: view.state is not RolloutState.RUNNING)
+        assert (view.state, view.causes) == (RolloutState.PAUSED, (PauseCause.APPROVAL,))
+        assert (await act(operator, view, "approve", await second(operator))).is_success
+        assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.asyncio
 async def test_a_rollout_that_could_ask_for_no_approval_is_refused(new_fleet, scheduled):
