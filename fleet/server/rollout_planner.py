@@ -156,9 +156,8 @@ class RolloutPlanner:
     def _check(self, request: RolloutRequest) -> tuple[Value, GroupRow | None]:
         names.check_label(request.instance, "instance")
         group = self._scope(request.group, request.device)
+        _check_waves(request.waves)
         try:
-            if request.waves:
-                parse_waves(request.waves)
             for amount in ("min_success", "failures", "max_lost", "catch_up"):
                 if text := _asked(request, amount):
                     Amount.parse(text)
@@ -401,6 +400,7 @@ class RolloutPlanner:
             waves=request.waves,
         )
         group = self._scope(request.group, request.device)
+        _check_waves(request.waves)
         self._check_frozen(asked)
         if group is not None:
             self._check_conflict(group, request.instance, Value(None))
@@ -441,12 +441,9 @@ class RolloutPlanner:
         """Return the request that takes a rollout back; raises as `undo`."""
         try:
             value = replace(effective.target_of(_past(past)), atomic="")
-            if sizes:
-                parse_waves(sizes)
         except effective.NothingToUndoError as error:
             raise Refusal(409, "nothing-to-undo", str(error), action=error.action) from error
-        except BadWavesError as error:
-            raise Refusal(400, "bad-waves", str(error)) from error
+        _check_waves(sizes)
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
         asked = RolloutRequest(
@@ -650,6 +647,15 @@ class RolloutPlanner:
             raise Refusal(409, "not-frozen", f"{group or 'the fleet'} is not frozen")
         self._store.access.audit(actor=by, act="unfreeze", subject=group or "fleet", now=now)
         self._conductor.wake()
+
+
+def _check_waves(sizes: str) -> None:
+    """Refuse waves that cannot be meant; empty ones are left to the server. Raises `Refusal`."""
+    try:
+        if sizes:
+            parse_waves(sizes)
+    except BadWavesError as error:
+        raise Refusal(400, "bad-waves", str(error)) from error
 
 
 def _was(state: RolloutState) -> str:

@@ -72,7 +72,6 @@ async def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
             assert problem.title
             assert "\n" not in problem.title + problem.detail + problem.action
         assert "edge" in (await deploy(group="nowhere")).detail
-
         for method, path, body, kind in [
             ("POST", "/v1/rollouts", b"not json", "bad-request"),
             ("POST", "/v1/rollouts", b'{"instance": "x", "colour": 1}', "bad-request"),
@@ -99,6 +98,18 @@ async def test_what_is_asked_wrongly_is_answered_with_one_sentence(new_fleet):
             assert problem.type == kind, (path, problem)
         unknown_field = await operator.problem("POST", "/v1/rollouts", b'{"instance": "x", "colour": 1}')
         assert "colour" in unknown_field.detail
+
+
+@pytest.mark.asyncio
+async def test_a_removal_by_waves_that_cannot_be_meant_is_refused(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await operator.token("edge")
+        await operator.deploy(await operator.publish("1.0.0"), allow_empty=True)
+        for waves in ("abc", "50%", "1, 2"):
+            removal = operator_api.RemovalRequest(instance="hello", group="edge", waves=waves)
+            problem = await operator.problem("POST", "/v1/removals", removal)
+            assert (problem.status, problem.type) == (400, "bad-waves")
 
 
 @pytest.mark.asyncio
