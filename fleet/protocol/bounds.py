@@ -30,7 +30,7 @@ ARTIFACT_MAX_BYTES: Final = 64 * MIB
 IMAGE_MAX_BYTES: Final = 512 * MIB
 ITEMS_MAX: Final = 64
 CONFIG_VALUE_MAX_BYTES: Final = 8 * KIB
-DEVICE_KEYS_MAX_BYTES: Final = 64 * KIB  # configuration of a device's own: keys and values of each instance
+DEVICE_KEYS_MAX_BYTES: Final = 64 * KIB  # configuration of a device's own, of each instance, as JSON
 
 # Sealed secrets: values of one instance, each in a box of its own
 SECRETS_MAX: Final = 16

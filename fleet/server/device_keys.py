@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Final
 
-from fleet.protocol import bounds, names
+from fleet.protocol import bounds, names, wire
 from fleet.protocol.operator_api import KeysRequest, Refusal
 from fleet.server.director import Director, bad_value
 from fleet.server.rollout_controller import RolloutController
@@ -55,7 +55,8 @@ class DeviceKeys:
                 f"fleet device {device.id} --effective shows them",
             )
         kept = {key: value for key, value in own.items() if key not in request.keys}
-        _check_size({**before, request.instance: {**kept, **given}})
+        if given:
+            _check_size({**before, request.instance: {**kept, **given}})
         now = self._clock().timestamp()
         words = ", ".join(
             f"{key} removed" if value is None else f"{key}={value[:_SHOWN_CHARS]}"
@@ -96,8 +97,11 @@ class DeviceKeys:
 
 
 def _check_size(keys: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse more than one assignment holds beside its other content. Raises `Refusal`."""
-    size = sum(len(key) + len(value.encode()) for own in keys.values() for key, value in own.items())
+    """Refuse more than one assignment holds beside its other content. Raises `Refusal`.
+
+    Keys count as an assignment writes them: in JSON a control character takes six bytes.
+    """
+    size = len(wire.canonical(keys))
     if size > bounds.DEVICE_KEYS_MAX_BYTES:
         raise Refusal(
             413,

@@ -145,6 +145,22 @@ async def test_keys_that_nothing_takes_are_refused_and_nothing_is_kept(new_fleet
         assert problem.type == "too-large"
 
 
+@pytest.mark.asyncio
+async def test_own_keys_count_as_they_are_written_so_that_an_assignment_holds_them(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        names = [f"k{number}" for number in range(8)]
+        one = await operator.publish("1.0.0", config={name: ConfigKey(default="") for name in names})
+        await operator.decided(await operator.deploy(one))
+        path = f"/v1/devices/{board.device}/keys"
+        escaped = operator_api.KeysRequest(instance="hello", keys=dict.fromkeys(names, "\x01" * 8000))
+        problem = await operator.problem("PUT", path, escaped)
+        assert (problem.status, problem.type) == (413, "too-large")
+        fits = {names[0]: "\x01" * 8000, names[1]: "x" * 8000}
+        await change(operator, board, **fits)
+        await board.until(runs(**fits))
+
+
 RETRIES = {"retries": ConfigKey(description="1 to 9", type="integer", min=1, max=9, default="3")}
 
 
