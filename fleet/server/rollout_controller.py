@@ -177,6 +177,8 @@ class RolloutController:
         rows = self._set_of(row)
         if rows[0].number != row.number:
             return
+        if any(each.progress.causes for each in rows):
+            return  # paused before its time: it begins when it is resumed
         at = row.plan.starts_at or 0
         if not self._witness.due(at):
             self._look_at(self.steady() + min(60.0, max(1.0, at - self._witness.utc)))

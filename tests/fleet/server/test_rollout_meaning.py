@@ -291,6 +291,28 @@ async def test_a_rollout_that_begins_later_takes_the_place_of_an_open_one_and_go
 
 
 @pytest.mark.asyncio
+async def test_a_rollout_that_is_paused_before_its_time_begins_when_it_is_resumed(new_fleet):
+    async with new_fleet() as fleet:
+        operator, board = fleet.operator, await fleet.board("a")
+        target = await operator.publish("1.0.0")
+        later = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(days=1))
+        path = f"/v1/rollouts/{later.number}"
+        await operator.send(operator_api.RolloutView, "POST", f"{path}/pause")
+        controller = fleet.server._conductor
+        clock = controller._clock
+        controller._clock = lambda: clock() + timedelta(days=2)
+        controller._witness = replace(controller._witness, utc=controller._now())
+        await controller.step()
+        view = await shown(operator, later)
+        assert (view.state, view.causes) == (RolloutState.SCHEDULED, (PauseCause.OPERATOR,))
+        assert not board.items
+        await operator.send(operator_api.RolloutView, "POST", f"{path}/resume")
+        assert (await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)).counts == {
+            "succeeded": 1
+        }
+
+
+@pytest.mark.asyncio
 async def test_a_rollout_that_begins_later_settles_for_an_empty_group_where_it_may(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
