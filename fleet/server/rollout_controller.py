@@ -174,7 +174,7 @@ class RolloutController:
         row = self._store.rollouts.get(str(number))
         if row is None or row.state is not RolloutState.SCHEDULED:
             return  # it began with the one that leads its set
-        rows = self._set_of(row)
+        rows = self.set_of(row)
         if rows[0].number != row.number:
             return
         if any(each.progress.causes for each in rows):
@@ -222,7 +222,7 @@ class RolloutController:
 
     def look(self, row: RolloutRow) -> None:
         """Decide over a rollout at once, as after a pause: nothing is offered, and nobody is waited for."""
-        found = self._decide(self._set_of(row)[0].number)
+        found = self._decide(self.set_of(row)[0].number)
         if found is not None and not found.offered:
             self._save(found)
 
@@ -231,7 +231,7 @@ class RolloutController:
         row = self._store.rollouts.get(str(number))
         if row is None or row.state not in OPEN_STATES | {RolloutState.SUCCEEDED}:
             return None
-        rows = self._set_of(row)
+        rows = self.set_of(row)
         if rows[0].number != number:
             return None
         stored = [self._store.rollouts.members(each.number) for each in rows]
@@ -239,7 +239,8 @@ class RolloutController:
         offered = [device for action in step.actions if isinstance(action, Offer) for device in action.devices]
         return _Decided(rows, stored, step, offered)
 
-    def _set_of(self, row: RolloutRow) -> list[RolloutRow]:
+    def set_of(self, row: RolloutRow) -> list[RolloutRow]:
+        """Return the rollouts of a set that are in the same state: one that changed nothing was refused at once."""
         return [each for each in self._store.rollouts.together(row) if each.state is row.state] or [row]
 
     def _present(self, row: RolloutRow, members: Iterable[Member]) -> list[Member]:
@@ -349,7 +350,7 @@ class RolloutController:
         """End a rollout, and its whole set, without its aim: its devices are offered what they had before."""
         log.warning("rollout %s %s: %s", row.number, state, reason)
         with self._store.atomic():
-            for each in self._set_of(row):
+            for each in self.set_of(row):
                 before = self._store.rollouts.members(each.number)
                 members = {member.device: member for member in before}
                 progress = advance.end(each.model, members, state, keep=keep)
@@ -366,7 +367,7 @@ class RolloutController:
         for old in self._store.rollouts.open_on(group=row.group, device=row.device, instance=row.instance):
             if old.number == row.number:
                 continue
-            for each in self._set_of(old):
+            for each in self.set_of(old):
                 self._store.rollouts.set_superseded_by(each.number, row.number)
             self.end(old, RolloutState.SUPERSEDED, f"rollout {row.number} took over")
 
@@ -399,7 +400,7 @@ class RolloutController:
 
     def foresee(self, target: str) -> Withdrawal:
         """Return what would follow if a release were withdrawn now."""
-        ended = {each.number for row in self._offering(target.__eq__) for each in self._set_of(row)}
+        ended = {each.number for row in self._offering(target.__eq__) for each in self.set_of(row)}
         replaced = {
             (row.group, row.device, row.instance): self._replacement(row, without=target)
             for row in self._settled_on(target.__eq__)
@@ -462,7 +463,7 @@ class RolloutController:
                 continue
             groups = [each.name for each in self._store.devices.groups_of(row)]
             for rollout in self._store.rollouts.without(device, groups):
-                changes = [_change(each) for each in self._set_of(rollout)]
+                changes = [_change(each) for each in self.set_of(rollout)]
                 reason = next((said for each in changes if (said := self._membership.left_out(each, row))), "")
                 self._store.rollouts.add_members(rollout.number, [self._membership.joins(rollout, row, reason)])
                 self._wake.set()

@@ -302,7 +302,7 @@ class RolloutPlanner:
         by: str,
         undoes: tuple[str, ...] = (),
     ) -> RolloutRow:
-        """Begin the rollouts of an atomic set; return the first of them, which leads it.
+        """Begin the rollouts of an atomic set; return the one that leads it: the first that changes something.
 
         A device that cannot run one of the members is left out of all.
         """
@@ -315,7 +315,7 @@ class RolloutPlanner:
                 self._begin(request, replace(value, atomic=word), by=by, undoes=past, also_out=left_out, plan=plan)
                 for (request, value), past in zip(asked, taken_back, strict=True)
             ]
-        return rows[0]
+        return next((row for row in rows if row.state is not RolloutState.REFUSED), rows[0])
 
     def _begin(
         self,
@@ -431,7 +431,7 @@ class RolloutPlanner:
         """
         past = self._past(request)
         self._scope(past.group, past.device)
-        members = self._store.rollouts.together(past)
+        members = self._conductor.set_of(past)
         asked = [self._taken_back(each, request.waves) for each in members]
         if len(members) == 1:
             return self._begin(*asked[0], by=by, undoes=past.id, plan=self._plan(*asked[0], staged=False))
@@ -539,7 +539,7 @@ class RolloutPlanner:
                     self._pin_kept(row, now=now)
                 self._conductor.end(row, RolloutState.ABORTED, f"aborted by {by}", keep=keep)
             case "pause":
-                for each in self._store.rollouts.together(row):
+                for each in self._conductor.set_of(row):
                     if PauseCause.OPERATOR not in each.progress.causes:
                         self._conductor.save(each, advance.pause(each.model), reason=f"paused by {by}")
                 self._conductor.look(self._store.rollouts.get(row.id) or row)
@@ -563,7 +563,7 @@ class RolloutPlanner:
                 action=approvers(row),
             )
         names: list[str] = []
-        for each in self._store.rollouts.together(row):
+        for each in self._conductor.set_of(row):
             progress, after, accepted = advance.resume(each.model, self._store.rollouts.members(each.number))
             names += [member.device for member in accepted]
             changed = [member for member in after if member.device in names]
@@ -579,12 +579,12 @@ class RolloutPlanner:
             raise Refusal(409, "approval", f"rollout {row.number} waits for no approval")
         if by == row.by:
             raise Refusal(403, "approval", f"{by} began rollout {row.number}", action=approvers(row))
-        for each in self._store.rollouts.together(row):
+        for each in self._conductor.set_of(row):
             self._conductor.save(each, advance.approve(each.model), reason="")
 
     def _pin_kept(self, row: RolloutRow, *, now: float) -> None:
         """Pin the value on devices that keep it when their rollout is aborted."""
-        for each in self._store.rollouts.together(row):
+        for each in self._conductor.set_of(row):
             for member in self._store.rollouts.members(each.number):
                 if member.outcome is Outcome.SUCCEEDED or (member.began_at is not None and member.outcome in OPEN):
                     self._store.rollouts.settle(
@@ -599,7 +599,7 @@ class RolloutPlanner:
         """
         if row.state not in OPEN_STATES:
             raise Refusal(409, "rollout-over", f"rollout {row.number} is over: it {_was(row.state)}")
-        for each in self._store.rollouts.together(row):
+        for each in self._conductor.set_of(row):
             found = self._store.rollouts.member(each.number, device)
             if found is None:
                 raise Refusal(404, "unknown-device", f"rollout {row.number} has no device {device}")

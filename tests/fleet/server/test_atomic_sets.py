@@ -166,3 +166,45 @@ async def test_a_device_that_joins_while_a_set_is_open_gets_all_of_it_or_none(ne
             member = await fleet.operator.follow(member, lambda view: len(view.devices) == 2)
             outcomes = {each.device: each.outcome for each in member.devices}
             assert outcomes[joins.device] is Outcome.NOT_AFFECTED
+
+
+async def shown(fleet, number):
+    return await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
+
+
+def deploy_back_as_it_is(fleet, front, back, *, first="front"):
+    """A set of which only `front` changes."""
+    named = {"front": front, "back": back}
+    (other,) = named.keys() - {first}
+    request = operator_api.RolloutRequest(
+        instance=first, target=named[first], also={other: named[other]}, group="edge", soak_s=0
+    )
+    return fleet.operator.send(operator_api.RolloutView, "POST", "/v1/rollouts", request)
+
+
+@pytest.mark.parametrize("first", ["front", "back"])
+@pytest.mark.asyncio
+async def test_a_set_with_an_unchanged_member_is_steered_and_undone_by_the_others(new_fleet, broker, behaviours, first):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.board("a")
+        one, two, three = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
+        await fleet.operator.decided(await deploy_both(fleet, one))
+        view = await deploy_back_as_it_is(fleet, two, one, first=first)
+        assert (view.instance, view.state) == ("front", RolloutState.RUNNING)
+        view = await fleet.operator.decided(view)
+        undo = operator_api.UndoRequest(rollout=str(view.number))
+        undone = await fleet.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)
+        assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
+        await board.until(lambda board: {item.target for item in board.items.values()} == {one})
+        board.behaviour = behaviours["silent"]
+        view = await deploy_back_as_it_is(fleet, three, one, first=first)
+        (refused,) = set(view.together) - {view.number}
+        before = await shown(fleet, refused)
+        assert (before.state, "nothing would change" in before.reason) == (RolloutState.REFUSED, True)
+        for verb in ("pause", "resume"):
+            await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/{verb}")
+            after = await shown(fleet, refused)
+            assert (after.state, after.reason) == (before.state, before.reason)
+        wish = operator_api.AbortRequest(keep=True)
+        await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/abort", wish)
+        assert (await shown(fleet, refused)).reason == before.reason
