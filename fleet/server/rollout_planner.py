@@ -310,10 +310,19 @@ class RolloutPlanner:
         plan = self._plan(*asked[0], staged=not undoes)
         left_out = self._membership.left_out_of_all([_change(request, value) for request, value in asked])
         taken_back = undoes or ("",) * len(asked)
+        superseded = [self._superseded(request) for request, _ in asked]  # the first member ends the whole old set
         with self._store.atomic():
             rows = [
-                self._begin(request, replace(value, atomic=word), by=by, undoes=past, also_out=left_out, plan=plan)
-                for (request, value), past in zip(asked, taken_back, strict=True)
+                self._begin(
+                    request,
+                    replace(value, atomic=word),
+                    by=by,
+                    undoes=past,
+                    also_out=left_out,
+                    plan=plan,
+                    superseded=old,
+                )
+                for (request, value), past, old in zip(asked, taken_back, superseded, strict=True)
             ]
         return next((row for row in rows if row.state is not RolloutState.REFUSED), rows[0])
 
@@ -326,10 +335,11 @@ class RolloutPlanner:
         undoes: str = "",
         also_out: dict[str, str] | None = None,
         plan: RolloutPlan | None = None,
+        superseded: list[RolloutRow] | None = None,
     ) -> RolloutRow:
         plan = self._plan(request, value) if plan is None else plan
         before = self._before(request)
-        superseded = self._superseded(request)
+        superseded = self._superseded(request) if superseded is None else superseded
         drawn = self._membership.draw(_change(request, value), plan, also_out=also_out)
         progress, reason = drawn.progress, ""
         settles = (value.target is None or plan.allow_empty) and not drawn.unguarded

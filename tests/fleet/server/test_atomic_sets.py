@@ -208,3 +208,21 @@ async def test_a_set_with_an_unchanged_member_is_steered_and_undone_by_the_other
         wish = operator_api.AbortRequest(keep=True)
         await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/abort", wish)
         assert (await shown(fleet, refused)).reason == before.reason
+
+
+@pytest.mark.asyncio
+async def test_a_set_that_takes_the_place_of_an_open_one_judges_each_member_before_it_ends(
+    new_fleet, broker, behaviours
+):
+    async with new_fleet(broker) as fleet:
+        board = await fleet.board("a")
+        one, two, three = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
+        await fleet.operator.decided(await deploy_both(fleet, one))
+        board.behaviour = behaviours["silent"]
+        await deploy_both(fleet, two)
+        await board.until(lambda board: {item.target for item in board.items.values()} == {two})
+        board.behaviour = behaviours["good"]
+        view = await deploy_back_as_it_is(fleet, three, one)
+        states = [(await shown(fleet, number)).state for number in view.together]
+        assert RolloutState.REFUSED not in states
+        assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
