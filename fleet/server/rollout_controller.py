@@ -173,7 +173,7 @@ class RolloutController:
         """Resolve the members of a rollout whose time has come, or of the set that it leads."""
         row = self._store.rollouts.get(str(number))
         if row is None or row.state is not RolloutState.SCHEDULED:
-            return  # it began with the one that leads its set
+            return  # already begun with the one that leads its set
         rows = self.set_of(row)
         if rows[0].number != row.number:
             return
