@@ -48,11 +48,15 @@ _CONNECT_S: Final = 10.0
 _TAKEOVER_S: Final = 5.0
 _LENGTH_BYTES: Final = 4
 _PACKET_MAX_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
+_REQUEST_MAX_BYTES: Final = 4 * bounds.KIB
+"""Size of any packet but PUBLISH: far above the subscriptions of a device."""
+
+_PUBLISH: Final = 3
 _STALLED_S: Final = 10.0
 """Longest wait for a client to take what was sent: on loopback a client that reads takes it at once."""
 
 _UNHANDLED_MAX: Final = 64
-"""Messages of one client that were read and not distributed yet; beyond that it is not read."""
+"""Messages and subscriptions of one client that were read and not handled yet; beyond that it is not read."""
 
 _UNSENT_MAX: Final = 1024
 """Messages of all clients that wait to be distributed; beyond that no client is read."""
@@ -206,10 +210,21 @@ class FilteringBroker(Broker):  # type: ignore[misc]
         self._letting_go_at = _UNSENT_MAX
 
     async def may_read(self, client: str) -> None:
-        """Wait until more may be read from a client."""
+        """Wait until more may be read from a client.
+
+        Raises:
+            RefusedError: it began too many messages of QoS 2 and did not release them.
+        """
         while True:
-            session = self._sessions.get(client, (None, None))[0]
+            session, handler = self._sessions.get(client, (None, None))
             unhandled = 0 if session is None else session.delivered_message_queue.qsize()
+            if handler is not None:
+                queues = (handler._pending_subscriptions, handler._pending_unsubscriptions)  # noqa: SLF001
+                waits = [each for queue in queues for each in queue._queue]  # noqa: SLF001 - amqtt does not tell
+                unhandled += sum(max(1, len(each.topics)) for each in waits)
+            if session is not None and len(session.inflight_in) > _UNHANDLED_MAX:
+                session.inflight_in.clear()  # kept with the session otherwise, and each later connection ended for them
+                raise RefusedError(f"{client} does not release its messages of QoS 2")
             # the server is read also when nothing more may wait: it acknowledges what does
             full = self.waiting.full and client != SERVER_CN
             if unhandled < _UNHANDLED_MAX and self._broadcast_queue.qsize() < _UNSENT_MAX and not full:
@@ -312,21 +327,56 @@ class _Reader(StreamReaderAdapter):  # type: ignore[misc]
         super().__init__(reader)
         self._first, self._client = connect.packet, connect.client_id
         self._writer, self._broker = writer, broker
+        self._head, self._left, self._ended = b"", 0, False
 
     async def read(self, n: int = -1) -> bytes:
-        if not self._first:
-            if n > _PACKET_MAX_BYTES:
-                log.warning("refused: %s sends a packet of %s bytes", self._client, n)
-                self._writer.abort()  # a goodbye of TLS would wait until the client has sent all of it
-                raise ConnectionResetError("the packet is too large")
-            await self._writer.drain()
-            await self._broker.may_read(self._client)
-            return bytes(await super().read(n))
+        try:
+            return await self._read(n)
+        except RefusedError as error:
+            if not self._ended:
+                log.warning("refused: %s", error)
+            self._ended = True
+            self._writer.abort()  # a goodbye of TLS would wait until the client has sent all of it
+            raise ConnectionResetError(str(error)) from None
+
+    async def _read(self, n: int) -> bytes:
+        if self._ended:
+            raise RefusedError("it was refused before")
+        if self._first:
+            return self._read_first(n)
+        if not n:
+            return b""
+        # amqtt reads the head of a packet byte by byte
+        if not 0 < n <= (self._left or 1):
+            raise RefusedError(f"{self._client} sends a packet that is longer than it says")
+        await self._writer.drain()
+        if not self._left and not self._head:
+            await asyncio.sleep(0)  # the handling of the packet before begins, and is counted
+        await self._broker.may_read(self._client)
+        data = bytes(await super().read(n))
+        self._follow(data)
+        return data
+
+    def _read_first(self, n: int) -> bytes:
         size = len(self._first) if n < 0 else n
+        if size > len(self._first):
+            raise RefusedError(f"the CONNECT of {self._client} ends too early")
         taken, self._first = self._first[:size], self._first[size:]
-        if len(taken) < n:
-            taken += await super().read(n - len(taken))
         return taken
+
+    def _follow(self, data: bytes) -> None:
+        """Note where in a packet the connection is. Raises `RefusedError` when its head says that it is too large."""
+        if self._left:
+            self._left -= len(data)
+            return
+        self._head += data
+        if len(self._head) < 2 or self._head[-1] >= 0x80:  # noqa: PLR2004 - the last byte of a variable length
+            return
+        self._left = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(self._head[1:]))
+        publishes = self._head[0] >> 4 == _PUBLISH
+        self._head = b""
+        if self._left > (_PACKET_MAX_BYTES if publishes else _REQUEST_MAX_BYTES):
+            raise RefusedError(f"{self._client} sends a packet of {self._left} bytes")
 
 
 class Gate:

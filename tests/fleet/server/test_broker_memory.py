@@ -39,8 +39,8 @@ def text(value):
 
 
 @contextlib.asynccontextmanager
-async def deaf(board, *, clean=True):
-    """Connect and subscribe as a device does, and read nothing from then on; yield the writer."""
+async def joined(board, *, clean=True):
+    """Connect and subscribe as a device does; yield reader and writer."""
     where = Address.parse(board.enrolled.mqtt[0].removeprefix("mqtts://"), "the broker")
     reader, writer = await asyncio.open_connection(where.host, where.port, ssl=board.context())
     writer.write(packet(0x10, text("MQTT") + b"\x04" + (b"\x02" if clean else b"\x00") + b"\0\0" + text(board.device)))
@@ -49,11 +49,36 @@ async def deaf(board, *, clean=True):
     writer.write(packet(0x82, b"\0\1" + b"".join(text(topic) + b"\1" for topic in topics)))
     answer = await reader.readexactly(4 + len(topics))
     assert answer[0] == 0x90
-    writer.transport.pause_reading()
     try:
-        yield writer
+        yield reader, writer
     finally:
         writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def deaf(board, *, clean=True):
+    """Connect and subscribe as a device does, and read nothing from then on; yield the writer."""
+    async with joined(board, clean=clean) as (_, writer):
+        writer.transport.pause_reading()
+        yield writer
+
+
+async def answers(reader, last):
+    """Yield the kinds of packets that the broker sends, up to one of a kind or the end of the connection."""
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        while True:
+            kind = (await reader.readexactly(1))[0] & 0xF0
+            yield kind
+            if kind == last:
+                return
+            length = shift = 0
+            while True:
+                byte = (await reader.readexactly(1))[0]
+                length |= (byte & 0x7F) << shift
+                shift += 7
+                if byte < 0x80:
+                    break
+            await reader.readexactly(length)
 
 
 async def flood(fleet, board, witness, mib):
@@ -128,6 +153,67 @@ async def test_a_packet_larger_than_any_message_is_not_read(new_fleet):
                     await writer.drain()
             assert memory_mib(fleet) <= memory + SPARE_MIB
             await is_served(fleet, witness, 1)
+
+
+SUBACK, UNSUBACK, PINGRESP = 0x90, 0xB0, 0xD0
+PING = b"\xc0\0"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("kind", "answer", "each"), [(0x82, SUBACK, b"\0\0\1"), (0xA2, UNSUBACK, b"\0\1x")])
+async def test_more_topics_than_any_device_has_are_refused_by_the_length_of_their_packet(new_fleet, kind, answer, each):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("many"), await fleet.board("witness")
+        async with joined(board) as (reader, writer):
+            with contextlib.suppress(ConnectionError):
+                writer.write(packet(kind, b"\0\2" + each * 5_000))
+                await writer.drain()
+            assert answer not in [kind async for kind in answers(reader, answer)]
+        await is_served(fleet, witness, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_packet_whose_payload_ends_before_its_topic_is_refused(new_fleet):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board, witness = await fleet.enrol("short"), await fleet.board("witness")
+        async with joined(board) as (reader, writer):
+            topic = text(str(Topic(board.device, Up.STATE)))
+            writer.write(bytes([0x30, len(topic) - 1]) + topic + PING)
+            assert PINGRESP not in [kind async for kind in answers(reader, PINGRESP)]
+        await is_served(fleet, witness, 1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("clean", [True, False])
+async def test_a_device_that_does_not_release_its_messages_is_closed_and_may_come_back(new_fleet, clean):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board = await fleet.enrol("holder")
+        topic = text(str(Topic(board.device, Up.STATE)))
+        async with joined(board, clean=clean) as (reader, writer):
+            with contextlib.suppress(ConnectionError):
+                for number in range(1, 201):
+                    writer.write(packet(0x34, topic + number.to_bytes(2, "big") + b"x" * 4096))
+                    await writer.drain()
+                writer.write(PING)
+            assert PINGRESP not in [kind async for kind in answers(reader, PINGRESP)]
+        async with joined(board, clean=clean) as (reader, writer):
+            writer.write(PING)
+            assert PINGRESP in [kind async for kind in answers(reader, PINGRESP)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("kind", "answer", "each", "count"), [(0x82, SUBACK, b"\0\1x\1", 3), (0xA2, UNSUBACK, b"\0\1x", 2)]
+)
+async def test_a_device_is_not_read_while_its_subscriptions_wait(new_fleet, kind, answer, each, count):
+    async with new_fleet("embedded", settings=LIMITS) as fleet:
+        board = await fleet.enrol("eager")
+        assert fleet.server._bus.publish(str(Topic(board.device, Down.COMMAND)), b"x", retain=True)
+        async with joined(board) as (reader, writer):
+            # everything after the first waits until the message that is retained is acknowledged, or given up
+            first = packet(0x82, b"\0\2" + text(device_subscriptions(board.device)[0]) + b"\1")
+            writer.write(first + packet(kind, b"\0\3" + each) + packet(kind, b"\0\4" + each * 64) + PING)
+            assert [kind async for kind in answers(reader, PINGRESP)].count(answer) == count
 
 
 def test_what_waits_is_counted_by_client_and_in_all():
