@@ -8,6 +8,8 @@ acknowledged.
 from collections import Counter
 from typing import Final, NamedTuple
 
+from fleet.protocol import bounds
+
 MESSAGE_BYTES: Final = 2048
 """What a message takes beside its payload: task, coroutines, topic, packet."""
 
@@ -25,6 +27,7 @@ class Waiting:
 
     Attributes:
         total: bytes that wait.
+        away: those of them that are kept for clients that are not connected.
         dropped: messages that were not queued, by client.
     """
 
@@ -32,16 +35,19 @@ class Waiting:
         self._allowance = allowance
         self._bytes: Counter[str] = Counter()
         self._messages: Counter[str] = Counter()
-        self.total = 0
+        self.total = self.away = 0
         self.dropped: Counter[str] = Counter()
 
     @property
     def full(self) -> bool:
-        """Tell whether clients may add nothing now."""
-        return self.total >= self._allowance.total_bytes
+        """Tell whether clients may add nothing now: the largest message would be dropped.
 
-    def take(self, client: str, payload: int) -> bool:
-        """Count a message that waits for a client; false when it may not."""
+        What is kept for clients that are away does not count: it may stay for days, and nobody would be read meanwhile.
+        """
+        return self.total - self.away + MESSAGE_BYTES + bounds.DESIRED_MAX_BYTES > self._allowance.total_bytes
+
+    def take(self, client: str, payload: int, *, away: bool = False) -> bool:
+        """Count a message that waits for a client, which may be away; false when it may not."""
         size = payload + MESSAGE_BYTES
         allowed = (
             self._bytes[client] + size <= self._allowance.client_bytes
@@ -54,12 +60,14 @@ class Waiting:
         self._bytes[client] += size
         self._messages[client] += 1
         self.total += size
+        self.away += size if away else 0
         return True
 
-    def give(self, client: str, payload: int) -> None:
+    def give(self, client: str, payload: int, *, away: bool = False) -> None:
         """Count a message no more."""
         size = payload + MESSAGE_BYTES
         self.total -= size
+        self.away -= size if away else 0
         self._bytes[client] -= size
         self._messages[client] -= 1
         if not self._messages[client]:

@@ -251,7 +251,7 @@ class FilteringBroker(Broker):  # type: ignore[misc]
     async def _retain_broadcast_message(self, broadcast: dict[str, Any], qos: int, target_session: Session) -> None:
         """Keep a message for a client that is away."""
         client, size = target_session.client_id, len(broadcast["data"])
-        if self.waiting.take(client, size):
+        if self.waiting.take(client, size, away=True):
             self._held.setdefault(client, []).append(size)
             await super()._retain_broadcast_message(broadcast, qos, target_session)
 
@@ -266,7 +266,7 @@ class FilteringBroker(Broker):  # type: ignore[misc]
     def _release(self, client: str) -> None:
         """Count no more what was kept for a client that is back."""
         for size in self._held.pop(client, ()):
-            self.waiting.give(client, size)
+            self.waiting.give(client, size, away=True)
 
     async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
         if action is Action.PUBLISH and session.client_id in self.suspended:

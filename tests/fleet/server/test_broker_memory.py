@@ -216,6 +216,27 @@ async def test_a_device_is_not_read_while_its_subscriptions_wait(new_fleet, kind
             assert [kind async for kind in answers(reader, PINGRESP)].count(answer) == count
 
 
+def test_clients_may_add_nothing_when_the_largest_message_would_find_no_room():
+    largest = bounds.DESIRED_MAX_BYTES + MESSAGE_BYTES
+    waiting = Waiting(Allowance(client_bytes=10 * largest, client_messages=10, total_bytes=2 * largest))
+    assert waiting.take("a", bounds.DESIRED_MAX_BYTES)
+    assert not waiting.full
+    assert waiting.take("a", 0)
+    assert waiting.full
+    assert not waiting.take("b", bounds.DESIRED_MAX_BYTES)
+
+
+def test_what_is_kept_for_clients_that_are_away_holds_up_nobody():
+    largest = bounds.DESIRED_MAX_BYTES + MESSAGE_BYTES
+    waiting = Waiting(Allowance(client_bytes=10 * largest, client_messages=10, total_bytes=2 * largest))
+    assert all(waiting.take("a", bounds.DESIRED_MAX_BYTES, away=True) for _ in range(2))
+    assert not waiting.full
+    waiting.give("a", bounds.DESIRED_MAX_BYTES, away=True)
+    assert waiting.take("b", bounds.DESIRED_MAX_BYTES)
+    assert not waiting.full
+    assert waiting.total == 2 * waiting.away == 2 * largest
+
+
 def test_what_waits_is_counted_by_client_and_in_all():
     waiting = Waiting(Allowance(client_bytes=3 * MESSAGE_BYTES, client_messages=2, total_bytes=4 * MESSAGE_BYTES))
     assert not waiting.take("a", 2 * MESSAGE_BYTES + 1)
