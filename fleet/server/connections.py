@@ -41,8 +41,10 @@ class Limits:
     per_device: int
 
     def within(self, files: int) -> "Limits":
-        """Lower the limits to what a number of open files allows."""
-        connections = max(1, min(self.connections, files))
+        """Lower the limits to what a number of open files allows, where that is less than all connections."""
+        if files >= self.connections:
+            return self
+        connections = max(1, files)
         return Limits(
             connections=connections,
             per_address=max(1, min(self.per_address, connections // 2)),

@@ -164,3 +164,9 @@ def test_limits_stay_below_the_files_that_a_process_may_open():
     limits = Limits(connections=512, per_address=256, per_device=8)
     assert limits.within(10_000) == limits
     assert limits.within(100) == Limits(connections=100, per_address=50, per_device=8)
+
+
+def test_an_address_may_have_as_many_connections_as_there_may_be_when_files_suffice():
+    limits = Limits(connections=400, per_address=256, per_device=8)
+    assert limits.within(400) == limits
+    assert limits.within(399) == Limits(connections=399, per_address=199, per_device=8)
