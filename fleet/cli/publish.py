@@ -358,9 +358,9 @@ def _consequences(effect: WithdrawalView) -> list[str]:
     runs = _counted(len(running), "device runs it", "devices run it") if running else "no device runs it"
     more = f"; {_counted(len(waiting), 'more is', 'more are')} to run it" if waiting else ""
     lines = [f"By what devices report, {runs}{more}."]
-    following: dict[str, list[str]] = {}
-    for each in effect.devices:
-        following.setdefault(each.next, []).append(each.device)
+    following: dict[str, dict[str, None]] = {}
+    for each in effect.devices:  # a device may have several instances of it
+        following.setdefault(each.next, {})[each.device] = None
     for path, devices in sorted(following.items(), key=lambda item: bool(item[0])):
         goes = _counted(len(devices), "goes to", "go to") + f" {output.target(path)}"
         stops = _counted(
@@ -368,7 +368,7 @@ def _consequences(effect: WithdrawalView) -> list[str]:
             "runs nothing in its place, and keeps its data",
             "run nothing in its place, and keep their data",
         )
-        lines.append(f"  {goes if path else stops}: {_first(devices)}")
+        lines.append(f"  {goes if path else stops}: {_first(list(devices))}")
     away = sorted({each.device for each in effect.devices if not each.online})
     if away:
         when = _counted(

@@ -97,6 +97,22 @@ def test_of_many_devices_the_first_are_named(fleet, published):
     assert "d20" not in shown
 
 
+def test_a_device_with_two_instances_of_it_is_counted_once(fleet, published):
+    twice = tuple(
+        operator_api.WithdrawnDevice(device=device, instance=instance, online=True, runs=True, next=path)
+        for device, instance, path in (
+            ("gate", "hello", "components/main/hello/0.9.0.wasm"),
+            ("gate", "again", "components/main/hello/0.9.0.wasm"),
+            ("oslo", "hello", ""),
+            ("oslo", "again", ""),
+        )
+    )
+    published.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target="t", devices=twice)
+    shown = fleet("withdraw", "hello@1.0.0", "--dry-run").stdout
+    assert "  1 goes to main/hello@0.9.0: gate\n" in shown
+    assert "  1 runs nothing in its place, and keeps its data: oslo\n" in shown
+
+
 def test_somebody_who_publishes_in_between_loses_nothing(fleet, published):
     def somebody() -> None:
         published.before_role = lambda: None
