@@ -137,7 +137,7 @@ def load_operator(options: Options) -> Operator:
         raise Fault(
             f"cannot read {path}", "it belongs to another user", "name a directory of your own with --home"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise Fault(f"cannot read {path}", f"it is not TOML: {error}", "correct that line") from None
     for name in ("url", "fleet", "namespace"):
         if not isinstance(values.get(name), str) or not values[name]:

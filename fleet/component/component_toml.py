@@ -95,7 +95,7 @@ def load(
         raise BadManifestError(f"{FILE_NAME} has a line with more than {_DOTS_MAX} dots")
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise BadManifestError(f"{FILE_NAME} is not TOML: {error}") from error
     table = Table("", raw)
     trigger = _trigger(table, component)

@@ -64,6 +64,9 @@ def shown(path: Path) -> str:
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
+_SAID_BITS: Final = 128
+"""A larger number is not repeated in an error."""
+
 _Read = Callable[[Path, Any], Any]
 
 
@@ -79,6 +82,8 @@ def parse(text: str) -> GroupPlan:
         raise BadPlanError((), f"it is not TOML: {error}") from None
     except RecursionError:
         raise BadPlanError((), "it is nested too deeply for a plan") from None
+    except ValueError:
+        raise BadPlanError((), "a number in it has too many digits") from None
     try:
         plan = GroupPlan(**_fields((), raw, _PLAN))
         check(plan)
@@ -105,16 +110,23 @@ def _kind(value: Any) -> str:
 
 
 def _amount(path: Path, value: Any) -> str:
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(_bounded(path, value)) if value >= 0 else str(max(value, -bounds.NUMBER_MAX))
+    if isinstance(value, str):
+        return value
     raise BadPlanError(path, f'expected a number of devices such as 3, or a share such as "5%", not {_kind(value)}')
 
 
 def _number(path: Path, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise BadPlanError(path, f"expected a whole number, not {_kind(value)}")
+    return _bounded(path, value)
+
+
+def _bounded(path: Path, value: int) -> int:
     if not 0 <= value <= bounds.NUMBER_MAX:
-        raise BadPlanError(path, f"{value} is not between 0 and {bounds.NUMBER_MAX}")
+        said = value if value.bit_length() <= _SAID_BITS else "it"  # thousands of digits cannot be written
+        raise BadPlanError(path, f"{said} is not between 0 and {bounds.NUMBER_MAX}")
     return value
 
 

@@ -285,7 +285,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except PermissionError:
         raise HomeError(f"cannot read {path}: it belongs to another user; use a home of your own") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise HomeError(f"cannot read {path}: {error}; correct it, or {RESTORE}") from error
 
 

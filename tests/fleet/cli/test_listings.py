@@ -477,7 +477,12 @@ def test_no_fleet_here(fleet):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('url = "', "is not TOML"), ('fleet = "f"\nnamespace = "main"\n', "has no url"), ("url = 7\n", "has no url")],
+    [
+        ('url = "', "is not TOML"),
+        ("url = " + "9" * 5000, "is not TOML"),
+        ('fleet = "f"\nnamespace = "main"\n', "has no url"),
+        ("url = 7\n", "has no url"),
+    ],
 )
 def test_a_damaged_configuration_is_named(text, words, fleet, home):
     (home / "operator/config.toml").write_text(text)

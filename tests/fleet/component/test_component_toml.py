@@ -207,6 +207,7 @@ def test_the_demo_s_own_texts(name):
         (f"description = '{'y' * 5000}'", "at most 4096 are signed"),
         ("#" * 70_000, "at most 65536 are read"),
         ("x = " + "[" * 10_000, "is not TOML"),
+        ("x = " + "9" * 5_000, "is not TOML"),
     ],
 )
 def test_what_is_wrong_is_named(text, says):

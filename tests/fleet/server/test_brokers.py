@@ -331,6 +331,7 @@ async def test_two_servers_on_one_home_are_one_too_many(new_fleet):
         (lambda home: ServerPaths(home).config.unlink(), "fleet init"),
         (lambda home: ServerPaths(home).config.write_text("format = 2"), "upgrade"),
         (lambda home: ServerPaths(home).config.write_text("fleet = ["), "cannot read"),
+        (lambda home: ServerPaths(home).config.write_text("size = " + "9" * 5000), "cannot read"),
         (lambda home: ServerPaths(home).config.write_text('colour = "red"'), "unknown key 'colour'"),
         (lambda home: (ServerPaths(home).ca / "ca.key").write_text("nonsense"), "damaged"),
         (lambda home: (ServerPaths(home).keys / "director.pem").unlink(), "cannot read the key"),
