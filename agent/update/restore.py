@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -322,6 +322,16 @@ class _Mending:
         self.pause_s = min(longest, 2 * self.pause_s)
 
 
+class Pauses(NamedTuple):
+    """Pauses between tries: a clock of seconds that do not jump, and how to wait for some of them."""
+
+    clock: Callable[[], float]
+    sleep: Callable[[float], Awaitable[None]]
+
+
+PAUSES: Final = Pauses(time.monotonic, asyncio.sleep)
+
+
 class HostRestorer:
     """Reader of the host's events: restores the committed instances on each new host before others may use it."""
 
@@ -336,8 +346,7 @@ class HostRestorer:
         source: ArtifactSource,
         problems: Problems,
         sink: ReportSink,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        pauses: Pauses = PAUSES,
     ) -> None:
         """Prepare a restorer.
 
@@ -348,8 +357,7 @@ class HostRestorer:
             source: of artifacts and boxes that were lost or damaged on disk.
             problems: lists instances that could not be started.
             sink: notified of changes of health.
-            clock: seconds that do not jump.
-            sleep: waits between two tries.
+            pauses: between two tries.
         """
         self._host = host
         self._db = db
@@ -357,8 +365,7 @@ class HostRestorer:
         self._source = source
         self._problems = problems
         self._sink = sink
-        self._clock = clock
-        self._sleep = sleep
+        self._clock, self._sleep = pauses
         self._failed: dict[str, _Mending] = {}
 
     async def run(self) -> None:

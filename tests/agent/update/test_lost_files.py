@@ -132,7 +132,7 @@ class Days:
         self.kit, self.now, self.end = kit, 0.0, days * DAY_S
         self.over = asyncio.Event()
         self.asked = []
-        kit.mending = {"clock": lambda: self.now, "sleep": self.sleep}
+        kit.mending = {"pauses": restore.Pauses(lambda: self.now, self.sleep)}
         kit.server.fetched = self
 
     def append(self, _sha256):
