@@ -445,16 +445,18 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
         entry for device in devices if (entry := unfit(device, manifest) or lacking.get(device.id)) is not None
     )
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
+    waves, unguarded = _waves(
+        _stages(client, request, len(devices) - len(excluded)),
+        seed,
+        [device for device in devices if device.id not in {each.device for each in excluded}],
+    )
     preflight = Preflight(
-        waves=_waves(
-            _stages(client, request, len(devices) - len(excluded)),
-            seed,
-            [device for device in devices if device.id not in {each.device for each in excluded}],
-        ),
+        waves=waves,
         excluded=excluded,
         new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
         previous=previous,
         warnings=(
+            *((f"it is refused: {unguarded}",) if unguarded else ()),
             *(f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online),
             f"the waves are drawn: --seed {seed} draws these",
         ),
@@ -536,10 +538,13 @@ def _stages(client: Client, request: RolloutRequest, devices: int) -> tuple[memb
         raise Fault(str(error)) from None
 
 
-def _waves(stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRow]) -> tuple[tuple[str, ...], ...]:
-    """Draw the waves as the server would with this seed."""
+def _waves(
+    stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRow]
+) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """Draw the waves as the server would with this seed; none, and the reason, where it would refuse them."""
     candidates = [members.Candidate(row.id, row.online, row.labels) for row in devices]
-    return members.draw(candidates, stages, seed=seed).waves
+    drawn = members.draw(candidates, stages, seed=seed)
+    return ((), drawn.refusal) if drawn.refusal else (drawn.waves, "")
 
 
 def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:

@@ -142,6 +142,13 @@ class Draw:
     vacancies: int = 0
     unguarded: Stage | None = None
 
+    @property
+    def refusal(self) -> str:
+        """Return why a rollout must not begin like this; empty for no reason."""
+        if self.unguarded is None:
+            return ""
+        return f"the stage {self.unguarded} wants an approval, and takes no device that the change concerns"
+
 
 def lot(seed: int, device: str) -> str:
     """Return the device's lot: the smaller one comes first."""

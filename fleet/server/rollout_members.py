@@ -86,9 +86,8 @@ class Membership:
         left_out = {row.id: reason for row in rows if (reason := self.left_out(change, row))} | (also_out or {})
         candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
         drawn = draw(candidates, plan.stages, seed=plan.seed)
-        if drawn.unguarded is not None:
-            reason = f"the stage {drawn.unguarded} wants an approval, and takes no device that the change concerns"
-            reason = reason if candidates else f"{refusal(left_out)}; {reason}"
+        if drawn.refusal:
+            reason = drawn.refusal if candidates else f"{refusal(left_out)}; {drawn.refusal}"
             return Drawn(Rollout(RolloutState.RUNNING, (), plan.limits), "", (), left_out, reason)
         wave_of = {device: wave for wave, devices in enumerate(drawn.waves, 1) for device in devices}
         rank = {device: place for place, device in enumerate(drawn.order)}

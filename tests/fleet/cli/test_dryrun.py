@@ -103,6 +103,22 @@ def test_no_board_that_could_run_it_is_exit_code_1(fleet, desk, file):
     assert fleet("push", file, "--group", "edge-eu", "--dry-run").exit_code == 1
 
 
+def test_a_plan_whose_approval_nobody_could_be_asked_for_is_warned_of(fleet, desk, file):
+    plan = operator_api.GroupPlan(
+        stages=(
+            operator_api.PlanStage(select={"ring": "canary"}, size="2", approval=True),
+            operator_api.PlanStage(),
+        )
+    )
+    desk.routes["GET", "/v1/groups/edge-eu/policy"] = operator_api.GroupPolicy(group="edge-eu", plan=plan)
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--seed", "0", "--json")
+    shown = json.loads(result.stdout)
+    assert (result.exit_code, shown.get("waves", [])) == (1, [])
+    assert shown["warnings"][0] == (
+        "it is refused: the stage ring=canary: 2 wants an approval, and takes no device that the change concerns"
+    )
+
+
 def test_waves_that_mean_nothing_are_named(fleet, file):
     result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--waves", "5%, 1, many")
     assert result.exit_code == 2
