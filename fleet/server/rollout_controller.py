@@ -93,7 +93,9 @@ class RolloutController:
         self._heard[device] = self.steady()
 
     def polled(self, device: str) -> None:
-        """Note that a device asked for its assignment over HTTPS."""
+        """Note that a device asked for its assignment over HTTPS; of one at the broker that tells nothing new."""
+        if device in self._online:
+            return
         before, now = self._polls.get(device), self.steady()
         self._polls[device] = polled(before, now)
         if before is None or now > before.until:

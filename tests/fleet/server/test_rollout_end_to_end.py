@@ -158,6 +158,20 @@ async def test_a_board_without_the_broker_gets_it_from_the_queue_by_its_polls(ne
 
 
 @pytest.mark.asyncio
+async def test_polls_of_a_board_at_the_broker_wake_nobody(new_fleet):
+    async with new_fleet() as fleet:
+        board, away = await fleet.board("here"), await fleet.enrol("away")
+        conductor = fleet.server._conductor
+        conductor.wake()
+        await eventually_async(lambda: board.device in conductor._online, "the loop has seen the board")
+        conductor._wake.clear()
+        conductor.polled(board.device)
+        assert not conductor._wake.is_set()
+        conductor.polled(away.device)
+        assert conductor._wake.is_set()
+
+
+@pytest.mark.asyncio
 async def test_a_server_that_is_restarted_in_mid_rollout_goes_on(new_fleet, broker, behaviours):
     async with new_fleet(broker) as fleet:
         boards = [await fleet.board("a"), await fleet.board("b")]
