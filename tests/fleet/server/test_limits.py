@@ -54,6 +54,7 @@ def test_the_default_is_within_the_bounds():
         ("limits = 3\n", "limits must be a table"),
         ("limits = [1]\n", "limits must be a table"),
         ("[limits.device_connections]\n", "limits.device_connections must be a whole number"),
+        ("[limits]\ndevice_connections = 0x" + "f" * 5000, "limits.device_connections must be a whole number"),
         (
             "[limits]\ndevice_connections = 100\n",
             "limits.device_connections_per_address is 256, more than limits.device_connections (100) in all",
