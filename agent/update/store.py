@@ -51,6 +51,10 @@ FAILED_ROWS_MAX: Final = 256
 log = logging.getLogger("agent.update.store")
 
 
+READ_ERRORS: Final = (sqlite3.Error, msgspec.DecodeError)
+"""What reading may raise where the disk or a row is damaged."""
+
+
 class StoreError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
 

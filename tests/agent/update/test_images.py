@@ -135,11 +135,15 @@ async def test_a_compiler_killed_by_a_signal_is_a_refusal(tmp_path, artifact, mo
     assert caught.value.code in {RejectCode.COMPILE_LIMIT, RejectCode.COMPILE_FAILED}
 
 
+SHELL = "env --default-signal sh"
+"""A shell that signals end, also where the tests run with some of them ignored, as below nohup."""
+
+
 def compiler_that(tmp_path, monkeypatch, does):
     """Replace the compiler by a shell script that describes an engine, and else reads its input and does this."""
     script = tmp_path / "compiler.sh"
     script.write_text(f'[ "$1" = --describe ] && {{ echo \'{{"engine": "1"}}\'; exit; }}\ncat > /dev/null\n{does}\n')
-    monkeypatch.setenv("WASMFLEET_COMPILER", f"sh {script}")
+    monkeypatch.setenv("WASMFLEET_COMPILER", f"{SHELL} {script}")
 
 
 @pytest.mark.asyncio
@@ -149,7 +153,7 @@ async def test_a_compiler_that_is_stopped_says_nothing_of_the_component(
     tmp_path, artifact, monkeypatch, name, describing
 ):
     if describing:
-        monkeypatch.setenv("WASMFLEET_COMPILER", f"sh -c 'kill -{name} $$'")
+        monkeypatch.setenv("WASMFLEET_COMPILER", f"{SHELL} -c 'kill -{name} $$'")
     else:
         compiler_that(tmp_path, monkeypatch, f"kill -{name} $$")
     with pytest.raises(ImageError, match=f"SIG{name}") as caught:

@@ -43,6 +43,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "device": (("GET", f"/v1/devices/{DEVICE}"), ("device", DEVICE)),
     "timeline": (("GET", f"/v1/devices/{DEVICE}/timeline"), ("why", DEVICE, "--log")),
     "label": (("PUT", f"/v1/devices/{DEVICE}/labels"), ("label", DEVICE, "site=berlin")),
+    "set_keys": (("PUT", f"/v1/devices/{DEVICE}/keys"), ("device", "set", DEVICE, "hello", "room=attic")),
     "pin": (("PUT", f"/v1/devices/{DEVICE}/pin"), ("pin", DEVICE, "hello@1.0.0", "--detach")),
     "unpin": (("POST", f"/v1/devices/{DEVICE}/unpin"), ("unpin", DEVICE, "hello")),
     "retry": (("POST", f"/v1/devices/{DEVICE}/retry"), ("retry", DEVICE, "hello")),
