@@ -35,6 +35,7 @@ def large(desk, home):
     file.sign(keys.load(home / "operator/keys/main.pem"))
     desk.accept("main", file.to_bytes())
     desk.routes["GET", "/v1/devices"] = operator_api.Devices()
+    desk.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target="components/main/hello/2.0.0.wasm")
     return desk
 
 

@@ -212,5 +212,6 @@ def test_a_server_cannot_hide_a_package_by_showing_another_bill(fleet, desk, com
 def test_a_withdrawn_release_that_still_runs_counts(fleet, desk, component, bill) -> None:
     told = published(fleet, component, "--version", "1.0.0", "--sbom", bill)
     stage(desk, running(told))
+    desk.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target=told)
     assert fleet("withdraw", "hello@1.0.0", "--yes").exit_code == 0
     assert fleet("affected", "serde").exit_code == 1

@@ -40,7 +40,7 @@ async def test_a_word_of_another_shape_is_refused_by_its_name(new_fleet):
         board = await fleet.enrol("a")
         for route, each in words:
             path = route.path.replace("{id}", board.device).replace("{name}", "a")
-            for text in ("a\nb", "x" * 200):
+            for text in ("a\nb", "x" * 300):
                 reply = await fleet.operator.http.get(path, params={each.name: text})
                 assert (reply.status_code, reply.json()["type"]) == (400, "bad-request"), (path, each.name, text)
                 assert each.name in reply.json()["title"]
