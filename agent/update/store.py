@@ -52,7 +52,7 @@ log = logging.getLogger("agent.update.store")
 
 
 READ_ERRORS: Final = (sqlite3.Error, msgspec.DecodeError)
-"""What reading may raise where the disk or a row is damaged."""
+"""Errors of reading where the disk or a row is damaged."""
 
 
 class StoreError(Exception):

@@ -23,11 +23,11 @@ RESTORE: Final = (
     "restore this file from a copy, or the whole server from a backup (fleet server backup) with "
     "'fleet server rebuild --backup FILE'"
 )
-"""What to do about a damaged file of a server that cannot be made anew."""
+"""Advice about a damaged file of a server that cannot be made anew."""
 
 _TEMPORARY: Final = ".new-"
 _ENDS: Final = {".json": b"}", ".pem": b"-----", ".key": b"-----", ".crl": b"-----"}
-"""How a whole text file of ours ends, by suffix."""
+"""End of a whole text file of ours, by suffix."""
 
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NO_SYNC: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})

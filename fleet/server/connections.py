@@ -69,7 +69,7 @@ class Connection(ABC):
 @dataclass(slots=True)
 class _Peer:
     waiting: dict[Connection, None] = field(default_factory=dict)
-    """Those that wait for their client, longest first."""
+    """Connections that wait for their client, longest first."""
 
     handshakes: dict[Connection, float] = field(default_factory=dict)
     """Handshakes, and when each began, oldest first."""

@@ -15,6 +15,7 @@
 
 import argparse
 import ast
+import inspect
 import io
 import json
 import re
@@ -47,12 +48,10 @@ Counts = dict[tuple[str, str], int]  # (rule, file) -> how many
 
 
 def docstrings(tree: ast.AST) -> Iterator[str]:
-    """Yield each docstring of a module."""
+    """Yield each docstring of a module, those of its constants and attributes included."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield inspect.cleandoc(node.value.value)
 
 
 def comments(source: str) -> Iterator[str]:

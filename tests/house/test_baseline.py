@@ -17,6 +17,7 @@ def test_no_file_has_more_faults_than_are_recorded() -> None:
         ('def a():\n    """Its crew."""', 1, 1),
         ('class A:\n    """One seat.\n\n    All lanes."""', 2, 1),
         ("a = 1  # so that it waits", 0, 1),
+        ('A = 1\n"""How many lanes there are."""', 1, 1),
         ("# Wait here:\n# this takes long", 0, 0),
         ("# Wait here\n\n# this takes long", 0, 1),
         ('"""Flag `--share-lane`, also as share-lane, of the wall-clock; `lane`."""', 0, 0),

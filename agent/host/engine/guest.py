@@ -132,7 +132,7 @@ class Guest:
         self._load = self._function(STATE, "load-state")
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
-    """What requests come by first, and what else goes with that."""
+    """Exports by which requests come: the first decides, the others go with it."""
 
     def _streams(self, stdin: bytes | None) -> WasiConfig:
         wasi = WasiConfig()

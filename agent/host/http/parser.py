@@ -20,7 +20,7 @@ FIELDS_MAX: Final = 100
 _SPARE_FIELDS: Final = 4
 _SPARE_BYTES: Final = 512
 QUIET_MAX_BYTES: Final = 2 * HEAD_MAX_BYTES
-"""How much may come that is nothing yet: a field, a target or a chunk's extension without an end."""
+"""Bytes that may come and are nothing yet: a field, a target or a chunk's extension without an end."""
 
 _OVERHEAD_MAX: Final = 16
 """Bytes of framing (chunk sizes, extensions) for a byte of body, where it is more than a head may have."""
@@ -103,7 +103,7 @@ class RequestParser:
         self._quiet = self._raw = self._bytes = 0
         self._status = 0
         self.within = False
-        """Whether it stands inside a message."""
+        """True inside a message."""
         self.refused = False
 
     def feed(self, data: bytes) -> None:

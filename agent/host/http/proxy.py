@@ -33,7 +33,7 @@ from agent.host.http.parser import Fields, RequestHead, RequestParser
 from agent.host.http.routing import Known, RouteTable, forwarded_head
 
 KEPT_MAX: Final = 4
-"""Of one instance; few, since a seat in a shared lane takes few clients in all, and these must not be all of them."""
+"""Connections of one instance; few, since a slot in a shared worker takes few in all, and these must not be all."""
 
 KEPT_IN_ALL_MAX: Final = 256
 KEPT_S: Final = 60

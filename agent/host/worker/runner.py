@@ -76,7 +76,7 @@ class GuestRunner:
         self._data = data
         self.say = say
         self.relieve: Callable[[], None] = lambda: None
-        """What is called once a call takes its time, by the ticker: nobody should wait behind it."""
+        """Called by the ticker once a call takes its time: nobody should wait behind it."""
         self._lines = TokenBucket(limits.log_lines_per_minute)
         self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
         self._dropped = 0

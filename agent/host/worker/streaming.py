@@ -56,20 +56,20 @@ class StreamingResponse:
         self.most = most
         self.lock = threading.Lock()
         self.over = False
-        """Whether the call has ended: the ticker touches it no more."""
+        """True once the call has ended: the ticker touches it no more."""
         self.live = False
-        """Whether the ticker moves it; before that, nobody touches it."""
+        """True while the ticker moves it; before that, nobody touches it."""
         self.begun = False
-        """Whether some of the answer was given out: it can no longer be replaced by another."""
+        """True once some of the answer was given out: no other can replace it."""
         self.out = bytearray()
         self.sent_bytes = 0
         self.read_bytes = 0
-        """What the guest has written, its head included."""
+        """Bytes that the guest has written, its head included."""
         self.stalled_ms = 0
         self.ended = ""
         """Why the guest is to end: `gone`, `slow`, or empty."""
         self.problem = ""
-        """What is wrong with the answer, as a sentence; `failed`: the guest says so itself, by the adapter."""
+        """Fault of the answer, as a sentence; `failed`: the guest says so itself, by the adapter."""
         self.failed = False
         self.trailers = b""
 

@@ -18,7 +18,7 @@ from fleet.protocol.manifest import Limits
 BUSY_MS: Final = 30
 GRACE_MS: Final = 1000
 TICK_MOST_MS: Final = 3 * TICK_MS
-"""What one tick may count for: one that came later than this was kept waiting, and so was the call."""
+"""Most that one tick counts for: one that came later was kept waiting, and so was the call."""
 
 AGAIN_MS: Final = 1000
 """When a verdict that ended nothing is repeated: the supervisor's socket may have been full."""
@@ -77,7 +77,7 @@ class CallWatchdog:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
     def __init__(self, tick: Callable[[], None], *, waits: Callable[[], bool] = lambda: True) -> None:
-        """Judge a call. `waits`: the calling thread, when it has had no processor, waits for something else."""
+        """Prepare a watchdog. `waits`: the calling thread, when it has had no processor, waits for something else."""
         self._tick = tick
         self._waits = waits
         self._clock = time.pthread_getcpuclockid(threading.get_ident())

@@ -50,7 +50,7 @@ class Worker:
     """An instance in this process: its control socket, its guest, its clients."""
 
     def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
-        """Serve until the supervisor closes the socket; what the process waits for is in `poll`."""
+        """Prepare a worker on its control socket; what the process waits for is in `poll`."""
         self._sock = sock
         self._poll = poll
         self._secrets: dict[str, str] = {}
