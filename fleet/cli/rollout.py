@@ -659,6 +659,10 @@ def _next_step(view: RolloutView) -> str:
     if failed:
         return f"run 'fleet why {failed[0]}'"
     if view.state is RolloutState.REFUSED:
+        from fleet.rollout.members import UNGUARDED  # noqa: PLC0415 - not for --help
+
+        if UNGUARDED in view.reason:
+            return f"label devices for that stage, or change the plan: 'fleet group policy {view.group}'"
         return "add --allow-empty to settle it for devices that come later"
     if view.state is RolloutState.SUPERSEDED:
         return "see 'fleet rollouts' for the rollout that replaced it"

@@ -56,6 +56,8 @@ class Amount:
 
 
 EVERYBODY: Final = Amount(_ALL, percent=True)
+UNGUARDED: Final = "wants an approval, and takes no device that the change concerns"
+"""Said of a stage that refuses a rollout: `--allow-empty` does not pass it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Draw:
         """Return why a rollout must not begin like this; empty for no reason."""
         if self.unguarded is None:
             return ""
-        return f"the stage {self.unguarded} wants an approval, and takes no device that the change concerns"
+        return f"the stage {self.unguarded} {UNGUARDED}"
 
 
 def lot(seed: int, device: str) -> str:

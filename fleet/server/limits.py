@@ -166,11 +166,12 @@ class ServerLimits:
 def check_number(key: str, value: object, between: Between) -> None:
     """Refuse a value that is no whole number within bounds. Raises `LimitError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not between.least <= value <= between.most:
-        shown = (
-            f"{value:#x}"[:40]
-            if isinstance(value, int) and not isinstance(value, bool) and abs(value) > bounds.NUMBER_MAX
-            else repr(value)[:40]
-        )
+        if isinstance(value, bool):
+            shown = str(value).lower()
+        elif isinstance(value, int) and abs(value) > bounds.NUMBER_MAX:
+            shown = f"{value:#x}"[:40]  # writing thousands of digits in base ten is an error
+        else:
+            shown = repr(value)[:40]
         raise LimitError(f"{key} must be a whole number from {between.least} to {between.most}, not {shown}")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, PauseCause, RolloutState
+from fleet.rollout import members
 
 NOW = datetime(2026, 11, 30, tzinfo=UTC)
 VIEW = operator_api.RolloutView(
@@ -85,6 +86,16 @@ def test_a_refused_rollout_has_an_exit_code_of_its_own(fleet, desk):
     result = fleet("undo", "6")
     assert result.exit_code == 5
     assert "--allow-empty" in result.output
+
+
+def test_an_approval_that_guards_nobody_is_no_reason_to_allow_an_empty_group(fleet, desk):
+    refused = members.Draw((), (), (), unguarded=members.Stage(members.EVERYBODY)).refusal
+    desk.routes[("POST", "/v1/undo")] = msgspec.structs.replace(
+        VIEW, state=RolloutState.REFUSED, reason=f"the group has no devices; {refused}", ended_at=NOW
+    )
+    result = fleet("undo", "6")
+    assert (result.exit_code, "--allow-empty" in result.output) == (5, False)
+    assert "change the plan: 'fleet group policy edge-eu'" in result.output
 
 
 def test_a_plan_is_played_over_the_group(fleet, desk):
