@@ -16,6 +16,7 @@ import msgspec
 
 from fleet.protocol import bounds, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
+from fleet.protocol.toml_lines import line_of
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
@@ -255,7 +256,7 @@ def load(file: Path, *, required: bool = False) -> Settings:
             try:
                 validate(part)
             except ConfigError as error:
-                line = _line_of(error.key, texts[name])
+                line = line_of(texts[name], tuple(error.key.split(".")))
                 raise ConfigError(f"{name}: {error}" + (f" (line {line})" if line else "")) from None
         raise ConfigError(f"{file}: {merged}") from None
 
@@ -269,27 +270,6 @@ def _in_words(error: str) -> ConfigError:
         return ConfigError(f"{table}: {words}" if table else words, table.partition("[")[0])
     key = ".".join(filter(None, (table, unknown[1])))
     return ConfigError(f"unknown key {key!r}", key)
-
-
-def _line_of(key: str, text: str) -> int:
-    """Return the number of the line that sets a key or the table in which it stands; 0 for none found."""
-    table, found = "", 0
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-            table, here = _bare(header[1]) + ".", _bare(header[1])
-        elif assigned := re.match(r"([^=#]+)=", line):
-            here = table + _bare(assigned[1])
-        else:
-            continue
-        if here == key:
-            return number
-        if key.startswith(f"{here}."):
-            found = number
-    return found
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[\s\"']", "", name)
 
 
 @dataclass(frozen=True, slots=True)

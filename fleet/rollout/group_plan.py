@@ -29,6 +29,7 @@ import msgspec
 from fleet.protocol import bounds, names
 from fleet.protocol.codes import OnBreach
 from fleet.protocol.operator_api import GroupPlan, PlanBudget, PlanLimits, PlanStage
+from fleet.protocol.toml_lines import line_of
 from fleet.rollout.decide import Limits
 from fleet.rollout.members import EVERYBODY, WAVES_MAX, Amount, BadWavesError, Stage
 
@@ -88,7 +89,7 @@ def parse(text: str) -> GroupPlan:
         plan = GroupPlan(**_fields((), raw, _PLAN))
         check(plan)
     except BadPlanError as error:
-        raise BadPlanError(error.path, error.problem, _line(text, error.path)) from None
+        raise BadPlanError(error.path, error.problem, line_of(text, error.path)) from None
     return plan
 
 
@@ -200,33 +201,6 @@ def _budget(path: Path, fields: dict[str, Any]) -> PlanBudget:
         if field not in fields:
             raise BadPlanError(path, f'{key} is missing: write {{ by = "site", min-available = 2 }}')
     return PlanBudget(**fields)
-
-
-_HEADER: Final = re.compile(r"\s*(\[\[?)([^\[\]]+)\]")
-_KEY: Final = re.compile(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
-
-
-def _line(text: str, path: Path) -> int:
-    """Return the line of a key, or of the nearest table around it; 0 where none of them stands in the text."""
-    lines: dict[Path, int] = {}
-    counts: dict[Path, int] = {}
-    inside: Path = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            inside = _parts(header[2])
-            if header[1] == "[[":
-                counts[inside] = counts.get(inside, -1) + 1
-                inside = (*inside, counts[inside])
-            elif inside[:1] in counts:  # [stages.select] belongs to the newest of [[stages]]
-                inside = (*inside[:1], counts[inside[:1]], *inside[1:])
-            lines.setdefault(inside, number)
-        elif key := _KEY.match(line):
-            lines.setdefault((*inside, *_parts(key[1])), number)
-    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
-
-
-def _parts(dotted: str) -> Path:
-    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
 # -- what can be meant -------------------------------------------------------------------------------------------------
