@@ -417,7 +417,11 @@ class AssignmentReceiver:
     # Freshness
 
     async def _judge_freshness(self, envelope: bytes) -> None:
-        facts = await self._db(Store.facts)
+        try:
+            facts = await self._db(Store.facts)
+        except StoreError as error:
+            log.error("cannot tell whether the assignment is fresh: %s", error)  # noqa: TRY400 - the message contains the error
+            return
         if facts.assignment is None or not await self._is_fresh(envelope, self._nonce, facts.assignment.sha256):
             return
         waiting = self._unvouched

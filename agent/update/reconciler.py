@@ -52,7 +52,7 @@ from agent.update.state import (
     transition,
 )
 from agent.update.state_reports import of_committed, of_failure, state_reports
-from agent.update.store import READ_ERRORS, Run, Store, StoreError
+from agent.update.store import Run, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import InstanceHealth, Report
@@ -439,7 +439,7 @@ class Reconciler:
         try:
             facts = await self._db(self._store.facts)
             await self._db(restore.write_runset, self._device.places.runset, items, facts, self._device.mac_key)
-        except (OSError, *READ_ERRORS) as error:
+        except (OSError, StoreError) as error:
             log.warning("cannot write the second record of the committed items: %s", error)
 
     async def _report_progress(self, item: DownloadProgress) -> None:

@@ -51,10 +51,6 @@ FAILED_ROWS_MAX: Final = 256
 log = logging.getLogger("agent.update.store")
 
 
-READ_ERRORS: Final = (sqlite3.Error, msgspec.DecodeError)
-"""Errors of reading where the disk or a row is damaged."""
-
-
 class StoreError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
 
@@ -190,6 +186,13 @@ class Store:
                 ) from error
             raise
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, *wire.JSON_ERRORS) as error:
+            raise StoreError(f"{self._path} is damaged: {error}") from error
+
     # Changes
 
     def apply(self, step: Transition) -> Applied:
@@ -199,7 +202,7 @@ class Store:
         the transaction and writes it afterwards.
 
         Raises:
-            StoreError: the database cannot be written; nothing of the step is stored.
+            StoreError: the database cannot be written, or is damaged; nothing of the step is stored.
         """
         with self._transaction() as db:
             step = self._with_generation(db, step)
@@ -299,11 +302,9 @@ class Store:
         Raises:
             StoreError: the database is damaged.
         """
-        try:
+        with self._reading():
             rows = self._db.execute("SELECT body FROM committed ORDER BY instance").fetchall()
             return tuple(msgspec.json.decode(body, type=Committed) for (body,) in rows)
-        except (sqlite3.Error, *wire.JSON_ERRORS) as error:
-            raise StoreError(f"{self._path} is damaged: {error}") from error
 
     def failed(self) -> tuple[FailedItem, ...]:
         """Return the remembered failures."""
@@ -313,9 +314,14 @@ class Store:
     # Trust
 
     def facts(self) -> VerifierState:
-        """Return what the verifier remembers of signed metadata and assignments."""
-        body = self._meta("facts")
-        return VerifierState() if body is None else VerifierState.decode(body)
+        """Return what the verifier remembers of signed metadata and assignments.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        with self._reading():
+            body = self._meta("facts")
+            return VerifierState() if body is None else VerifierState.decode(body)
 
     def accept(self, envelope: bytes, version: int, facts: VerifierState) -> None:
         """Persist an assignment whose envelope has been verified, before anything of it is fetched."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sqlite3
 import threading
 
 import msgspec
@@ -408,7 +407,7 @@ async def test_committed_items_are_in_the_run_set_at_once(kit):
         assert second_record(kit) == kit.committed() == ()
 
 
-@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), msgspec.DecodeError("damaged")])
+@pytest.mark.parametrize("error", [OSError("read-only file system"), StoreError("store.db is damaged")])
 @pytest.mark.asyncio
 async def test_a_run_set_that_cannot_be_written_does_not_end_the_agent(kit, caplog, monkeypatch, error):
     async with on_a_device(kit):
@@ -424,6 +423,28 @@ async def test_a_run_set_that_cannot_be_written_does_not_end_the_agent(kit, capl
         assert kit.host.targets() == {"web": V1}
         assert [each.item.target for each in kit.committed()] == [V1]
         assert f"cannot write the second record of the committed items: {error}" in caplog.text
+
+
+def write_facts(store, row):
+    before = store._meta("facts")
+    store._db.execute("REPLACE INTO meta VALUES ('facts', ?)", (row,))
+    return before
+
+
+@pytest.mark.asyncio
+async def test_a_row_that_is_damaged_does_not_end_the_agent(kit, caplog, monkeypatch):
+    """A page may be whole for SQLite, and its contents are not what was written."""
+    monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
+    async with on_a_device(kit):
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        whole = await kit.worker(write_facts, b"{")
+        await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
+        await kit.until(lambda: "store.db is damaged" in caplog.text)
+        assert kit.host.targets() == {"web": V1}
+        await kit.worker(write_facts, whole)
+        await kit.until(lambda: kit.host.targets() == {"web": V2})
+        await kit.settled()
+        assert [each.item.target for each in kit.committed()] == [V2]
 
 
 @pytest.mark.asyncio

@@ -132,6 +132,16 @@ def test_a_file_that_is_not_a_database_is_reported(tmp_path):
         Store(tmp_path / "store.db")
 
 
+@pytest.mark.parametrize("row", [b"", b"{", b"\xff", b'{"root":"1"}', b"[" * 100_000])
+def test_a_row_of_the_verifier_that_is_damaged_is_an_error_of_the_store(store, row):
+    store._db.execute("REPLACE INTO meta VALUES ('facts', ?)", (row,))
+    with pytest.raises(StoreError, match=r"store\.db is damaged"):
+        store.facts()
+    with pytest.raises(StoreError, match=r"store\.db is damaged"):
+        store.save(report=report())
+    assert store.history() == ()
+
+
 @pytest.mark.parametrize("table", ["committed", "changes", "outbox", "meta"])
 def test_a_database_with_any_damaged_page_is_moved_aside_at_the_start(store, tmp_path, table):
     path = tmp_path / "store.db"
