@@ -211,7 +211,7 @@ async def restore(
     Raises:
         HostGoneError: the host connection was lost.
     """
-    there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
+    there = _running(welcome)
     restored = []
     for item in items:
         if item.item.instance in there:
@@ -226,6 +226,10 @@ async def restore(
         else:
             restored.append(Restored(item.item.instance))
     return restored
+
+
+def _running(welcome: host_api.Welcome) -> set[str]:
+    return {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
 
 
 async def start(
@@ -443,22 +447,22 @@ class HostRestorer:
         Changes go on meanwhile, and a start may take minutes. So before each start, the host and the store are asked
         again: an item that was removed, stopped or replaced in between stays as it is now.
         """
-        missing, now = await self._missing(), self._clock()
+        missing, now = await self._missing(await self._host.hello()), self._clock()
         due = {instance for instance, each in self._failed.items() if each.due <= now}
         tried = [each for each in missing if each.item.instance in due]
         ready = {each.item.instance for each in tried if await self._has_files(each)}
         for instance in sorted(ready):
             welcome = await self._host.hello()
-            await self._start(welcome, [each for each in await self._missing() if each.item.instance == instance])
+            missing = await self._missing(welcome)
+            await self._start(welcome, [each for each in missing if each.item.instance == instance])
         names = {each.item.instance for each in tried}
         for instance in due & self._failed.keys():
             self._failed[instance].put_off(self._clock(), has_tried=instance in names)
         self._sink.changed()
 
-    async def _missing(self) -> list[Committed]:
+    async def _missing(self, welcome: host_api.Welcome) -> list[Committed]:
         """Return the items that could not be started, and still are to run; those being changed wait for that."""
-        welcome = await self._host.hello()
-        there = {each.instance for each in welcome.running if each.state is not InstanceState.STOPPED}
+        there = _running(welcome)
         changing = {each.instance for each in await self._db(Store.changes)}
         items = {each.item.instance: each for each in await self._db(Store.committed)}
         for instance in [each for each in self._failed if each in there or each not in items]:
