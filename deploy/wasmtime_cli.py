@@ -57,7 +57,8 @@ def main() -> int:
     """Print the path and version of the command; exit code 1 without one."""
     command = finished()
     if command is None:
-        print("no wasmtime command that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME")
+        sentence = "no wasmtime command that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME"
+        print(sentence, file=sys.stderr)
         return 1
     print(command, version(command))
     return 0

@@ -34,7 +34,7 @@ class WrkError(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk counted. Times in microseconds."""
+    """Figures of one run of wrk. Times in microseconds."""
 
     requests: int
     duration_us: int
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one contestant.
+    """Run of a contestant.
 
     Attributes:
         rate: good answers a second.

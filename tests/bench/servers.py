@@ -34,7 +34,7 @@ class AbsentError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """What every contestant is asked.
+    """Request that every contestant is asked.
 
     Attributes:
         target: with `{upstream}` for the port of a server that answers at once.
@@ -182,7 +182,7 @@ class Server:
             _, status, usage = os.wait4(wrk.pid, 0)
             wrk.returncode = os.waitstatus_to_exitcode(status)
         elapsed, busy = time.monotonic_ns() - began, busy_ns(self._cores.server) - busy
-        # Those that have ended since are not counted; those that are new began at nothing.
+        # Processes that have ended since are not counted; new ones began at nothing.
         took = {pid: max(used_ns(pid) - before.get(pid, 0), 0) for pid in self._pids()}
         return measure.sample(
             measure.parse(output),

@@ -6,8 +6,8 @@
 The program is niced and has limits on address space and CPU time, so that a component that uses too much memory or
 takes the compiler too long is refused while the old version keeps serving. The program may not write to files: the
 image leaves through a pipe. Exit status: 0 done; 2 not a component; 3 the compiler refused or failed; 4 a limit was
-hit; 5 no engine for this device. A failure prints a JSON line on stderr: `{"code": ..., "message": ...}`. What a
-signal means that ended the program, its caller says: `agent.update.images`.
+hit; 5 no engine for this device. A failure prints a JSON line on stderr: `{"code": ..., "message": ...}`. The
+caller, `agent.update.images`, judges a signal that ended the program.
 """
 
 import argparse

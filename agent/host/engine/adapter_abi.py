@@ -85,7 +85,7 @@ class Requests(Protocol):
         """Forget a request that is not needed any more."""
 
     def reset(self) -> None:
-        """Nor is any other."""
+        """Forget all requests: the call is over."""
 
 
 class DenyOutgoing:

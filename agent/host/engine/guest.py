@@ -132,7 +132,7 @@ class Guest:
         self._load = self._function(STATE, "load-state")
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
-    """Exports by which requests come: the first decides, the others go with it."""
+    """Exports that a guest needs: first the one by which requests come, then those that go with it."""
 
     def _streams(self, stdin: bytes | None) -> WasiConfig:
         wasi = WasiConfig()
@@ -314,7 +314,7 @@ def start(
 
 
 class WasiHttpGuest(Guest):
-    """A guest of wasi:http. The process's standard output must have been caught (`flow.catch`)."""
+    """A guest of wasi:http. The process's standard output must have been caught (`adapter_abi.catch_stdout`)."""
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
     _left = 0  # number of requests that this instance may answer

@@ -77,7 +77,7 @@ class CallWatchdog:
     """The thread that lets a guest's time pass. Make it on the thread that will call."""
 
     def __init__(self, tick: Callable[[], None], *, waits: Callable[[], bool] = lambda: True) -> None:
-        """Prepare a watchdog. `waits`: the calling thread, when it has had no processor, waits for something else."""
+        """Watch calls of this thread. `waits`: true if it waits for something else where it has had no processor."""
         self._tick = tick
         self._waits = waits
         self._clock = time.pthread_getcpuclockid(threading.get_ident())

@@ -50,7 +50,7 @@ class Worker:
     """An instance in this process: its control socket, its guest, its clients."""
 
     def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
-        """Prepare a worker on its control socket; what the process waits for is in `poll`."""
+        """Prepare a worker on its control socket. The process waits for what is in `poll`."""
         self._sock = sock
         self._poll = poll
         self._secrets: dict[str, str] = {}
@@ -177,7 +177,7 @@ class Worker:
         self.say(worker_api.HandedOver(passed=passed, cut=cut, id=self._leaving))
 
     def first(self) -> tuple[worker_api.Setup, tuple[int, ...]]:
-        """Read the first message, of a slot in a shared worker. Raises `control.GoneError`."""
+        """Read the first message, of a slot in a shared worker. Raises `framing.GoneError`."""
         setup, fds = worker_api.receive_to_worker(self._sock)
         if not isinstance(setup, worker_api.Setup):
             raise framing.GoneError("the first message is not a setup")
