@@ -243,7 +243,7 @@ def instance_type(declarations):
 HOSTILE = {
     "producers in many sections": binary.section(
         reader.CUSTOM,
-        binary.name("producers") + list_of(1, binary.name("f" * 4096) + list_of(2000, b"\0\0" * 2000)),
+        binary.name("producers") + list_of(1, binary.name("f" * 4096) + list_of(500, b"\0\0" * 500)),
     ),
     "producers without a name": binary.section(
         reader.CUSTOM, binary.name("producers") + list_of(1, binary.name("") + list_of(10_000, b"\0\0" * 10_000))

@@ -89,7 +89,7 @@ async def test_too_much_data_is_a_quarantine_after_the_change_that_is_under_way(
     case.generation.workers.append(a_worker(SHORT_S))
     async with case.instance.lock:
         case.instance.tick()
-        assert (case.instance.state, len(case.generation.workers)) == ("running", 1)
         await asyncio.sleep(0)  # one step of what the tick began: it waits for the lock
+        assert (case.instance.state, len(case.generation.workers)) == ("running", 1)
     async with case.instance.lock:
         assert (case.instance.state, case.generation.workers) == ("quarantined", [])
