@@ -168,7 +168,8 @@ def server_gives_another_secret_under_this_name(kit):
 def network_changes_the_box(kit):
     ref = kit.seal(PASSWORD)
     path = f"/v1/secrets/{ref.sha256}"
-    kit.server.boxes[path] = kit.server.boxes[path][:-1] + b"\0"
+    box = kit.server.boxes[path]
+    kit.server.boxes[path] = box[:-1] + bytes([box[-1] ^ 1])
     return ref
 
 
