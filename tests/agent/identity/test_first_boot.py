@@ -1,5 +1,6 @@
 """First boot: sources of the token, its erasure after use, and detection of copied disks."""
 
+import stat
 from datetime import UTC, datetime
 
 import msgspec
@@ -57,11 +58,13 @@ def test_a_token_is_removed_from_the_kernels_command_line(device):
     line = "console=tty1 wasmfleet.token=wf1.abc root=/dev/vda"
     (device / "cmdline").write_text(line)
     (device / "firmware" / "cmdline.txt").write_text(line)
+    (device / "firmware" / "cmdline.txt").chmod(0o640)
     found = find(device)
     assert found.text == "wf1.abc"
     old = (device / "firmware" / "cmdline.txt").open("rb")  # bytes that a FAT would leave between its files
     assert identity.erase(found)
     assert (device / "firmware" / "cmdline.txt").read_text() == "console=tty1 root=/dev/vda\n"
+    assert stat.S_IMODE((device / "firmware" / "cmdline.txt").stat().st_mode) == 0o640
     assert old.read().strip(b"\0") == b""
 
 
