@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class Exit(IntEnum):
@@ -205,6 +208,11 @@ class ShortGroup(Group):
         """Take an argument that is no command as one of the command that is left out."""
         named = not args or args[0].startswith("-") or args[0] in self.commands
         return super().resolve_command(ctx, args if named else [self.short, *args])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """Offer what the command that is left out takes first, beside the commands."""
+        argument = next(each for each in self.commands[self.short].params if isinstance(each, click.Argument))
+        return [*argument.shell_complete(ctx, incomplete), *super().shell_complete(ctx, incomplete)]
 
 
 class LazyGroup(click.Group):

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import click
-from click.shell_completion import CompletionItem
 from rich.text import Text
 
 from fleet.cli import base, operator, output
@@ -32,30 +31,9 @@ ANSWER_S: Final = 30
 LOOK_S: Final = 10
 
 
-class _DeviceGroup(base.Group):
-    """Group in which `fleet device ID` means `fleet device show ID`."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Take an argument that is no command as the id of a device, and an option as one of `show`."""
-        if args and args[0] not in self.commands and not ctx.resilient_parsing:
-            return super().resolve_command(ctx, ["show", *args])
-        return super().resolve_command(ctx, args)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Leave options before the id to `show`, as in `fleet device --json ID`."""
-        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Offer the devices beside the commands."""
-        argument = self.commands["show"].params[0]
-        return [*argument.shell_complete(ctx, incomplete), *super().shell_complete(ctx, incomplete)]
-
-
-@click.group("device", cls=_DeviceGroup, epilog="`fleet device ID` is short for `fleet device show ID`.")
+@click.group(
+    "device", cls=base.ShortGroup, short="show", epilog="`fleet device ID` is short for `fleet device show ID`."
+)
 def device() -> None:
     """Show one device, or set configuration keys of its own."""
 

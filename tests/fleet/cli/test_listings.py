@@ -536,6 +536,10 @@ def test_init_never_overwrites(fleet, home):
         ("rollout abort", "", ["7"]),
         ("device", "", ["gate-0a0a0a0a", "hut-1b1b1b1b", "set", "show", "unset"]),
         ("device show", "gate", ["gate-0a0a0a0a"]),
+        ("device gate-0a0a0a0a", "--eff", ["--effective"]),
+        ("group", "", ["edge-eu", "spares", "change", "policy"]),
+        ("group edge-eu", "--ad", ["--add"]),
+        ("rollout", "7", ["7"]),
         ("de", "de", ["demo", "deploy", "devices", "device"]),
     ],
 )
