@@ -17,7 +17,7 @@ from fleet.ca import CertificateAuthority
 from fleet.server.config import Address
 from fleet.server.connections import Limits
 from fleet.server.limits import ServerLimits
-from fleet.server.listener import Listener, bind
+from fleet.server.listener import Deadlines, Listener, bind
 from tests.eventually import eventually_async
 from tests.fleet.server.server_process import Crowd, serving
 
@@ -51,20 +51,21 @@ def without_check():
     return context
 
 
+async def no_content(_scope, _receive, send):
+    """Answer everyone with 204."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
 @contextlib.asynccontextmanager
-async def small_listener(directory):
-    """Serve 204 to everyone, four connections to one address; yield where, and a client's context."""
+async def small_listener(directory, application=no_content):
+    """Serve an application, four connections to one address; yield where, and a client's context."""
     ca = CertificateAuthority.create(directory, fleet="test", now=datetime.now(UTC))
     pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
     (directory / "server.pem").write_bytes(pair.certificate_pem)
     (directory / "server.key").write_bytes(pair.key_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "server.pem", directory / "server.key")
-
-    async def application(_scope, _receive, send):
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
-
     sockets = bind("127.0.0.1:0", "a test")
     listener = Listener(application, sockets, context, Limits(connections=10, per_address=4, per_device=1))
     await listener.start()
@@ -159,6 +160,40 @@ async def test_a_client_finishes_its_handshake_while_others_behind_its_address_b
         assert said.startswith(b"HTTP/1.1 204 ")
         writer.transport.abort()
         storm.hang_up()
+
+
+async def asked(where, context):
+    """Connect, have one request answered, and ask nothing more."""
+    reader, writer = await asyncio.open_connection(where.host, where.port, ssl=context)
+    writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+    return reader, writer
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_goes_on_sending_its_body_does_not_end_for_a_newer_one(tmp_path):
+    came = asyncio.Queue()
+
+    async def application(scope, receive, send):
+        while (message := await receive()).get("more_body"):
+            came.put_nowait(len(message["body"]))
+        await no_content(scope, receive, send)
+
+    part = Deadlines().body_bytes
+    async with small_listener(tmp_path, application) as (where, context):
+        reader, writer = await asyncio.open_connection(where.host, where.port, ssl=context)
+        writer.write(f"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {part + 2}\r\n\r\nx".encode())
+        assert await came.get() == 1
+        idle = [await asked(where, context) for _ in range(3)]  # four is what one address may have
+        writer.write(b"x" * part)
+        while part:
+            part -= await came.get()
+        idle.append(await asked(where, context))
+        writer.write(b"x")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+        assert await idle[0][0].read() == b""
+        for each in (writer, *(writer for _, writer in idle)):
+            each.transport.abort()
 
 
 @pytest.mark.asyncio
