@@ -190,6 +190,12 @@ def state(word: str) -> Text:
     )
 
 
+def some(names: Sequence[str], most: int) -> str:
+    """Return the first names, `most` at most, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def first_line(text: str) -> str:
     """Return the first line of a text such as a trap's backtrace, for a listing."""
     return text.strip().partition("\n")[0].rstrip()

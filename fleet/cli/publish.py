@@ -6,7 +6,7 @@ between; then everything is verified and signed again. Component and manifest ar
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -368,13 +368,13 @@ def _consequences(effect: WithdrawalView) -> list[str]:
             "runs nothing in its place, and keeps its data",
             "run nothing in its place, and keep their data",
         )
-        lines.append(f"  {goes if path else stops}: {_first(list(devices))}")
+        lines.append(f"  {goes if path else stops}: {output.some(list(devices), _NAMED_MAX)}")
     away = sorted({each.device for each in effect.devices if not each.online})
     if away:
         when = _counted(
             len(away), "is offline, and follows when it is back", "are offline, and follow when they are back"
         )
-        lines.append(f"  {when}: {_first(away)}")
+        lines.append(f"  {when}: {output.some(away, _NAMED_MAX)}")
     if effect.rollouts:
         word = "rollout" if len(effect.rollouts) == 1 else "rollouts"
         lines.append(f"  {word} {', '.join(map(str, effect.rollouts))}: revoked")
@@ -383,11 +383,6 @@ def _consequences(effect: WithdrawalView) -> list[str]:
 
 def _counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
-
-
-def _first(devices: Sequence[str]) -> str:
-    more = len(devices) - _NAMED_MAX
-    return ", ".join(devices[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_published(trust: TrustStore, name: TargetName) -> None:

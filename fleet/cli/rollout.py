@@ -423,7 +423,7 @@ def follow(client: "Client", view: RolloutView, options: Options, *, everybody: 
         if options.json:
             return Exit.FAILED
         raise Fault(
-            f"rollout {view.number} succeeded, and does not reach {_some(missing)}",
+            f"rollout {view.number} succeeded, and does not reach {output.some(missing, _DETAILS_MAX)}",
             f"its catch-up queue is closed: {view.queue_closed}"
             if view.queue_closed
             else "another value took its place",
@@ -486,11 +486,6 @@ def _is_open(view: RolloutView) -> bool:
     return view.state in _FOLLOWED and not _BY_ITSELF.intersection(view.causes)
 
 
-def _some(devices: list[str]) -> str:
-    more = len(devices) - _DETAILS_MAX
-    return ", ".join(devices[:_DETAILS_MAX]) + (f" and {more} more" if more > 0 else "")
-
-
 def _without_outcome(view: RolloutView) -> list[str]:
     """Name the devices that have no outcome yet."""
     return [entry.device for entry in view.devices if entry.outcome in _NOT_YET]
@@ -523,7 +518,7 @@ def _lines(changes: Iterator[RolloutView], view: RolloutView, *, everybody: bool
                 click.echo(f"  approval: {approvers}")
         succeeded = view.state is RolloutState.SUCCEEDED and view.state not in states
         if everybody and succeeded and (missing := _without_outcome(view)):
-            click.echo(f"  succeeded: not yet on {_some(missing)}")
+            click.echo(f"  succeeded: not yet on {output.some(missing, _DETAILS_MAX)}")
         states = {view.state}
     return view
 
