@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
 
 from fleet.protocol import bounds, wire
 from fleet.protocol.messages import Ack, Report
 from fleet.protocol.topics import Down, Topic, Up, device_subscriptions
 from fleet.server.broker.allowance import MESSAGE_BYTES, Allowance, Waiting
+from fleet.server.broker.embedded import FilteringBroker
 from fleet.server.config import Address
 from tests.eventually import eventually_async
 
@@ -20,7 +23,7 @@ SPARE_MIB = 24
 
 
 def memory_mib(fleet):
-    """What the broker holds in memory now."""
+    """Return what the broker holds in memory now."""
     status = Path(f"/proc/{fleet.server.broker_pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) // 1024
 
@@ -214,6 +217,20 @@ async def test_a_device_is_not_read_while_its_subscriptions_wait(new_fleet, kind
             first = packet(0x82, b"\0\2" + text(device_subscriptions(board.device)[0]) + b"\1")
             writer.write(first + packet(kind, b"\0\3" + each) + packet(kind, b"\0\4" + each * 64) + PING)
             assert [kind async for kind in answers(reader, PINGRESP)].count(answer) == count
+
+
+@pytest.mark.asyncio
+async def test_what_was_sent_is_let_go_although_the_first_message_still_waits():
+    config = BrokerConfig(listeners={"default": ListenerConfig(type=ListenerType.EXTERNAL)}, plugins={})
+    broker = FilteringBroker(config, Allowance(client_bytes=1, client_messages=1, total_bytes=1))
+    waits = asyncio.create_task(asyncio.Event().wait())
+    sent = [asyncio.create_task(asyncio.sleep(0)) for _ in range(2000)]
+    await asyncio.wait(sent)
+    tasks = deque([waits, *sent])
+    await broker._broadcast_message(None, "a/topic", b"")
+    await broker._run_broadcast(tasks)  # amqtt's own loop over it ends with the broker alone
+    assert list(tasks) == [waits]
+    waits.cancel()
 
 
 def test_clients_may_add_nothing_when_the_largest_message_would_find_no_room():
