@@ -41,7 +41,7 @@ from fleet.store.rows import DeviceRow, GroupRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
 from signing.policy import Release
 
-_LIMITS: Final = ("min_success", "failures", "max_lost", "on_breach", "at_once", "catch_up", "timeout_s")
+_LIMITS: Final = PlanLimits.__struct_fields__
 
 
 class RolloutPlanner:

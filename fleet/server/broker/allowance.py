@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from fleet.protocol import bounds
 
 MESSAGE_BYTES: Final = 2048
-"""Bytes that a message takes beside its payload: task, coroutines, topic, packet."""
+"""Taken by a message beside its payload: task, coroutines, topic, packet."""
 
 
 class Allowance(NamedTuple):

@@ -40,6 +40,7 @@ from fleet.ca import SERVER_CN
 from fleet.protocol import bounds, topics
 from fleet.protocol.topics import BadTopicError, Topic, Up
 from fleet.server.broker.allowance import Allowance, Waiting
+from fleet.server.broker.broker import MAX_PACKET_BYTES
 from fleet.server.config import Address
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ _CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
 _CONNECT_S: Final = 10.0
 _TAKEOVER_S: Final = 5.0
 _LENGTH_BYTES: Final = 4
-_PACKET_MAX_BYTES: Final = bounds.DESIRED_MAX_BYTES + 4 * bounds.KIB
 _REQUEST_MAX_BYTES: Final = 4 * bounds.KIB
 """Size of any packet but PUBLISH: far above the subscriptions of a device."""
 
@@ -375,7 +375,7 @@ class _Reader(StreamReaderAdapter):  # type: ignore[misc]
         self._left = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(self._head[1:]))
         publishes = self._head[0] >> 4 == _PUBLISH
         self._head = b""
-        if self._left > (_PACKET_MAX_BYTES if publishes else _REQUEST_MAX_BYTES):
+        if self._left > (MAX_PACKET_BYTES if publishes else _REQUEST_MAX_BYTES):
             raise RefusedError(f"{self._client} sends a packet of {self._left} bytes")
 
 

@@ -188,7 +188,7 @@ def stays(state: RolloutState) -> Callable[[Scene], Awaitable[None]]:
 
 
 class Example(NamedTuple):
-    """What an example finds and leaves; `more` are words that the page leaves out, since it would follow for long."""
+    """Checks before and after an example; `more` are words that the page leaves out, since it would follow for long."""
 
     finds: Callable[[Scene], Awaitable[None]]
     leaves: Callable[[Scene], Awaitable[None]]
