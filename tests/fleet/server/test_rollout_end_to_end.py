@@ -8,6 +8,8 @@ from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.codes import Outcome, RejectCode, RolloutState
 from fleet.protocol.messages import DesiredReply
+from fleet.rollout.model import Member
+from fleet.server.rollout_members import with_presence
 from signing import dsse
 from signing.state import VerifierState
 from tests.eventually import eventually_async
@@ -155,6 +157,13 @@ async def test_a_board_without_the_broker_gets_it_from_the_queue_by_its_polls(ne
         await away.connect()
         view = await fleet.operator.follow(view, lambda view: view.counts.get("succeeded") == 3)
         assert view.counts == {"succeeded": 3, "pending": 1}
+
+
+def test_polls_admit_from_the_queue_and_hold_up_no_wave():
+    in_wave, in_queue = Member("a", 1), Member("a", 1, arrival=True)
+    polls = {"a": 5.0}
+    assert [each.online_since for each in with_presence([in_wave, in_queue], {}, {}, 0.0, polls)] == [None, 5.0]
+    assert [each.online_since for each in with_presence([in_wave, in_queue], {"a": 9.0}, {}, 0.0, polls)] == [9.0, 9.0]
 
 
 @pytest.mark.asyncio
