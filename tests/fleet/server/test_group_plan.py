@@ -1,6 +1,6 @@
 """Plan of a group on a whole server: rollouts take its values unless a request names others, which admins may."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import pytest
@@ -233,6 +233,23 @@ async def test_who_retries_a_rollout_is_the_one_who_asked(new_fleet):
         assert (view.by, (await act(operator, view, "approve", bob)).status_code) == ("bob", 403)
         assert (await act(operator, view, "approve")).is_success
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
+
+
+@pytest.mark.asyncio
+async def test_a_retry_goes_by_the_plan_that_the_group_has_by_now(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        board = await fleet.board("a")
+        await label(operator, board, ring="canary")
+        at = {"starts_at": datetime.now(UTC) + timedelta(days=1)}
+        view = await operator.deploy(await operator.publish("1.0.0"), **at)
+        assert (await act(operator, view, "abort")).is_success
+        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        reply = await act(operator, view, "retry")
+        assert reply.is_success, reply.text
+        view = msgspec.json.decode(reply.content, type=operator_api.RolloutView)
+        view = await operator.follow(view, lambda view: view.state is not RolloutState.RUNNING)
+        assert (view.state, view.causes) == (RolloutState.PAUSED, (PauseCause.APPROVAL,))
 
 
 @pytest.mark.asyncio
