@@ -21,6 +21,9 @@ LIMITS = "[limits]\nbroker_client_bytes = 1048576\nbroker_memory_bytes = 6710886
 SPARE_MIB = 24
 """Growth that is none of the messages: packets on their way, the allocator."""
 
+SUBACK, UNSUBACK, PINGRESP = 0x90, 0xB0, 0xD0
+PING = b"\xc0\0"
+
 
 def memory_mib(fleet):
     """Return what the broker holds in memory now."""
@@ -134,11 +137,15 @@ async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
         board, witness = await fleet.enrol("deaf"), await fleet.board("witness")
         memory = memory_mib(fleet)
+
+        async def ask(writer):
+            while memory_mib(fleet) <= memory + SPARE_MIB:
+                writer.write(PING * 1000)
+                await writer.drain()
+
         async with deaf(board) as writer:
-            with contextlib.suppress(ConnectionError):
-                for _ in range(2000):
-                    writer.write(b"\xc0\0" * 1000)
-                    await writer.drain()
+            with pytest.raises(ConnectionError):  # not before its answers fill every buffer on their way
+                await ask(writer)
             assert memory_mib(fleet) <= memory + SPARE_MIB
             await is_served(fleet, witness, 1)
 
@@ -156,10 +163,6 @@ async def test_a_packet_larger_than_any_message_is_not_read(new_fleet):
                     await writer.drain()
             assert memory_mib(fleet) <= memory + SPARE_MIB
             await is_served(fleet, witness, 1)
-
-
-SUBACK, UNSUBACK, PINGRESP = 0x90, 0xB0, 0xD0
-PING = b"\xc0\0"
 
 
 @pytest.mark.asyncio
@@ -215,8 +218,10 @@ async def test_a_device_is_not_read_while_its_subscriptions_wait(new_fleet, kind
         async with joined(board) as (reader, writer):
             # everything after the first waits until the message that is retained is acknowledged, or given up
             first = packet(0x82, b"\0\2" + text(device_subscriptions(board.device)[0]) + b"\1")
-            writer.write(first + packet(kind, b"\0\3" + each) + packet(kind, b"\0\4" + each * 64) + PING)
-            assert [kind async for kind in answers(reader, PINGRESP)].count(answer) == count
+            writer.write(first + packet(kind, b"\0\3" + each))
+            writer.write(packet(kind, b"\0\4" + each * 64) + packet(kind, b"\0\5" + each * 64) + PING)
+            # the newest is being handled when the ping is read, and may be answered before or after it
+            assert [kind async for kind in answers(reader, PINGRESP)].count(answer) in {count, count + 1}
 
 
 @pytest.mark.asyncio
