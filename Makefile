@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Files of tests run side by side, each file in one process; PARALLEL= runs them in one row.
-PARALLEL ?= -n 2 --dist loadfile
+# Files of tests run side by side, three on two cores since most of a file is waiting; PARALLEL= runs them in one row.
+PARALLEL ?= -n 3 --dist loadfile
 
 # The boards' tests: the story alone is tests/boards/test_story.py.
 BOARDS ?= tests/boards
