@@ -67,9 +67,9 @@ class EnrolError(Exception):
 
 def device_name(configured: str = "") -> str:
     """Return the name for this device: the configured one or the host name, made into a valid name."""
-    raw = (configured or socket.gethostname().partition(".")[0] or "board").lower()
+    raw = (configured or socket.gethostname().partition(".")[0] or "device").lower()
     cleaned = "".join(char if char.isascii() and (char.isalnum() or char == "-") else "-" for char in raw).strip("-")
-    return names.check_label(cleaned[:54] or "board", "board")
+    return names.check_label(cleaned[:54] or "device", "device")
 
 
 def presented_ca(url: str, sha256: str) -> str:

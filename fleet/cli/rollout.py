@@ -635,7 +635,7 @@ def summary(view: RolloutView) -> str:
         took = f" after {(view.ended_at - view.created_at).total_seconds():.1f} s"
     verb = f"run {output.target(view.target)}" if view.target else f"no longer run {view.instance}"
     rest = f"; not yet: {', '.join(stragglers)}" if stragglers else ""
-    counted = [board for board in view.devices if board.outcome not in _COUNTED_NOT]
+    counted = [device for device in view.devices if device.outcome not in _COUNTED_NOT]
     left_out = len(view.devices) - len(counted)
     rest += f"; not affected or unproven: {left_out}" if left_out else ""
     return f"Rollout {view.number} succeeded{took}: {len(done)} of {len(counted)} devices {verb}{rest}"

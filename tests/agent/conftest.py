@@ -337,7 +337,7 @@ class DeviceKit:
             atomic=atomic,
         )
 
-    def seal(self, value, *, name="key", version=1, instance="web", device="board-01234567", **more):
+    def seal(self, value, *, name="key", version=1, instance="web", device="device-01234567", **more):
         """Put a box for this device on the server; return the assignment's reference to it."""
         purpose = Purpose(fleet="f", device=device, instance=instance, name=name, version=version, **more)
         box = sealing.seal(value, recipient=sealing.public_key(self.sealing_key), purpose=purpose)
@@ -349,7 +349,7 @@ class DeviceKit:
     def assignment(version, *items):
         return Assignment(
             fleet="f",
-            device="board-01234567",
+            device="device-01234567",
             version=version,
             issued=NOW,
             expires=NOW + timedelta(days=1),
@@ -369,7 +369,7 @@ class DeviceKit:
         self.worker = Database(self.store)
         self.images = self.images_kind(self.places.images, b"k" * 32, memory_bytes=1 << 30, seconds=self.compile_s)
         identity = Identity(
-            device="board-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
+            device="device-01234567", fleet="f", group="", devices_url="", mqtt=(), production=False, floor=NOW
         )
         self.sealed = SecretStore(self.places.secrets, self.places.identity / "sealing.key", identity)
         self.link = HostClient(self.places.host_socket)
@@ -386,7 +386,7 @@ class DeviceKit:
             jitter=lambda: 0.0,
         )
         self.device = DeviceContext(
-            device="board-01234567",
+            device="device-01234567",
             boot_id=f"boot-{self.boots}",
             places=self.places,
             mac_key=b"k" * 32,

@@ -12,8 +12,8 @@ def stage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def board(stage):
-    """A board of the group that runs v1."""
+def device(stage):
+    """A device of the group that runs v1."""
     made = stage.do(stage.scene.add_device("berlin", GROUP))
     stage.do(stage.pushed("v1.wasm"))
     return made

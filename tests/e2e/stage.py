@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Stage:
-    """One fleet with its server and as many boards as a test adds; everything is gone on leaving.
+    """One fleet with its server and as many devices as a test adds; everything is gone on leaving.
 
     Attributes:
         scene: the demo's scene underneath.
@@ -83,43 +83,43 @@ class Stage:
 
     async def reported(
         self,
-        *boards: DemoDevice,
+        *devices: DemoDevice,
         code: RejectCode | None = None,
         phase: Phase | None = None,
         after: datetime = BEGINNING,
     ) -> operator_api.TimelineEntry:
-        """Wait for a report of one of the boards with a code or in a phase, later than `after` (see `latest`)."""
+        """Wait for a report of one of the devices with a code or in a phase, later than `after` (see `latest`)."""
 
         def seen() -> operator_api.TimelineEntry | None:
-            entries = [e for each in boards for e in self.scene.client.timeline(each.device, limit=200).entries]
+            entries = [e for each in devices for e in self.scene.client.timeline(each.device, limit=200).entries]
             wanted = (each for each in entries if each.kind == "report" and each.at > after)
             return next(
                 (e for e in wanted if (code is None or e.code == code) and (phase is None or e.phase == phase)), None
             )
 
-        return await self.until(f"{' or '.join(each.name for each in boards)} reports {code or phase}", seen)
+        return await self.until(f"{' or '.join(each.name for each in devices)} reports {code or phase}", seen)
 
-    async def latest(self, board: DemoDevice) -> datetime:
-        """When the newest thing in a board's timeline happened."""
-        return (await self.scene.ask(lambda client: client.timeline(board.device, limit=1))).entries[0].at
+    async def latest(self, device: DemoDevice) -> datetime:
+        """When the newest thing in a device's timeline happened."""
+        return (await self.scene.ask(lambda client: client.timeline(device.device, limit=1))).entries[0].at
 
-    # -- what is asked of a board ----------------------------------------------------------------------------------
+    # -- what is asked of a device ----------------------------------------------------------------------------------
 
-    async def version(self, board: DemoDevice) -> str:
-        """Which version answers on a board now; empty when none does."""
-        async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as load:
+    async def version(self, device: DemoDevice) -> str:
+        """Which version answers on a device now; empty when none does."""
+        async with Load(port=device.port, path=f"/{HELLO}/", kept_alive=0, fresh=1) as load:
             await load.sent(1)
             return next(iter((await load.stop()).by_version), "")
 
-    async def answers(self, board: DemoDevice, version: str) -> None:
-        """Wait until a version answers on a board."""
-        async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.05) as load:
+    async def answers(self, device: DemoDevice, version: str) -> None:
+        """Wait until a version answers on a device."""
+        async with Load(port=device.port, path=f"/{HELLO}/", kept_alive=0, fresh=1, pause_s=0.05) as load:
             async with asyncio.timeout(60):
                 await load.seen(version)
 
-    def state(self, board: DemoDevice) -> Path:
+    def state(self, device: DemoDevice) -> Path:
         """The agent's state directory."""
-        return self.scene.directory / "devices" / board.name / "agent"
+        return self.scene.directory / "devices" / device.name / "agent"
 
     # -- what breaks, and is mended --------------------------------------------------------------------------------
 
@@ -133,24 +133,24 @@ class Stage:
         child.process.terminate()
         await child.process.wait()
 
-    async def start_host(self, board: DemoDevice, *, restore: bool = True) -> DemoDevice:
-        """Start a board's host again, and `fleet-agent restore` after it, as the unit does."""
-        host = await self.scene.processes.start(board.host.name, board.host.command)
-        board = self._now(board, host=host)
+    async def start_host(self, device: DemoDevice, *, restore: bool = True) -> DemoDevice:
+        """Start a device's host again, and `fleet-agent restore` after it, as the unit does."""
+        host = await self.scene.processes.start(device.host.name, device.host.command)
+        device = self._now(device, host=host)
         if not restore:
-            return board
-        places = board.agent.command[board.agent.command.index("--state") :]
+            return device
+        places = device.agent.command[device.agent.command.index("--state") :]
         code, _, errors = await self.scene.processes.run(module(AGENT, "restore", *places))
         assert code == 0, errors
-        return board
+        return device
 
-    async def start_agent(self, board: DemoDevice) -> DemoDevice:
-        """Start a board's agent again."""
-        return self._now(board, agent=await self.scene.processes.start(board.agent.name, board.agent.command))
+    async def start_agent(self, device: DemoDevice) -> DemoDevice:
+        """Start a device's agent again."""
+        return self._now(device, agent=await self.scene.processes.start(device.agent.name, device.agent.command))
 
-    def _now(self, board: DemoDevice, **changed: Child) -> DemoDevice:
-        again = dataclasses.replace(board, **changed)
-        index = next(i for i, each in enumerate(self.scene.devices) if each.device == board.device)
+    def _now(self, device: DemoDevice, **changed: Child) -> DemoDevice:
+        again = dataclasses.replace(device, **changed)
+        index = next(i for i, each in enumerate(self.scene.devices) if each.device == device.device)
         self.scene.devices[index] = again
         return again
 

@@ -50,26 +50,26 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_no_component(kind, stage, board, tmp_path):
+def test_a_file_that_is_no_component(kind, stage, device, tmp_path):
     data, words = FILES[kind]
     file = tmp_path / "broken.wasm"
     file.write_bytes(fixture("v1.wasm").read_bytes()[:-100] if data is None else data)
     one_line(stage.do(stage.push(file)), 2, "broken.wasm", words)
-    assert stage.do(stage.version(board)) == "1"
+    assert stage.do(stage.version(device)) == "1"
 
 
-def test_the_same_version_with_other_bytes(stage, board, tmp_path):
+def test_the_same_version_with_other_bytes(stage, device, tmp_path):
     file = copied(tmp_path / "other", "v1")
     shutil.copy(fixture("v2.wasm"), file)
     one_line(stage.do(stage.push(file)), 2, "hello@1.0.0 exists with other bytes", "publish a new version")
-    assert stage.do(stage.version(board)) == "1"
+    assert stage.do(stage.version(device)) == "1"
 
 
-def test_an_unknown_group_and_the_name_that_was_meant(stage, board):
+def test_an_unknown_group_and_the_name_that_was_meant(stage, device):
     one_line(stage.do(stage.push("v1.wasm", group="edge-ue")), 4, "no group 'edge-ue'", f"did you mean {GROUP}")
 
 
-def test_a_manifest_with_an_unknown_field(stage, board, tmp_path):
+def test_a_manifest_with_an_unknown_field(stage, device, tmp_path):
     file = copied(tmp_path, "v1", description="colour")
     one_line(stage.do(stage.push(file)), 2, "hello.toml", "colour")
 
@@ -83,7 +83,7 @@ def test_a_manifest_with_an_unknown_field(stage, board, tmp_path):
         (("--port", "70000"), "--port"),
     ],
 )
-def test_options_that_cannot_be_meant_publish_nothing(stage, board, tmp_path, arguments, word):
+def test_options_that_cannot_be_meant_publish_nothing(stage, device, tmp_path, arguments, word):
     file = copied(tmp_path, "v2", name="unheard-of")
     file.with_suffix(".toml").unlink()
     one_line(stage.do(stage.fleet("push", str(file), "--group", GROUP, *arguments)), 2, word)
@@ -91,7 +91,7 @@ def test_options_that_cannot_be_meant_publish_nothing(stage, board, tmp_path, ar
     assert "unheard-of" not in names
 
 
-def test_an_unreachable_server(stage, board):
+def test_an_unreachable_server(stage, device):
     config = stage.scene.home / "operator" / "config.toml"
     good = config.read_text()
     config.write_text(good.replace(stage.scene.client.url, f"https://127.0.0.1:{free_ports(1)[0]}"))
@@ -101,7 +101,7 @@ def test_an_unreachable_server(stage, board):
         config.write_text(good)
 
 
-def test_a_token_is_good_once_and_for_a_board_without_an_identity(stage, board, tmp_path):
+def test_a_token_is_good_once_and_for_a_device_without_an_identity(stage, device, tmp_path):
     async def story():
         token = (await stage.scene.command("enroll-token", "--group", GROUP, "--quiet")).encode()
 
@@ -121,38 +121,38 @@ def test_a_token_is_good_once_and_for_a_board_without_an_identity(stage, board, 
     one_line(twice, 1, "already enrolled", "--force")
 
 
-def test_a_second_agent_with_the_same_identity(stage, board):
+def test_a_second_agent_with_the_same_identity(stage, device):
     # on the same state directory: the first keeps its place at the broker
-    command = next(each for each in stage.scene.devices if each.device == board.device).agent.command
+    command = next(each for each in stage.scene.devices if each.device == device.device).agent.command
     one_line(stage.do(stage.scene.processes.run(command)), 1, "another agent runs on", "--state")
-    assert stage.do(stage.version(board)) == "1"
+    assert stage.do(stage.version(device)) == "1"
 
 
-def test_a_shared_port_in_use(stage, board, tmp_path):
+def test_a_shared_port_in_use(stage, device, tmp_path):
     command = module(
         HOST, "run", "--runtime", str(tmp_path / "r"), "--state", str(tmp_path / "s"), "--ingress",
-        f"127.0.0.1:{board.port}",
+        f"127.0.0.1:{device.port}",
     )  # fmt: skip
-    one_line(stage.do(stage.scene.processes.run(command)), 1, f"127.0.0.1:{board.port}", "in use", "--ingress")
+    one_line(stage.do(stage.scene.processes.run(command)), 1, f"127.0.0.1:{device.port}", "in use", "--ingress")
 
 
-def test_a_port_of_its_own_that_somebody_has(stage, board):
-    # the board says so with its code, and the instance keeps answering where it did
+def test_a_port_of_its_own_that_somebody_has(stage, device):
+    # the device says so with its code, and the instance keeps answering where it did
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        began = stage.do(stage.latest(board))
+        began = stage.do(stage.latest(device))
         stage.do(stage.pushed("v1.wasm", "--port", str(taken.getsockname()[1]), "--detach"))
-        entry = stage.do(stage.reported(board, code=RejectCode.PORT_IN_USE, after=began))
+        entry = stage.do(stage.reported(device, code=RejectCode.PORT_IN_USE, after=began))
         newest = stage.do(stage.newest_rollout())
-        (device,) = (each for each in newest.devices if each.device == board.device)
-        assert device.outcome is Outcome.DEFERRED  # it may be free later, and says nothing about the version
+        (entered,) = (each for each in newest.devices if each.device == device.device)
+        assert entered.outcome is Outcome.DEFERRED  # it may be free later, and says nothing about the version
         stage.do(stage.scene.ask(lambda client: client.abort(newest.id, keep=False)))
     assert entry.message
     assert entry.action
-    assert stage.do(stage.version(board)) == "1"
+    assert stage.do(stage.version(device)) == "1"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_state_directory_that_may_not_be_written(stage, board, tmp_path):
+def test_a_state_directory_that_may_not_be_written(stage, device, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     command = module(HOST, "run", "--runtime", str(tmp_path / "r"), "--state", str(closed), "--ingress", "none")

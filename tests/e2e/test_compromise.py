@@ -79,49 +79,49 @@ class SoloStage(Stage):
         assert server is not None
         await self.stop(server)
 
-    async def back(self, board, *, versions_above: int = 0):
-        """Wait until a board is online and has told what it has accepted."""
+    async def back(self, device, *, versions_above: int = 0):
+        """Wait until a device is online and has told what it has accepted."""
 
         def there():
-            row = next(row for row in self.scene.client.devices().devices if row.id == board.device)
+            row = next(row for row in self.scene.client.devices().devices if row.id == device.device)
             return row if row.online and row.accepted >= versions_above else None
 
-        return await self.until(f"{board.name} is back", there)
+        return await self.until(f"{device.name} is back", there)
 
     async def ahead_now(self) -> str:
-        """The sentence of `fleet status` that names boards ahead of the server; empty for none."""
+        """The sentence of `fleet status` that names devices ahead of the server; empty for none."""
         status = await self.scene.ask(lambda client: client.status())
         return next((each for each in status.problems if "newer assignments than this server" in each), "")
 
-    async def ahead(self, board) -> None:
-        """Wait until `fleet status` names a board as ahead."""
+    async def ahead(self, device) -> None:
+        """Wait until `fleet status` names a device as ahead."""
 
         async def named() -> bool:
-            return board.device in await self.ahead_now()
+            return device.device in await self.ahead_now()
 
-        await eventually_async(named, f"{board.name} is named as ahead", within_s=120)
+        await eventually_async(named, f"{device.name} is named as ahead", within_s=120)
 
-    async def renewed(self, board, before: str) -> None:
-        """Wait until a board has another certificate; it is told to ask now, and not within minutes."""
-        path = self.state(board) / "identity/device.pem"
+    async def renewed(self, device, before: str) -> None:
+        """Wait until a device has another certificate; it is told to ask now, and not within minutes."""
+        path = self.state(device) / "identity/device.pem"
         async with asyncio.timeout(120):
             while path.read_text() == before:
-                board.agent.process.send_signal(signal.SIGHUP)
+                device.agent.process.send_signal(signal.SIGHUP)
                 with contextlib.suppress(NeverError):  # a signal that came too early for the agent is given again
                     await eventually_async(lambda: path.read_text() != before, "another certificate", within_s=1)
 
-    async def ran_on(self, board) -> list[str]:
-        """The versions that a board proves to have committed, in order; a page's own audit must hold."""
+    async def ran_on(self, device) -> list[str]:
+        """The versions that a device proves to have committed, in order; a page's own audit must hold."""
         _, output, _ = await self.fleet("audit", "verify", "--json")
-        found = next(each for each in json.loads(output)["devices"] if each["device"] == board.device)
+        found = next(each for each in json.loads(output)["devices"] if each["device"] == device.device)
         ran = (each["target"] for each in found["ran"] if each["phase"] == "committed" and each["target"])
         return [re.sub(r".*/(.*)\.wasm", r"\1", target) for target in ran]
 
-    async def eventually_ran(self, board, *versions: str) -> None:
+    async def eventually_ran(self, device, *versions: str) -> None:
         """Wait until the proof ends with these versions; reports may still be on their way."""
 
         async def ran() -> bool:
-            return (await self.ran_on(board))[-len(versions) :] == list(versions)
+            return (await self.ran_on(device))[-len(versions) :] == list(versions)
 
         await eventually_async(ran, f"the proof ends with {versions}", within_s=300)
 
@@ -135,8 +135,8 @@ def stage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def board(stage):
-    """A board of the group that runs v1, asked often; the operator has seen it."""
+def device(stage):
+    """A device of the group that runs v1, asked often; the operator has seen it."""
     made = stage.do(stage.scene.add_device("berlin", GROUP))
     stage.do(stage.pushed("v1.wasm", "--version", "1.0.0"))
     code, output, errors = stage.do(stage.fleet("publish", str(fixture("v2.wasm")), "--version", "2.0.0"))
@@ -146,30 +146,30 @@ def board(stage):
     return made
 
 
-def test_a_publishers_key_was_stolen(stage, board, tmp_path):
+def test_a_publishers_key_was_stolen(stage, device, tmp_path):
     async def story():
         # The thief has the key, its passphrase and an operator's token: he publishes, and makes it run.
         shutil.copytree(stage.place.operator, tmp_path / "thief/operator")
         bad = ["--home", str(tmp_path / "thief"), "push", str(fixture("v2.wasm")), "--version", "6.6.6"]
         code, output, errors = await stage.fleet(*bad, "--as", HELLO, "--group", GROUP, "--waves", "100%")
         assert code == 0, output + errors
-        await stage.answers(board, "2")
+        await stage.answers(device, "2")
 
         await stage.page("publisher", STOLEN="hello@6.6.6", GOOD="hello@1.0.0", INSTANCE=HELLO, GROUP=GROUP)
-        await stage.answers(board, "1")
+        await stage.answers(device, "1")
         code, _, errors = await stage.fleet(*bad[:-1], "6.6.7", "--as", HELLO, "--group", GROUP)
         assert code == 2, "the key counts for nothing"
         assert "not trusted with the namespace" in errors
-        await stage.eventually_ran(board, "6.6.6", "1.0.0")
+        await stage.eventually_ran(device, "6.6.6", "1.0.0")
 
     # what was published in this story carries the component's own name
     stage.do(story())
 
 
-def test_the_directors_key_was_stolen(stage, board):
+def test_the_directors_key_was_stolen(stage, device):
     async def story():
         stolen = keys.load(stage.place.keys / "director.pem")
-        honest = msgspec.json.decode(dsse.parse(envelope(stage, board)).payload, type=Assignment)
+        honest = msgspec.json.decode(dsse.parse(envelope(stage, device)).payload, type=Assignment)
         release = stage.published("2.0.0")
         item = msgspec.structs.replace(
             honest.items[0],
@@ -183,26 +183,26 @@ def test_the_directors_key_was_stolen(stage, board):
             honest, version=VERSION_MAX, items=(item,), issued=now, expires=now + timedelta(days=1)
         )
         # Published code, but nobody's rollout; and no honest version can be higher.
-        await say(stage, board, director.sign_assignment(forged, stolen))
-        await stage.answers(board, "2")
-        await stage.eventually_ran(board, "2.0.0")  # beyond probation: else it only goes back
+        await say(stage, device, director.sign_assignment(forged, stolen))
+        await stage.answers(device, "2")
+        await stage.eventually_ran(device, "2.0.0")  # beyond probation: else it only goes back
 
         await stage.page("director")
-        await stage.answers(board, "1")
-        await stage.eventually_ran(board, "2.0.0", "1.0.0")
-        row = await stage.until("the board counts as before", lambda: low(stage, board))
+        await stage.answers(device, "1")
+        await stage.eventually_ran(device, "2.0.0", "1.0.0")
+        row = await stage.until("the device counts as before", lambda: low(stage, device))
         assert row.accepted < 1000
         # and what the thief signs now is nobody's word
-        seen = await stage.latest(board)
-        await say(stage, board, director.sign_assignment(forged, stolen))
-        await stage.reported(board, code="unsigned", after=seen)
-        assert await stage.version(board) == "1"
+        seen = await stage.latest(device)
+        await say(stage, device, director.sign_assignment(forged, stolen))
+        await stage.reported(device, code="unsigned", after=seen)
+        assert await stage.version(device) == "1"
 
     stage.do(story())
 
 
-def low(stage, board):
-    row = next(row for row in stage.scene.client.devices().devices if row.id == board.device)
+def low(stage, device):
+    row = next(row for row in stage.scene.client.devices().devices if row.id == device.device)
     return row if 0 < row.accepted < 1000 else None
 
 
@@ -214,25 +214,25 @@ async def manifest_of(stage, target):
     return next(each.manifest_sha256 for each in hash_bins.releases(files, "main") if each.name.path == target)
 
 
-def test_the_broker_was_stolen(stage, board, tmp_path):
+def test_the_broker_was_stolen(stage, device, tmp_path):
     async def story():
         shutil.copytree(stage.place.tls, tmp_path / "loot")
-        before = stage.state(board).joinpath("identity/device.pem").read_text()
+        before = stage.state(device).joinpath("identity/device.pem").read_text()
         await stage.stop_server()
         await stage.page("broker-down")
         await stage.scene.serve()
         await stage.page("broker-up")
-        await stage.renewed(board, before)
-        await stage.back(board)
+        await stage.renewed(device, before)
+        await stage.back(device)
         # The thief comes as the server itself, with the key that was stolen, and is not let in.
         host, _, port = stage.scene.client.status().mqtt[0].rpartition("/")[2].rpartition(":")
         context = ssl.create_default_context(cafile=str(stage.place.ca / "ca.pem"))
         context.load_cert_chain(tmp_path / "loot/mqtt.pem", tmp_path / "loot/mqtt.key")
         assert await stage_refuses(host, int(port), context)
         await stage.pushed("v2.wasm", "--version", "2.0.0")
-        await stage.answers(board, "2")
+        await stage.answers(device, "2")
         await stage.pushed("v1.wasm", "--version", "1.0.0")
-        await stage.answers(board, "1")
+        await stage.answers(device, "1")
 
     stage.do(story())
 
@@ -249,50 +249,50 @@ async def stage_refuses(host, port, context):
     return answered == b""
 
 
-def test_the_whole_server_was_stolen(stage, board, tmp_path):
+def test_the_whole_server_was_stolen(stage, device, tmp_path):
     async def story():
         await stage.page("backup", BACKUP=tmp_path / "fleet.tar")
         held = (tmp_path / "fleet.tar").read_bytes()
         assert b"PRIVATE" not in held
-        # The thief owns the server and makes the board run another release; then the machine is switched off.
+        # The thief owns the server and makes the device run another release; then the machine is switched off.
         await stage.pushed("v2.wasm", "--version", "2.0.0")
-        await stage.answers(board, "2")
+        await stage.answers(device, "2")
         await stage.stop_server()
         stage.place.server.rename(tmp_path / "evidence")
-        serial = stage.state(board).joinpath("identity/enrolled.json").read_text()
-        before = stage.state(board).joinpath("identity/device.pem").read_text()
+        serial = stage.state(device).joinpath("identity/enrolled.json").read_text()
+        before = stage.state(device).joinpath("identity/device.pem").read_text()
 
         await stage.page("server", BACKUP=tmp_path / "fleet.tar")
         await stage.scene.serve()
-        await stage.renewed(board, before)
-        await stage.ahead(board)
+        await stage.renewed(device, before)
+        await stage.ahead(device)
         await stage.page("server-up")
         # What the thief had it run stays until the operator decides.
-        assert await stage.version(board) == "2"
+        assert await stage.version(device) == "2"
         await stage.page("impose")
-        await stage.answers(board, "1")
+        await stage.answers(device, "1")
         assert await stage.ahead_now() == ""
-        # The backup knows nothing of v2, and the server that knew it is gone: the board proves it.
-        await stage.eventually_ran(board, "2.0.0", "1.0.0")
-        assert stage.state(board).joinpath("identity/enrolled.json").read_text() == serial, "nobody enrolled again"
+        # The backup knows nothing of v2, and the server that knew it is gone: the device proves it.
+        await stage.eventually_ran(device, "2.0.0", "1.0.0")
+        assert stage.state(device).joinpath("identity/enrolled.json").read_text() == serial, "nobody enrolled again"
         code, output, _ = await stage.fleet("operators", "list", "--json")
         assert [each["name"] for each in json.loads(output)["operators"]] == ["admin"], code
         await stage.pushed("v2.wasm", "--version", "2.0.0")
-        await stage.answers(board, "2")
+        await stage.answers(device, "2")
         await stage.pushed("v1.wasm", "--version", "1.0.0")
 
     stage.do(story())
 
 
-def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_path):
+def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, device, tmp_path):
     async def story():
         _, _, devices = stage.scene.client.status().devices_url.rpartition(":")
         _, _, mqtt = stage.scene.client.status().mqtt[0].rpartition(":")
         code, output, errors = await stage.fleet("audit", "verify")
         assert code == 0, output + errors
         await stage.stop_server()
-        await stage.stop(board.agent)
-        stage.scene.devices.remove(board)
+        await stage.stop(device.agent)
+        stage.scene.devices.remove(device)
         stage.place.server.rename(tmp_path / "evidence")
 
         await stage.page("bare", DEVICES_PORT=devices, MQTT_PORT=mqtt)
@@ -300,9 +300,9 @@ def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_pa
         await stage.page(
             "bare-up", FILE=fixture("v2.wasm"), VERSION="2.0.0", GOOD="hello@2.0.0", INSTANCE=HELLO, GROUP=GROUP
         )
-        assert await stage.version(board) == "1", "it goes on with what it runs"
-        stage.scene.devices.append(board)
-        again = await stage.start_agent(board)
+        assert await stage.version(device) == "1", "it goes on with what it runs"
+        stage.scene.devices.append(device)
+        again = await stage.start_agent(device)
         await stage.ahead(again)
         assert await stage.version(again) == "1"
         await stage.page("impose")
@@ -313,7 +313,7 @@ def test_the_whole_server_was_stolen_and_there_is_no_backup(stage, board, tmp_pa
     stage.do(story())
 
 
-def test_every_block_of_the_page_was_run(stage, board):
+def test_every_block_of_the_page_was_run(stage, device):
     """Last in this file: what the page says and nobody ran is a promise without proof."""
     if len(stage.ran) < 3:
         pytest.skip("only some of this file's tests were asked for")

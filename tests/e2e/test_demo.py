@@ -97,7 +97,7 @@ def test_the_whole_main_job_then_it_stays_up_and_ctrl_c_leaves_nothing(tmp_path)
         with urllib.request.urlopen(curl, timeout=10) as answer:
             assert answer.read() == b"hello from v1\n"
         known = family(demo.process.pid)
-        # a server, and three boards of an agent and a host with its zygote and lanes
+        # a server, and three devices of an agent and a host with its zygote and lanes
         assert len(known) > 7
         demo.process.send_signal(signal.SIGINT)
         assert demo.end() == 0, "\n".join(demo.lines)

@@ -13,12 +13,12 @@ def verify(stage, *arguments):
     return code, output
 
 
-def test_a_server_that_changes_a_boards_history_is_found_out(stage, board):
+def test_a_server_that_changes_a_devices_history_is_found_out(stage, device):
     stage.do(stage.pushed("v2.wasm"))
     code, output = verify(stage, "--json")
     assert code == 0, output
     [shown] = json.loads(output)["devices"]
-    assert shown["device"] == board.device
+    assert shown["device"] == device.device
     ran = [each["target"].rpartition("/")[2] for each in shown["ran"] if each["phase"] == "committed"]
     assert ran == ["1.0.0.wasm", "2.0.0.wasm"]
     assert all(each["nonce"] and each["assignment_sha256"] for each in shown["ran"][1:])
@@ -32,7 +32,7 @@ def test_a_server_that_changes_a_boards_history_is_found_out(stage, board):
     assert code == 1
     assert "left out" in output
 
-    # Whoever took the server over shows a key of its own for the board.
+    # Whoever took the server over shows a key of its own for the device.
     stage.do(
         stage.restart_server(
             harm=lambda database: database.execute(

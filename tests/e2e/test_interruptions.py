@@ -16,14 +16,14 @@ from tests.eventually import eventually_async
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def current(stage, board):
-    """The board as it is now; processes may have been started again."""
-    return next(each for each in stage.scene.devices if each.device == board.device)
+def current(stage, device):
+    """The device as it is now; processes may have been started again."""
+    return next(each for each in stage.scene.devices if each.device == device.device)
 
 
-def test_an_agent_that_restarts_touches_no_instance(stage, board):
+def test_an_agent_that_restarts_touches_no_instance(stage, device):
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         lanes = set(descendants(here.host.process.pid))
         await stage.kill(here.agent)
         assert await stage.version(here) == "1"
@@ -35,10 +35,10 @@ def test_an_agent_that_restarts_touches_no_instance(stage, board):
     assert before == after
 
 
-def test_a_host_that_restarts_while_the_agent_is_down_answers_again(stage, board):
+def test_a_host_that_restarts_while_the_agent_is_down_answers_again(stage, device):
     # no agent, no network, no server needed: `fleet-agent restore` reads the committed run-set
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         await stage.stop(here.agent)
         orphans = descendants(here.host.process.pid)
         await stage.kill(here.host)
@@ -51,22 +51,22 @@ def test_a_host_that_restarts_while_the_agent_is_down_answers_again(stage, board
     assert not [pid for pid in orphans if alive(pid)]
 
 
-def test_a_host_that_dies_under_a_running_agent_is_given_back_what_ran(stage, board):
+def test_a_host_that_dies_under_a_running_agent_is_given_back_what_ran(stage, device):
     # nobody but the agent that was there all the time: it sees another session of the host, and restores
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         agent = here.agent.process.pid
         await stage.kill(here.host)
         here = await stage.start_host(here, restore=False)
         await stage.answers(here, "1")
-        return agent, current(stage, board).agent.process.pid
+        return agent, current(stage, device).agent.process.pid
 
     before, after = stage.do(story())
     assert before == after
     assert alive(after)
 
 
-def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, board, tmp_path):
+def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, device, tmp_path):
     # The server is stopped in the middle of the bytes, the agent is killed, both come back
     big = tmp_path / "big.wasm"
     big.write_bytes(padded("v2.wasm", 48 * 1024 * 1024))
@@ -74,7 +74,7 @@ def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, board, tmp_
     toml.write_text(component_toml("v2.toml", version="2.0.48"))
 
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         server = stage.scene._server
         artifacts = stage.state(here) / "artifacts"
         began = await stage.latest(here)
@@ -95,9 +95,9 @@ def test_an_agent_killed_in_mid_download_resumes_where_it_was(stage, board, tmp_
     assert kept > 0, "the download was over before it could be interrupted"
 
 
-def test_a_host_killed_in_mid_swap_leaves_the_old_or_the_new(stage, board):
+def test_a_host_killed_in_mid_swap_leaves_the_old_or_the_new(stage, device):
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         before = await stage.version(here)
         began = await stage.latest(here)
         push = asyncio.create_task(stage.push("v1.wasm" if before == "2" else "v2.wasm"))
@@ -112,10 +112,10 @@ def test_a_host_killed_in_mid_swap_leaves_the_old_or_the_new(stage, board):
     assert after == (wanted if code == 0 else before), said
 
 
-def test_a_server_that_restarts_in_mid_rollout_goes_on_with_it(stage, board):
-    # the board is frozen, so that the rollout cannot be over before the server has been killed
+def test_a_server_that_restarts_in_mid_rollout_goes_on_with_it(stage, device):
+    # the device is frozen, so that the rollout cannot be over before the server has been killed
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         before = await stage.version(here)
         here.agent.process.send_signal(signal.SIGSTOP)
         code, output, errors = await stage.push("v1.wasm" if before == "2" else "v2.wasm", "--detach")
@@ -134,9 +134,9 @@ def test_a_server_that_restarts_in_mid_rollout_goes_on_with_it(stage, board):
     assert {before, after} == {"1", "2"}
 
 
-def test_a_broker_that_dies_is_started_again_and_boards_come_back(stage, board):
+def test_a_broker_that_dies_is_started_again_and_devices_come_back(stage, device):
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         before = await stage.version(here)
         server = stage.scene._server
         broker = next(pid for pid in descendants(server.process.pid) if is_broker(pid))

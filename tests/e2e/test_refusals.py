@@ -13,25 +13,25 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def other(stage, board):
-    """A second board of the group."""
+def other(stage, device):
+    """A second device of the group."""
     made = stage.do(stage.scene.add_device("paris", GROUP))
     stage.do(stage.answers(made, "1"))
     return made
 
 
-def refused(stage, board, code, attack, *, or_by=()):
-    """Play `attack`, wait for the board's report with `code`, and see that v1 still answers.
+def refused(stage, device, code, attack, *, or_by=()):
+    """Play `attack`, wait for the device's report with `code`, and see that v1 still answers.
 
-    A rollout halts on the first board that refuses, perhaps before the second was asked: `or_by` are the others that
+    A rollout halts on the first device that refuses, perhaps before the second was asked: `or_by` are the others that
     may be the first.
     """
 
     async def story():
-        began = await stage.latest(board)
+        began = await stage.latest(device)
         await attack()
-        entry = await stage.reported(board, *or_by, code=code, after=began)
-        return entry, await stage.version(board)
+        entry = await stage.reported(device, *or_by, code=code, after=began)
+        return entry, await stage.version(device)
 
     entry, version = stage.do(story())
     assert version == "1"
@@ -39,32 +39,32 @@ def refused(stage, board, code, attack, *, or_by=()):
     return entry
 
 
-def test_an_assignment_for_another_board(stage, board, other):
+def test_an_assignment_for_another_device(stage, device, other):
     foreign = hostile.envelope(stage, other)
-    refused(stage, board, RejectCode.WRONG_DEVICE, lambda: hostile.say(stage, board, foreign))
+    refused(stage, device, RejectCode.WRONG_DEVICE, lambda: hostile.say(stage, device, foreign))
 
 
-def test_an_older_assignment(stage, board, other):
-    older = hostile.envelope(stage, board)
+def test_an_older_assignment(stage, device, other):
+    older = hostile.envelope(stage, device)
     stage.do(stage.pushed("v2.wasm"))
     code, output, errors = stage.do(stage.fleet("undo", "--group", GROUP))
     assert code == 0, output + errors
-    refused(stage, board, RejectCode.ROLLBACK, lambda: hostile.say(stage, board, older))
+    refused(stage, device, RejectCode.ROLLBACK, lambda: hostile.say(stage, device, older))
 
 
-def test_an_assignment_that_the_director_did_not_sign(stage, board, other):
-    forged = hostile.envelope(stage, board)
+def test_an_assignment_that_the_director_did_not_sign(stage, device, other):
+    forged = hostile.envelope(stage, device)
     at = forged.index(b'"sig":"') + 10
     forged = forged[:at] + (b"A" if forged[at : at + 1] != b"A" else b"B") + forged[at + 1 :]
-    refused(stage, board, RejectCode.UNSIGNED, lambda: hostile.say(stage, board, forged))
+    refused(stage, device, RejectCode.UNSIGNED, lambda: hostile.say(stage, device, forged))
 
 
-def test_an_artifact_that_was_changed_on_the_server(stage, board, other):
-    # the server still has v2's bytes; neither board has them any more
+def test_an_artifact_that_was_changed_on_the_server(stage, device, other):
+    # the server still has v2's bytes; neither device has them any more
     async def attack():
         code, output, errors = await stage.fleet("publish", str(fixture("v2.wasm")))
         assert code == 0, output + errors
-        for each in (board, other):
+        for each in (device, other):
             for kept in (stage.state(each) / "artifacts").iterdir():
                 kept.unlink()
             for image in (stage.state(each) / "images").iterdir():
@@ -78,7 +78,7 @@ def test_an_artifact_that_was_changed_on_the_server(stage, board, other):
         code, output, _ = await stage.fleet("deploy", "hello@2.0.0", "--group", GROUP, "--waves", "100%")
         assert code == 1, output
 
-    refused(stage, board, RejectCode.HASH_MISMATCH, attack, or_by=[other])
+    refused(stage, device, RejectCode.HASH_MISMATCH, attack, or_by=[other])
 
 
 def flipped_signature(data):
@@ -96,12 +96,12 @@ def flipped_signature(data):
     ],
     ids=["snapshot", "namespace"],
 )
-def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, version, role, damage, code):
-    # a new release, and metadata that is changed before any board has seen it: they stand still meanwhile
+def test_metadata_that_was_changed_on_the_server(stage, device, other, tmp_path, version, role, damage, code):
+    # a new release, and metadata that is changed before any device has seen it: they stand still meanwhile
     v2 = tmp_path / "hello.wasm"
     v2.write_bytes(fixture("v2.wasm").read_bytes() + b"\x00\x02\x01x")
     (tmp_path / "hello.toml").write_text(fixture("v2.toml").read_text().replace("2.0.0", version))
-    agents = [each.agent.process for each in (board, other)]
+    agents = [each.agent.process for each in (device, other)]
     for agent in agents:
         agent.send_signal(signal.SIGSTOP)
     done, output, errors = stage.do(stage.fleet("publish", str(v2)))
@@ -121,7 +121,7 @@ def test_metadata_that_was_changed_on_the_server(stage, board, other, tmp_path, 
         assert code in output + errors
 
     try:
-        refused(stage, board, code, attack, or_by=[other])
+        refused(stage, device, code, attack, or_by=[other])
     finally:
         stage.do(stage.fleet("rollout", "abort", str(stage.do(stage.newest_rollout()).number)))
         newest.write_bytes(good)

@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def sought(stage):
-    """Every place where a thief would look: all files of server, broker, operator and board, and of processes."""
+    """Every place where a thief would look: all files of server, broker, operator and device, and of processes."""
     for path in stage.scene.directory.rglob("*"):
         if path.is_file():
             yield path, path.read_bytes()
-    for board in stage.scene.devices:
-        for child in (each for each in (board.host, board.agent) if alive(each.process.pid)):
+    for device in stage.scene.devices:
+        for child in (each for each in (device.host, device.agent) if alive(each.process.pid)):
             for pid in (child.process.pid, *descendants(child.process.pid)):
                 for name in ("environ", "cmdline"):
                     path = Path(f"/proc/{pid}/{name}")
@@ -42,7 +42,7 @@ def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
         return output
 
     async def story():
-        board = await stage.scene.add_device("berlin", GROUP)
+        device = await stage.scene.add_device("berlin", GROUP)
         (port,) = free_ports(1)
         toml.write_text(TOML.format(version="1.0.0", probation="100ms"))
         push = ("push", str(component), "--as", HELLO, "--group", GROUP, "--port", str(port))
@@ -61,40 +61,40 @@ def test_a_secret_is_given_read_rotated_and_taken_back(stage, tmp_path):
         assert "operator" in await ok("secret", "list")
 
         # Rotated, this time sealed by the server: the same version runs on with the next value.
-        before = await stage.latest(board)
+        before = await stage.latest(device)
         await ok("secret", "rotate", "db-password", *where, stdin=SECOND.encode())
         await answers(port, SECOND)
-        await stage.reported(board, phase=Phase.COMMITTED, after=before)
+        await stage.reported(device, phase=Phase.COMMITTED, after=before)
 
-        # A rotation under which it does worse is taken back by the board, to the value before.
+        # A rotation under which it does worse is taken back by the device, to the value before.
         toml.write_text(TOML.format(version="2.0.0", probation="60s"))
-        before = await stage.latest(board)
+        before = await stage.latest(device)
         await ok(*push, "--detach")
-        await stage.until("the new version is watched", lambda: watched(stage, board))
+        await stage.until("the new version is watched", lambda: watched(stage, device))
         get(port, "/trap")
-        await stage.reported(board, phase=Phase.ROLLED_BACK, after=before)
+        await stage.reported(device, phase=Phase.ROLLED_BACK, after=before)
         await answers(port, SECOND)
 
         # Its log and the report of its trap name no value.
-        shown = await ok("logs", HELLO, "--device", board.device)
+        shown = await ok("logs", HELLO, "--device", device.device)
         assert "redacted" in shown
-        timeline = await ok("why", board.device, "--log", "--limit", "100")
+        timeline = await ok("why", device.device, "--log", "--limit", "100")
         assert "redacted" in timeline
         assert "goes to the fleet" in timeline
 
-        # A stick for this board has its box, and none with its group's name on it.
+        # A stick for this device has its box, and none with its group's name on it.
         stick, without = tmp_path / "stick.tar", tmp_path / "group.tar"
-        await ok("bundle", "create", "--device", board.device, "-o", str(stick))
+        await ok("bundle", "create", "--device", device.device, "-o", str(stick))
         await ok("bundle", "create", "--group", GROUP, "-o", str(without))
         assert boxes_in(stick)
         assert not boxes_in(without)
 
-        # The board's power fails: host and restore alone, without agent or server, give it back.
-        await stage.kill(board.agent)
-        await stage.kill(board.host)
-        board = await stage.start_host(board)
+        # The device's power fails: host and restore alone, without agent or server, give it back.
+        await stage.kill(device.agent)
+        await stage.kill(device.host)
+        device = await stage.start_host(device)
         await answers(port, SECOND)
-        board = await stage.start_agent(board)
+        device = await stage.start_agent(device)
 
         for value in (FIRST, SECOND):
             for form in (value.encode(), base64.b64encode(value.encode()), value.encode().hex().encode()):
@@ -111,6 +111,6 @@ def boxes_in(bundle):
         return [name for name in tar.getnames() if name.startswith("secrets/")]
 
 
-def watched(stage, board):
-    entries = stage.scene.client.timeline(board.device, limit=50).entries
+def watched(stage, device):
+    entries = stage.scene.client.timeline(device.device, limit=50).entries
     return any(each.phase is Phase.PROBATION and "2.0.0" in each.target for each in entries) or None

@@ -9,14 +9,14 @@ from tests.e2e.stage import HELLO
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
-def load_on(board):
+def load_on(device):
     """Half of the clients keep their connection; one request in ten is a POST; none retries."""
-    return Load(port=board.port, path=f"/{HELLO}/", kept_alive=3, fresh=3, pause_s=0.005, post_every=10)
+    return Load(port=device.port, path=f"/{HELLO}/", kept_alive=3, fresh=3, pause_s=0.005, post_every=10)
 
 
-def test_a_new_version_takes_over_and_nobody_notices(stage, board):
+def test_a_new_version_takes_over_and_nobody_notices(stage, device):
     async def story():
-        async with load_on(board) as load:
+        async with load_on(device) as load:
             await load.sent(200)
             await stage.pushed("v2.wasm")
             await load.sent(200)
@@ -29,13 +29,13 @@ def test_a_new_version_takes_over_and_nobody_notices(stage, board):
     assert result.posts * 9 <= result.sent <= result.posts * 11
 
 
-def test_one_that_traps_under_traffic_is_taken_back_by_the_board(stage, board):
+def test_one_that_traps_under_traffic_is_taken_back_by_the_device(stage, device):
     # v3 passes its checks and its first calls, and then traps at every call
     async def story():
-        async with load_on(board) as load:
+        async with load_on(device) as load:
             await load.sent(100)
             code, output, _ = await stage.push("v3.wasm")
-            rolled_back = await stage.reported(board, phase=Phase.ROLLED_BACK)
+            rolled_back = await stage.reported(device, phase=Phase.ROLLED_BACK)
             before = load.count()
             await load.sent(200)
             return code, output, rolled_back, await load.stop() - before
@@ -49,9 +49,9 @@ def test_one_that_traps_under_traffic_is_taken_back_by_the_board(stage, board):
     assert set(after.by_version) == {"2"}
 
 
-def test_undo_offers_the_state_before_through_the_same_gates(stage, board):
+def test_undo_offers_the_state_before_through_the_same_gates(stage, device):
     async def story():
-        async with load_on(board) as load:
+        async with load_on(device) as load:
             await load.sent(100)
             # the newest rollout took itself back: what to undo is named, and the good version stays until then
             code, output, errors = await stage.fleet("undo", "--group", "edge-eu")
@@ -63,11 +63,11 @@ def test_undo_offers_the_state_before_through_the_same_gates(stage, board):
     code, said, result = stage.do(story())
     assert code == 0, said
     assert result.lost == 0, result.losses
-    assert stage.do(stage.version(board)) == "1"
+    assert stage.do(stage.version(device)) == "1"
 
 
-def test_removal_stops_it_and_says_so(stage, board):
+def test_removal_stops_it_and_says_so(stage, device):
     code, output, errors = stage.do(stage.fleet("remove", HELLO, "--group", "edge-eu"))
     assert code == 0, output + errors
-    assert stage.do(stage.version(board)) == ""
-    stage.do(stage.until("the board says so", lambda: not stage.scene.client.devices().devices[0].instances or None))
+    assert stage.do(stage.version(device)) == ""
+    stage.do(stage.until("the device says so", lambda: not stage.scene.client.devices().devices[0].instances or None))

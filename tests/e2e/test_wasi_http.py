@@ -1,4 +1,4 @@
-"""A component built for wasi:http, pushed as it is: signed, composed on the board, swapped in under load."""
+"""A component built for wasi:http, pushed as it is: signed, composed on the device, swapped in under load."""
 
 import http.client
 import shutil
@@ -25,8 +25,8 @@ def probe(tmp_path):
     return tmp_path / PROBE.name
 
 
-def get(board, path):
-    client = http.client.HTTPConnection("127.0.0.1", board.port, timeout=30)
+def get(device, path):
+    client = http.client.HTTPConnection("127.0.0.1", device.port, timeout=30)
     try:
         client.request("GET", f"/{HELLO}{path}")
         answer = client.getresponse()
@@ -35,16 +35,16 @@ def get(board, path):
         client.close()
 
 
-def test_without_the_grant_it_is_refused_with_the_file_to_save(stage, board, tmp_path):
+def test_without_the_grant_it_is_refused_with_the_file_to_save(stage, device, tmp_path):
     shutil.copy(PROBE, tmp_path)
     code, output, errors = stage.do(stage.push(tmp_path / PROBE.name))
     assert code != 0
     assert "wasi:http/outgoing-handler" in output + errors
 
 
-def test_it_takes_over_from_a_native_component_and_nobody_notices(stage, board, probe):
+def test_it_takes_over_from_a_native_component_and_nobody_notices(stage, device, probe):
     async def story():
-        async with Load(port=board.port, path=f"/{HELLO}/", kept_alive=2, fresh=2, pause_s=0.01) as load:
+        async with Load(port=device.port, path=f"/{HELLO}/", kept_alive=2, fresh=2, pause_s=0.01) as load:
             await load.sent(50)
             await stage.pushed(probe)
             await load.sent(50)
@@ -52,25 +52,25 @@ def test_it_takes_over_from_a_native_component_and_nobody_notices(stage, board, 
 
     result = stage.do(story())
     assert result.lost == 0, result.losses
-    assert get(board, "/") == (200, b"hello over wasi:http\n")
-    status, seen = get(board, "/describe?a=1")
+    assert get(device, "/") == (200, b"hello over wasi:http\n")
+    status, seen = get(device, "/describe?a=1")
     assert status == 200
     assert seen.startswith(b"get /describe?a=1 http 127.0.0.1")
 
 
-def test_when_it_traps_in_probation_the_board_takes_the_native_one_back(stage, board, probe):
+def test_when_it_traps_in_probation_the_device_takes_the_native_one_back(stage, device, probe):
     text = probe.with_name("component.toml").read_text()
     probe.with_name("component.toml").write_text(text.replace("1.0.0", "1.0.1") + "\n[health]\nprobation = '60s'\n")
     stage.do(stage.pushed("v2.wasm"))
 
     async def story():
-        began = await stage.latest(board)
+        began = await stage.latest(device)
         pushed = stage.fleet("push", str(probe), "--as", HELLO, "--group", GROUP, "--waves", "100%", "--detach")
         await pushed
-        await stage.reported(board, phase=Phase.PROBATION, after=began)
-        get(board, "/trap")
-        entry = await stage.reported(board, phase=Phase.ROLLED_BACK, after=began)
-        return entry, await stage.version(board)
+        await stage.reported(device, phase=Phase.PROBATION, after=began)
+        get(device, "/trap")
+        entry = await stage.reported(device, phase=Phase.ROLLED_BACK, after=began)
+        return entry, await stage.version(device)
 
     entry, version = stage.do(story())
     assert entry.code == "trapped"

@@ -187,7 +187,7 @@ _TRUSTED: Final = _trusted()
 
 
 def change(data: bytes) -> None:
-    """What a board keeps of a change under way: a damaged row is an error of one kind."""
+    """What a device keeps of a change under way: a damaged row is an error of one kind."""
     try:
         found = Change.decode(data)
     except msgspec.DecodeError:

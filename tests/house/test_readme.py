@@ -93,7 +93,7 @@ def test_the_table_leaves_out_no_command():
     assert sorted(NAMES - told) == []
 
 
-def test_the_table_leaves_out_no_command_of_the_board():
+def test_the_table_leaves_out_no_command_of_the_device():
     for program, parser in (("fleet-agent", agent_parser()), ("fleet-host", host_parser())):
         subparsers = next(action for action in parser._actions if action.dest == "command")
         told = {line.split()[1] for line in TABLE if line.startswith(f"{program} ")}

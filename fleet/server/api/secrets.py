@@ -73,15 +73,15 @@ class SecretHandlers:
     async def keys(self, request: Request, _by: str) -> Response:
         """GET /v1/secrets/{name}/keys?group=&device=&instance=."""
         name = names.check_secret(param(request, "name"))
-        boards = self._boards(KEYS_GROUP.of(request), KEYS_DEVICE.of(request))
-        instance = self._instance(KEYS_INSTANCE.of(request), name, boards)
+        devices = self._devices_of(KEYS_GROUP.of(request), KEYS_DEVICE.of(request))
+        instance = self._instance(KEYS_INSTANCE.of(request), name, devices)
         return answer(
             SealingKeys(
                 fleet=self._director.fleet,
                 name=name,
                 instance=instance,
                 version=self._store.boxes.next_version(instance, name),
-                devices=tuple(self._key(board) for board in boards),
+                devices=tuple(self._key(device) for device in devices),
             )
         )
 
@@ -94,7 +94,7 @@ class SecretHandlers:
         """POST /v1/secrets/{name}/remove."""
         name = names.check_secret(param(request, "name"))
         wish = await body(request, SecretScope)
-        devices = self._boards(wish.group, wish.device)
+        devices = self._devices_of(wish.group, wish.device)
         instance = self._instance(wish.instance, name, devices)
         for device in devices:
             release = self._runs(device, instance)
@@ -127,7 +127,7 @@ class SecretHandlers:
         """
         if bool(wish.value) == bool(wish.boxes):
             raise Refusal(400, "bad-request", "give either a value or boxes that are sealed")
-        devices = self._boards(wish.group, wish.device)
+        devices = self._devices_of(wish.group, wish.device)
         instance = self._instance(wish.instance, name, devices)
         self._check_declared(instance, name, devices, ahead=wish.ahead)
         version = self._store.boxes.next_version(instance, name)
@@ -225,7 +225,7 @@ class SecretHandlers:
 
     # -- who and what ------------------------------------------------------------------------------------------------
 
-    def _boards(self, group: str, device: str) -> Sequence[DeviceRow]:
+    def _devices_of(self, group: str, device: str) -> Sequence[DeviceRow]:
         """Return the members of a group, by labels that operators set and no claim of a device, or one device."""
         if bool(group) == bool(device):
             raise Refusal(400, "bad-request", "name either a group or a device")

@@ -100,7 +100,7 @@ def says(data, *, then="close"):
     return behave
 
 
-class Board:
+class Device:
     """A guest, its worker's `Outgoing`, and an egress in a thread."""
 
     def __init__(self, image, directory, resolver):

@@ -229,6 +229,7 @@ def test_a_host_name_becomes_a_valid_name(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "Kran_Süd.local")
     assert enrolment.device_name() == "kran-s-d"
     assert enrolment.device_name("Lift 7") == "lift-7"
+    assert enrolment.device_name("***") == "device"
 
 
 @pytest.mark.parametrize("devices", [True, False])

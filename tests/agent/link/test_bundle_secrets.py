@@ -14,7 +14,7 @@ from fleet.protocol import names as layout
 from fleet.protocol.codes import RejectCode
 from signing import director, keys
 
-DEVICE = "board-01234567"
+DEVICE = "device-01234567"
 PASSWORD = "correct horse battery staple"
 NEWER = "a password of today"
 

@@ -26,7 +26,7 @@ KEY = "ab" * 32
 
 
 class Place:
-    """An operator's home with the server on it, and what a board has seen of it."""
+    """An operator's home with the server on it, and what a device has seen of it."""
 
     def __init__(self, directory):
         self.path = directory / "home"
@@ -39,7 +39,7 @@ class Place:
         return {path.name: path.read_bytes() for path in self.home.repository.glob("*.json")}
 
     def look(self, files, *, now=NOW):
-        """A board with its memory looks at a repository."""
+        """A device with its memory looks at a repository."""
 
         def fetch(name, _max_bytes):
             if name not in files:
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_backup_changes_nothing(place, tmp_path, data):
     assert sorted(path.name for path in place.path.iterdir()) == ["operator"]
 
 
-def test_boards_follow_a_server_that_was_made_anew_and_what_was_stolen_counts_for_nothing(place, tmp_path):
+def test_devices_follow_a_server_that_was_made_anew_and_what_was_stolen_counts_for_nothing(place, tmp_path):
     place.look(place.files())
     recovery.backup(place.path, tmp_path / "b.tar")
     place.publish(3)  # after the backup; this operator's machine has seen it
@@ -153,7 +153,7 @@ def test_boards_follow_a_server_that_was_made_anew_and_what_was_stolen_counts_fo
     assert "4.main.json" in files, "what only this machine had seen is there, the backup had less"
     assert repository.latest(files, "snapshot")[0] > repository.latest(stolen, "snapshot")[0], "no name is used twice"
     place.look(files)
-    # The thief goes on signing with what he has; the board has gone beyond that root.
+    # The thief goes on signing with what he has; the device has gone beyond that root.
     thief = {role: keys.load(tmp_path / f"loot/keys/{role}.pem") for role in ("snapshot", "timestamp")}
     own = dict(files)
     own["timestamp.json"] = stolen["timestamp.json"]
@@ -179,17 +179,17 @@ def cache(place):
     (directory / "timestamp.json").write_bytes(files["timestamp.json"])
 
 
-def test_nobody_comes_in_with_an_old_token_and_revoked_boards_stay_out(place, tmp_path):
+def test_nobody_comes_in_with_an_old_token_and_revoked_devices_stay_out(place, tmp_path):
     with_store(place, lambda store: add(store, "gate-01234567", KEY))
     recovery.backup(place.path, tmp_path / "b.tar")
     old = (place.home.operator / "token").read_text()
     place.home.server.rename(tmp_path / "loot")
-    boards = {
+    devices = {
         "gate-01234567": Known(key=KEY, groups=("edge",), revoked=True),  # shut out after the backup
         "lift-01234567": Known(key="cd" * 32, groups=("edge", "north")),  # enrolled after it
         "door-01234567": Known(key="ef" * 32, revoked=True),
     }
-    made, _ = place.rebuilt(kept=tmp_path / "b.tar", devices=boards)
+    made, _ = place.rebuilt(kept=tmp_path / "b.tar", devices=devices)
     assert made.admitted == ("lift-01234567",)
     new = (place.home.operator / "token").read_text()
     assert new != old
@@ -234,7 +234,7 @@ def test_without_a_backup_the_metadata_of_this_machine_and_its_memory_are_enough
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_secrets_are_counted_on_above_what_boards_may_remember(place, tmp_path, kept):
+def test_secrets_are_counted_on_above_what_devices_may_remember(place, tmp_path, kept):
     """What the thief, or the honest server after the backup, has given them is more than this database knows."""
 
     def rotate(store):

@@ -54,9 +54,9 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
             raise FetchNotFound(name)
         return large.files[name]
 
-    board = Updater(pinned_root=large.files["1.root.json"], fetch=fetch, states=MemoryState())
-    board.refresh(datetime.now(UTC))
-    assert published(board.find(path := "components/main/sensor/1.7.0.wasm"), path)
+    device = Updater(pinned_root=large.files["1.root.json"], fetch=fetch, states=MemoryState())
+    device.refresh(datetime.now(UTC))
+    assert published(device.find(path := "components/main/sensor/1.7.0.wasm"), path)
     whole = len(repository.latest(large.files, "main")[1])
 
     moved = fleet("sign", "bins", "--bits", "6", "--yes")
@@ -67,8 +67,8 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
 
     # The device of before follows, and fetches a small part.
     fetched.clear()
-    board.refresh(datetime.now(UTC))
-    assert published(board.find(path := "components/main/sensor/1.7.0.wasm"), path)
+    device.refresh(datetime.now(UTC))
+    assert published(device.find(path := "components/main/sensor/1.7.0.wasm"), path)
     part = [name for name in fetched if ".bins-" in name]
     assert len(part) == 1
     assert len(large.files[part[0]]) < whole / 20
@@ -82,8 +82,8 @@ def test_a_large_namespace_moves_over_and_goes_on_as_before(fleet, large, tmp_pa
     changed = {role for role in after if after[role] != before.get(role)} - {"snapshot"}
     assert changed == {hash_bins.holder(large.files, "main", "components/main/hello/2.0.0.wasm")}
     assert "published already" in fleet("publish", file, "--version", "2.0.0").stdout
-    board.refresh(datetime.now(UTC))
-    assert published(board.find(path := "components/main/hello/2.0.0.wasm"), path)
+    device.refresh(datetime.now(UTC))
+    assert published(device.find(path := "components/main/hello/2.0.0.wasm"), path)
 
     # So does taking back, renewing, and giving the namespace another key.
     assert fleet("withdraw", "hello@2.0.0", "--yes").exit_code == 0

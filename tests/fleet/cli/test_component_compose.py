@@ -22,7 +22,7 @@ def run(*arguments):
     return CliRunner().invoke(main, ["component", "compose", *map(str, arguments)])
 
 
-def test_it_writes_what_a_board_would_compile(tmp_path):
+def test_it_writes_what_a_device_would_compile(tmp_path):
     out = tmp_path / "whole.wasm"
     done = run(PROBE, "-o", out)
     assert done.exit_code == 0, done.output

@@ -20,7 +20,7 @@ def row(name: str, **more: object) -> operator_api.DeviceRow:
     return operator_api.DeviceRow(id=f"{name}-00000000", name=name, **(given | more))
 
 
-BOARDS = (
+DEVICES = (
     row("a"),
     row("b", online=False),
     row("c", machine="riscv64"),
@@ -33,7 +33,7 @@ BOARDS = (
 
 @pytest.fixture
 def file(tmp_path, desk):
-    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=BOARDS)
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=DEVICES)
     desk.routes["GET", "/v1/groups"] = operator_api.Groups(
         groups=(
             operator_api.GroupRow(
@@ -98,8 +98,8 @@ def test_a_grant_that_it_had_before_is_not_new(fleet, desk, file):
     assert json.loads(result.stdout)["new_grants"] == []
 
 
-def test_no_board_that_could_run_it_is_exit_code_1(fleet, desk, file):
-    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=BOARDS[2:5])
+def test_no_device_that_could_run_it_is_exit_code_1(fleet, desk, file):
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=DEVICES[2:5])
     assert fleet("push", file, "--group", "edge-eu", "--dry-run").exit_code == 1
 
 

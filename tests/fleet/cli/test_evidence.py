@@ -141,7 +141,7 @@ def test_a_file_that_is_not_there(fleet, desk, component, tmp_path) -> None:
     assert "none.json does not exist" in result.stderr
 
 
-def test_boards_that_run_a_package_are_listed_and_what_is_not_known_is_named(fleet, desk, component, bill) -> None:
+def test_devices_that_run_a_package_are_listed_and_what_is_not_known_is_named(fleet, desk, component, bill) -> None:
     told = published(fleet, component, "--version", "1.0.0", "--sbom", bill)
     silent = published(fleet, component, "--version", "1.1.0")
     settled = (operator_api.Settled(instance="hello", target=told, since="2026-05-01T00:00:00Z"),)
@@ -180,7 +180,7 @@ def test_the_exit_code_is_for_a_cron_job(fleet, desk, component, bill) -> None:
     assert fleet("affected", "left<").exit_code == 2
 
 
-def test_a_board_that_was_shut_out_does_not_count(fleet, desk, component, bill) -> None:
+def test_a_device_that_was_shut_out_does_not_count(fleet, desk, component, bill) -> None:
     told = published(fleet, component, "--version", "1.0.0", "--sbom", bill)
     stage(desk, running(told, revoked=True))
     assert fleet("affected", "serde").exit_code == 0

@@ -19,11 +19,11 @@ START = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 A, B = "berlin-0a0a0a0a", "paris-1b1b1b1b"
 
 
-def board(name: str, outcome: Outcome, **more: object) -> RolloutDevice:
+def device(name: str, outcome: Outcome, **more: object) -> RolloutDevice:
     return RolloutDevice(device=name, wave=1 if name == A else 2, outcome=outcome, **({"online": True} | more))
 
 
-def view(state: RolloutState, *boards: RolloutDevice, **more: object) -> RolloutView:
+def view(state: RolloutState, *devices: RolloutDevice, **more: object) -> RolloutView:
     return RolloutView(
         **{
             "id": "r7",
@@ -34,7 +34,7 @@ def view(state: RolloutState, *boards: RolloutDevice, **more: object) -> Rollout
             "target": "components/main/hello/2.0.0.wasm",
             "group": "edge-eu",
             "waves": (WaveView(text="1", devices=1, offered=True), WaveView(text="100%", devices=1)),
-            "devices": boards,
+            "devices": devices,
             "created_at": START,
             **more,
         }
@@ -42,23 +42,23 @@ def view(state: RolloutState, *boards: RolloutDevice, **more: object) -> Rollout
 
 
 SUCCEEDED = functools.partial(
-    board, outcome=Outcome.SUCCEEDED, offered_at=START, ended_at=START + timedelta(seconds=1.5)
+    device, outcome=Outcome.SUCCEEDED, offered_at=START, ended_at=START + timedelta(seconds=1.5)
 )
 GOOD = [
-    view(RolloutState.RUNNING, board(A, Outcome.WAITING), board(B, Outcome.PENDING)),
+    view(RolloutState.RUNNING, device(A, Outcome.WAITING), device(B, Outcome.PENDING)),
     view(
         RolloutState.RUNNING,
-        board(A, Outcome.IN_PROGRESS, phase=Phase.FETCHING, progress=40),
-        board(B, Outcome.PENDING),
+        device(A, Outcome.IN_PROGRESS, phase=Phase.FETCHING, progress=40),
+        device(B, Outcome.PENDING),
         revision=2,
     ),
     view(
         RolloutState.RUNNING,
-        board(A, Outcome.IN_PROGRESS, phase=Phase.PROBATION),
-        board(B, Outcome.PENDING),
+        device(A, Outcome.IN_PROGRESS, phase=Phase.PROBATION),
+        device(B, Outcome.PENDING),
         revision=3,
     ),
-    view(RolloutState.RUNNING, SUCCEEDED(A), board(B, Outcome.WAITING, online=False), revision=4),
+    view(RolloutState.RUNNING, SUCCEEDED(A), device(B, Outcome.WAITING, online=False), revision=4),
     view(
         RolloutState.SUCCEEDED,
         SUCCEEDED(A),
@@ -71,7 +71,7 @@ BAD = [
     GOOD[0],
     view(
         RolloutState.REVERTED,
-        board(
+        device(
             A,
             Outcome.FAILED,
             phase=Phase.ROLLED_BACK,
@@ -79,7 +79,7 @@ BAD = [
             message="unreachable executed\nin handle",
             log=("counting",),
         ),
-        board(B, Outcome.NOT_AFFECTED),
+        device(B, Outcome.NOT_AFFECTED),
         revision=2,
         reason="1 of 1 devices failed",
     ),
@@ -119,7 +119,7 @@ def test_each_change_is_a_line_and_success_is_exit_code_0(capsys):
     assert script.asked == [1, 2, 3, 4]
 
 
-EARLY = view(RolloutState.SUCCEEDED, SUCCEEDED(A), board(B, Outcome.PENDING), revision=5, ended_at=START)
+EARLY = view(RolloutState.SUCCEEDED, SUCCEEDED(A), device(B, Outcome.PENDING), revision=5, ended_at=START)
 LATE = view(RolloutState.SUCCEEDED, SUCCEEDED(A), SUCCEEDED(B), revision=6, ended_at=START)
 
 
@@ -175,13 +175,13 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
 @pytest.mark.parametrize("state", [RolloutState.REVERTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])
 def test_whatever_is_not_success_is_exit_code_1(state):
     with pytest.raises(Fault) as caught:
-        rollout.follow(Script(), view(state, board(A, Outcome.NOT_AFFECTED)), Options(quiet=True))
+        rollout.follow(Script(), view(state, device(A, Outcome.NOT_AFFECTED)), Options(quiet=True))
     assert caught.value.code is Exit.FAILED
 
 
 @pytest.mark.parametrize("cause", [PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY])
 def test_a_rollout_that_paused_itself_is_not_followed_for_ever(cause):
-    paused = view(RolloutState.PAUSED, board(A, Outcome.WAITING), revision=2, reason="2 devices lost", causes=(cause,))
+    paused = view(RolloutState.PAUSED, device(A, Outcome.WAITING), revision=2, reason="2 devices lost", causes=(cause,))
     with pytest.raises(Fault, match="paused") as stopped:
         rollout.follow(Script(paused, GOOD[4]), GOOD[0], Options())
     assert stopped.value.code is Exit.FAILED
@@ -191,7 +191,7 @@ def test_a_rollout_that_paused_itself_is_not_followed_for_ever(cause):
 
 
 def test_a_paused_rollout_is_followed_on(capsys):
-    paused = view(RolloutState.PAUSED, board(A, Outcome.WAITING), revision=2, reason="paused by admin")
+    paused = view(RolloutState.PAUSED, device(A, Outcome.WAITING), revision=2, reason="paused by admin")
     assert rollout.follow(Script(paused, GOOD[4]), GOOD[0], Options()) is Exit.OK
     assert "  paused: paused by admin\n" in capsys.readouterr().out
 
@@ -251,15 +251,15 @@ def test_the_bars_of_a_terminal(monkeypatch):
         (Phase.ROLLING_BACK, None, 0.0),
     ],
 )
-def test_how_far_a_board_is(phase, progress, done):
-    assert rollout.steps(board(A, Outcome.IN_PROGRESS, phase=phase, progress=progress)) == done
+def test_how_far_a_device_is(phase, progress, done):
+    assert rollout.steps(device(A, Outcome.IN_PROGRESS, phase=phase, progress=progress)) == done
 
 
-def test_many_boards_fit_on_a_screen_with_the_open_ones_first():
-    boards = [board(f"gate-{number:08x}", Outcome.PENDING) for number in range(60)]
-    boards[59] = board("gate-0000003b", Outcome.IN_PROGRESS, phase=Phase.COMPILING)
+def test_many_devices_fit_on_a_screen_with_the_open_ones_first():
+    devices = [device(f"gate-{number:08x}", Outcome.PENDING) for number in range(60)]
+    devices[59] = device("gate-0000003b", Outcome.IN_PROGRESS, phase=Phase.COMPILING)
     screen = Console(file=io.StringIO(), width=100, color_system=None)
-    screen.print(rollout.picture(view(RolloutState.RUNNING, *boards)))
+    screen.print(rollout.picture(view(RolloutState.RUNNING, *devices)))
     text = screen.file.getvalue()
     assert "gate-0000003b" in text
     assert "and 36 more" in text

@@ -87,7 +87,7 @@ def on_card(path, offset):
 
 @needs_tools
 @pytest.mark.parametrize(("card", "offset"), [("raspios", 4 * MIB), ("efi", 3 * MIB)])
-def test_the_token_lies_where_the_board_looks_for_it(request, card, offset):
+def test_the_token_lies_where_the_device_looks_for_it(request, card, offset):
     path, text = request.getfixturevalue(card), token()
     done = run(path, "--token", text)
     assert done.exit_code == 0, done.output
@@ -130,7 +130,7 @@ def test_what_is_no_image_is_named(tmp_path, content, said):
     assert "Traceback" not in done.output
 
 
-def test_a_token_that_no_board_would_take_is_refused_here(tmp_path):
+def test_a_token_that_no_device_would_take_is_refused_here(tmp_path):
     card = tmp_path / "card.img"
     assert "damaged" in run(card, "--token", "wf1.damaged").output
     old = token(expires=datetime.now(UTC) - timedelta(minutes=1))
@@ -138,7 +138,7 @@ def test_a_token_that_no_board_would_take_is_refused_here(tmp_path):
     assert (done.exit_code, "expired" in done.output) == (2, True)
 
 
-def test_the_board_and_the_operator_mean_the_same_file():
+def test_the_device_and_the_operator_mean_the_same_file():
     assert bundle.NAME == identity.NAME
 
 

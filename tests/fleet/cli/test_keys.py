@@ -31,7 +31,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
-class Board:
+class Device:
     """A production device's verifier that lives through the whole story, from the root of its enrolment."""
 
     def __init__(self, desk) -> None:
@@ -107,10 +107,10 @@ def test_a_printed_recovery_key_is_typed_in_again(fleet, desk, home):
 
 
 @pytest.mark.parametrize("role", ["main", "targets", "root"])
-def test_a_role_gets_another_key_and_boards_follow(role, fleet, desk, elsewhere):
-    board = Board(desk)
+def test_a_role_gets_another_key_and_devices_follow(role, fleet, desk, elsewhere):
+    device = Device(desk)
     assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
-    board.sees("components/main/hello/1.0.0.wasm")
+    device.sees("components/main/hello/1.0.0.wasm")
     before = rotation.keys_of(desk.files, role)
 
     done = fleet("keys", "rotate", role, "--yes")
@@ -123,7 +123,7 @@ def test_a_role_gets_another_key_and_boards_follow(role, fleet, desk, elsewhere)
     kept = {key.keyid for key in before.keys} & {key.keyid for key in after.keys}
     assert kept == ({paper.keyid} if role == "root" else set())
     assert fleet("publish", hello(elsewhere), "--version", "1.1.0").exit_code == 0
-    assert board.sees("components/main/hello/1.1.0.wasm")
+    assert device.sees("components/main/hello/1.1.0.wasm")
     assert listed(fleet)[f"{role}-2"] == role
     assert listed(fleet)[role] == ""
 
@@ -194,7 +194,7 @@ def pipeline(home: Path, elsewhere: Path, monkeypatch, namespace: str) -> None:
 
 
 def test_a_pipeline_publishes_in_its_namespace_below_its_ceiling(fleet, desk, home, elsewhere, monkeypatch):
-    board = Board(desk)
+    device = Device(desk)
     made = fleet(
         *("keys", "new", "build", "--ci", "--namespace", "edge", "--expires", "90d"),
         *("--ceiling", "wasi:clocks", "--yes"),
@@ -207,8 +207,8 @@ def test_a_pipeline_publishes_in_its_namespace_below_its_ceiling(fleet, desk, ho
     pipeline(home, elsewhere, monkeypatch, "edge")
 
     assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
-    assert board.sees("components/edge/hello/1.0.0.wasm")
-    role = Metadata.from_bytes(board.updater.role("edge").data)
+    assert device.sees("components/edge/hello/1.0.0.wasm")
+    role = Metadata.from_bytes(device.updater.role("edge").data)
     life = role.signed.expires - datetime.now(UTC)
     assert life.days <= 90, "nothing that the key signs outlives it"
 
@@ -239,13 +239,13 @@ def test_a_revoked_pipeline_publishes_nothing_more(fleet, desk, home, elsewhere,
     shutil.copytree(home / "operator/keys", elsewhere / "keys-of-people")
     pipeline(home, elsewhere, monkeypatch, "main")
     assert fleet("publish", hello(elsewhere), "--version", "1.0.0").exit_code == 0
-    board = Board(desk)
-    assert board.sees("components/main/hello/1.0.0.wasm")
+    device = Device(desk)
+    assert device.sees("components/main/hello/1.0.0.wasm")
 
     monkeypatch.delenv("FLEET_SIGNING_KEY")
     shutil.copytree(elsewhere / "keys-of-people", home / "operator/keys")
     assert fleet("keys", "revoke", "build", "--yes").exit_code == 0
-    assert board.sees("components/main/hello/1.0.0.wasm"), "what it published stays, signed again by a person"
+    assert device.sees("components/main/hello/1.0.0.wasm"), "what it published stays, signed again by a person"
 
     monkeypatch.setenv("FLEET_SIGNING_KEY", (elsewhere / "build.ci.pem").read_text())
     refused = fleet("publish", hello(elsewhere), "--version", "1.1.0")

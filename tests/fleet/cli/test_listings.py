@@ -320,7 +320,7 @@ def test_a_token_is_alone_on_standard_output_so_that_it_can_be_piped(fleet, desk
         (["revoke", ROW.id, "--yes"], "POST", f"/v1/devices/{ROW.id}/revoke", None),
     ],
 )
-def test_acts_on_a_board(arguments, method, path, body, fleet, desk):
+def test_acts_on_a_device(arguments, method, path, body, fleet, desk):
     desk.routes[method, path] = DETAIL
     result = fleet(*arguments)
     assert result.exit_code == 0
@@ -354,7 +354,7 @@ def test_the_options_of_a_device_may_stand_before_its_id(fleet, desk):
     assert fleet("device", "--effective", ROW.id).stdout == fleet("device", ROW.id, "--effective").stdout
 
 
-def test_a_board_is_not_revoked_without_a_yes(fleet, desk):
+def test_a_device_is_not_revoked_without_a_yes(fleet, desk):
     result = fleet("revoke", ROW.id, stdin="n\n")
     assert (result.exit_code, desk.seen) == (130, [])
 

@@ -31,19 +31,19 @@ def looks(monkeypatch):
 
 
 @pytest.fixture
-def board(desk):
+def answers(desk):
     """What the device answers, look by look."""
 
-    def answers(*views):
+    def answer(*views):
         desk.routes[ASK] = operator_api.CommandReply(sequence=7, expires=datetime.now(UTC))
         desk.routes[LOOK] = [*views]
         return desk.routes[LOOK]
 
-    return answers
+    return answer
 
 
-def test_following_asks_behind_what_it_has_until_the_board_ends_it(fleet, desk, board, looks):
-    left = board(
+def test_following_asks_behind_what_it_has_until_the_device_ends_it(fleet, desk, answers, looks):
+    left = answers(
         LogView(),
         LogView(lines=("one", "two"), next=2, heard=True),
         LogView(next=2, heard=True),
@@ -62,23 +62,23 @@ def test_following_asks_behind_what_it_has_until_the_board_ends_it(fleet, desk, 
     assert (verb["instance"], verb["minutes"]) == ("hello", 15)
 
 
-def test_one_look_ends_with_the_first_answer_and_asks_the_board_for_a_minute(fleet, desk, board):
-    left = board(LogView(), LogView(lines=("one",), next=1, heard=True), LogView(lines=("never shown",)))
+def test_one_look_ends_with_the_first_answer_and_asks_the_device_for_a_minute(fleet, desk, answers):
+    left = answers(LogView(), LogView(lines=("one",), next=1, heard=True), LogView(lines=("never shown",)))
     done = fleet("logs", "hello", "--device", GATE, "--minutes", "15")
     assert (done.exit_code, done.stdout) == (0, "one\n")
     assert len(left) == 1
     assert desk.sent(ASK[1])["verb"]["minutes"] == 1
 
 
-def test_as_json_each_line_is_an_object_and_nothing_else_is_printed(fleet, board):
-    board(LogView(lines=('say "no"', "two"), next=2, heard=True, left_out=1), LogView(next=2, heard=True, ended=True))
+def test_as_json_each_line_is_an_object_and_nothing_else_is_printed(fleet, answers):
+    answers(LogView(lines=('say "no"', "two"), next=2, heard=True, left_out=1), LogView(next=2, heard=True, ended=True))
     done = fleet("logs", "hello", "--device", GATE, "--follow", "--json")
     assert [json.loads(line) for line in done.stdout.splitlines()] == [{"line": 'say "no"'}, {"line": "two"}]
     assert done.stderr == ""
 
 
-def test_what_the_board_refuses_while_it_is_followed_ends_it(fleet, board):
-    board(
+def test_what_the_device_refuses_while_it_is_followed_ends_it(fleet, answers):
+    answers(
         LogView(lines=("one",), next=1, heard=True),
         LogView(next=1, heard=True, refused="its owner lets no logs out: [policy] logs"),
     )
@@ -89,20 +89,20 @@ def test_what_the_board_refuses_while_it_is_followed_ends_it(fleet, board):
     assert "[policy] logs" in done.stderr
 
 
-def test_a_board_that_does_not_answer_is_given_up_and_one_that_did_is_not(fleet, board, monkeypatch):
+def test_a_device_that_does_not_answer_is_given_up_and_one_that_did_is_not(fleet, answers, monkeypatch):
     monkeypatch.setattr(device, "ANSWER_S", 0)
-    board(LogView())
+    answers(LogView())
     done = fleet("logs", "hello", "--device", GATE, "--follow")
     assert done.exit_code == 1
     assert f"{GATE} does not answer" in done.stderr
     # Silence after an answer is a component that has nothing to say.
-    board(LogView(heard=True), LogView(heard=True), LogView(heard=True, ended=True))
+    answers(LogView(heard=True), LogView(heard=True), LogView(heard=True, ended=True))
     assert fleet("logs", "hello", "--device", GATE, "--follow").exit_code == 0
 
 
-def test_a_server_that_was_started_again_is_asked_anew_for_the_minutes_that_are_left(fleet, desk, board, monkeypatch):
+def test_a_server_that_was_started_again_is_asked_anew_for_the_minutes_that_are_left(fleet, desk, answers, monkeypatch):
     monkeypatch.setattr(operator.time, "sleep", lambda _: None)
-    board(
+    answers(
         LogView(lines=("one",), next=1, heard=True),
         httpx.ConnectError("connection refused"),
         problem("not-found", "nobody asked that device for lines, or that is over", 404),
@@ -116,11 +116,11 @@ def test_a_server_that_was_started_again_is_asked_anew_for_the_minutes_that_are_
     assert len([path for path in desk.paths("POST") if path == ASK[1]]) == 2
     assert desk.sent(ASK[1])["verb"]["minutes"] == 15
     # one look is not repeated
-    board(httpx.ConnectError("connection refused"))
+    answers(httpx.ConnectError("connection refused"))
     assert fleet("logs", "hello", "--device", GATE).exit_code == 3
 
 
-def test_a_proxy_whose_server_is_away_is_no_other_program(fleet, desk, board, monkeypatch):
+def test_a_proxy_whose_server_is_away_is_no_other_program(fleet, desk, answers, monkeypatch):
     monkeypatch.setattr(operator.time, "sleep", lambda _: None)
-    board(httpx.Response(502, html="<h1>Bad Gateway</h1>"), LogView(heard=True, ended=True))
+    answers(httpx.Response(502, html="<h1>Bad Gateway</h1>"), LogView(heard=True, ended=True))
     assert fleet("logs", "hello", "--device", GATE, "--follow").exit_code == 0

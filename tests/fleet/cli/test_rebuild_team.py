@@ -8,7 +8,7 @@ import pytest
 
 from fleet import ca
 from signing import keys, repository, rotation
-from tests.fleet.cli.boards_and_people import Board, hello, person
+from tests.fleet.cli.devices_and_people import Device, hello, person
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def gone(_request):
 
 
 def test_a_teams_server_is_made_anew_with_signatures_given_offline(fleet, people, desk, home, work, monkeypatch):
-    board = Board(desk, production=True)
-    assert board.runs("1.0.0")
+    device = Device(desk, production=True)
+    assert device.runs("1.0.0")
     for name, data in desk.files.items():
         (home / "server/repository" / name).write_bytes(data)
     assert fleet("server", "backup", "-o", "fleet.tar").exit_code == 0
@@ -81,7 +81,7 @@ def test_a_teams_server_is_made_anew_with_signatures_given_offline(fleet, people
     assert repository.latest(made, "root")[0] == repository.latest(desk.files, "root")[0] + 1
     # The device that slept through all of it follows, and takes the new director's word.
     desk.files = made
-    assert board.runs("1.0.0")
+    assert device.runs("1.0.0")
 
 
 def test_an_event_of_another_fleet_gets_no_signature_offline_either(fleet, people, desk, home, work, monkeypatch):

@@ -18,7 +18,7 @@ from fleet.protocol.codes import RejectCode
 from signing import keys, repository, rotation
 from signing.errors import Rejected
 from signing.metadata import profile
-from tests.fleet.cli.boards_and_people import Board, hello, person
+from tests.fleet.cli.devices_and_people import Device, hello, person
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def work(tmp_path, monkeypatch) -> Path:
     return tmp_path / "work"
 
 
-def test_from_dev_to_solo_to_team_with_the_boards_of_the_first_day(fleet, desk, home, work, monkeypatch, tmp_path):
+def test_from_dev_to_solo_to_team_with_the_devices_of_the_first_day(fleet, desk, home, work, monkeypatch, tmp_path):
     assert fleet("publish", hello(work), "--version", "1.0.0").exit_code == 0
-    awake, asleep, production = Board(desk), Board(desk), Board(desk, production=True)
+    awake, asleep, production = Device(desk), Device(desk), Device(desk, production=True)
     assert awake.runs("1.0.0")
     with pytest.raises(Rejected) as verdict:
         production.runs("1.0.0")
@@ -68,20 +68,20 @@ def test_from_dev_to_solo_to_team_with_the_boards_of_the_first_day(fleet, desk, 
     assert (root.threshold, len(root.keys)) == (2, 3)
 
     assert fleet("publish", work / "hello.wasm", "--version", "1.2.0").exit_code == 0
-    for board in (awake, production, asleep):
-        assert board.runs("1.2.0")
+    for device in (awake, production, asleep):
+        assert device.runs("1.2.0")
 
 
 def test_a_dev_fleet_becomes_a_teams_in_one_step(fleet, desk, home, work, monkeypatch):
-    board = Board(desk)
+    device = Device(desk)
     assert fleet("publish", hello(work), "--version", "1.0.0").exit_code == 0
     monkeypatch.setenv("WASMFLEET_KEY_PASSPHRASE", "correct horse")
     for name in ("alice", "bob", "carol"):
         assert fleet("keys", "new", name).exit_code == 0
     words = [word for name in ("alice", "bob", "carol") for word in ("--root", name)]
     assert fleet("sign", "move", "team", *words, "--yes").exit_code == 0
-    assert board.runs("1.0.0")
-    assert Board(desk, production=True).runs("1.0.0")
+    assert device.runs("1.0.0")
+    assert Device(desk, production=True).runs("1.0.0")
 
 
 def test_what_is_not_to_be_moved_makes_no_keys(fleet, desk, home, work, monkeypatch):
@@ -131,8 +131,8 @@ def test_a_solo_fleet_outlives_the_loss_of_its_only_machine(begin, fleet, tmp_pa
     everything = b"".join(path.read_bytes() for path in (tmp_path / "home").rglob("*") if path.is_file())
     assert "".join(words.split())[:30].encode() not in everything, "the recovery key is on paper only"
     assert fleet("publish", hello(work), "--version", "1.0.0").exit_code == 0
-    board = Board(desk, production=True)
-    assert board.runs("1.0.0")
+    device = Device(desk, production=True)
+    assert device.runs("1.0.0")
 
     # The machine is gone with every key on it. On a new one there is the paper, and a colleague's public files.
     shutil.rmtree(tmp_path / "home/operator/keys")
@@ -144,7 +144,7 @@ def test_a_solo_fleet_outlives_the_loss_of_its_only_machine(begin, fleet, tmp_pa
         rotated = fleet("keys", "rotate", role, *(word for name in to for word in ("--to", name)), "--yes")
         assert rotated.exit_code == 0, rotated.output
     assert fleet("publish", work / "hello.wasm", "--version", "1.1.0").exit_code == 0
-    assert board.runs("1.1.0")
+    assert device.runs("1.1.0")
 
 
 def test_a_solo_fleets_json_holds_the_recovery_key_for_a_script_that_prints_it(begin):
@@ -183,7 +183,7 @@ def test_a_teams_fleet_begins_with_an_event_for_its_people(begin, fleet, tmp_pat
     root = metadata.parse(Root, repository.latest(desk.files, "root")[1], "root").signed
     assert profile(root)["size"] == "team"
     assert fleet("publish", hello(work), "--version", "1.0.0").exit_code == 0
-    assert Board(desk, production=True).runs("1.0.0")
+    assert Device(desk, production=True).runs("1.0.0")
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_a_schedule_cannot_be_guessed_but_the_file_to_save_is_shown():
     assert (read_back.name, read_back.trigger) == ("ticker", Schedule(every_ms=60_000))
 
 
-def test_a_component_that_no_board_can_call():
+def test_a_component_that_no_device_can_call():
     with pytest.raises(BadManifestError, match=r"exports nothing; a device can call one of wasmfleet:http/handler"):
         component_toml.infer("x.wasm", made(exports=[]))
     with pytest.raises(BadManifestError, match=r"exports only my:own/thing@1\.0\.0; a device can call"):

@@ -19,7 +19,7 @@ from fleet.protocol.operator_api import RolloutDevice, RolloutView
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 BERLIN, PARIS, BOSTON = "berlin-0a0a0a0a", "paris-1b1b1b1b", "boston-2c2c2c2c"
-BOARDS = [
+DEVICES = [
     SimpleNamespace(device=device, group=group, url=lambda: "http://127.0.0.1:1/")
     for device, group in ((BERLIN, "edge-eu"), (PARIS, "edge-eu"), (BOSTON, "edge-us"))
 ]
@@ -29,8 +29,8 @@ def answered(version: str, count: int = 500, lost: int = 0) -> LoadResult:
     return LoadResult(answered=count, lost=lost, by_version=Counter({version: count}), by_status=Counter({200: count}))
 
 
-def rollout(state: RolloutState, *boards: RolloutDevice) -> RolloutView:
-    return RolloutView(id="r", number=1, revision=1, state=state, instance="hello", created_at=NOW, devices=boards)
+def rollout(state: RolloutState, *devices: RolloutDevice) -> RolloutView:
+    return RolloutView(id="r", number=1, revision=1, state=state, instance="hello", created_at=NOW, devices=devices)
 
 
 def on(device: str, outcome: Outcome = Outcome.SUCCEEDED, **more: object) -> RolloutDevice:
@@ -75,7 +75,7 @@ ENDS = {BERLIN: "1", PARIS: "1", BOSTON: ""}
 
 def story(ends: dict[str, str] = ENDS, **changed: Step) -> Scenario:
     told = Scenario(acts=list((GOOD | changed).values()), ends=ends)
-    told.checks = judge(told, BOARDS)
+    told.checks = judge(told, DEVICES)
     return told
 
 
@@ -152,7 +152,7 @@ def test_a_story_that_was_not_played_does_not_hold():
 
 def test_the_end_is_a_table_with_times_and_losses():
     screen = Console(file=io.StringIO(), width=120, color_system=None)
-    ConsoleReporter(screen).end(story(), BOARDS)
+    ConsoleReporter(screen).end(story(), DEVICES)
     printed = screen.file.getvalue().splitlines()
     assert printed == [line.rstrip() for line in printed]
     lines = [" ".join(line.split()) for line in printed]

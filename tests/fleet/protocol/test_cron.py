@@ -11,7 +11,7 @@ from fleet.protocol import manifest
 
 
 def at(*fields):
-    return datetime(*fields)  # noqa: DTZ001 - wall-clock times of a board's zone
+    return datetime(*fields)  # noqa: DTZ001 - wall-clock times of a device's zone
 
 
 FRIDAY = at(2024, 3, 1, 12, 34, 56)

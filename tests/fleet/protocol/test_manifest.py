@@ -26,7 +26,7 @@ EVERYTHING = Manifest(
     ],
 )
 def test_the_digest_of_a_manifest_is_for_good(made: Manifest, digest: str):
-    """Fails for a new field that is not in `LATER`, and for a default that was changed: boards would refuse both."""
+    """Fails for a new field that is not in `LATER`, and for a default that was changed: devices would refuse both."""
     assert made.digest() == digest
 
 
@@ -55,7 +55,7 @@ def test_a_later_field_is_left_out_where_it_is_not_used(monkeypatch, later, used
     assert using.digest() != HELLO.digest()
 
 
-def test_a_board_of_before_reads_what_does_not_use_a_later_field_and_refuses_what_does():
+def test_a_device_of_before_reads_what_does_not_use_a_later_field_and_refuses_what_does():
     """The form of before: the same without `secrets`."""
     before = msgspec.defstruct(
         "Manifest",

@@ -33,7 +33,7 @@ def test_the_words_on_the_wire():
         "fleet/v1/all/poke",
         "fleet/v1/00/kitchen-00000000/down/desired",  # another shard's
         "fleet/v2/b2/kitchen-00000000/down/desired",
-        "fleet/v1/b2/kitchen-00000000/up/desired",  # a board may not say what the server says
+        "fleet/v1/b2/kitchen-00000000/up/desired",  # a device may not say what the server says
         "fleet/v1/b2/kitchen-00000000/sideways/state",
         "fleet/v1/b2/../up/state",
         "fleet/v1/b2/+/up/state",

@@ -1,4 +1,4 @@
-"""A whole server on free ports, and small boards that speak the real protocol: TLS, MQTT, verified assignments."""
+"""A whole server on free ports, and small devices that speak the real protocol: TLS, MQTT, verified assignments."""
 
 import asyncio
 import contextlib
@@ -175,11 +175,11 @@ def _whole() -> Report:
     return Report(device="", boot_id="", sequence=0, at=now, assignment=0, phase=Phase.COMMITTED, generation=0)
 
 
-class Board:
-    """A board that verifies what it is told, and acts as its behaviour says."""
+class Device:
+    """A device that verifies what it is told, and acts as its behaviour says."""
 
     def __init__(self, directory: Path, enrolled: Enrolled, key: ec.EllipticCurvePrivateKey) -> None:
-        self.enrolled, self.key, self.device = enrolled, key, enrolled.device
+        self.enrolled, self.key, self.id = enrolled, key, enrolled.device
         self.behaviour: Behaviour = good
         self.accepted: list[Assignment] = []
         self.envelopes: list[bytes] = []
@@ -200,7 +200,7 @@ class Board:
         self._loop = asyncio.get_running_loop()
         self._accepting = asyncio.Lock()
         self._client: mqtt.Client | None = None
-        self._files = (directory / f"{self.device}.pem", directory / f"{self.device}-ca.pem")
+        self._files = (directory / f"{self.id}.pem", directory / f"{self.id}-ca.pem")
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
         self._secret = secret
         self.hold(enrolled.certificate_pem)
@@ -236,14 +236,14 @@ class Board:
 
     async def connect(self) -> None:
         """Connect, say hello, and be ready for what comes."""
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=self.device, clean_session=True)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=self.id, clean_session=True)
         client.tls_set_context(self.context())
-        will = State(device=self.device, online=False)
-        client.will_set(str(Topic(self.device, Up.STATE)), wire.encode(will), qos=1, retain=True)
+        will = State(device=self.id, online=False)
+        client.will_set(str(Topic(self.id, Up.STATE)), wire.encode(will), qos=1, retain=True)
         ready = asyncio.Event()
 
         def connected(client: mqtt.Client, *_: Any) -> None:
-            client.subscribe([(topic, 1) for topic in device_subscriptions(self.device)])
+            client.subscribe([(topic, 1) for topic in device_subscriptions(self.id)])
 
         def message(_client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
             self._loop.call_soon_threadsafe(self._received, message.topic, message.payload)
@@ -264,9 +264,9 @@ class Board:
     def _say_hello(self) -> None:
         self.nonce = secrets.token_hex(8)
         version = self.accepted[-1].version if self.accepted else 0
-        self.publish(Up.STATE, State(device=self.device, online=True, boot_id="boot"), retain=True)
+        self.publish(Up.STATE, State(device=self.id, online=True, boot_id="boot"), retain=True)
         hello = Hello(
-            device=self.device,
+            device=self.id,
             nonce=self.nonce,
             boot_id="boot",
             accepted=version,
@@ -279,7 +279,7 @@ class Board:
         if isinstance(message, Report) and self.signer is not None:
             data = self.signer.sign(data)
         if (client := self._client) is not None:
-            client.publish(str(Topic(device or self.device, channel)), data, qos=1, retain=retain)
+            client.publish(str(Topic(device or self.id, channel)), data, qos=1, retain=retain)
 
     async def disconnect(self, *, politely: bool = False) -> None:
         """Be gone: without a goodbye the broker publishes the will."""
@@ -320,9 +320,7 @@ class Board:
         now = datetime.now(UTC)
         trusted = await _patiently(lambda: self.updater.refresh(now))
         state = self.states.load()
-        accepted = accept_assignment(
-            trusted, envelope, fleet=self.enrolled.fleet, device=self.device, state=state, now=now
-        )
+        accepted = accept_assignment(trusted, envelope, fleet=self.enrolled.fleet, device=self.id, state=state, now=now)
         again = bool(self.accepted) and self.accepted[-1].version == accepted.assignment.version
         self.states.save(accepted.state)
         if again:
@@ -363,7 +361,7 @@ class Board:
         running = report.target if report.phase is Phase.COMMITTED else ""
         full = msgspec.structs.replace(
             report,
-            device=self.device,
+            device=self.id,
             boot_id="boot",
             sequence=self.sequence,
             assignment=assignment.version,
@@ -378,8 +376,8 @@ class Board:
 
     report = staticmethod(_report)
 
-    async def until(self, what: Callable[["Board"], Any]) -> Any:
-        """Wait until this holds of the board."""
+    async def until(self, what: Callable[["Device"], Any]) -> Any:
+        """Wait until this holds of the device."""
         async with asyncio.timeout(PATIENCE_S):
             while not (found := what(self)):
                 await self.news.wait()
@@ -387,7 +385,7 @@ class Board:
 
 
 async def _patiently(call: Callable[[], T]) -> T:
-    """Call until the server is there: a board tries again."""
+    """Call until the server is there: a device tries again."""
 
     async def answered() -> tuple[T] | None:
         try:
@@ -413,7 +411,7 @@ class Done(NamedTuple):
 
 
 class Fleet:
-    """A server in this process, its operator, and boards."""
+    """A server in this process, its operator, and devices."""
 
     def __init__(self, directory: Path, broker: str, size: str = "dev") -> None:
         self.directory, self.home = directory, directory / "home"
@@ -427,7 +425,7 @@ class Fleet:
             mqtt_port=free_port(),
             broker=broker,
         )
-        self.boards: list[Board] = []
+        self.devices: list[Device] = []
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -435,8 +433,8 @@ class Fleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for board in self.boards:
-            await board.disconnect(politely=True)
+        for device in self.devices:
+            await device.disconnect(politely=True)
         await self.operator.http.aclose()
         await self.stop()
 
@@ -464,8 +462,8 @@ class Fleet:
         key: Any = None,
         sealing_key: str = "",
         proof: str = "",
-    ) -> Board:
-        """A new board, enrolled and not yet connected."""
+    ) -> Device:
+        """A new device, enrolled and not yet connected."""
         line = token or await self.operator.token(group)
         key = key or ec.generate_private_key(ec.SECP256R1())
         request = EnrolRequest(
@@ -481,20 +479,20 @@ class Fleet:
             reply = await http.post("/v1/enrol", content=wire.encode(request))
         assert reply.is_success, reply.text
         enrolled = wire.decode(Enrolled, reply.content)
-        board = Board(self.directory, enrolled, key)
-        self.boards.append(board)
-        return board
+        device = Device(self.directory, enrolled, key)
+        self.devices.append(device)
+        return device
 
     def operator_context(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.home / "operator" / "ca.pem"))
 
-    async def board(self, name: str, *, group: str = "edge", behaviour: Behaviour = good) -> Board:
-        """A new board, connected, and known to be online."""
-        board = await self.enrol(name, group=group)
-        board.behaviour = behaviour
-        await board.connect()
-        await self.online(board)
-        return board
+    async def device(self, name: str, *, group: str = "edge", behaviour: Behaviour = good) -> Device:
+        """A new device, connected, and known to be online."""
+        device = await self.enrol(name, group=group)
+        device.behaviour = behaviour
+        await device.connect()
+        await self.online(device)
+        return device
 
     async def command(self, *words: object, stdin: str = "") -> Done:
         """Run `fleet` with these words as a process of its own, against this server, in the directory of the test."""
@@ -513,10 +511,10 @@ class Fleet:
         assert process.returncode is not None
         return Done(process.returncode, stdout.decode(), stderr.decode())
 
-    async def online(self, *boards: Board) -> None:
+    async def online(self, *devices: Device) -> None:
         async with asyncio.timeout(PATIENCE_S):
-            for board in boards:
-                while not self.server._store.devices.online([board.device]).get(board.device):
+            for device in devices:
+                while not self.server._store.devices.online([device.id]).get(device.id):
                     await self.server._conductor._watch._event.wait()
 
 

@@ -24,23 +24,23 @@ def broker():
     return "embedded"
 
 
-def words(board):
-    return {name: item.atomic for name, item in board.items.items()}
+def words(device):
+    return {name: item.atomic for name, item in device.items.items()}
 
 
 @pytest.mark.asyncio
-async def test_a_board_is_asked_for_the_whole_set_at_once_and_all_of_it_is_settled(new_fleet, broker):
+async def test_a_device_is_asked_for_the_whole_set_at_once_and_all_of_it_is_settled(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         view = await fleet.operator.decided(await deploy_both(fleet, target))
         assert view.state is RolloutState.SUCCEEDED, view.reason
         assert len(view.together) == 2
-        await board.until(lambda board: len(board.items) == 2)
+        await device.until(lambda device: len(device.items) == 2)
         # never a part of it, and both by one word
-        assert all(len(each.items) == 2 for each in board.accepted)
-        assert len(set(words(board).values())) == 1
-        assert "" not in words(board).values()
+        assert all(len(each.items) == 2 for each in device.accepted)
+        assert len(set(words(device).values())) == 1
+        assert "" not in words(device).values()
         (group,) = (await fleet.operator.get(operator_api.Groups, "/v1/groups")).groups
         assert {each.instance: each.target for each in group.settled} == {"front": target, "back": target}
 
@@ -50,15 +50,15 @@ async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_o
     new_fleet, broker, behaviours
 ):
     async with new_fleet(broker) as fleet:
-        boards = {board.device: board for board in [await fleet.board("a"), await fleet.board("b")]}
+        devices = {device.id: device for device in [await fleet.device("a"), await fleet.device("b")]}
         good = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await deploy_both(fleet, good))
 
         def back_traps(item):
             return behaviours["trapping" if item.instance == "back" else "good"](item)
 
-        for board in boards.values():
-            board.behaviour = back_traps
+        for device in devices.values():
+            device.behaviour = back_traps
         bad = await fleet.operator.publish("2.0.0")
         view = await fleet.operator.decided(await deploy_both(fleet, bad))
         assert view.state is RolloutState.REVERTED
@@ -67,16 +67,16 @@ async def test_one_bad_member_halts_the_set_before_the_next_wave_and_takes_all_o
         assert [each.code for each in other.devices if each.outcome is Outcome.FAILED] == [RejectCode.TRAPPED]
         assert "boom" in view.reason or "trapped" in view.reason
         tried = {each.device for each in other.devices if each.outcome is Outcome.FAILED}
-        for device, board in boards.items():
-            await board.until(lambda board: {item.target for item in board.items.values()} == {good})
-            asked = {item.target for each in board.accepted for item in each.items}
-            assert (bad in asked) == (device in tried)
+        for name, device in devices.items():
+            await device.until(lambda device: {item.target for item in device.items.values()} == {good})
+            asked = {item.target for each in device.accepted for item in each.items}
+            assert (bad in asked) == (name in tried)
 
 
 @pytest.mark.asyncio
 async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_of_it(new_fleet, broker, behaviours):
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         targets = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
         for target in targets[:2]:
             await fleet.operator.decided(await deploy_both(fleet, target))
@@ -84,10 +84,10 @@ async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_
             operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(group="edge")
         )
         assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
-        await board.until(lambda board: {item.target for item in board.items.values()} == {targets[0]})
-        assert len(set(words(board).values())) == 1
+        await device.until(lambda device: {item.target for item in device.items.values()} == {targets[0]})
+        assert len(set(words(device).values())) == 1
         # Paused by one of its numbers, both are; aborted by the other, both are.
-        board.behaviour = behaviours["silent"]
+        device.behaviour = behaviours["silent"]
         view = await deploy_both(fleet, targets[2])
         first, second = view.together
         paused = await fleet.operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{second}/pause")
@@ -104,28 +104,28 @@ async def test_an_undo_takes_the_whole_set_back_and_so_does_what_is_said_to_one_
 @pytest.mark.asyncio
 async def test_a_set_that_names_an_instance_twice_is_refused(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        await fleet.board("a")
+        await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         request = operator_api.RolloutRequest(instance="hello", target=target, also={"hello": target}, group="edge")
         problem = await fleet.operator.problem("POST", "/v1/rollouts", request)
         assert "hello is named twice" in problem.title
 
 
-async def pin(fleet, board, instance, target):
+async def pin(fleet, device, instance, target):
     wish = operator_api.RolloutRequest(instance=instance, target=target)
-    path = f"/v1/devices/{board.device}/pin"
+    path = f"/v1/devices/{device.id}/pin"
     return await fleet.operator.decided(await fleet.operator.send(operator_api.RolloutView, "PUT", path, wish))
 
 
 @pytest.mark.asyncio
 async def test_a_set_that_begins_later_leaves_a_device_out_of_all_of_it(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        pinned, other = await fleet.board("a"), await fleet.board("b")
+        pinned, other = await fleet.device("a"), await fleet.device("b")
         one, two = await fleet.operator.publish("1.0.0"), await fleet.operator.publish("2.0.0")
         await pin(fleet, pinned, "front", one)
         view = await deploy_both(fleet, two, starts_at=datetime.now(UTC))
         view = await fleet.operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
-        await other.until(lambda board: len(board.items) == 2)
+        await other.until(lambda device: len(device.items) == 2)
         assert set(pinned.items) == {"front"}
         for number in view.together:
             member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
@@ -141,7 +141,7 @@ async def test_a_set_that_begins_later_begins_each_member_once(new_fleet, broker
         for number in empty.together:
             member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
             await fleet.operator.follow(member, lambda view: view.state is RolloutState.SUCCEEDED)
-        await fleet.board("a")
+        await fleet.device("a")
         other = await fleet.operator.publish("2.0.0")
         view = await deploy_both(fleet, other, starts_at=datetime.now(UTC))
         await fleet.operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
@@ -154,18 +154,18 @@ async def test_a_set_that_begins_later_begins_each_member_once(new_fleet, broker
 @pytest.mark.asyncio
 async def test_a_device_that_joins_while_a_set_is_open_gets_all_of_it_or_none(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        await fleet.board("a")
+        await fleet.device("a")
         one, two = await fleet.operator.publish("1.0.0"), await fleet.operator.publish("2.0.0")
         view = await deploy_both(fleet, two, soak_s=3600)
-        joins = await fleet.board("b", group="other")
+        joins = await fleet.device("b", group="other")
         await pin(fleet, joins, "front", one)
-        wish = operator_api.GroupRequest(add=(joins.device,))
+        wish = operator_api.GroupRequest(add=(joins.id,))
         await fleet.operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", wish)
         for number in view.together:
             member = await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
             member = await fleet.operator.follow(member, lambda view: len(view.devices) == 2)
             outcomes = {each.device: each.outcome for each in member.devices}
-            assert outcomes[joins.device] is Outcome.NOT_AFFECTED
+            assert outcomes[joins.id] is Outcome.NOT_AFFECTED
 
 
 async def shown(fleet, number):
@@ -186,7 +186,7 @@ def deploy_back_as_it_is(fleet, front, back, *, first="front"):
 @pytest.mark.asyncio
 async def test_a_set_with_an_unchanged_member_is_steered_and_undone_by_the_others(new_fleet, broker, behaviours, first):
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         one, two, three = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
         await fleet.operator.decided(await deploy_both(fleet, one))
         view = await deploy_back_as_it_is(fleet, two, one, first=first)
@@ -195,8 +195,8 @@ async def test_a_set_with_an_unchanged_member_is_steered_and_undone_by_the_other
         undo = operator_api.UndoRequest(rollout=str(view.number))
         undone = await fleet.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)
         assert (await fleet.operator.decided(undone)).state is RolloutState.SUCCEEDED
-        await board.until(lambda board: {item.target for item in board.items.values()} == {one})
-        board.behaviour = behaviours["silent"]
+        await device.until(lambda device: {item.target for item in device.items.values()} == {one})
+        device.behaviour = behaviours["silent"]
         view = await deploy_back_as_it_is(fleet, three, one, first=first)
         (refused,) = set(view.together) - {view.number}
         before = await shown(fleet, refused)
@@ -215,13 +215,13 @@ async def test_a_set_that_takes_the_place_of_an_open_one_judges_each_member_befo
     new_fleet, broker, behaviours
 ):
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         one, two, three = [await fleet.operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
         await fleet.operator.decided(await deploy_both(fleet, one))
-        board.behaviour = behaviours["silent"]
+        device.behaviour = behaviours["silent"]
         await deploy_both(fleet, two)
-        await board.until(lambda board: {item.target for item in board.items.values()} == {two})
-        board.behaviour = behaviours["good"]
+        await device.until(lambda device: {item.target for item in device.items.values()} == {two})
+        device.behaviour = behaviours["good"]
         view = await deploy_back_as_it_is(fleet, three, one)
         states = [(await shown(fleet, number)).state for number in view.together]
         assert RolloutState.REFUSED not in states

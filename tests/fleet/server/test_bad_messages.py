@@ -1,4 +1,4 @@
-"""A bad message loses itself alone: whatever one board or one client sends, the others are heard and answered."""
+"""A bad message loses itself alone: whatever one device or one client sends, the others are heard and answered."""
 
 import asyncio
 import json
@@ -66,67 +66,67 @@ def ingest_of(fleet):
 @pytest.mark.asyncio
 async def test_a_number_that_no_database_holds_loses_its_own_message_alone(new_fleet):
     async with new_fleet() as fleet:
-        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        hostile, witness = await fleet.device("hostile"), await fleet.device("witness")
         ingest, sequence, sent = ingest_of(fleet), 0, 0
-        for channel, message in said(hostile.device).items():
+        for channel, message in said(hostile.id).items():
             for path in places(msgspec.to_builtins(message)):
                 for number in HUGE:
-                    ingest.on_message(str(Topic(hostile.device, channel)), spoiled(message, path, number))
+                    ingest.on_message(str(Topic(hostile.id, channel)), spoiled(message, path, number))
                     sent += 1
                 # in the same batch
                 sequence += 1
-                report = Report(device=witness.device, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
-                ingest.on_message(str(Topic(witness.device, Up.REPORT)), wire.encode(report))
+                report = Report(device=witness.id, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
+                ingest.on_message(str(Topic(witness.id, Up.REPORT)), wire.encode(report))
                 ingest.flush()
-                assert len(fleet.server._store.delivery.reports(witness.device, 1000)) == sequence, (channel, path)
-        await witness.until(lambda board: board.acked == sequence)
-        assert ingest.bad[hostile.device] == ingest.counts["malformed"] == sent
-        assert ingest.bad[witness.device] == 0
+                assert len(fleet.server._store.delivery.reports(witness.id, 1000)) == sequence, (channel, path)
+        await witness.until(lambda device: device.acked == sequence)
+        assert ingest.bad[hostile.id] == ingest.counts["malformed"] == sent
+        assert ingest.bad[witness.id] == 0
         status = await fleet.operator.get(operator_api.Status, "/v1/status")
-        assert any(hostile.device in problem and str(sent) in problem for problem in status.problems)
+        assert any(hostile.id in problem and str(sent) in problem for problem in status.problems)
 
 
 @pytest.mark.asyncio
 async def test_it_is_dropped_when_it_comes_through_the_broker_too(new_fleet):
     async with new_fleet() as fleet:
-        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
-        hello = Hello(device=hostile.device, nonce="0" * 16, boot_id="boot", accepted=2**63)
+        hostile, witness = await fleet.device("hostile"), await fleet.device("witness")
+        hello = Hello(device=hostile.id, nonce="0" * 16, boot_id="boot", accepted=2**63)
         for sequence in range(1, 4):
             hostile.publish(Up.HELLO, hello)
             witness.publish(
-                Up.REPORT, Report(device=witness.device, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
+                Up.REPORT, Report(device=witness.id, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
             )
-        await witness.until(lambda board: board.acked == 3)
+        await witness.until(lambda device: device.acked == 3)
 
 
 @pytest.mark.asyncio
-async def test_a_handler_that_always_fails_for_one_board_does_not_cost_the_connection(new_fleet):
+async def test_a_handler_that_always_fails_for_one_device_does_not_cost_the_connection(new_fleet):
     async with new_fleet() as fleet:
-        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        hostile, witness = await fleet.device("hostile"), await fleet.device("witness")
         bus = fleet.server._bus
         sound, connection = bus._on_message, bus._client
 
         def broken(topic, payload):
-            if hostile.device in topic:
+            if hostile.id in topic:
                 raise ValueError("a fault of our own")
             sound(topic, payload)
 
         bus._on_message = broken
         for sequence in (1, 2, 3):
-            for board in (hostile, witness):
-                report = Report(device=board.device, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
-                board.publish(Up.REPORT, report)
-        await witness.until(lambda board: board.acked == 3)
+            for device in (hostile, witness):
+                report = Report(device=device.id, boot_id="boot", sequence=sequence, at=NOW, assignment=0)
+                device.publish(Up.REPORT, report)
+        await witness.until(lambda device: device.acked == 3)
         assert bus._client is connection
 
 
 @pytest.mark.parametrize("step", ["hear_hello", "hear_state", "hear_health", "add_report", "acknowledge", "get"])
 @pytest.mark.asyncio
 async def test_a_fault_with_one_message_leaves_the_rest_of_its_batch(new_fleet, monkeypatch, caplog, step):
-    """Whatever goes wrong with one board's message, at whichever step of a batch."""
+    """Whatever goes wrong with one device's message, at whichever step of a batch."""
 
     async with new_fleet() as fleet:
-        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        hostile, witness = await fleet.device("hostile"), await fleet.device("witness")
         ingest, store = ingest_of(fleet), fleet.server._store
         ingest.flush()
         part = store.delivery if step in {"add_report", "acknowledge"} else store.devices
@@ -134,50 +134,50 @@ async def test_a_fault_with_one_message_leaves_the_rest_of_its_batch(new_fleet, 
 
         def broken(first, *more, **named):
             found = sound(first, *more, **named)
-            if hostile.device in repr(first):
+            if hostile.id in repr(first):
                 raise ValueError("a fault with this one")
             return found
 
         monkeypatch.setattr(part, step, broken)
         caplog.set_level(logging.WARNING)
         for _ in range(3):
-            for channel, message in said(hostile.device).items():
-                ingest.on_message(str(Topic(hostile.device, channel)), wire.encode(message))
-            for channel, message in said(witness.device).items():
-                ingest.on_message(str(Topic(witness.device, channel)), wire.encode(message))
+            for channel, message in said(hostile.id).items():
+                ingest.on_message(str(Topic(hostile.id, channel)), wire.encode(message))
+            for channel, message in said(witness.id).items():
+                ingest.on_message(str(Topic(witness.id, channel)), wire.encode(message))
             ingest.flush()
-        assert len(store.delivery.reports(witness.device, 10)) == 1
-        assert store.devices.get(witness.device).health is not None
-        assert ingest.bad[hostile.device] >= 1
-        assert ingest.bad[witness.device] == 0
-        assert len(store.delivery.reports(hostile.device, 10)) == (0 if step == "add_report" else 1)
-        assert sum(hostile.device in record.getMessage() for record in caplog.records) == 1, "said once"
-        await witness.until(lambda board: board.acked == 1)
+        assert len(store.delivery.reports(witness.id, 10)) == 1
+        assert store.devices.get(witness.id).health is not None
+        assert ingest.bad[hostile.id] >= 1
+        assert ingest.bad[witness.id] == 0
+        assert len(store.delivery.reports(hostile.id, 10)) == (0 if step == "add_report" else 1)
+        assert sum(hostile.id in record.getMessage() for record in caplog.records) == 1, "said once"
+        await witness.until(lambda device: device.acked == 1)
 
 
 @pytest.mark.asyncio
 async def test_an_answer_that_fails_stops_neither_the_rollouts_nor_other_answers(new_fleet, monkeypatch):
     async with new_fleet() as fleet:
-        hostile, witness = await fleet.board("hostile"), await fleet.board("witness")
+        hostile, witness = await fleet.device("hostile"), await fleet.device("witness")
         ingest, woken = ingest_of(fleet), []
         ingest.flush()
         director, controller = fleet.server._director, fleet.server._conductor
         sound = director.acknowledge
 
-        def broken(device, ack):
-            if device == hostile.device:
+        def broken(name, ack):
+            if name == hostile.id:
                 raise ValueError("a fault with this one")
-            return sound(device, ack)
+            return sound(name, ack)
 
         monkeypatch.setattr(director, "acknowledge", broken)
         monkeypatch.setattr(controller, "wake", lambda: woken.append(True))
-        for board in (hostile, witness):
-            data = wire.encode(said(board.device)[Up.REPORT])
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), data)
+        for device in (hostile, witness):
+            data = wire.encode(said(device.id)[Up.REPORT])
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), data)
         ingest.flush()
         assert woken
-        await witness.until(lambda board: board.acked == 1)
-        assert ingest.bad == {hostile.device: 1}
+        await witness.until(lambda device: device.acked == 1)
+        assert ingest.bad == {hostile.id: 1}
 
 
 @pytest.mark.asyncio
@@ -185,35 +185,35 @@ async def test_what_a_database_gave_up_as_a_whole_is_not_acknowledged_and_taken_
     new_fleet, monkeypatch
 ):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         ingest, store = ingest_of(fleet), fleet.server._store
         ingest.flush()
-        data = wire.encode(said(board.device)[Up.REPORT])
+        data = wire.encode(said(device.id)[Up.REPORT])
 
         def full(_row):
             store._db.run("INSERT OR ROLLBACK INTO devices SELECT * FROM devices")  # as a full disk may do
 
         with monkeypatch.context() as patch:
             patch.setattr(store.delivery, "add_report", full)
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), data)
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), data)
             ingest.flush()
-        assert (store.delivery.reports(board.device, 10), ingest.counts["failed"], ingest.bad) == ([], 1, {})
-        ingest.on_message(str(Topic(board.device, Up.REPORT)), data)
+        assert (store.delivery.reports(device.id, 10), ingest.counts["failed"], ingest.bad) == ([], 1, {})
+        ingest.on_message(str(Topic(device.id, Up.REPORT)), data)
         ingest.flush()
-        await board.until(lambda board: board.acked == 1)
+        await device.until(lambda device: device.acked == 1)
 
 
 @pytest.mark.asyncio
 async def test_a_report_whose_time_has_no_zone_is_refused(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         ingest = ingest_of(fleet)
         for channel, field in ((Up.REPORT, "at"), (Up.HEALTH, "at")):
-            data = spoiled(said(board.device)[channel], (field,), "2025-06-01T00:00:00")
-            ingest.on_message(str(Topic(board.device, channel)), data)
+            data = spoiled(said(device.id)[channel], (field,), "2025-06-01T00:00:00")
+            ingest.on_message(str(Topic(device.id, channel)), data)
         ingest.flush()
         assert ingest.counts["malformed"] == 2
-        assert fleet.server._store.delivery.reports(board.device, 10) == []
+        assert fleet.server._store.delivery.reports(device.id, 10) == []
 
 
 @pytest.mark.asyncio
@@ -221,14 +221,14 @@ async def test_what_was_stored_before_there_were_bounds_stays_readable(new_fleet
     """Health and reports lie in the store as they came, from servers that took any number."""
 
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         store, operator = fleet.server._store, fleet.operator
-        messages = said(board.device)
+        messages = said(device.id)
         health = spoiled(messages[Up.HEALTH], ("instances", 0, "restarts"), 2**70)
         report = spoiled(messages[Up.REPORT], ("timings_ms", "idle"), 2**70)
         store._db.run("UPDATE devices SET health = ?, health_at = 1, accepted = ?", health, 2**63 - 1)
         columns = {
-            "device": board.device,
+            "device": device.id,
             "boot_id": "boot",
             "sequence": 2**62,
             "at": 1.0,
@@ -238,21 +238,21 @@ async def test_what_was_stored_before_there_were_bounds_stays_readable(new_fleet
         store._db.insert("reports", columns)
         (row,) = (await operator.get(operator_api.Devices, "/v1/devices")).devices
         assert (row.accepted, row.instances) == (2**63 - 1, ())
-        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")).health is None
-        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
+        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{device.id}")).health is None
+        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{device.id}/timeline")
         assert "a report that cannot be read" in [entry.text for entry in timeline.entries]
 
 
 @pytest.mark.asyncio
 async def test_the_row_that_all_reports_of_a_rollout_add_to_does_not_grow_with_them(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a", behaviour=behaviours["silent"])
+        device = await fleet.device("a", behaviour=behaviours["silent"])
         rollout = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-        await board.until(lambda board: board.accepted)
+        await device.until(lambda device: device.accepted)
         ingest = ingest_of(fleet)
         for sequence in (1, 2):
             report = Report(
-                device=board.device,
+                device=device.id,
                 boot_id="boot",
                 sequence=sequence,
                 at=NOW,
@@ -263,7 +263,7 @@ async def test_the_row_that_all_reports_of_a_rollout_add_to_does_not_grow_with_t
                 progress=sequence,
                 timings_ms={"fetching": sequence, **{f"x{sequence}-{number}": 1 for number in range(60)}},
             )
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), wire.encode(report))
         ingest.flush()
         (view,) = (await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{rollout.id}")).devices
         assert view.timings_ms == {"fetching": 2}
@@ -288,11 +288,11 @@ ASKED = [
 @pytest.mark.asyncio
 async def test_a_query_that_is_no_number_is_refused_by_name(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         rollout = await fleet.operator.deploy(target)
         for path, name in ASKED:
-            where = path.replace("{id}", rollout.id if "rollouts" in path else board.device)
+            where = path.replace("{id}", rollout.id if "rollouts" in path else device.id)
             for value in QUERIES:
                 reply = await fleet.operator.http.get(where, params={name: value})
                 assert reply.status_code == 400, (path, name, value, reply.text)
@@ -307,7 +307,7 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
     """Every route of the table, with odd path parts, and with huge numbers in each number of its body."""
 
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         http = fleet.operator.http
         for route in ROUTES:
             method, path, request = route.method, route.path, route.request
@@ -317,7 +317,7 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
                 assert not CLASSES & set(re.findall(r"\w+", reply.text)), (method, path)
             if not isinstance(request, type):
                 continue
-            where = path.replace("{id}", board.device).replace("{name}", "edge")
+            where = path.replace("{id}", device.id).replace("{name}", "edge")
             for name, number in ((name, number) for name in _numbers(request) for number in (*HUGE, 1e300)):
                 reply = await http.request(method.upper(), where, content=json.dumps({name: number}).encode())
                 problem = msgspec.json.decode(reply.content, type=operator_api.Problem)
@@ -327,15 +327,15 @@ async def test_no_path_and_no_body_of_any_route_ends_in_a_fault_of_the_server(ne
 
 
 @pytest.mark.asyncio
-async def test_nothing_that_a_board_asks_for_ends_in_a_fault_of_the_server(new_fleet):
-    """The listener for boards, with odd path parts, odd nonces and huge numbers."""
+async def test_nothing_that_a_device_asks_for_ends_in_a_fault_of_the_server(new_fleet):
+    """The listener for devices, with odd path parts, odd nonces and huge numbers."""
 
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         chunk = LogChunk(instance="hello", command=1, left_out=1)
 
         def ask():
-            with board.http() as http:
+            with device.http() as http:
                 for path in ("/v1/tuf/{}", "/v1/artifacts/{}", "/v1/secrets/{}", "/v1/desired?nonce={}"):
                     for value in ODD:
                         yield path.format(value), http.get(path.format(value)).status_code
@@ -360,7 +360,7 @@ def _numbers(kind):
 @pytest.mark.asyncio
 async def test_a_rollout_with_a_number_that_cannot_be_meant_is_refused_by_name(new_fleet):
     async with new_fleet() as fleet:
-        await fleet.board("a")
+        await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         for name in ("port", "attempt", "soak_s", "failures", "timeout_s"):
             for number in (*HUGE, bounds.NUMBER_MAX + 1, -1):
@@ -374,10 +374,10 @@ async def test_a_rollout_with_a_number_that_cannot_be_meant_is_refused_by_name(n
 @pytest.mark.asyncio
 async def test_the_largest_numbers_are_taken(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         ingest = ingest_of(fleet)
         most = Report(
-            device=board.device,
+            device=device.id,
             boot_id="boot",
             sequence=1,
             at=NOW,
@@ -387,6 +387,6 @@ async def test_the_largest_numbers_are_taken(new_fleet):
             refused=bounds.NUMBER_MAX,
             timings_ms={"fetching": bounds.NUMBER_MAX},
         )
-        ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(most))
+        ingest.on_message(str(Topic(device.id, Up.REPORT)), wire.encode(most))
         ingest.flush()
-        assert len(fleet.server._store.delivery.reports(board.device, 10)) == 1
+        assert len(fleet.server._store.delivery.reports(device.id, 10)) == 1

@@ -1,4 +1,4 @@
-"""What a push to a thousand boards, and their health, cost the server. It prints; nothing is timed to pass."""
+"""What a push to a thousand devices, and their health, cost the server. It prints; nothing is timed to pass."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from signing import dsse
 from signing.device_statements import DeviceSigner
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(300)]
-BOARDS = 1000
+DEVICES = 1000
 PHASES = (Phase.FETCHING, Phase.COMPILING, Phase.PROBATION, Phase.COMMITTED)
 
 
@@ -32,14 +32,14 @@ def self_signed(key):
 
 
 class Crowd:
-    """Boards that exist in the store alone, and answer each assignment with four reports, past the broker.
+    """Devices that exist in the store alone, and answer each assignment with four reports, past the broker.
 
     They sign with one key. `spent` is the processor's time that they took themselves.
     """
 
     def __init__(self, fleet):
         store = fleet.server._store
-        self.ids = [f"b{number}-{number:08x}" for number in range(BOARDS)]
+        self.ids = [f"b{number}-{number:08x}" for number in range(DEVICES)]
         self._ingest = fleet.server._bus._on_message.__self__
         self._assigned = asyncio.Queue()
         self.spent = 0.0
@@ -94,11 +94,11 @@ class Crowd:
         for topic, payload in messages:
             self._ingest.on_message(topic, payload)
         self._ingest.flush()
-        return (time.process_time() - began) / BOARDS
+        return (time.process_time() - began) / DEVICES
 
 
 @pytest.mark.asyncio
-async def test_a_push_to_a_thousand_boards(new_fleet):
+async def test_a_push_to_a_thousand_devices(new_fleet):
     async with new_fleet() as fleet:
         crowd = Crowd(fleet)
         target = await fleet.operator.publish("1.0.0")
@@ -111,8 +111,8 @@ async def test_a_push_to_a_thousand_boards(new_fleet):
                 view = await fleet.operator.get(operator_api.RolloutView, path, wait=10, since=view.revision)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu - crowd.spent
         await answers
-        assert view.counts == {"succeeded": BOARDS}
+        assert view.counts == {"succeeded": DEVICES}
         health = crowd.say_health(target)
-        each = cpu / BOARDS * 1e3
-        print(f"\npush -> {BOARDS} boards, {4 * BOARDS} reports: {wall:.1f} s, CPU {each:.2f} ms a board")
+        each = cpu / DEVICES * 1e3
+        print(f"\npush -> {DEVICES} devices, {4 * DEVICES} reports: {wall:.1f} s, CPU {each:.2f} ms a device")
         print(f"one health report: CPU {health * 1e6:.0f} us (budget 100)")

@@ -60,10 +60,10 @@ async def test_what_is_too_long_is_refused_by_its_field(new_fleet):
             reply = await fleet.operator.http.post(path, content=json.dumps({**request, field: value}))
             assert reply.status_code == 400
             assert f"$.{field}" in reply.json()["detail"], reply.text
-        device = await fleet.board("a")
+        device = await fleet.device("a")
         verb = FollowLogs(instance="hello", minutes=bounds.LOGS_MINUTES_MAX + 1)
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        path = f"/v1/devices/{device.device}/command"
+        path = f"/v1/devices/{device.id}/command"
         problem = await fleet.operator.problem("POST", path, CommandRequest(verb=verb))
         assert (problem.status, problem.type) == (400, "bad-request")
         assert "minutes" in problem.title

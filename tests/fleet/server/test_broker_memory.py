@@ -45,13 +45,13 @@ def text(value):
 
 
 @contextlib.asynccontextmanager
-async def joined(board, *, clean=True):
+async def joined(device, *, clean=True):
     """Connect and subscribe as a device does; yield reader and writer."""
-    where = Address.parse(board.enrolled.mqtt[0].removeprefix("mqtts://"), "the broker")
-    reader, writer = await asyncio.open_connection(where.host, where.port, ssl=board.context())
-    writer.write(packet(0x10, text("MQTT") + b"\x04" + (b"\x02" if clean else b"\x00") + b"\0\0" + text(board.device)))
+    where = Address.parse(device.enrolled.mqtt[0].removeprefix("mqtts://"), "the broker")
+    reader, writer = await asyncio.open_connection(where.host, where.port, ssl=device.context())
+    writer.write(packet(0x10, text("MQTT") + b"\x04" + (b"\x02" if clean else b"\x00") + b"\0\0" + text(device.id)))
     assert (await reader.readexactly(4))[3] == 0
-    topics = device_subscriptions(board.device)
+    topics = device_subscriptions(device.id)
     writer.write(packet(0x82, b"\0\1" + b"".join(text(topic) + b"\1" for topic in topics)))
     answer = await reader.readexactly(4 + len(topics))
     assert answer[0] == 0x90
@@ -62,9 +62,9 @@ async def joined(board, *, clean=True):
 
 
 @contextlib.asynccontextmanager
-async def deaf(board, *, clean=True):
+async def deaf(device, *, clean=True):
     """Connect and subscribe as a device does, and read nothing from then on; yield the writer."""
-    async with joined(board, clean=clean) as (_, writer):
+    async with joined(device, clean=clean) as (_, writer):
         writer.transport.pause_reading()
         yield writer
 
@@ -87,32 +87,32 @@ async def answers(reader, last):
             await reader.readexactly(length)
 
 
-async def flood(fleet, board, witness, mib):
+async def flood(fleet, device, witness, mib):
     """Publish to a device, and wait until the broker has handled all of it."""
     for _ in range(4 * mib):
-        assert fleet.server._bus.publish(str(Topic(board.device, Down.COMMAND)), b"x" * 255 * bounds.KIB, retain=False)
+        assert fleet.server._bus.publish(str(Topic(device.id, Down.COMMAND)), b"x" * 255 * bounds.KIB, retain=False)
     end = witness.acked + 1_000_000
-    fleet.server._bus.publish(str(Topic(witness.device, Down.ACK)), wire.encode(Ack(sequence=end)), retain=False)
-    await witness.until(lambda board: board.acked == end)
+    fleet.server._bus.publish(str(Topic(witness.id, Down.ACK)), wire.encode(Ack(sequence=end)), retain=False)
+    await witness.until(lambda device: device.acked == end)
 
 
 async def is_served(fleet, witness, sequence):
     """Have a report of a device taken."""
     now = datetime.now(UTC)
-    witness.publish(Up.REPORT, Report(device=witness.device, boot_id="boot", sequence=sequence, at=now, assignment=0))
+    witness.publish(Up.REPORT, Report(device=witness.id, boot_id="boot", sequence=sequence, at=now, assignment=0))
     reports = fleet.server._store.delivery.reports
-    await eventually_async(lambda: bool(reports(witness.device, 1)), "the witness's report is taken")
+    await eventually_async(lambda: bool(reports(witness.id, 1)), "the witness's report is taken")
 
 
 @pytest.mark.asyncio
 @pytest.mark.timeout(300)
 async def test_messages_for_a_device_that_reads_nothing_are_bounded(new_fleet, broker):
     async with new_fleet(broker, settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("deaf"), await fleet.board("witness")
-        async with deaf(board):
-            await flood(fleet, board, witness, 8)
+        device, witness = await fleet.enrol("deaf"), await fleet.device("witness")
+        async with deaf(device):
+            await flood(fleet, device, witness, 8)
             memory = memory_mib(fleet)
-            await flood(fleet, board, witness, 80)
+            await flood(fleet, device, witness, 80)
             assert memory_mib(fleet) <= memory + SPARE_MIB
             await is_served(fleet, witness, 1)
 
@@ -121,12 +121,12 @@ async def test_messages_for_a_device_that_reads_nothing_are_bounded(new_fleet, b
 @pytest.mark.timeout(300)
 async def test_messages_for_a_device_that_is_away_are_bounded(new_fleet, broker):
     async with new_fleet(broker, settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("away"), await fleet.board("witness")
-        async with deaf(board, clean=False):
+        device, witness = await fleet.enrol("away"), await fleet.device("witness")
+        async with deaf(device, clean=False):
             pass
-        await flood(fleet, board, witness, 8)
+        await flood(fleet, device, witness, 8)
         memory = memory_mib(fleet)
-        await flood(fleet, board, witness, 80)
+        await flood(fleet, device, witness, 80)
         assert memory_mib(fleet) <= memory + SPARE_MIB
         await is_served(fleet, witness, 1)
 
@@ -135,7 +135,7 @@ async def test_messages_for_a_device_that_is_away_are_bounded(new_fleet, broker)
 @pytest.mark.timeout(300)
 async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("deaf"), await fleet.board("witness")
+        device, witness = await fleet.enrol("deaf"), await fleet.device("witness")
         memory = memory_mib(fleet)
 
         async def ask(writer):
@@ -143,7 +143,7 @@ async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
                 writer.write(PING * 1000)
                 await writer.drain()
 
-        async with deaf(board) as writer:
+        async with deaf(device) as writer:
             with pytest.raises(ConnectionError):  # not before its answers fill every buffer on their way
                 await ask(writer)
             assert memory_mib(fleet) <= memory + SPARE_MIB
@@ -153,11 +153,11 @@ async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
 @pytest.mark.asyncio
 async def test_a_packet_larger_than_any_message_is_not_read(new_fleet):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("large"), await fleet.board("witness")
+        device, witness = await fleet.enrol("large"), await fleet.device("witness")
         memory = memory_mib(fleet)
-        async with deaf(board) as writer:
+        async with deaf(device) as writer:
             with contextlib.suppress(ConnectionError):
-                writer.write(packet(0x30, b"")[:1] + b"\xff\xff\xff\x7f" + text(str(Topic(board.device, Up.STATE))))
+                writer.write(packet(0x30, b"")[:1] + b"\xff\xff\xff\x7f" + text(str(Topic(device.id, Up.STATE))))
                 for _ in range(100):
                     writer.write(b"x" * bounds.MIB)
                     await writer.drain()
@@ -169,8 +169,8 @@ async def test_a_packet_larger_than_any_message_is_not_read(new_fleet):
 @pytest.mark.parametrize(("kind", "answer", "each"), [(0x82, SUBACK, b"\0\0\1"), (0xA2, UNSUBACK, b"\0\1x")])
 async def test_more_topics_than_any_device_has_are_refused_by_the_length_of_their_packet(new_fleet, kind, answer, each):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("many"), await fleet.board("witness")
-        async with joined(board) as (reader, writer):
+        device, witness = await fleet.enrol("many"), await fleet.device("witness")
+        async with joined(device) as (reader, writer):
             with contextlib.suppress(ConnectionError):
                 writer.write(packet(kind, b"\0\2" + each * 5_000))
                 await writer.drain()
@@ -181,9 +181,9 @@ async def test_more_topics_than_any_device_has_are_refused_by_the_length_of_thei
 @pytest.mark.asyncio
 async def test_a_packet_whose_payload_ends_before_its_topic_is_refused(new_fleet):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board, witness = await fleet.enrol("short"), await fleet.board("witness")
-        async with joined(board) as (reader, writer):
-            topic = text(str(Topic(board.device, Up.STATE)))
+        device, witness = await fleet.enrol("short"), await fleet.device("witness")
+        async with joined(device) as (reader, writer):
+            topic = text(str(Topic(device.id, Up.STATE)))
             writer.write(bytes([0x30, len(topic) - 1]) + topic + PING)
             assert PINGRESP not in [kind async for kind in answers(reader, PINGRESP)]
         await is_served(fleet, witness, 1)
@@ -193,16 +193,16 @@ async def test_a_packet_whose_payload_ends_before_its_topic_is_refused(new_fleet
 @pytest.mark.parametrize("clean", [True, False])
 async def test_a_device_that_does_not_release_its_messages_is_closed_and_may_come_back(new_fleet, clean):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board = await fleet.enrol("holder")
-        topic = text(str(Topic(board.device, Up.STATE)))
-        async with joined(board, clean=clean) as (reader, writer):
+        device = await fleet.enrol("holder")
+        topic = text(str(Topic(device.id, Up.STATE)))
+        async with joined(device, clean=clean) as (reader, writer):
             with contextlib.suppress(ConnectionError):
                 for number in range(1, 201):
                     writer.write(packet(0x34, topic + number.to_bytes(2, "big") + b"x" * 4096))
                     await writer.drain()
                 writer.write(PING)
             assert PINGRESP not in [kind async for kind in answers(reader, PINGRESP)]
-        async with joined(board, clean=clean) as (reader, writer):
+        async with joined(device, clean=clean) as (reader, writer):
             writer.write(PING)
             assert PINGRESP in [kind async for kind in answers(reader, PINGRESP)]
 
@@ -213,11 +213,11 @@ async def test_a_device_that_does_not_release_its_messages_is_closed_and_may_com
 )
 async def test_a_device_is_not_read_while_its_subscriptions_wait(new_fleet, kind, answer, each, count):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
-        board = await fleet.enrol("eager")
-        assert fleet.server._bus.publish(str(Topic(board.device, Down.COMMAND)), b"x", retain=True)
-        async with joined(board) as (reader, writer):
+        device = await fleet.enrol("eager")
+        assert fleet.server._bus.publish(str(Topic(device.id, Down.COMMAND)), b"x", retain=True)
+        async with joined(device) as (reader, writer):
             # everything after the first waits until the message that is retained is acknowledged, or given up
-            first = packet(0x82, b"\0\2" + text(device_subscriptions(board.device)[0]) + b"\1")
+            first = packet(0x82, b"\0\2" + text(device_subscriptions(device.id)[0]) + b"\1")
             writer.write(first + packet(kind, b"\0\3" + each))
             writer.write(packet(kind, b"\0\4" + each * 64) + packet(kind, b"\0\5" + each * 64) + PING)
             # the newest is being handled when the ping is read, and may be answered before or after it

@@ -1,4 +1,4 @@
-"""The two brokers as they are set up: a board speaks for itself alone, and only while it belongs to the fleet."""
+"""The two brokers as they are set up: a device speaks for itself alone, and only while it belongs to the fleet."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ from fleet.server.config import Address, ServerConfig, ServerPaths
 from fleet.server.service import ServeError, Server
 
 
-async def knock(board, *, client_id, context=None, will=None):
+async def knock(device, *, client_id, context=None, will=None):
     """Try to connect; the CONNACK's code, or None when the connection was just ended."""
     loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
@@ -32,12 +32,12 @@ async def knock(board, *, client_id, context=None, will=None):
         loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(code))
 
     client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, reconnect_on_failure=False)
-    client.tls_set_context(context or board.context())
+    client.tls_set_context(context or device.context())
     if will:
         client.will_set(will, b"x", retain=True)
     client.on_connect = lambda _c, _d, _f, reason, _p: say(reason.value)
     client.on_disconnect = lambda *_: say(None)
-    host, _, port = board.enrolled.mqtt[0].removeprefix("mqtts://").rpartition(":")
+    host, _, port = device.enrolled.mqtt[0].removeprefix("mqtts://").rpartition(":")
     try:
         await asyncio.to_thread(client.connect, host, int(port), 30)
     except (OSError, ssl.SSLError):
@@ -53,30 +53,30 @@ async def knock(board, *, client_id, context=None, will=None):
 @pytest.mark.asyncio
 async def test_nobody_comes_in_without_a_certificate(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        board = await fleet.enrol("a")
-        assert await knock(board, client_id=board.device) == 0
-        bare = ssl.create_default_context(cafile=str(board._files[1]))
-        assert await knock(board, client_id=board.device, context=bare) is None
+        device = await fleet.enrol("a")
+        assert await knock(device, client_id=device.id) == 0
+        bare = ssl.create_default_context(cafile=str(device._files[1]))
+        assert await knock(device, client_id=device.id, context=bare) is None
 
 
 @pytest.mark.asyncio
-async def test_a_board_cannot_take_another_boards_place_or_leave_a_will_for_it(new_fleet):
+async def test_a_device_cannot_take_another_devices_place_or_leave_a_will_for_it(new_fleet):
     async with new_fleet("embedded") as fleet:
-        mine, other = await fleet.enrol("a"), await fleet.board("b")
-        assert await knock(mine, client_id=other.device) is None
+        mine, other = await fleet.enrol("a"), await fleet.device("b")
+        assert await knock(mine, client_id=other.id) is None
         assert await knock(mine, client_id=SERVER_CN) is None
-        assert await knock(mine, client_id=mine.device, will=str(Topic(other.device, Up.STATE))) is None
-        assert await knock(mine, client_id=mine.device, will=str(Topic(mine.device, Up.STATE))) == 0
-        assert fleet.server._store.devices.get(other.device).online
+        assert await knock(mine, client_id=mine.id, will=str(Topic(other.id, Up.STATE))) is None
+        assert await knock(mine, client_id=mine.id, will=str(Topic(mine.id, Up.STATE))) == 0
+        assert fleet.server._store.devices.get(other.id).online
 
 
 @pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 @pytest.mark.asyncio
 async def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_asked(new_fleet):
     async with new_fleet("mosquitto") as fleet:
-        mine, other = await fleet.enrol("a"), await fleet.board("b")
+        mine, other = await fleet.enrol("a"), await fleet.device("b")
         # it is let in, as itself: the other one is not pushed off
-        assert await knock(mine, client_id=other.device) == 0
+        assert await knock(mine, client_id=other.id) == 0
         # one wave: `mine` is away, and a wave of it alone would wait for it
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
         await fleet.operator.decided(view)
@@ -84,32 +84,30 @@ async def test_with_mosquitto_the_certificate_decides_the_client_id_whatever_is_
 
 
 @pytest.mark.asyncio
-async def test_a_board_neither_writes_nor_reads_another_boards_topics(new_fleet, broker):
+async def test_a_device_neither_writes_nor_reads_another_devices_topics(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        eve, victim = await fleet.board("eve", group="other"), await fleet.board("victim")
+        eve, victim = await fleet.device("eve", group="other"), await fleet.device("victim")
         heard = []
         loop = asyncio.get_running_loop()
         eve._client.on_message = lambda _c, _d, message: loop.call_soon_threadsafe(heard.append, message.topic)
-        eve._client.subscribe(
-            [("#", 1), (str(Topic(victim.device, Down.DESIRED)), 1), (f"$share/x/{victim.device}/#", 1)]
-        )
-        lie = Health(device=victim.device, boot_id="forged", at=datetime.now(UTC))
-        eve.publish(Up.HEALTH, lie, device=victim.device)
-        eve._client.publish(str(Topic(victim.device, Down.DESIRED)), b"forged", qos=1, retain=True)
+        eve._client.subscribe([("#", 1), (str(Topic(victim.id, Down.DESIRED)), 1), (f"$share/x/{victim.id}/#", 1)])
+        lie = Health(device=victim.id, boot_id="forged", at=datetime.now(UTC))
+        eve.publish(Up.HEALTH, lie, device=victim.id)
+        eve._client.publish(str(Topic(victim.id, Down.DESIRED)), b"forged", qos=1, retain=True)
 
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
         assert b"forged" not in victim.envelopes
-        assert fleet.server._store.devices.get(victim.device).health is None
-        assert not [topic for topic in heard if victim.device in topic]
+        assert fleet.server._store.devices.get(victim.id).health is None
+        assert not [topic for topic in heard if victim.id in topic]
 
 
 @pytest.mark.asyncio
-async def test_what_others_left_in_the_broker_is_not_given_to_a_board(new_fleet, broker):
+async def test_what_others_left_in_the_broker_is_not_given_to_a_device(new_fleet, broker):
     """Retained messages follow the rule of live ones: at the connect, and at a subscription."""
 
     async with new_fleet(broker) as fleet:
-        victim = await fleet.board("victim")
+        victim = await fleet.device("victim")
         eve = await fleet.enrol("eve", group="other")
         heard = []
         hear = eve._received
@@ -122,31 +120,31 @@ async def test_what_others_left_in_the_broker_is_not_given_to_a_board(new_fleet,
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
         await eve.connect()
-        everything = ["fleet/v1/+/+/up/+", "fleet/v1/+/+/down/+", "#", str(Topic(victim.device, Down.DESIRED))]
+        everything = ["fleet/v1/+/+/up/+", "fleet/v1/+/+/down/+", "#", str(Topic(victim.id, Down.DESIRED))]
         eve._client.subscribe([(topic, 1) for topic in everything])
         await fleet.online(eve)
         await fleet.operator.decided(await fleet.operator.deploy(target, group="other"))
-        await eve.until(lambda board: board.items)
-        assert not [topic for topic in heard if victim.device in topic]
+        await eve.until(lambda device: device.items)
+        assert not [topic for topic in heard if victim.id in topic]
 
 
 @pytest.mark.asyncio
-async def test_a_board_leaves_nothing_in_the_broker_beyond_its_channels(new_fleet, broker):
+async def test_a_device_leaves_nothing_in_the_broker_beyond_its_channels(new_fleet, broker):
     """Topics that nobody reads cannot fill the broker, in the device's own shard or another."""
 
     async with new_fleet(broker) as fleet:
-        board, witness = await fleet.board("hostile"), await fleet.board("witness")
-        own = str(Topic(board.device, Up.STATE)).removesuffix("state")
+        device, witness = await fleet.device("hostile"), await fleet.device("witness")
+        own = str(Topic(device.id, Up.STATE)).removesuffix("state")
         for number in range(50):
             for topic in (f"{own}x{number}", f"{own}report/{number}", f"{own}state/", f"fleet/v1/{number}/x/up/state"):
-                board._client.publish(topic, b"x" * 1000, qos=1, retain=True)
-            board._client.publish(own.replace("/up/", f"{number}/up/") + "state", b"x", qos=1, retain=True)
-            last = board._client.publish(f"fleet/v1/x{number}/{board.device}/up/state", b"x", qos=1, retain=True)
+                device._client.publish(topic, b"x" * 1000, qos=1, retain=True)
+            device._client.publish(own.replace("/up/", f"{number}/up/") + "state", b"x", qos=1, retain=True)
+            last = device._client.publish(f"fleet/v1/x{number}/{device.id}/up/state", b"x", qos=1, retain=True)
         await asyncio.to_thread(last.wait_for_publish, 60)
         witness.publish(
-            Up.REPORT, Report(device=witness.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=0)
+            Up.REPORT, Report(device=witness.id, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=0)
         )
-        await witness.until(lambda board: board.acked == 1)
+        await witness.until(lambda device: device.acked == 1)
         kept = await retained(fleet)
         assert {topic for topic in kept if not _is_topic(topic)} == set()
 
@@ -188,36 +186,36 @@ async def retained(fleet):
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_was_shut_out_can_neither_stay_nor_come_back(new_fleet, broker):
+async def test_a_device_that_was_shut_out_can_neither_stay_nor_come_back(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        board, witness = await fleet.board("a"), await fleet.board("b")
-        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
-        # the broker has read it when another board's word, sent after it, has come through
-        before = fleet.server._store.delivery.reports(board.device, 10)
+        device, witness = await fleet.device("a"), await fleet.device("b")
+        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{device.id}/revoke")
+        # the broker has read it when another device's word, sent after it, has come through
+        before = fleet.server._store.delivery.reports(device.id, 10)
         for sequence in (1, 2, 3):
             report = Report(device="", boot_id="boot", sequence=sequence, at=datetime.now(UTC), assignment=0)
-            board.publish(Up.REPORT, msgspec.structs.replace(report, device=board.device))
-            witness.publish(Up.REPORT, msgspec.structs.replace(report, device=witness.device))
-        await witness.until(lambda board: board.acked == 3)
-        assert fleet.server._store.delivery.reports(board.device, 10) == before
+            device.publish(Up.REPORT, msgspec.structs.replace(report, device=device.id))
+            witness.publish(Up.REPORT, msgspec.structs.replace(report, device=witness.id))
+        await witness.until(lambda device: device.acked == 3)
+        assert fleet.server._store.delivery.reports(device.id, 10) == before
         if broker == "embedded":
-            assert await knock(board, client_id=board.device) is None
+            assert await knock(device, client_id=device.id) is None
 
 
 @pytest.mark.asyncio
-async def test_a_message_that_speaks_for_another_board_is_dropped_and_counted(new_fleet):
+async def test_a_message_that_speaks_for_another_device_is_dropped_and_counted(new_fleet):
     async with new_fleet() as fleet:
-        board, other = await fleet.board("a"), await fleet.board("b")
+        device, other = await fleet.device("a"), await fleet.device("b")
         ingest = fleet.server._bus._on_message.__self__
-        report = Report(device=other.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
-        ingest.on_message(str(Topic(board.device, Up.REPORT)), wire.encode(report))
-        ingest.on_message(str(Topic(board.device, Up.REPORT)), b"not json")
-        ingest.on_message(str(Topic(board.device, Up.HEALTH)), b"x" * 70_000)
+        report = Report(device=other.id, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
+        ingest.on_message(str(Topic(device.id, Up.REPORT)), wire.encode(report))
+        ingest.on_message(str(Topic(device.id, Up.REPORT)), b"not json")
+        ingest.on_message(str(Topic(device.id, Up.HEALTH)), b"x" * 70_000)
         ingest.on_message("fleet/v1/zz/nobody/up/report", b"{}")
-        ingest.on_message(str(Topic(board.device, Down.ACK)), b"{}")
+        ingest.on_message(str(Topic(device.id, Down.ACK)), b"{}")
         ingest.flush()
         assert (ingest.counts["foreign"], ingest.counts["malformed"]) == (1, 4)
-        assert fleet.server._store.delivery.reports(other.device, 10) == []
+        assert fleet.server._store.delivery.reports(other.id, 10) == []
 
 
 # The gate before the embedded broker

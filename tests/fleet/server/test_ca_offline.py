@@ -1,4 +1,4 @@
-"""`fleet ca offline`: the root of a development fleet's CA leaves its server, and no board is enrolled again."""
+"""`fleet ca offline`: the root of a development fleet's CA leaves its server, and no device is enrolled again."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from fleet.ca import CaError, private_pem
 from fleet.cli.main import main
 from fleet.protocol.trust_api import CaView
 from fleet.server.config import ServerPaths
-from tests.fleet.server.board_requests import ask
+from tests.fleet.server.device_requests import ask
 
 PASSPHRASE = "correct horse"
 
@@ -31,10 +31,10 @@ def passphrase(monkeypatch):
 
 @pytest.mark.usefixtures("passphrase")
 @pytest.mark.asyncio
-async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_nothing(new_fleet):
+async def test_the_root_is_taken_off_a_server_that_runs_and_its_devices_notice_nothing(new_fleet):
     async with new_fleet("embedded") as fleet:
         place = ServerPaths(fleet.home)
-        board = await fleet.board("gate")
+        device = await fleet.device("gate")
         key = private_pem(fleet.server._ca._key).splitlines()[1]
         assert (await command(fleet, "ca", "renew", "--yes")).exit_code == 2, "there is no issuing CA yet"
 
@@ -49,11 +49,11 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
             ca.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
 
         # What the root had issued counts until it ends; what is issued now hangs below the issuing CA.
-        assert (await ask(board)).status_code == 200
+        assert (await ask(device)).status_code == 200
         view = await fleet.operator.get(CaView, "/v1/ca")
         assert not view.root_on_server
-        other = await fleet.board("lift")
-        assert other.enrolled.ca_pem == board.enrolled.ca_pem
+        other = await fleet.device("lift")
+        assert other.enrolled.ca_pem == device.enrolled.ca_pem
         leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
         assert leaf.issuer.rfc4514_string() == view.issuers[0].name != root.certificate.subject.rfc4514_string()
         assert (await command(fleet, "ca", "status")).exit_code == 0
@@ -65,7 +65,7 @@ async def test_the_root_is_taken_off_a_server_that_runs_and_its_boards_notice_no
         assert "cannot take the root of the CA off the server" in again.stderr
         await fleet.stop()
         await fleet.start()
-        assert (await ask(board)).status_code == 200
+        assert (await ask(device)).status_code == 200
 
 
 @pytest.mark.usefixtures("passphrase")

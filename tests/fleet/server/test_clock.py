@@ -156,16 +156,16 @@ async def shown(url):
 async def test_an_upkeep_with_the_clock_two_years_ahead_deletes_nothing_and_dates_nothing_wrong(new_fleet, machine):
     async with new_fleet() as fleet:
         await serve(fleet, machine)
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        reports = fleet.server._store.delivery.reports(board.device, 10)
+        reports = fleet.server._store.delivery.reports(device.id, 10)
         assert reports
         before = await status(fleet)
         certificate = await shown(fleet.made.url)
 
         machine.wall += 730 * DAY
         fleet.server.keep_up()
-        assert fleet.server._store.delivery.reports(board.device, 10) == reports
+        assert fleet.server._store.delivery.reports(device.id, 10) == reports
         jumped = await status(fleet)
         assert jumped.roles == before.roles
         assert "730 days ahead" in jumped.problems[0]
@@ -190,12 +190,12 @@ async def test_what_a_wrong_clock_dated_is_made_anew(new_fleet, machine):
     """A fleet of an earlier version, whose server ran with a wrong clock for a moment: everything is dated 2028."""
     async with new_fleet() as fleet:
         await serve(fleet, machine)
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
         machine.wall += 1100 * DAY
         # its broker, whose clock is right, refuses a server with a certificate of 2028
         await serve(fleet, machine, connected=False, trust_clock=True)
-        fleet.server._director.reconcile(board.device, renew=True)
+        fleet.server._director.reconcile(device.id, renew=True)
         fleet.server.keep_up()
         assert {role.expires > machine.wall for role in fleet.server._repository.roles()[-2:]} == {True}
 
@@ -207,7 +207,7 @@ async def test_what_a_wrong_clock_dated_is_made_anew(new_fleet, machine):
         assert online["snapshot"] <= repository.LIFE["snapshot"]
         certificate = await shown(fleet.made.url)
         assert certificate.not_valid_before_utc <= datetime.now(UTC)
-        row = fleet.server._store.delivery.assignment(board.device)
+        row = fleet.server._store.delivery.assignment(device.id)
         assert row.expires <= (machine.wall + director.LIFE).timestamp()
 
 
@@ -216,7 +216,7 @@ async def test_what_a_wrong_clock_dated_is_made_anew(new_fleet, machine):
 async def test_a_rollout_under_way_does_not_see_a_jump_of_the_clock(new_fleet, machine, jump):
     async with new_fleet() as fleet:
         await serve(fleet, machine)
-        slow, quick = await fleet.board("slow"), await fleet.board("quick", group="other")
+        slow, quick = await fleet.device("slow"), await fleet.device("quick", group="other")
         slow.behaviour = lambda item: [slow.report(item, Phase.FETCHING)]
         begun = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
         await fleet.operator.follow(begun, lambda view: view.devices[0].phase == Phase.FETCHING)

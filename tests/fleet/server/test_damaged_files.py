@@ -108,7 +108,7 @@ def test_fleet_serve_says_in_one_line_which_file_is_lost(homes, tmp_path):
 @pytest.mark.asyncio
 async def test_a_timestamp_that_is_made_anew_is_above_every_one_that_devices_have_seen(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
         await fleet.stop()
         for path in ServerPaths(fleet.home).repository.glob("*.snapshot.json"):
@@ -117,7 +117,7 @@ async def test_a_timestamp_that_is_made_anew_is_above_every_one_that_devices_hav
         await fleet.start()
         target = await fleet.operator.publish("2.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
-        assert board.items["hello"].target == target
+        assert device.items["hello"].target == target
 
 
 @pytest.mark.asyncio
@@ -152,16 +152,16 @@ async def test_a_broker_that_lost_its_database_gets_every_assignment_again(new_f
     if broker == "embedded":
         pytest.skip("it stores nothing")
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        await board.disconnect(politely=True)
+        await device.disconnect(politely=True)
         await fleet.stop()
         database = ServerPaths(fleet.home).broker / "data" / "mosquitto.db"
         database.write_bytes(b"\0" * database.stat().st_size)
-        seen = len(board.envelopes)
+        seen = len(device.envelopes)
         await fleet.start()
-        await board.connect()
-        await board.until(lambda board: len(board.envelopes) > seen)
+        await device.connect()
+        await device.until(lambda device: len(device.envelopes) > seen)
         assert database.with_name("mosquitto.db.damaged").exists()
 
 
@@ -172,12 +172,12 @@ async def test_a_broker_that_dies_and_cannot_read_its_database_comes_back(new_fl
     async with new_fleet(broker) as fleet:
         await fleet.stop()
         await fleet.start()
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         database = ServerPaths(fleet.home).broker / "data" / "mosquitto.db"
         database.write_bytes(b"\0" * database.stat().st_size)
         os.kill(fleet.server.broker_pid, signal.SIGKILL)
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        assert board.items["hello"].target.endswith("1.0.0.wasm")
+        assert device.items["hello"].target.endswith("1.0.0.wasm")
         assert database.with_name("mosquitto.db.damaged").exists()
 
 
@@ -202,8 +202,8 @@ async def test_a_damaged_artifact_is_not_served_and_the_same_file_replaces_it(ne
         path = ServerPaths(fleet.home).artifacts / sha256
         assert (await operator.http.get(f"/v1/artifacts/{sha256}")).content == artifact
         path.write_bytes(DAMAGES[damage](artifact))
-        board = await fleet.board("a")
-        with board.http() as http:
+        device = await fleet.device("a")
+        with device.http() as http:
             assert (await asyncio.to_thread(http.get, f"/v1/artifacts/{sha256}")).status_code == 404
         assert (await operator.http.head(f"/v1/artifacts/{sha256}")).status_code == 404
         (problem,) = (await operator.get(operator_api.Status, "/v1/status")).problems

@@ -1,4 +1,4 @@
-"""How boards join and stay: tokens, certificates over real TLS, renewal, and being shut out."""
+"""How devices join and stay: tokens, certificates over real TLS, renewal, and being shut out."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from signing import dsse
 from signing.verifier import Challenge, accept_freshness
 
 
-async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
+async def try_enrol(fleet, secret, *, name="device", key=None, csr=None):
     pem = csr or certificate_request(key or ec.generate_private_key(ec.SECP256R1()))
     async with httpx.AsyncClient(verify=fleet.operator_context(), base_url=fleet.made.url, timeout=60) as http:
         request = EnrolRequest(secret=secret, name=name, csr_pem=pem, sealing_key="")
@@ -34,30 +34,30 @@ async def try_enrol(fleet, secret, *, name="board", key=None, csr=None):
 async def test_what_the_token_pins_is_what_the_server_shows(new_fleet):
     async with new_fleet() as fleet:
         token = Token.decode(await fleet.operator.token())
-        board = await fleet.enrol("a")
-        authority = x509.load_pem_x509_certificate(board.enrolled.ca_pem.encode())
+        device = await fleet.enrol("a")
+        authority = x509.load_pem_x509_certificate(device.enrolled.ca_pem.encode())
         assert hashlib.sha256(authority.public_bytes(Encoding.DER)).hexdigest() == token.ca_sha256
-        assert hashlib.sha256(board.enrolled.root.encode()).hexdigest() == token.root_sha256
+        assert hashlib.sha256(device.enrolled.root.encode()).hexdigest() == token.root_sha256
         assert token.url == fleet.made.url
-        leaf = x509.load_pem_x509_certificate(board.enrolled.certificate_pem.encode())
+        leaf = x509.load_pem_x509_certificate(device.enrolled.certificate_pem.encode())
         (name,) = leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-        assert name.value == board.device
-        assert board.device.startswith("a-")
-        assert not board.enrolled.production
+        assert name.value == device.id
+        assert device.id.startswith("a-")
+        assert not device.enrolled.production
 
 
 @pytest.mark.asyncio
-async def test_a_token_is_good_for_one_board_and_one_key(new_fleet):
+async def test_a_token_is_good_for_one_device_and_one_key(new_fleet):
     async with new_fleet() as fleet:
         secret = Token.decode(await fleet.operator.token()).secret
         key = ec.generate_private_key(ec.SECP256R1())
         first = await try_enrol(fleet, secret, key=key)
         assert first.status_code == 201
-        # the answer was lost on the way: the same board may ask again
+        # the answer was lost on the way: the same device may ask again
         again = await try_enrol(fleet, secret, key=key)
         assert again.status_code == 201
         assert again.json()["device"] == first.json()["device"]
-        # a second board may not
+        # a second device may not
         other = await try_enrol(fleet, secret)
         assert (other.status_code, other.json()["type"]) == (403, "token-used")
         assert "fleet enroll-token" in other.json()["action"]
@@ -65,7 +65,7 @@ async def test_a_token_is_good_for_one_board_and_one_key(new_fleet):
         fresh = Token.decode(await fleet.operator.token()).secret
         clone = await try_enrol(fleet, fresh, key=key)
         assert (clone.status_code, clone.json()["type"]) == (409, "device-exists")
-        # and its token is still good for a board with a key of its own
+        # and its token is still good for a device with a key of its own
         assert (await try_enrol(fleet, fresh)).status_code == 201
 
 
@@ -129,38 +129,38 @@ async def test_the_verified_certificate_reaches_the_application(new_fleet):
             return row
 
         fleet.server._devices._enrolment.authenticate = spy
-        for board in (first, second):
-            with board.http() as http:
+        for device in (first, second):
+            with device.http() as http:
                 reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
                 assert reply.status_code == 200
-        assert set(seen) == {first.device, second.device}
+        assert set(seen) == {first.id, second.id}
 
 
 @pytest.mark.asyncio
-async def test_the_boards_listener_talks_to_nobody_without_a_certificate_of_the_fleet(new_fleet, tmp_path):
+async def test_the_devices_listener_talks_to_nobody_without_a_certificate_of_the_fleet(new_fleet, tmp_path):
     async with new_fleet() as fleet:
-        board = await fleet.enrol("a")
+        device = await fleet.enrol("a")
         stranger = CertificateAuthority.create(tmp_path, fleet="other", now=datetime.now(UTC))
-        forged = stranger.device(board.key.public_key(), board.device, now=datetime.now(UTC))
+        forged = stranger.device(device.key.public_key(), device.id, now=datetime.now(UTC))
         pem = tmp_path / "forged.pem"
-        secret = board._files[0].read_text().removeprefix(board.enrolled.certificate_pem)
+        secret = device._files[0].read_text().removeprefix(device.enrolled.certificate_pem)
         pem.write_text(forged.pem + secret)
         with_foreign = fleet.operator_context()
         with_foreign.load_cert_chain(pem)
         for context in (fleet.operator_context(), with_foreign):
-            async with httpx.AsyncClient(verify=context, base_url=board.enrolled.devices_url, timeout=60) as http:
+            async with httpx.AsyncClient(verify=context, base_url=device.enrolled.devices_url, timeout=60) as http:
                 with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError, ssl.SSLError)):
                     await http.get("/v1/tuf/timestamp.json")
         # and the operators' routes are not on it
-        with board.http() as http:
+        with device.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/status")).status_code == 404
 
 
 @pytest.mark.asyncio
-async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet):
+async def test_devices_fetch_their_own_desired_state_without_the_broker(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        away, other = await fleet.enrol("a"), await fleet.board("b")
+        away, other = await fleet.enrol("a"), await fleet.device("b")
         with away.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 404
             target = await operator.publish("1.0.0")
@@ -175,7 +175,7 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
         with other.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/desired")).content != reply.content
 
-        # a board whose clock nobody set asks with a nonce, and the director's word for it comes along
+        # a device whose clock nobody set asks with a nonce, and the director's word for it comes along
         nonce = "0123456789abcdef"
         with away.http() as http:
             vouched = await asyncio.to_thread(http.get, "/v1/desired", params={"nonce": nonce})
@@ -186,7 +186,7 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
             away.updater.trusted,
             both.fresh.encode(),
             fleet=away.enrolled.fleet,
-            device=away.device,
+            device=away.id,
             challenge=Challenge(nonce=nonce, sha256=dsse.parse(reply.content).sha256),
             state=away.states.load(),
             now=datetime.now(UTC),
@@ -198,9 +198,9 @@ async def test_boards_fetch_their_own_desired_state_without_the_broker(new_fleet
 async def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
     Ahead.ahead = timedelta()
     async with with_clock(new_fleet) as fleet:
-        board = await fleet.enrol("a")
+        device = await fleet.enrol("a")
         Ahead.ahead = ca.DEVICE_LIFE + timedelta(days=1)
-        with board.http() as http:
+        with device.http() as http:
             refused = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
             assert (refused.status_code, refused.json()["type"]) == (403, "certificate-expired")
             other = msgspec.json.encode(
@@ -208,7 +208,7 @@ async def test_an_expired_certificate_may_renew_and_nothing_else(new_fleet):
             )
             foreign = await asyncio.to_thread(http.post, "/v1/renew", content=other)
             assert (foreign.status_code, foreign.json()["type"]) == (403, "other-key")
-            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
+            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(device.key)))
             renewed = await asyncio.to_thread(http.post, "/v1/renew", content=own)
             assert renewed.status_code == 200
         leaf = x509.load_pem_x509_certificate(renewed.json()["certificate_pem"].encode())
@@ -221,15 +221,15 @@ def certificate_request(key):
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_was_shut_out_is_heard_no_more(new_fleet, broker):
+async def test_a_device_that_was_shut_out_is_heard_no_more(new_fleet, broker):
     async with new_fleet(broker) as fleet:
-        board = await fleet.board("a")
-        detail = await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+        device = await fleet.device("a")
+        detail = await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{device.id}/revoke")
         assert detail.row.revoked
-        with board.http() as http:
+        with device.http() as http:
             reply = await asyncio.to_thread(http.get, "/v1/tuf/timestamp.json")
             assert (reply.status_code, reply.json()["type"]) == (403, "revoked")
-            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(board.key)))
+            own = msgspec.json.encode(RenewRequest(csr_pem=certificate_request(device.key)))
             assert (await asyncio.to_thread(http.post, "/v1/renew", content=own)).json()["type"] == "revoked"
         status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert status.devices == 0
@@ -251,10 +251,10 @@ def test_a_certificate_request_must_be_signed_by_its_own_key(tmp_path):
 def test_a_certificate_stands_up_to_strict_verification(tmp_path):
     now = datetime.now(UTC)
     authority = CertificateAuthority.create(tmp_path, fleet="f", now=now)
-    pair = authority.server(["board.example", "10.1.2.3"], now=now)
+    pair = authority.server(["device.example", "10.1.2.3"], now=now)
     leaf = x509.load_pem_x509_certificate(pair.certificate_pem)
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["board.example", "localhost"]
+    assert names.get_values_for_type(x509.DNSName) == ["device.example", "localhost"]
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.1.2.3", "127.0.0.1", "::1"]
     (tmp_path / "leaf.pem").write_bytes(pair.certificate_pem + pair.key_pem)
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=tmp_path / "ca.pem")

@@ -12,82 +12,82 @@ from fleet.protocol.messages import Health, Hello, InstanceHealth
 from fleet.protocol.topics import Up
 
 
-def hello(board, committed):
-    version = board.accepted[-1].version if board.accepted else 0
-    return Hello(device=board.device, nonce="0" * 16, boot_id="boot", accepted=version, committed=committed)
+def hello(device, committed):
+    version = device.accepted[-1].version if device.accepted else 0
+    return Hello(device=device.id, nonce="0" * 16, boot_id="boot", accepted=version, committed=committed)
 
 
-def health(board, committed=0, **figure):
+def health(device, committed=0, **figure):
     figures = ()
     if figure:
         figures = (InstanceHealth(instance="hello", generation=1, calls={}, **figure),)
-    return Health(device=board.device, boot_id="boot", at=datetime.now(UTC), committed=committed, instances=figures)
+    return Health(device=device.id, boot_id="boot", at=datetime.now(UTC), committed=committed, instances=figures)
 
 
-def check_ins(board):
-    return [command for command in board.commands if isinstance(command.verb, CheckIn)]
+def check_ins(device):
+    return [command for command in device.commands if isinstance(command.verb, CheckIn)]
 
 
-async def running(fleet, board, behaviour, **more):
+async def running(fleet, device, behaviour, **more):
     """A rollout whose only device has taken the assignment and behaves so."""
-    board.behaviour = behaviour
+    device.behaviour = behaviour
     view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), **more)
-    await board.until(lambda board: "hello" in board.items)
+    await device.until(lambda device: "hello" in device.items)
     return view
 
 
-async def heard(fleet, board, message, channel=Up.HEALTH):
+async def heard(fleet, device, message, channel=Up.HEALTH):
     """Send a message, and wait until everything before it was taken in."""
     counts = fleet.server._ingest.counts
     before = counts[str(channel)]
-    board.publish(channel, message)
+    device.publish(channel, message)
     while counts[str(channel)] == before:
         await fleet.server._conductor._watch._event.wait()
 
 
-def outcome(fleet, view, board):
-    return fleet.server._store.rollouts.member(view.number, board.device)[0].outcome
+def outcome(fleet, view, device):
+    return fleet.server._store.rollouts.member(view.number, device.id)[0].outcome
 
 
 @pytest.mark.parametrize("kind", ["hello", "health"])
 @pytest.mark.asyncio
 async def test_a_commit_that_was_lost_is_asked_for_and_decides(new_fleet, behaviours, kind):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        board.answers_check_in = False
-        view = await running(fleet, board, behaviours["silent"])
-        version = board.accepted[-1].version
+        device = await fleet.device("a")
+        device.answers_check_in = False
+        view = await running(fleet, device, behaviours["silent"])
+        version = device.accepted[-1].version
         # hello and health name the version, and are not signed
         if kind == "hello":
-            board.publish(Up.HELLO, hello(board, version))
+            device.publish(Up.HELLO, hello(device, version))
         else:
-            board.publish(Up.HEALTH, health(board, version))
-        await board.until(check_ins)
-        assert outcome(fleet, view, board) is Outcome.WAITING
+            device.publish(Up.HEALTH, health(device, version))
+        await device.until(check_ins)
+        assert outcome(fleet, view, device) is Outcome.WAITING
         # the device answers with its signed state
-        (report,) = behaviours["good"](board.items["hello"])[-1:]
-        board._say(report, board.accepted[-1])
+        (report,) = behaviours["good"](device.items["hello"])[-1:]
+        device._say(report, device.accepted[-1])
         assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.asyncio
 async def test_a_device_is_asked_once_however_often_it_says_so(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        board.answers_check_in = False
-        await running(fleet, board, behaviours["silent"])
+        device = await fleet.device("a")
+        device.answers_check_in = False
+        await running(fleet, device, behaviours["silent"])
         for _ in range(5):
-            await heard(fleet, board, health(board, board.accepted[-1].version))
-        board.publish(Up.HELLO, hello(board, board.accepted[-1].version))
-        asked = len(board.fresh)
-        await board.until(lambda board: len(board.fresh) > asked)  # what comes after a hello has come
-        assert len(check_ins(board)) == 1
+            await heard(fleet, device, health(device, device.accepted[-1].version))
+        device.publish(Up.HELLO, hello(device, device.accepted[-1].version))
+        asked = len(device.fresh)
+        await device.until(lambda device: len(device.fresh) > asked)  # what comes after a hello has come
+        assert len(check_ins(device)) == 1
 
 
 @pytest.mark.asyncio
 async def test_an_agent_that_does_not_sign_or_does_not_say_its_generation_is_unproven(new_fleet):
     async with new_fleet() as fleet:
-        old, older, new = await fleet.board("a"), await fleet.board("b"), await fleet.board("c")
+        old, older, new = await fleet.device("a"), await fleet.device("b"), await fleet.device("c")
         older.signer = None
         good = new.behaviour
         old.behaviour = lambda item: [msgspec.structs.replace(report, generation=None) for report in good(item)]
@@ -95,10 +95,10 @@ async def test_an_agent_that_does_not_sign_or_does_not_say_its_generation_is_unp
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
         found = {each.device: each for each in view.devices}
-        assert found[new.device].outcome is Outcome.SUCCEEDED
-        for board in (old, older):
-            assert found[board.device].outcome is Outcome.UNPROVEN
-            assert found[board.device].message == "its agent is too old to sign its state"
+        assert found[new.id].outcome is Outcome.SUCCEEDED
+        for device in (old, older):
+            assert found[device.id].outcome is Outcome.UNPROVEN
+            assert found[device.id].message == "its agent is too old to sign its state"
 
 
 @pytest.mark.parametrize("lie", [{"assignment_sha256": "0" * 64}, {"manifest_sha256": "0" * 64}])
@@ -107,37 +107,37 @@ async def test_a_commit_of_another_assignment_or_manifest_decides_nothing_and_is
     new_fleet, behaviours, lie
 ):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        board.answers_check_in = False
+        device = await fleet.device("a")
+        device.answers_check_in = False
 
         def other(item):
             return [msgspec.structs.replace(report, **lie) for report in behaviours["good"](item)]
 
-        view = await running(fleet, board, other)
-        await board.until(check_ins)
-        assert outcome(fleet, view, board) is Outcome.IN_PROGRESS
-        (report,) = behaviours["good"](board.items["hello"])[-1:]
-        board._say(report, board.accepted[-1])
+        view = await running(fleet, device, other)
+        await device.until(check_ins)
+        assert outcome(fleet, view, device) is Outcome.IN_PROGRESS
+        (report,) = behaviours["good"](device.items["hello"])[-1:]
+        device._say(report, device.accepted[-1])
         assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.asyncio
 async def test_quarantine_in_a_health_is_no_verdict_and_the_signed_report_is(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        board.answers_check_in = False
+        device = await fleet.device("a")
+        device.answers_check_in = False
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="1, 100%", soak_s=3600)
-        await fleet.board("b")
+        await fleet.device("b")
         view = await fleet.operator.follow(view, lambda view: view.devices[0].outcome is Outcome.SUCCEEDED)
-        board.publish(
-            Up.HEALTH, health(board, state=InstanceState.QUARANTINED, target=board.items["hello"].target, restarts=5)
+        device.publish(
+            Up.HEALTH, health(device, state=InstanceState.QUARANTINED, target=device.items["hello"].target, restarts=5)
         )
-        await board.until(check_ins)
-        assert outcome(fleet, view, board) is Outcome.SUCCEEDED
-        fallen = board.report(
-            board.items["hello"], Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine after 5 restarts"
+        await device.until(check_ins)
+        assert outcome(fleet, view, device) is Outcome.SUCCEEDED
+        fallen = device.report(
+            device.items["hello"], Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine after 5 restarts"
         )
-        board._say(fallen, board.accepted[-1])
+        device._say(fallen, device.accepted[-1])
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.REVERTED
         assert "in quarantine after 5 restarts" in view.reason
@@ -146,13 +146,13 @@ async def test_quarantine_in_a_health_is_no_verdict_and_the_signed_report_is(new
 @pytest.mark.asyncio
 async def test_reports_that_are_doubled_late_or_reordered_end_in_the_same(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        view = await running(fleet, board, behaviours["silent"], waves="1, 100%", soak_s=3600)
-        item, assignment = board.items["hello"], board.accepted[-1]
+        device = await fleet.device("a")
+        view = await running(fleet, device, behaviours["silent"], waves="1, 100%", soak_s=3600)
+        item, assignment = device.items["hello"], device.accepted[-1]
 
         def said(sequence, phase, **more):
-            board.sequence = sequence - 1
-            board._say(board.report(item, phase, **more), assignment)
+            device.sequence = sequence - 1
+            device._say(device.report(item, phase, **more), assignment)
 
         # it fell after its commit: the commit and the way there come late, and twice
         said(4, Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine")
@@ -161,17 +161,17 @@ async def test_reports_that_are_doubled_late_or_reordered_end_in_the_same(new_fl
             said(2, Phase.PROBATION)
             said(1, Phase.FETCHING)
         said(5, Phase.IDLE)
-        board.sequence = 5
+        device.sequence = 5
         view = await fleet.operator.decided(view)
-        await board.until(lambda board: board.acked == 5)
-        assert outcome(fleet, view, board) is Outcome.FAILED
+        await device.until(lambda device: device.acked == 5)
+        assert outcome(fleet, view, device) is Outcome.FAILED
         assert view.state is RolloutState.REVERTED
 
 
 @pytest.mark.asyncio
 async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        full, other = await fleet.board("a"), await fleet.board("b")
+        full, other = await fleet.device("a"), await fleet.device("b")
         full.behaviour = lambda item: [
             full.report(item, Phase.FAILED, code=RejectCode.NO_SPACE, message="the disk is full")
         ]
@@ -179,23 +179,23 @@ async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
         found = {each.device: each for each in view.devices}
-        assert found[other.device].outcome is Outcome.SUCCEEDED
-        assert (found[full.device].outcome, found[full.device].code) == (Outcome.DEFERRED, RejectCode.NO_SPACE)
-        assert (found[full.device].retrying, found[full.device].message) == (True, "the disk is full")
+        assert found[other.id].outcome is Outcome.SUCCEEDED
+        assert (found[full.id].outcome, found[full.id].code) == (Outcome.DEFERRED, RejectCode.NO_SPACE)
+        assert (found[full.id].retrying, found[full.id].message) == (True, "the disk is full")
 
 
 @pytest.mark.asyncio
 async def test_a_removal_where_there_is_nothing_to_remove_is_decided_by_the_whole_assignment(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
         view = await fleet.operator.deploy(None, instance="other")
         view = await fleet.operator.decided(view)
         assert view.state is RolloutState.SUCCEEDED
         assert view.devices[0].outcome is Outcome.SUCCEEDED
         # the assignment was the same as before, so the device was asked for its word
-        assert len(check_ins(board)) == 1
-        assert board.sequence == 5
+        assert len(check_ins(device)) == 1
+        assert device.sequence == 5
 
 
 def test_the_wait_between_requests_doubles_until_a_device_answers():

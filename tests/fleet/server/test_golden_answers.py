@@ -121,7 +121,7 @@ class Clerk:
 
 
 async def joined(fleet, name, *, group):
-    """A board with a sealing key of its own."""
+    """A device with a sealing key of its own."""
     key, sealing_key = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
     public = sealing.public_key(sealing_key)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -129,26 +129,26 @@ async def joined(fleet, name, *, group):
     return await fleet.enrol(name, group=group, key=key, sealing_key=public, proof=proof)
 
 
-async def come(fleet, board, behaviour=None):
-    board.behaviour = behaviour or board.behaviour
-    await board.connect()
-    await fleet.online(board)
+async def come(fleet, device, behaviour=None):
+    device.behaviour = behaviour or device.behaviour
+    await device.connect()
+    await fleet.online(device)
 
 
-async def health_of(fleet, board, target):
-    """The board says how it is, and the server has heard it."""
+async def health_of(fleet, device, target):
+    """The device says how it is, and the server has heard it."""
     figure = InstanceHealth(
         instance="hello", target=target, generation=2, state=InstanceState.RUNNING, calls={"ok": 5}, workers=1
     )
     at = datetime.now(UTC)
     figures = DeviceResources(uptime_s=60, cpus=4)
     versions = Versions(agent="1", engine="1")
-    board.publish(
+    device.publish(
         Up.HEALTH,
-        Health(device=board.device, boot_id="boot", at=at, versions=versions, resources=figures, instances=(figure,)),
+        Health(device=device.id, boot_id="boot", at=at, versions=versions, resources=figures, instances=(figure,)),
     )
     bell = fleet.server._conductor._watch
-    await bell.until(lambda: fleet.server._store.devices.get(board.device).health, timeout_s=60)
+    await bell.until(lambda: fleet.server._store.devices.get(device.id).health, timeout_s=60)
 
 
 @pytest.mark.asyncio
@@ -171,14 +171,14 @@ async def of_operators(fleet, behaviours, clerk):
     one, two = await what_is_published(fleet, ask)
     gate, box = await a_rollout_that_succeeds(fleet, ask, one, away=shelf)
     kiosk = await rollouts_that_do_not(fleet, behaviours, ask, two)
-    await one_board_alone(fleet, ask, gate, two)
+    await one_device_alone(fleet, ask, gate, two)
 
     follow = operator_api.CommandRequest(verb=FollowLogs(instance="hello", minutes=1))
-    await ask("POST /v1/devices/{id}/command", operator_api.CommandRequest(verb=CheckIn()), id=gate.device)
-    command = await ask("POST /v1/devices/{id}/command", follow, id=gate.device, note="to follow a log")
+    await ask("POST /v1/devices/{id}/command", operator_api.CommandRequest(verb=CheckIn()), id=gate.id)
+    command = await ask("POST /v1/devices/{id}/command", follow, id=gate.id, note="to follow a log")
     number = command.json()["sequence"]
     await of_devices(clerk, gate, number, box, hashlib.sha256(ARTIFACT).hexdigest())
-    await ask("GET /v1/devices/{id}/logs", id=gate.device, command=number)
+    await ask("GET /v1/devices/{id}/logs", id=gate.id, command=number)
 
     await what_is_known(ask, clerk, gate, kiosk)
     await whom_to_trust(ask)
@@ -251,11 +251,11 @@ async def a_rollout_that_succeeds(fleet, ask, target, *, away):
     view = msgspec.json.decode((await ask("POST /v1/rollouts", wish)).content, type=operator_api.RolloutView)
     await ask("POST /v1/rollouts", operator_api.RolloutRequest(instance="hello", group="nowhere"), note="to no group")
     await fleet.operator.decided(view)
-    await ask("GET /v1/rollouts/{id}", id=view.id, note="that succeeded, with one board away")
+    await ask("GET /v1/rollouts/{id}", id=view.id, note="that succeeded, with one device away")
     await ask("GET /v1/withdrawal", target=target)
     await ask("POST /v1/devices/{id}/revoke", id=away)
     box = gate.accepted[-1].items[0].secrets[0].sha256
-    await ask("GET /v1/devices/{id}/secrets/{sha256}", id=gate.device, sha256=box)
+    await ask("GET /v1/devices/{id}/secrets/{sha256}", id=gate.id, sha256=box)
     await health_of(fleet, gate, target)
     return gate, box
 
@@ -271,7 +271,7 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
     await ask(
         "POST /v1/devices/{id}/retry",
         operator_api.InstanceRequest(instance="hello"),
-        id=kiosk.device,
+        id=kiosk.id,
         note="of nothing",
     )
     await ask("POST /v1/reconcile", operator_api.ReconcileRequest(mode="adopt"))
@@ -298,36 +298,36 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
     return kiosk
 
 
-async def one_board_alone(fleet, ask, gate, target):
+async def one_device_alone(fleet, ask, gate, target):
     before = gate.items["hello"].target
     wish = operator_api.RolloutRequest(instance="hello", target=target)
-    reply = await ask("PUT /v1/devices/{id}/pin", wish, id=gate.device)
+    reply = await ask("PUT /v1/devices/{id}/pin", wish, id=gate.id)
     await fleet.operator.decided(msgspec.json.decode(reply.content, type=operator_api.RolloutView))
-    await ask("GET /v1/devices/{id}", id=gate.device, note="with a pin")
-    await ask("POST /v1/devices/{id}/unpin", operator_api.InstanceRequest(instance="hello"), id=gate.device)
+    await ask("GET /v1/devices/{id}", id=gate.id, note="with a pin")
+    await ask("POST /v1/devices/{id}/unpin", operator_api.InstanceRequest(instance="hello"), id=gate.id)
     await gate.until(lambda each: each.items["hello"].target == before and each.acked == each.sequence)
-    await ask("PUT /v1/devices/{id}/labels", operator_api.LabelsRequest(labels={"site": "north"}), id=gate.device)
+    await ask("PUT /v1/devices/{id}/labels", operator_api.LabelsRequest(labels={"site": "north"}), id=gate.id)
     for keys, note in (
         ({"greeting": "ahoy"}, ""),
         ({"greeting": None}, "that are removed"),
         ({"tone": "x"}, "unknown"),
     ):
         wish = operator_api.KeysRequest(instance="hello", keys=keys)
-        await ask("PUT /v1/devices/{id}/keys", wish, id=gate.device, note=note)
+        await ask("PUT /v1/devices/{id}/keys", wish, id=gate.id, note=note)
         await gate.until(lambda each: each.acked == each.sequence)
 
 
 async def what_is_known(ask, clerk, gate, kiosk):
     for route in ("GET /v1/status", "GET /v1/devices", "GET /v1/groups"):
         await ask(route)
-    await ask("GET /v1/devices/{id}", id=kiosk.device)
+    await ask("GET /v1/devices/{id}", id=kiosk.id)
     await ask("GET /v1/devices/{id}", id="nobody-00000000", note="that there is not")
-    await ask("GET /v1/devices/{id}/timeline", id=kiosk.device)
-    await ask("GET /v1/devices/{id}/reports", id=kiosk.device)
-    reply = await ask("GET /v1/devices/{id}/timeline", id=gate.device, note="kinds of entries")
+    await ask("GET /v1/devices/{id}/timeline", id=kiosk.id)
+    await ask("GET /v1/devices/{id}/reports", id=kiosk.id)
+    reply = await ask("GET /v1/devices/{id}/timeline", id=gate.id, note="kinds of entries")
     kinds = sorted({entry["kind"] for entry in reply.json()["entries"]})
     clerk.note("GET /v1/devices/{id}/timeline kinds of entries", reply, body=kinds)
-    reply = await ask("GET /v1/devices/{id}/desired", id=gate.device)
+    reply = await ask("GET /v1/devices/{id}/desired", id=gate.id)
     clerk.note("GET /v1/devices/{id}/desired", reply, body=calm(opened(reply.content)))
 
 
@@ -340,12 +340,12 @@ async def whom_to_trust(ask):
     await ask("POST /v1/ca/issuers/{serial}/revoke", serial="1f", note="of nothing")
 
 
-async def of_devices(clerk, board, command, box, artifact):
-    """The listener for devices, as this board sees it."""
+async def of_devices(clerk, device, command, box, artifact):
+    """The listener for devices, as this device sees it."""
 
     async def ask(method, path, body=None, **query):
         def request():
-            with board.http() as http:
+            with device.http() as http:
                 content = b"" if body is None else msgspec.json.encode(body)
                 return http.request(method, path, content=content, params=query)
 
@@ -367,5 +367,5 @@ async def of_devices(clerk, board, command, box, artifact):
     note("POST /v1/logs", await ask("POST", "/v1/logs", chunk))
     stray = LogChunk(instance="hello", command=command + 5)
     note("POST /v1/logs that nobody asked for", await ask("POST", "/v1/logs", stray))
-    renew = RenewRequest(csr_pem=request_certificate(board.key))
+    renew = RenewRequest(csr_pem=request_certificate(device.key))
     note("POST /v1/renew", await ask("POST", "/v1/renew", renew))

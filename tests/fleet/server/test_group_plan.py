@@ -28,16 +28,16 @@ async def second(operator, role=Role.OPERATOR, name="bob"):
     return {"authorization": f"Bearer {reply.token}"}
 
 
-async def label(operator, board, **labels):
+async def label(operator, device, **labels):
     wish = operator_api.LabelsRequest(labels=labels)
-    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/labels", wish)
+    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", wish)
 
 
 @pytest.mark.asyncio
 async def test_a_plan_is_set_shown_tried_and_cleared(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        canary, _ = await fleet.board("a"), await fleet.board("b")
+        canary, _ = await fleet.device("a"), await fleet.device("b")
         await label(operator, canary, ring="canary")
         plan = GroupPlan(stages=(PlanStage(select={"ring": "canary"}, approval=True), PlanStage()))
         tried = await set_plan(operator, plan, dry_run=True)
@@ -57,7 +57,7 @@ async def test_a_plan_is_set_shown_tried_and_cleared(new_fleet):
 async def test_a_plan_that_cannot_be_meant_and_one_for_no_group_are_refused(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a")
+        await fleet.device("a")
         bad = GroupPolicyRequest(plan=GroupPlan(stages=(PlanStage(size="1"),)))
         problem = await operator.problem("PUT", PATH, bad)
         assert (problem.status, problem.type, problem.title[:14]) == (400, "bad-plan", "stages[1].size")
@@ -74,8 +74,8 @@ async def test_a_plan_that_cannot_be_meant_and_one_for_no_group_are_refused(new_
 async def test_a_rollout_takes_what_the_plan_says_and_an_explicit_value_wins(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board(name) for name in "abcd"]
-        await label(operator, boards[2], ring="canary")
+        devices = [await fleet.device(name) for name in "abcd"]
+        await label(operator, devices[2], ring="canary")
         one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         limits = PlanLimits(on_breach=OnBreach.PAUSE)
         stages = (PlanStage(select={"ring": "canary"}, size="1"), PlanStage(size="2", soak_s=3600), PlanStage())
@@ -83,9 +83,9 @@ async def test_a_rollout_takes_what_the_plan_says_and_an_explicit_value_wins(new
         view = await operator.deploy(one)
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 3, "pending": 1})
         assert [(each.text, each.devices) for each in view.waves] == [("ring=canary: 1", 1), ("2", 2), ("100%", 1)]
-        assert {each.device: each.wave for each in view.devices}[boards[2].device] == 1
-        for board in boards:
-            board.behaviour = behaviours["trapping"]
+        assert {each.device: each.wave for each in view.devices}[devices[2].id] == 1
+        for device in devices:
+            device.behaviour = behaviours["trapping"]
         view = await operator.deploy(two)
         view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
         assert view.causes == (PauseCause.BREACH,)
@@ -100,7 +100,7 @@ async def test_a_rollout_takes_what_the_plan_says_and_an_explicit_value_wins(new
 async def test_an_operator_who_is_no_admin_keeps_to_the_plan(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a")
+        await fleet.device("a")
         one = await operator.publish("1.0.0")
         await set_plan(operator, GroupPlan(soak_s=0, limits=PlanLimits(failures="0"), stages=(PlanStage(),)))
         operator.http.headers.update(await second(operator))
@@ -118,9 +118,9 @@ async def test_an_operator_who_is_no_admin_keeps_to_the_plan(new_fleet):
 async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board(name) for name in "ab"]
-        for board in boards:
-            await label(operator, board, site="berlin")
+        devices = [await fleet.device(name) for name in "ab"]
+        for device in devices:
+            await label(operator, device, site="berlin")
         one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         for target in (one, two):
             await operator.decided(await operator.deploy(target))
@@ -131,8 +131,8 @@ async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_
         assert (view.state, [each.text for each in view.waves]) == (RolloutState.SUCCEEDED, ["1", "100%"])
         view = await operator.decided(await operator.deploy(three))
         assert (view.state, [each.text for each in view.waves]) == (RolloutState.SUCCEEDED, ["100%"])
-        for board in boards:
-            board.behaviour = behaviours["silent"]
+        for device in devices:
+            device.behaviour = behaviours["silent"]
         undo = operator_api.UndoRequest(group="edge", waves="100%")
         view = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)
         view = await operator.follow(view, lambda view: view.counts == {"waiting": 1, "pending": 1})
@@ -143,18 +143,16 @@ async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_
 async def test_a_device_that_joins_counts_in_the_budget_of_its_site(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        first = await fleet.board("a")
+        first = await fleet.device("a")
         await label(operator, first, site="berlin")
         await set_plan(operator, GroupPlan(budget=PlanBudget(by="site", min_available=1), stages=(PlanStage(),)))
         one = await operator.publish("1.0.0")
         view = await operator.deploy(one)
         view = await operator.follow(view, lambda view: bool(view.reason))
         assert view.counts == {"pending": 1}, "the site has no device to spare"
-        later = await fleet.board("b", group="other")
+        later = await fleet.device("b", group="other")
         await label(operator, later, site="berlin")
-        await operator.send(
-            operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest(add=(later.device,))
-        )
+        await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest(add=(later.id,)))
         view = await operator.decided(view)
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
 
@@ -171,7 +169,7 @@ async def act(operator, view, verb, token=None):
 async def waiting_for_approval(fleet, **more):
     """A rollout whose canary has succeeded, at the gate that wants an approval; the canary and the other device."""
     operator = fleet.operator
-    canary, other = await fleet.board("a"), await fleet.board("b")
+    canary, other = await fleet.device("a"), await fleet.device("b")
     await label(operator, canary, ring="canary")
     await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
     one = await operator.publish("1.0.0")
@@ -239,8 +237,8 @@ async def test_who_retries_a_rollout_is_the_one_who_asked(new_fleet):
 async def test_a_retry_goes_by_the_plan_that_the_group_has_by_now(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
-        await label(operator, board, ring="canary")
+        device = await fleet.device("a")
+        await label(operator, device, ring="canary")
         at = {"starts_at": datetime.now(UTC) + timedelta(days=1)}
         view = await operator.deploy(await operator.publish("1.0.0"), **at)
         assert (await act(operator, view, "abort")).is_success
@@ -269,12 +267,12 @@ async def test_an_approval_holds_over_a_restart_of_the_server(new_fleet):
 async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
-        await label(operator, board, ring="canary")
+        device = await fleet.device("a")
+        await label(operator, device, ring="canary")
         await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
         one = await operator.publish("1.0.0")
         operator.http.headers.update(await second(operator))
-        leave = operator_api.GroupRequest(remove=(board.device,))
+        leave = operator_api.GroupRequest(remove=(device.id,))
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", leave)
         view = await operator.deploy(one, allow_empty=True)
         assert view.state is RolloutState.REFUSED
@@ -287,7 +285,7 @@ async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
 async def test_a_group_cut_to_its_canary_waits_for_the_approval_of_a_later_stage(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await label(operator, await fleet.board("a"), ring="canary")
+        await label(operator, await fleet.device("a"), ring="canary")
         beta = PlanStage(select={"ring": "beta"}, approval=True)
         await set_plan(operator, GroupPlan(stages=(PlanStage(select={"ring": "canary"}), beta, PlanStage())))
         view = await operator.deploy(await operator.publish("1.0.0"))
@@ -302,7 +300,7 @@ async def test_a_group_cut_to_its_canary_waits_for_the_approval_of_a_later_stage
 async def test_a_rollout_that_could_ask_for_no_approval_is_refused(new_fleet, scheduled):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
         one = await operator.publish("1.0.0")
         at = {"starts_at": datetime.now(UTC)} if scheduled else {}
@@ -311,4 +309,4 @@ async def test_a_rollout_that_could_ask_for_no_approval_is_refused(new_fleet, sc
         assert view.reason == (
             "the stage ring=canary: 100% wants an approval, and takes no device that the change concerns"
         )
-        assert not board.items
+        assert not device.items

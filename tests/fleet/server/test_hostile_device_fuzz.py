@@ -96,21 +96,21 @@ def topic_for(chance: random.Random, device: str, channel: Up) -> str:
             return own
 
 
-def send_messages(board, chance: random.Random) -> None:
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=board.device, clean_session=chance.random() < 0.5)
-    client.tls_set_context(board.context())
-    client.will_set(topic_for(chance, board.device, Up.STATE), b"x" * chance.randrange(9000), retain=True)
+def send_messages(device, chance: random.Random) -> None:
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=device.id, clean_session=chance.random() < 0.5)
+    client.tls_set_context(device.context())
+    client.will_set(topic_for(chance, device.id, Up.STATE), b"x" * chance.randrange(9000), retain=True)
     client.max_queued_messages_set(0)
-    host, port = address(board)
+    host, port = address(device)
     client.connect(host, port, 30)
     client.loop_start()
     client.subscribe([(chance.choice(("#", "fleet/v1/#", "$SYS/#", "+/+/+/+/+/+", f"x/{n}")), 1) for n in range(20)])
     sent = None
     for _ in range(MESSAGES):
-        channel, message = chance.choice(sound(board.device))
+        channel, message = chance.choice(sound(device.id))
         data, retain = mutated(chance, message), chance.random() < 0.3
-        sent = client.publish(topic_for(chance, board.device, channel), data, qos=chance.choice((0, 1)), retain=retain)
-    sent = client.publish(str(Topic(board.device, Up.STATE)), b"{}", qos=1)
+        sent = client.publish(topic_for(chance, device.id, channel), data, qos=chance.choice((0, 1)), retain=retain)
+    sent = client.publish(str(Topic(device.id, Up.STATE)), b"{}", qos=1)
     with contextlib.suppress(ValueError, RuntimeError):
         sent.wait_for_publish(60)
     if chance.random() < 0.5:
@@ -120,28 +120,28 @@ def send_messages(board, chance: random.Random) -> None:
         connection.close()
 
 
-def address(board) -> tuple[str, int]:
-    url = httpx.URL(board.enrolled.mqtt[0])
+def address(device) -> tuple[str, int]:
+    url = httpx.URL(device.enrolled.mqtt[0])
     return url.host, url.port or 0
 
 
-def send_bytes(board, chance: random.Random, where: tuple[str, int]) -> None:
+def send_bytes(device, chance: random.Random, where: tuple[str, int]) -> None:
     """Speak TLS with the device's certificate, or not even that, and then anything."""
     with contextlib.suppress(OSError, ssl.SSLError), socket.create_connection(where, 20) as plain:
         if chance.random() < 0.3:
             plain.sendall(chance.randbytes(chance.randrange(400)))
             return
-        with board.context().wrap_socket(plain, server_hostname=where[0]) as secured:
+        with device.context().wrap_socket(plain, server_hostname=where[0]) as secured:
             begin = chance.choice(
                 (b"", b"\x10", b"\x10\xff\xff\xff\x7f", b"POST /v1/logs HTTP/1.1\r\n", b"GET / HTTP/1.1\r\n\r\n")
             )
             secured.sendall(begin + chance.randbytes(chance.randrange(2000)))
 
 
-def send_requests(board, chance: random.Random) -> None:
+def send_requests(device, chance: random.Random) -> None:
     chunk = LogChunk(instance="hello", command=1, lines=("a line",))
     paths = ("/v1/tuf/{}", "/v1/artifacts/{}", "/v1/secrets/{}", "/v1/desired?nonce={}", "/v1/logs", "/v1/renew", "/{}")
-    with board.http() as http:
+    with device.http() as http:
         for _ in range(REQUESTS):
             path = chance.choice(paths).format(
                 chance.choice(("x" * 3000, "..%2f..", "%00", "²", "0" * 64, "root.json"))
@@ -153,14 +153,14 @@ def send_requests(board, chance: random.Random) -> None:
                 assert reply.status_code < 500, (method, path, body, reply.text)
 
 
-async def play(board, chance: random.Random) -> None:
+async def play(device, chance: random.Random) -> None:
     """One device does everything that it can think of."""
-    devices = httpx.URL(board.enrolled.devices_url)
+    devices = httpx.URL(device.enrolled.devices_url)
     for _ in range(CONNECTIONS):
-        where = chance.choice((address(board), (devices.host, devices.port or 0)))
-        await asyncio.to_thread(send_bytes, board, chance, where)
-    await asyncio.to_thread(send_messages, board, chance)
-    await asyncio.to_thread(send_requests, board, chance)
+        where = chance.choice((address(device), (devices.host, devices.port or 0)))
+        await asyncio.to_thread(send_bytes, device, chance, where)
+    await asyncio.to_thread(send_messages, device, chance)
+    await asyncio.to_thread(send_requests, device, chance)
 
 
 def memory(pid: int) -> int:
@@ -207,25 +207,25 @@ async def test_hostile_devices_hurt_nobody_else(new_fleet, tmp_path):
 
             async def heard() -> None:
                 witness.sequence += 1
-                report = Report(device=witness.device, boot_id="b", sequence=witness.sequence, at=NOW, assignment=0)
+                report = Report(device=witness.id, boot_id="b", sequence=witness.sequence, at=NOW, assignment=0)
                 witness.publish(Up.REPORT, report)
-                await witness.until(lambda board: board.acked == witness.sequence)
+                await witness.until(lambda device: device.acked == witness.sequence)
 
             dropped = []
 
-            async def round_of(board) -> None:
+            async def round_of(device) -> None:
                 """One device does what it likes, is revoked, and leaves nothing behind."""
-                await play(board, chance)
+                await play(device, chance)
                 await heard()
-                detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
+                detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{device.id}")
                 dropped.append(detail.dropped)
-                await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{board.device}/revoke")
+                await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{device.id}/revoke")
 
-            for board in hostile[:WARM_ROUNDS]:
-                await round_of(board)
+            for device in hostile[:WARM_ROUNDS]:
+                await round_of(device)
             before = {pid: (memory(pid), descriptors(pid)) for pid in (server, broker)}
-            for board in hostile[WARM_ROUNDS:]:
-                await round_of(board)
+            for device in hostile[WARM_ROUNDS:]:
+                await round_of(device)
             sessions_kib = ROUNDS * (CONNECTIONS + 1) * TLS_SESSION_KIB
             for pid, (kib, open_before) in before.items():
                 most = kib * 1.2 + (sessions_kib if pid == broker else 0)
@@ -238,7 +238,7 @@ async def test_hostile_devices_hurt_nobody_else(new_fleet, tmp_path):
                 )
             status = await fleet.operator.get(operator_api.Status, "/v1/status")
             assert status.broker_connected
-            detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{witness.device}")
+            detail = await fleet.operator.get(operator_api.DeviceDetail, f"/v1/devices/{witness.id}")
             assert (detail.alerts, detail.dropped) == ((), 0)
             assert all(dropped), "each hostile device was heard, and what cannot be read was dropped"
             await witness.disconnect(politely=True)

@@ -1,4 +1,4 @@
-"""The issuing CA: boards pin the root, which is offline; what is below it may be stolen, and is shut out."""
+"""The issuing CA: devices pin the root, which is offline; what is below it may be stolen, and is shut out."""
 
 import asyncio
 import shutil
@@ -17,8 +17,8 @@ from fleet.protocol.messages import RenewReply, RenewRequest
 from fleet.protocol.trust_api import CaView, IssuingRequest
 from fleet.server.broker import broker
 from fleet.server.config import ServerPaths
-from tests.fleet.server.board_requests import ask
 from tests.fleet.server.conftest import BROKERS, PASSPHRASE, request_certificate
+from tests.fleet.server.device_requests import ask
 
 NOW = datetime.now(UTC)
 needs_mosquitto = pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
@@ -36,17 +36,17 @@ async def renewed(fleet, root, **more):
     return await fleet.operator.send(CaView, "PUT", "/v1/ca/issuing", IssuingRequest(issuing_pem=made))
 
 
-async def renew_board(board, key=None):
-    body = msgspec.json.encode(RenewRequest(csr_pem=request_certificate(key or board.key)))
-    with board.http() as http:
+async def renew_device(device, key=None):
+    body = msgspec.json.encode(RenewRequest(csr_pem=request_certificate(key or device.key)))
+    with device.http() as http:
         return await asyncio.to_thread(http.post, "/v1/renew", content=body)
 
 
-async def refused_by_the_broker(board):
-    """Whether a TLS connection with what the board holds comes to nothing."""
-    address = httpx.URL(board.enrolled.mqtt[0])
+async def refused_by_the_broker(device):
+    """Whether a TLS connection with what the device holds comes to nothing."""
+    address = httpx.URL(device.enrolled.mqtt[0])
     try:
-        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=board.context())
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=device.context())
         # TLS 1.3 tells a client that it was refused with the first byte: ask for one
         writer.write(b"\x10\x0f\x00\x04MQTT\x04\x02\x00\x3c\x00\x03abc")
         await writer.drain()
@@ -68,15 +68,15 @@ async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_
         with pytest.raises(CaError, match="passphrase is wrong"):
             fleet_ca.open_root(place.ca_root, place.operator / "ca.pem", b"wrong horse")
 
-        board = await fleet.board("gate")
-        pinned = board.enrolled.ca_pem
+        device = await fleet.device("gate")
+        pinned = device.enrolled.ca_pem
         assert x509.load_pem_x509_certificate(pinned.encode()) == root.certificate
         view = await renewed(fleet, root)
         assert [each.current for each in view.issuers] == [True, False]
         # What was issued before still counts, on both ways; what is issued now hangs below the new one.
-        assert (await ask(board)).status_code == 200
-        assert not await refused_by_the_broker(board)
-        other = await fleet.board("lift")
+        assert (await ask(device)).status_code == 200
+        assert not await refused_by_the_broker(device)
+        other = await fleet.device("lift")
         assert other.enrolled.ca_pem == pinned
         leaf = x509.load_pem_x509_certificate(other.enrolled.certificate_pem.encode())
         assert leaf.issuer.rfc4514_string() == view.issuers[0].name
@@ -84,7 +84,7 @@ async def test_the_root_stays_with_the_operator_and_another_issuing_ca_needs_no_
         assert view.issuers[0].ends <= datetime.now(UTC) + fleet_ca.LIFE
         await fleet.stop()
         await fleet.start()
-        assert (await ask(board)).status_code == 200
+        assert (await ask(device)).status_code == 200
 
 
 def to_production(fleet):
@@ -97,41 +97,41 @@ def to_production(fleet):
 
 @pytest.mark.parametrize("which", BROKERS)
 @pytest.mark.asyncio
-async def test_who_stole_an_issuing_ca_is_shut_out_and_the_boards_are_not(new_fleet, tmp_path, which):
+async def test_who_stole_an_issuing_ca_is_shut_out_and_the_devices_are_not(new_fleet, tmp_path, which):
     async with new_fleet(which) as fleet:
         root = to_production(fleet)
         await renewed(fleet, root)
-        board = await fleet.board("gate")
-        await board.disconnect()
-        # The thief copies the server's CA, and makes himself a board, and the server of the broker.
+        device = await fleet.device("gate")
+        await device.disconnect()
+        # The thief copies the server's CA, and makes himself a device, and the server of the broker.
         shutil.copytree(ServerPaths(fleet.home).ca, tmp_path / "loot")
         loot = CertificateAuthority.load(tmp_path / "loot")
         own = ec.generate_private_key(ec.SECP256R1())
         stolen = serial(loot.issuer)
         impostor = await fleet.enrol("spy", key=own)
-        impostor.device = board.device
-        impostor.hold(loot.device(own.public_key(), board.device, now=NOW).pem)
-        assert (await ask(impostor)).json()["type"] == "unknown-device", "not with another key than the board's"
+        impostor.id = device.id
+        impostor.hold(loot.device(own.public_key(), device.id, now=NOW).pem)
+        assert (await ask(impostor)).json()["type"] == "unknown-device", "not with another key than the device's"
 
         await renewed(fleet, root)
         view = await fleet.operator.send(CaView, "POST", f"/v1/ca/issuers/{stolen}/revoke")
         assert stolen not in [each.serial for each in view.issuers]
-        for name in (board.device, SERVER_CN):
+        for name in (device.id, SERVER_CN):
             impostor.hold(loot.device(own.public_key(), name, now=NOW).pem)
             assert (await ask(impostor)).status_code == 403
-            assert (await renew_board(impostor, own)).status_code == 403
+            assert (await renew_device(impostor, own)).status_code == 403
             assert await refused_by_the_broker(impostor)
 
-        # The board's certificate is of the stolen CA too: with its own key it may renew, and only that.
-        refused = await ask(board)
+        # The device's certificate is of the stolen CA too: with its own key it may renew, and only that.
+        refused = await ask(device)
         assert (refused.status_code, refused.json()["type"]) == (403, "certificate-outdated")
-        assert await refused_by_the_broker(board)
-        answer = await renew_board(board)
+        assert await refused_by_the_broker(device)
+        answer = await renew_device(device)
         assert answer.status_code == 200, answer.text
-        board.hold(msgspec.json.decode(answer.content, type=RenewReply).certificate_pem)
-        assert (await ask(board)).status_code == 200
-        await board.connect()
-        await fleet.online(board)
+        device.hold(msgspec.json.decode(answer.content, type=RenewReply).certificate_pem)
+        assert (await ask(device)).status_code == 200
+        await device.connect()
+        await fleet.online(device)
         await fleet.stop()
         await fleet.start()
 

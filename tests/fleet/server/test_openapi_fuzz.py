@@ -89,7 +89,7 @@ def attack(schema: Any, send: Callable[[Any], None], known: Known) -> list[str]:
 @pytest.mark.timeout(600)
 async def test_every_operation_answers_as_the_document_says(new_fleet):
     async with new_fleet("embedded") as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         rollout = await fleet.operator.decided(await fleet.operator.deploy(target))
         document = (await fleet.operator.http.get("/openapi.json")).json()
@@ -97,7 +97,7 @@ async def test_every_operation_answers_as_the_document_says(new_fleet):
         del document["security"], document["components"]["securitySchemes"]
         known = Known(
             paths={
-                "devices": {"id": board.device},
+                "devices": {"id": device.id},
                 "rollouts": {"id": rollout.id},
                 "groups": {"name": "edge"},
                 "roles": {"namespace": "main"},

@@ -166,11 +166,11 @@ async def test_publishing_is_compare_and_swap_and_only_for_the_publishers_key(ne
 async def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         await operator.send(
-            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(add=(board.device,))
+            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(add=(device.id,))
         )
         wish = operator_api.RolloutRequest(instance="hello", target=two, group="canary")
         problem = await operator.problem("POST", "/v1/rollouts", wish)
@@ -181,42 +181,42 @@ async def test_two_groups_of_one_priority_must_not_disagree(new_fleet):
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(priority=10))
         view = await operator.decided(await operator.send(operator_api.RolloutView, "POST", "/v1/rollouts", wish))
         assert view.state is RolloutState.SUCCEEDED
-        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{board.device}")
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{device.id}")
         assert [(each.target, each.source) for each in detail.effective] == [(two, "group canary")]
         # out of the group again: back to what the other one says
         await operator.send(
-            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(remove=(board.device,))
+            operator_api.GroupRow, "PUT", "/v1/groups/canary", operator_api.GroupRequest(remove=(device.id,))
         )
-        await board.until(lambda board: board.items["hello"].target == one)
+        await device.until(lambda device: device.items["hello"].target == one)
 
 
 @pytest.mark.asyncio
 async def test_a_device_that_is_not_known_is_guessed(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("berlin")
-        name = board.device.rpartition("-")[0]
-        slip = board.device.replace("erl", "erll")
+        device = await fleet.device("berlin")
+        name = device.id.rpartition("-")[0]
+        slip = device.id.replace("erl", "erll")
         for path, kind, body in (
             ("", "GET", None),
             ("/timeline", "GET", None),
             ("/labels", "PUT", operator_api.LabelsRequest(labels={"site": "north"})),
         ):
-            for device in (name, slip):
-                problem = await operator.problem(kind, f"/v1/devices/{device}{path}", body)
+            for given in (name, slip):
+                problem = await operator.problem(kind, f"/v1/devices/{given}{path}", body)
                 assert (problem.status, problem.type) == (404, "unknown-device")
-                assert problem.detail == f"did you mean {board.device}?"
+                assert problem.detail == f"did you mean {device.id}?"
         assert not (await operator.problem("GET", "/v1/devices/unlike", None)).detail
         for group in (operator_api.GroupRequest(add=(name,)), operator_api.GroupRequest(remove=(slip,))):
-            assert board.device in (await operator.problem("PUT", "/v1/groups/edge", group)).detail
+            assert device.id in (await operator.problem("PUT", "/v1/groups/edge", group)).detail
 
 
 @pytest.mark.asyncio
 async def test_a_groups_name_is_no_wish_to_make_it_and_a_stranger_cannot_be_taken_out(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
-        for wish in (operator_api.GroupRequest(), operator_api.GroupRequest(remove=(board.device,))):
+        device = await fleet.device("a")
+        for wish in (operator_api.GroupRequest(), operator_api.GroupRequest(remove=(device.id,))):
             problem = await operator.problem("PUT", "/v1/groups/egde", wish)
             assert (problem.status, problem.type) == (404, "unknown-group")
             assert "edge" in problem.detail
@@ -225,7 +225,7 @@ async def test_a_groups_name_is_no_wish_to_make_it_and_a_stranger_cannot_be_take
         assert (
             await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest())
         ).devices
-        taken = operator_api.GroupRequest(remove=(board.device,))
+        taken = operator_api.GroupRequest(remove=(device.id,))
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", taken)
         again = await operator.problem("PUT", "/v1/groups/edge", taken)
         assert (again.status, again.type) == (409, "no-member")
@@ -235,10 +235,10 @@ async def test_a_groups_name_is_no_wish_to_make_it_and_a_stranger_cannot_be_take
 
 
 @pytest.mark.asyncio
-async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
+async def test_a_device_that_gets_a_label_gets_what_its_group_runs(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a", group="")
+        device = await fleet.device("a", group="")
         selector = operator_api.GroupRequest(selector={"site": "north"})
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/north", selector)
         target = await operator.publish("1.0.0")
@@ -246,14 +246,14 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
         assert (view.state, view.reason) == (RolloutState.REFUSED, "the group has no devices")
         view = await operator.decided(await operator.deploy(target, group="north", allow_empty=True))
         assert view.state is RolloutState.SUCCEEDED
-        assert not board.items
-        path = f"/v1/devices/{board.device}/labels"
+        assert not device.items
+        path = f"/v1/devices/{device.id}/labels"
         await operator.send(
             operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"site": "north"})
         )
-        await board.until(lambda board: board.items)
+        await device.until(lambda device: device.items)
         await operator.send(operator_api.DeviceDetail, "PUT", path, operator_api.LabelsRequest(labels={"site": None}))
-        await board.until(lambda board: not board.items)
+        await device.until(lambda device: not device.items)
         problem = await operator.problem("POST", "/v1/enroll-tokens", operator_api.EnrollTokenRequest(group="north"))
         assert problem.type == "selector-group"
 
@@ -261,8 +261,8 @@ async def test_a_board_that_gets_a_label_gets_what_its_group_runs(new_fleet):
 @pytest.mark.asyncio
 async def test_labels_change_together_with_their_entry_in_the_audit_log_or_not_at_all(new_fleet, monkeypatch):
     async with new_fleet() as fleet:
-        board = await fleet.enrol("a")
-        path, wish = f"/v1/devices/{board.device}/labels", operator_api.LabelsRequest(labels={"site": "north"})
+        device = await fleet.enrol("a")
+        path, wish = f"/v1/devices/{device.id}/labels", operator_api.LabelsRequest(labels={"site": "north"})
 
         def full(**_entry):
             raise OSError("no space left on device")
@@ -270,16 +270,16 @@ async def test_labels_change_together_with_their_entry_in_the_audit_log_or_not_a
         with monkeypatch.context() as patch:
             patch.setattr(fleet.server._store.access, "audit", full)
             assert (await fleet.operator.problem("PUT", path, wish)).status == 500
-        assert fleet.server._store.devices.get(board.device).labels == {}
+        assert fleet.server._store.devices.get(device.id).labels == {}
         await fleet.operator.send(operator_api.DeviceDetail, "PUT", path, wish)
-        assert fleet.server._store.devices.get(board.device).labels == {"site": "north"}
+        assert fleet.server._store.devices.get(device.id).labels == {"site": "north"}
 
 
 @pytest.mark.asyncio
 async def test_labels_that_come_while_others_are_being_sent_are_kept(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a", group="")
-        path = f"/v1/devices/{board.device}/labels"
+        operator, device = fleet.operator, await fleet.device("a", group="")
+        path = f"/v1/devices/{device.id}/labels"
         sent = asyncio.Event()
 
         async def slowly():
@@ -296,46 +296,46 @@ async def test_labels_that_come_while_others_are_being_sent_are_kept(new_fleet):
 
 
 @pytest.mark.asyncio
-async def test_a_pin_holds_one_board_until_it_is_taken_off(new_fleet):
+async def test_a_pin_holds_one_device_until_it_is_taken_off(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        pinned, other = await fleet.board("a"), await fleet.board("b")
+        pinned, other = await fleet.device("a"), await fleet.device("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         wish = operator_api.RolloutRequest(instance="hello", target=two)
-        view = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
+        view = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.id}/pin", wish)
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         assert (pinned.items["hello"].target, other.items["hello"].target) == (two, one)
-        row = (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{pinned.device}")).row
+        row = (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{pinned.id}")).row
         assert row.pins == ("hello",)
-        path = f"/v1/devices/{pinned.device}/unpin"
+        path = f"/v1/devices/{pinned.id}/unpin"
         await operator.send(operator_api.DeviceDetail, "POST", path, operator_api.InstanceRequest(instance="hello"))
-        await pinned.until(lambda board: board.items["hello"].target == one)
+        await pinned.until(lambda device: device.items["hello"].target == one)
         problem = await operator.problem("POST", path, operator_api.InstanceRequest(instance="hello"))
         assert problem.type == "not-pinned"
 
 
 @pytest.mark.asyncio
-async def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_fleet, behaviours):
+async def test_a_failed_device_is_tried_again_only_when_an_operator_says_so(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        good, bad = await fleet.board("a"), await fleet.board("b", behaviour=behaviours["trapping"])
+        good, bad = await fleet.device("a"), await fleet.device("b", behaviour=behaviours["trapping"])
         target = await operator.publish("1.0.0")
         view = await operator.decided(await operator.deploy(target, waves="100%", failures=1))
         assert view.state is RolloutState.SUCCEEDED
         assert view.counts == {"succeeded": 1, "failed": 1}
-        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.device}")
+        detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.id}")
         (failure,) = detail.failed
         assert (failure.instance, failure.code, failure.log) == ("hello", "trapped", ("boom",))
         assert failure.action
 
         bad.behaviour = behaviours["good"]
-        path = f"/v1/devices/{bad.device}/retry"
+        path = f"/v1/devices/{bad.id}/retry"
         await operator.send(operator_api.DeviceDetail, "POST", path, operator_api.InstanceRequest(instance="hello"))
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         assert bad.items["hello"].attempt == 1
         assert good.items["hello"].attempt == 0
-        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.device}")).failed == ()
+        assert (await operator.get(operator_api.DeviceDetail, f"/v1/devices/{bad.id}")).failed == ()
         problem = await operator.problem("POST", path, operator_api.InstanceRequest(instance="other"))
         assert problem.type == "unknown-instance"
 
@@ -343,57 +343,57 @@ async def test_a_failed_board_is_tried_again_only_when_an_operator_says_so(new_f
 @pytest.mark.asyncio
 async def test_there_is_nothing_to_try_again_where_an_instance_runs_or_is_being_tried(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
-        path, wish = f"/v1/devices/{board.device}/retry", operator_api.InstanceRequest(instance="hello")
+        path, wish = f"/v1/devices/{device.id}/retry", operator_api.InstanceRequest(instance="hello")
 
         async def refused(words):
-            await board.until(lambda board: board.acked >= board.sequence)
+            await device.until(lambda device: device.acked >= device.sequence)
             problem = await operator.problem("POST", path, wish)
             assert problem.type == "nothing-to-do"
             assert problem.title == f"there is nothing to try again: hello {words}"
             assert "fleet restart" in problem.action
-            assert board.accepted[-1].items[0].attempt == 0
+            assert device.accepted[-1].items[0].attempt == 0
 
-        await refused(f"runs well on {board.device}")
+        await refused(f"runs well on {device.id}")
         # while it is on probation, neither: the device would have gone back to 1.0.0
-        board.behaviour = lambda item: [board.report(item, Phase.PROBATION)]
+        device.behaviour = lambda item: [device.report(item, Phase.PROBATION)]
         await operator.deploy(two)
-        await board.until(lambda board: board.items["hello"].target == two)
-        await refused(f"is being tried on {board.device} already (probation)")
+        await device.until(lambda device: device.items["hello"].target == two)
+        await refused(f"is being tried on {device.id} already (probation)")
         # an instance that its host does not run is tried again
-        board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
+        device._say(device.report(device.items["hello"], Phase.COMMITTED), device.accepted[-1])
         figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
         now, counts = datetime.now(UTC), fleet.server._ingest.counts
-        board.publish(Up.HEALTH, Health(device=board.device, boot_id="boot", at=now, instances=(figure,)))
+        device.publish(Up.HEALTH, Health(device=device.id, boot_id="boot", at=now, instances=(figure,)))
         while not counts["health"]:
             await fleet.server._conductor._watch._event.wait()
         await operator.send(operator_api.DeviceDetail, "POST", path, wish)
-        await board.until(lambda board: board.accepted[-1].items[0].attempt == 1)
+        await device.until(lambda device: device.accepted[-1].items[0].attempt == 1)
 
 
 @pytest.mark.asyncio
 async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board(name) for name in "ab"]
+        devices = [await fleet.device(name) for name in "ab"]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
-        for board in boards:
-            board.behaviour = behaviours["silent"]
+        for device in devices:
+            device.behaviour = behaviours["silent"]
         view = await operator.deploy(two)
         view = await operator.follow(view, lambda view: view.wave == 1)
-        (first,) = [board for board in view.devices if board.wave == 1]
+        (first,) = [device for device in view.devices if device.wave == 1]
         paused = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/pause")
         assert (paused.state, paused.reason) == (RolloutState.PAUSED, "paused by admin")
         resumed = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/resume")
         assert resumed.state is RolloutState.RUNNING
-        canary = next(board for board in boards if board.device == first.device)
-        await canary.until(lambda board: board.items["hello"].target == two)
+        canary = next(device for device in devices if device.id == first.device)
+        await canary.until(lambda device: device.items["hello"].target == two)
         aborted = await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{view.id}/abort")
         assert aborted.state is RolloutState.ABORTED
-        await canary.until(lambda board: board.items["hello"].target == one)
+        await canary.until(lambda device: device.items["hello"].target == one)
         problem = await operator.problem("POST", f"/v1/rollouts/{view.id}/resume")
         assert problem.type == "rollout-over"
 
@@ -402,41 +402,41 @@ async def test_a_rollout_can_be_paused_resumed_and_aborted(new_fleet, behaviours
 async def test_a_version_that_falls_while_it_soaks_goes_no_further(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board(name) for name in "ab"]
+        devices = [await fleet.device(name) for name in "ab"]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=600)
         view = await operator.follow(view, lambda view: "soaks" in view.reason)
-        (first,) = [board for board in view.devices if board.wave == 1]
-        canary = next(board for board in boards if board.device == first.device)
+        (first,) = [device for device in view.devices if device.wave == 1]
+        canary = next(device for device in devices if device.id == first.device)
         canary.states_said["hello"] = canary.report(
             canary.items["hello"], Phase.FAILED, code=RejectCode.RESTARTED, message="in quarantine after 5 restarts"
         )
         figure = InstanceHealth(instance="hello", target=two, generation=2, state=InstanceState.QUARANTINED, restarts=5)
         now = datetime.now(UTC)
-        canary.publish(Up.HEALTH, Health(device=canary.device, boot_id="boot", at=now, instances=(figure,)))
+        canary.publish(Up.HEALTH, Health(device=canary.id, boot_id="boot", at=now, instances=(figure,)))
         view = await operator.decided(view)
         assert view.state is RolloutState.REVERTED
         assert "quarantine after 5 restarts" in view.reason
-        await canary.until(lambda board: board.items["hello"].target == one)
+        await canary.until(lambda device: device.items["hello"].target == one)
 
 
 @pytest.mark.asyncio
 async def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         targets = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         await operator.decided(await operator.deploy(targets[0]))
-        board.behaviour = behaviours["silent"]
+        device.behaviour = behaviours["silent"]
         second = await operator.deploy(targets[1])
-        await board.until(lambda board: board.items["hello"].target == targets[1])
-        board.behaviour = behaviours["good"]
+        await device.until(lambda device: device.items["hello"].target == targets[1])
+        device.behaviour = behaviours["good"]
         third = await operator.decided(await operator.deploy(targets[2]))
         assert third.state is RolloutState.SUCCEEDED
         old = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{second.id}")
         assert (old.state, old.reason) == (RolloutState.SUPERSEDED, f"rollout {third.number} took over")
-        offered = [each.items[0].target for each in board.accepted]
+        offered = [each.items[0].target for each in device.accepted]
         assert offered == targets
 
 
@@ -444,7 +444,7 @@ async def test_a_newer_rollout_takes_over_without_a_step_back(new_fleet, behavio
 async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_fleet, manifest_with_key):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         grants = Grants(interfaces=("wasi:clocks", "wasi:random"))
         one = await operator.publish("1.0.0", grants=grants, **manifest_with_key)
         missing = operator_api.RolloutRequest(instance="hello", target=one, group="edge")
@@ -456,7 +456,7 @@ async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_f
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         two = await operator.publish("2.0.0", grants=grants, **manifest_with_key)
         assert (await operator.decided(await operator.deploy(two))).state is RolloutState.SUCCEEDED
-        item = board.items["hello"]
+        item = device.items["hello"]
         assert (item.target, item.config, item.grants, item.port) == (two, {"place": "attic"}, narrowed, 8081)
         assert item.share_worker, "what the operator allowed stays allowed"
         plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", operator_api.RolloutRequest(
@@ -464,19 +464,19 @@ async def test_configuration_and_grants_stay_over_versions_and_never_widen(new_f
                 "3.0.0", grants=Grants(interfaces=("wasi:clocks", "wasi:cli")), **manifest_with_key),
             group="edge"))  # fmt: skip
         assert plan.new_grants == ("interface wasi:cli",)
-        assert plan.waves[0] == (board.device,)
+        assert plan.waves[0] == (device.id,)
         assert plan.previous == two
 
 
 @pytest.mark.asyncio
-async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
+async def test_a_device_with_another_cpu_is_left_out_and_said_so(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await operator.publish("1.0.0", arch=("riscv64",))
         wish = operator_api.RolloutRequest(instance="hello", target=target, group="edge")
         plan = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
-        assert plan.excluded[0].device == board.device
+        assert plan.excluded[0].device == device.id
         assert "x86_64" in plan.excluded[0].reason
         # the change concerns no device: the rollout is refused, and nothing is settled
         view = await operator.decided(await operator.deploy(target))
@@ -485,7 +485,7 @@ async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
         assert "it concerns no device" in view.reason
         (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
         assert not group.settled
-        assert not board.accepted
+        assert not device.accepted
         empty = await operator.decided(await operator.deploy(target, allow_empty=True))
         assert empty.state is RolloutState.SUCCEEDED
 
@@ -493,25 +493,25 @@ async def test_a_board_with_another_cpu_is_left_out_and_said_so(new_fleet):
 @pytest.mark.asyncio
 async def test_commands_are_signed_and_counted(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         operator = fleet.operator
         await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
-        path = f"/v1/devices/{board.device}/command"
+        path = f"/v1/devices/{device.id}/command"
         for verb in (CheckIn(), Restart(instance="hello")):
             await fleet.operator.send(operator_api.CommandReply, "POST", path, operator_api.CommandRequest(verb=verb))
-        await board.until(lambda board: len(board.commands) == 2)
-        first, second = [command.sequence for command in board.commands]
+        await device.until(lambda device: len(device.commands) == 2)
+        first, second = [command.sequence for command in device.commands]
         assert second == first + 1
         assert first > 1_700_000_000, "the seconds of the clock: a restored database does not begin again"
-        assert board.commands[1].verb == Restart(instance="hello")
+        assert device.commands[1].verb == Restart(instance="hello")
 
 
 @pytest.mark.asyncio
 async def test_a_restart_of_what_does_not_run_there_is_refused(new_fleet):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         content = msgspec.json.encode(operator_api.CommandRequest(verb=Restart(instance="nosuch")))
-        reply = await fleet.operator.http.request("POST", f"/v1/devices/{board.device}/command", content=content)
+        reply = await fleet.operator.http.request("POST", f"/v1/devices/{device.id}/command", content=content)
         assert reply.status_code == 404
         assert msgspec.json.decode(reply.content, type=operator_api.Problem).type == "unknown-instance"
 
@@ -529,16 +529,16 @@ async def test_a_priority_that_no_database_holds_is_refused(new_fleet):
 async def test_everything_that_is_done_is_written_down(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await operator.publish("1.0.0")
         view = await operator.decided(await operator.deploy(target))
         acts = [(entry.actor, entry.act) for entry in (await operator.get(operator_api.Audit, "/v1/audit")).entries]
         for act in [
-            ("init", "create-fleet"), ("admin", "make-token"), (board.device, "enrol"), ("admin", "upload"),
+            ("init", "create-fleet"), ("admin", "make-token"), (device.id, "enrol"), ("admin", "upload"),
             ("admin", "publish-role"), ("admin", "deploy"), ("server", "rollout-succeeded"),
         ]:  # fmt: skip
             assert act in acts
-        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
+        timeline = await operator.get(operator_api.Timeline, f"/v1/devices/{device.id}/timeline")
         texts = [entry.text for entry in timeline.entries]
         assert texts[0] == "hello: main/hello@1.0.0 is committed"
         assert [entry.kind for entry in timeline.entries][-1] == "enrolled"

@@ -86,7 +86,7 @@ async def test_a_server_killed_at_any_moment_of_a_push_finishes_it_after_the_nex
     """The store is all that it knows: killed right after a rollout was asked for, it goes on by itself."""
 
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         for number in range(2):
             target = await fleet.operator.publish(f"{number}.1.0")
             view = await fleet.operator.deploy(target)
@@ -96,16 +96,16 @@ async def test_a_server_killed_at_any_moment_of_a_push_finishes_it_after_the_nex
                 await fleet.operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
             )
             assert view.state is codes.RolloutState.SUCCEEDED
-            assert board.items["hello"].target == target
+            assert device.items["hello"].target == target
 
 
 @pytest.mark.asyncio
 async def test_a_server_told_to_end_ends_while_a_device_sends_without_pause(new_fleet):
     async with new_fleet() as fleet:
-        device = await fleet.board("a")
+        device = await fleet.device("a")
         await fleet.stop()
         async with serving(fleet.home) as server:
-            health = Health(device=device.device, boot_id="boot", at=datetime.now(UTC))
+            health = Health(device=device.id, boot_id="boot", at=datetime.now(UTC))
             storm = asyncio.create_task(asyncio.to_thread(send_often, device, health))
             try:
                 assert await server.ended() == 0

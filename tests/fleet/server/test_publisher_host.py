@@ -87,10 +87,10 @@ async def test_publishing_and_rollouts_go_on_with_the_keys_elsewhere(story):
         # it goes on as a process would: asks, waits, signs
         ending = threading.Event()
         running = asyncio.create_task(asyncio.to_thread(host.publisher().run, stop=ending.is_set))
-        board = await fleet.board("gate")
+        device = await fleet.device("gate")
         done = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
         assert done.state is codes.RolloutState.SUCCEEDED
-        assert board.items["hello"].target.endswith("1.0.0.wasm")
+        assert device.items["hello"].target.endswith("1.0.0.wasm")
         ending.set()
         await fleet.operator.publish("1.0.1")  # wakes it for the last time
         await running
@@ -134,7 +134,7 @@ async def test_while_the_publisher_host_is_down_publishing_waits_and_says_so(sto
         assert "fleet publisher run" in problem.action
         status = await fleet.operator.get(operator_api.Status, "/v1/status")
         assert any("waits for the publisher host" in each for each in status.problems)
-        assert "2.main.json" not in host.files(), "boards and operators see nothing of it"
+        assert "2.main.json" not in host.files(), "devices and operators see nothing of it"
         assert (await fleet.operator.http.get("/v1/tuf/2.main.json")).status_code == 404
         # it is kept, over a restart too, and published when the host is back; who asks again is told that it is there
         await fleet.stop()

@@ -20,11 +20,11 @@ async def test_a_number_that_is_none_or_too_large_is_refused_by_its_name_on_ever
     numbers = [(route, each) for route, each in PARAMETERS if isinstance(each, Number)]
     assert len(numbers) >= 9
     async with new_fleet("embedded") as fleet:
-        board = await fleet.enrol("a")
+        device = await fleet.enrol("a")
         target = await fleet.operator.publish("1.0.0")
         rollout = await fleet.operator.deploy(target)
         for route, each in numbers:
-            there = rollout.id if route.path.startswith("/v1/rollouts") else board.device
+            there = rollout.id if route.path.startswith("/v1/rollouts") else device.id
             path = route.path.replace("{id}", there)
             for text in (*NO_NUMBERS, str(each.most + 1)):
                 reply = await fleet.operator.http.get(path, params={each.name: text})
@@ -37,9 +37,9 @@ async def test_a_word_of_another_shape_is_refused_by_its_name(new_fleet):
     words = [(route, each) for route, each in PARAMETERS if isinstance(each, Word)]
     assert words
     async with new_fleet("embedded") as fleet:
-        board = await fleet.enrol("a")
+        device = await fleet.enrol("a")
         for route, each in words:
-            path = route.path.replace("{id}", board.device).replace("{name}", "a")
+            path = route.path.replace("{id}", device.id).replace("{name}", "a")
             for text in ("a\nb", "x" * 300):
                 reply = await fleet.operator.http.get(path, params={each.name: text})
                 assert (reply.status_code, reply.json()["type"]) == (400, "bad-request"), (path, each.name, text)

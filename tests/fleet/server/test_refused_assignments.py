@@ -1,4 +1,4 @@
-"""A board that refuses an assignment as a whole: the rollout hears of it, and nobody else's word stops one."""
+"""A device that refuses an assignment as a whole: the rollout hears of it, and nobody else's word stops one."""
 
 import hashlib
 
@@ -8,8 +8,8 @@ import pytest
 from fleet.protocol.codes import Outcome, Phase, RejectCode, RolloutState
 
 
-def refusal(board, item, envelope, code=RejectCode.UNSIGNED):
-    report = board.report(item, Phase.FAILED, code=code, message="metadata with a bad signature")
+def refusal(device, item, envelope, code=RejectCode.UNSIGNED):
+    report = device.report(item, Phase.FAILED, code=code, message="metadata with a bad signature")
     return msgspec.structs.replace(
         report,
         instance="",
@@ -23,29 +23,29 @@ def refusal(board, item, envelope, code=RejectCode.UNSIGNED):
 @pytest.mark.asyncio
 async def test_a_refused_assignment_defers_the_device_with_its_code_and_is_no_verdict(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
-        board.behaviour = lambda item: [refusal(board, item, board.envelopes[-1])]
+        device = await fleet.device("a")
+        device.behaviour = lambda item: [refusal(device, item, device.envelopes[-1])]
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
         view = await fleet.operator.follow(view, lambda view: view.devices[0].outcome is Outcome.DEFERRED)
         assert (view.state, view.devices[0].code) == (RolloutState.RUNNING, RejectCode.UNSIGNED)
         assert view.devices[0].message == "metadata with a bad signature"
-        # once the board takes it, the same rollout goes on
-        for report in behaviours["good"](board.items["hello"]):
-            board._say(report, board.accepted[-1])
+        # once the device takes it, the same rollout goes on
+        for report in behaviours["good"](device.items["hello"]):
+            device._say(report, device.accepted[-1])
         assert (await fleet.operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.asyncio
 async def test_refusing_what_the_server_never_signed_or_has_replaced_stops_no_rollout(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         first = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(first))
-        old = board.envelopes[-1]
-        good = board.behaviour
-        board.behaviour = lambda item: [
-            refusal(board, item, b"forged by whoever owns the broker"),
-            refusal(board, item, old, RejectCode.ROLLBACK),
+        old = device.envelopes[-1]
+        good = device.behaviour
+        device.behaviour = lambda item: [
+            refusal(device, item, b"forged by whoever owns the broker"),
+            refusal(device, item, old, RejectCode.ROLLBACK),
             *good(item),
         ]
         view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))

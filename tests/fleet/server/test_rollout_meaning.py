@@ -13,8 +13,8 @@ from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, PauseCause, RolloutState
 
 
-def of(view, board):
-    return next(each for each in view.devices if each.device == board.device)
+def of(view, device):
+    return next(each for each in view.devices if each.device == device.id)
 
 
 async def act(operator, view, verb, body=None):
@@ -29,7 +29,7 @@ async def shown(operator, view):
 async def test_a_release_that_is_withdrawn_while_it_soaks_is_revoked_and_nobody_is_left_without(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board("a"), await fleet.board("b")]
+        devices = [await fleet.device("a"), await fleet.device("b")]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=3600)
@@ -37,8 +37,8 @@ async def test_a_release_that_is_withdrawn_while_it_soaks_is_revoked_and_nobody_
         await operator.revoke("2.0.0")
         view = await operator.decided(view)
         assert (view.state, view.reason) == (RolloutState.REVOKED, f"{two} was withdrawn")
-        for board in boards:
-            await board.until(lambda board: board.items["hello"].target == one)
+        for device in devices:
+            await device.until(lambda device: device.items["hello"].target == one)
         view = await operator.follow(view, lambda view: view.counts == {"reverted": 1, "not-affected": 1})
         (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
         assert [each.target for each in group.settled] == [one]
@@ -47,17 +47,17 @@ async def test_a_release_that_is_withdrawn_while_it_soaks_is_revoked_and_nobody_
 @pytest.mark.asyncio
 async def test_no_group_keeps_pointing_at_a_withdrawn_release(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         for target in (one, two):
             await operator.decided(await operator.deploy(target))
         await operator.revoke("2.0.0")
-        await board.until(lambda board: board.items["hello"].target == one)
+        await device.until(lambda device: device.items["hello"].target == one)
         (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
         assert [each.target for each in group.settled] == [one]
         await operator.revoke("1.0.0")
-        await board.until(lambda board: not board.items)
-        assert board.accepted[-1].keep_data == ("hello",)
+        await device.until(lambda device: not device.items)
+        assert device.accepted[-1].keep_data == ("hello",)
         (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
         assert group.settled == ()
 
@@ -66,10 +66,10 @@ async def test_no_group_keeps_pointing_at_a_withdrawn_release(new_fleet):
 async def test_a_device_that_is_pinned_elsewhere_is_never_the_canary(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        pinned, other = await fleet.board("a"), await fleet.board("b")
+        pinned, other = await fleet.device("a"), await fleet.device("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         wish = operator_api.RolloutRequest(instance="hello", target=one)
-        pin = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", wish)
+        pin = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.id}/pin", wish)
         assert (await operator.decided(pin)).state is RolloutState.SUCCEEDED
         view = await operator.decided(await operator.deploy(two))
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"not-affected": 1, "succeeded": 1})
@@ -82,29 +82,29 @@ async def test_a_device_that_is_pinned_elsewhere_is_never_the_canary(new_fleet):
 @pytest.mark.asyncio
 async def test_a_removal_from_one_group_leaves_the_wish_of_another(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a", group="ga")
+        operator, device = fleet.operator, await fleet.device("a", group="ga")
         for group, priority in (("ga", 0), ("gb", 10)):
-            wish = operator_api.GroupRequest(priority=priority, add=(board.device,))
+            wish = operator_api.GroupRequest(priority=priority, add=(device.id,))
             await operator.send(operator_api.GroupRow, "PUT", f"/v1/groups/{group}", wish)
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one, group="ga"))
         await operator.decided(await operator.deploy(two, group="gb"))
-        await board.until(lambda board: board.items["hello"].target == two)
+        await device.until(lambda device: device.items["hello"].target == two)
         remove = operator_api.RemovalRequest(instance="hello", group="gb")
         view = await operator.send(operator_api.RolloutView, "POST", "/v1/removals", remove)
         await operator.decided(view)
-        await board.until(lambda board: board.items and board.items["hello"].target == one)
+        await device.until(lambda device: device.items and device.items["hello"].target == one)
         remove = operator_api.RemovalRequest(instance="hello", group="ga")
         view = await operator.send(operator_api.RolloutView, "POST", "/v1/removals", remove)
         await operator.decided(view)
-        await board.until(lambda board: not board.items)
+        await device.until(lambda device: not device.items)
 
 
 @pytest.mark.asyncio
 async def test_an_aborted_rollout_shows_who_went_back(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a"), await fleet.board("b")
+        await fleet.device("a"), await fleet.device("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=3600)
@@ -120,8 +120,8 @@ async def test_an_aborted_rollout_shows_who_went_back(new_fleet):
 @pytest.mark.asyncio
 async def test_an_abort_that_keeps_pins_what_runs(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
-        await fleet.board("b")
+        operator, device = fleet.operator, await fleet.device("a")
+        await fleet.device("b")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=3600)
@@ -130,13 +130,13 @@ async def test_an_abort_that_keeps_pins_what_runs(new_fleet):
         (kept,) = [each.device for each in view.devices if each.outcome is Outcome.SUCCEEDED]
         detail = await operator.get(operator_api.DeviceDetail, f"/v1/devices/{kept}")
         assert [(each.target, each.source) for each in detail.effective] == [(two, "pin")]
-        assert board.items["hello"].target == (two if board.device == kept else one)
+        assert device.items["hello"].target == (two if device.id == kept else one)
 
 
 @pytest.mark.asyncio
 async def test_a_rollout_that_would_change_nothing_is_refused(new_fleet):
     async with new_fleet() as fleet:
-        operator, _ = fleet.operator, await fleet.board("a")
+        operator, _ = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         await operator.decided(await operator.deploy(target))
         view = await operator.decided(await operator.deploy(target))
@@ -146,10 +146,10 @@ async def test_a_rollout_that_would_change_nothing_is_refused(new_fleet):
 @pytest.mark.asyncio
 async def test_the_clock_that_jumps_a_year_for_a_moment_ends_nothing(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
-        board.behaviour = behaviours["silent"]
+        operator, device = fleet.operator, await fleet.device("a")
+        device.behaviour = behaviours["silent"]
         view = await operator.deploy(await operator.publish("1.0.0"))
-        await board.until(lambda board: board.items)
+        await device.until(lambda device: device.items)
         controller = fleet.server._conductor
         clock = controller._clock
         controller._clock = lambda: clock() + timedelta(days=365)
@@ -163,10 +163,10 @@ async def test_the_clock_that_jumps_a_year_for_a_moment_ends_nothing(new_fleet, 
 @pytest.mark.asyncio
 async def test_a_freeze_pauses_and_refuses_until_it_ends(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
-        board.behaviour = behaviours["silent"]
+        operator, device = fleet.operator, await fleet.device("a")
+        device.behaviour = behaviours["silent"]
         view = await operator.deploy(await operator.publish("1.0.0"))
-        await board.until(lambda board: board.items)
+        await device.until(lambda device: device.items)
         freeze = operator_api.FreezeRequest(group="edge", reason="trade fair")
         await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
         view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
@@ -184,15 +184,15 @@ async def test_a_freeze_pauses_and_refuses_until_it_ends(new_fleet, behaviours):
 async def test_a_breach_that_pauses_is_accepted_by_name_and_goes_on(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board("a"), await fleet.board("b")]
+        devices = [await fleet.device("a"), await fleet.device("b")]
         target = await operator.publish("1.0.0")
-        for board in boards:
-            board.behaviour = behaviours["trapping"]
+        for device in devices:
+            device.behaviour = behaviours["trapping"]
         view = await operator.deploy(target, waves="1, 100%", on_breach="pause")
         view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
         assert view.causes == (PauseCause.BREACH,)
-        for board in boards:
-            board.behaviour = behaviours["good"]
+        for device in devices:
+            device.behaviour = behaviours["good"]
         view = await act(operator, view, "resume")
         view = await operator.decided(view)
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"failed": 1, "succeeded": 1})
@@ -205,38 +205,38 @@ async def test_a_breach_that_pauses_is_accepted_by_name_and_goes_on(new_fleet, b
 @pytest.mark.asyncio
 async def test_a_reverted_rollout_is_retried_with_a_raised_attempt(new_fleet, behaviours):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a", behaviour=behaviours["trapping"])
+        operator, device = fleet.operator, await fleet.device("a", behaviour=behaviours["trapping"])
         view = await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         assert view.state is RolloutState.REVERTED
-        board.behaviour = behaviours["good"]
+        device.behaviour = behaviours["good"]
         view = await operator.decided(await act(operator, view, "retry"))
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 1})
-        assert board.items["hello"].attempt == 1
+        assert device.items["hello"].attempt == 1
 
 
 @pytest.mark.asyncio
 async def test_one_device_is_cancelled(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        slow, good = await fleet.board("a", behaviour=behaviours["silent"]), await fleet.board("b")
+        slow, good = await fleet.device("a", behaviour=behaviours["silent"]), await fleet.device("b")
         view = await operator.deploy(await operator.publish("1.0.0"), waves="100%")
-        await slow.until(lambda board: board.items)
+        await slow.until(lambda device: device.items)
         view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
-        view = await act(operator, view, "cancel-device", operator_api.CancelRequest(device=slow.device))
+        view = await act(operator, view, "cancel-device", operator_api.CancelRequest(device=slow.id))
         view = await operator.decided(view)
         assert (view.state, of(view, slow).outcome) == (RolloutState.SUCCEEDED, Outcome.NOT_AFFECTED)
-        await slow.until(lambda board: not board.items)
+        await slow.until(lambda device: not device.items)
         assert good.items
 
 
 @pytest.mark.asyncio
 async def test_a_device_that_joins_after_a_rollout_gets_what_the_group_runs(new_fleet):
     async with new_fleet() as fleet:
-        operator, _ = fleet.operator, await fleet.board("a")
+        operator, _ = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         view = await operator.decided(await operator.deploy(target))
-        late = await fleet.board("late")
-        await late.until(lambda board: board.items)
+        late = await fleet.device("late")
+        await late.until(lambda device: device.items)
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         assert (late.items["hello"].target, of(view, late).wave) == (target, 1)
 
@@ -245,10 +245,10 @@ async def test_a_device_that_joins_after_a_rollout_gets_what_the_group_runs(new_
 async def test_a_device_that_joined_under_an_earlier_version_keeps_what_it_runs(new_fleet):
     """Earlier versions assigned the settled value to devices that joined, and kept no progress of theirs."""
     async with new_fleet() as fleet:
-        operator, _ = fleet.operator, await fleet.board("a")
+        operator, _ = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         view = await operator.decided(await operator.deploy(target))
-        late = await fleet.board("late")
+        late = await fleet.device("late")
         await operator.follow(view, lambda view: view.counts == {"succeeded": 2})
         before = late.items["hello"]
         freeze = operator_api.FreezeRequest(group="edge", reason="upgrade")
@@ -256,7 +256,7 @@ async def test_a_device_that_joined_under_an_earlier_version_keeps_what_it_runs(
         await late.disconnect(politely=True)
         await fleet.stop()
         with sqlite3.connect(fleet.home / "server" / "fleet.db") as db:
-            db.execute("DELETE FROM rollout_devices WHERE device = ?", (late.device,))
+            db.execute("DELETE FROM rollout_devices WHERE device = ?", (late.id,))
         await fleet.start()
         await late.connect()
         await operator.follow(view, lambda view: len(view.devices) == 2)
@@ -270,14 +270,14 @@ async def test_a_rollout_that_begins_later_takes_the_place_of_an_open_one_and_go
     new_fleet, behaviours
 ):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         one, two, three = [await operator.publish(version) for version in ("1.0.0", "2.0.0", "3.0.0")]
         later = await operator.deploy(three, starts_at=datetime.now(UTC) + timedelta(days=1))
         await operator.decided(await operator.deploy(one))
-        board.behaviour = behaviours["silent"]
+        device.behaviour = behaviours["silent"]
         open_still = await operator.deploy(two)
-        await board.until(lambda board: board.items["hello"].target == two)
-        board.behaviour = behaviours["good"]
+        await device.until(lambda device: device.items["hello"].target == two)
+        device.behaviour = behaviours["good"]
         controller = fleet.server._conductor
         clock = controller._clock
         controller._clock = lambda: clock() + timedelta(days=2)
@@ -285,7 +285,7 @@ async def test_a_rollout_that_begins_later_takes_the_place_of_an_open_one_and_go
         controller.wake()
         later = await operator.follow(later, lambda view: view.state is RolloutState.SUCCEEDED)
         assert (await shown(operator, open_still)).state is RolloutState.SUPERSEDED
-        await board.until(lambda board: board.items["hello"].target == three)
+        await device.until(lambda device: device.items["hello"].target == three)
         undo = operator_api.UndoRequest(rollout=str(later.number))
         assert (await operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo)).target == one
 
@@ -293,7 +293,7 @@ async def test_a_rollout_that_begins_later_takes_the_place_of_an_open_one_and_go
 @pytest.mark.asyncio
 async def test_a_rollout_that_is_paused_before_its_time_begins_when_it_is_resumed(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         later = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(days=1))
         path = f"/v1/rollouts/{later.number}"
@@ -305,7 +305,7 @@ async def test_a_rollout_that_is_paused_before_its_time_begins_when_it_is_resume
         await controller.step()
         view = await shown(operator, later)
         assert (view.state, view.causes) == (RolloutState.SCHEDULED, (PauseCause.OPERATOR,))
-        assert not board.items
+        assert not device.items
         await operator.send(operator_api.RolloutView, "POST", f"{path}/resume")
         assert (await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)).counts == {
             "succeeded": 1

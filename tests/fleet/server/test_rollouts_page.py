@@ -28,8 +28,8 @@ UNENDED = codes.OPEN_STATES | {RolloutState.SCHEDULED}
 class Scene:
     """A group that runs 1.3.0, and the newest rollout of 1.4.0 in it."""
 
-    def __init__(self, fleet, boards) -> None:
-        self.fleet, self.operator, self.boards = fleet, fleet.operator, boards
+    def __init__(self, fleet, devices) -> None:
+        self.fleet, self.operator, self.devices = fleet, fleet.operator, devices
         self.view: operator_api.RolloutView | None = None
 
     async def set(self, targets: list[str]) -> None:
@@ -60,8 +60,8 @@ class Scene:
             for instance in row.pins:
                 wish = operator_api.InstanceRequest(instance=instance)
                 await self.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{row.id}/unpin", wish)
-        for board in self.boards:
-            await board.until(lambda board: board.items and board.items["hello"].target == self.before)
+        for device in self.devices:
+            await device.until(lambda device: device.items and device.items["hello"].target == self.before)
 
     async def soaking(self) -> None:
         """The first device of a rollout has succeeded."""
@@ -95,7 +95,7 @@ class Scene:
 
     async def with_a_key(self) -> None:
         await self.quiet()
-        assert (await self.fleet.command("device", "set", self.boards[0].device, "hello", "room=cellar")).code == 0
+        assert (await self.fleet.command("device", "set", self.devices[0].id, "hello", "room=cellar")).code == 0
         await in_the_cellar(self)
 
     async def succeeded(self) -> None:
@@ -132,7 +132,7 @@ async def kept_as_a_pin(scene: Scene) -> None:
 
 async def left_out(scene: Scene) -> None:
     await scene.is_(RolloutState.RUNNING)
-    (entry,) = [each for each in scene.view.devices if each.device == scene.boards[0].device]
+    (entry,) = [each for each in scene.view.devices if each.device == scene.devices[0].id]
     assert entry.outcome is Outcome.NOT_AFFECTED
 
 
@@ -176,11 +176,11 @@ async def approved(scene: Scene) -> None:
 
 
 async def in_the_cellar(scene: Scene) -> None:
-    await scene.boards[0].until(lambda board: dict(board.items["hello"].config) == {"room": "cellar"})
+    await scene.devices[0].until(lambda device: dict(device.items["hello"].config) == {"room": "cellar"})
 
 
 async def no_longer_in_the_cellar(scene: Scene) -> None:
-    await scene.boards[0].until(lambda board: not board.items["hello"].config)
+    await scene.devices[0].until(lambda device: not device.items["hello"].config)
 
 
 def stays(state: RolloutState) -> Callable[[Scene], Awaitable[None]]:
@@ -234,15 +234,15 @@ def test_the_story_has_every_example_of_the_page_and_no_other():
 @pytest.mark.timeout(400)
 async def test_each_example_does_what_the_page_says(new_fleet):
     async with new_fleet() as fleet:
-        boards = [await fleet.board(name, group=GROUP) for name in ("a", "b", "c")]
-        scene = Scene(fleet, boards)
+        devices = [await fleet.device(name, group=GROUP) for name in ("a", "b", "c")]
+        scene = Scene(fleet, devices)
         keys = {"room": ConfigKey(default="attic")}
         await scene.set([await fleet.operator.publish(version, config=keys) for version in ("1.3.0", "1.4.0")])
         (fleet.directory / "plan.toml").write_text(PLAN)
         for example in EXAMPLES:
             story = STORY[of(example)]
             await story.finds(scene)
-            here = {NUMBER: str(scene.view.number), DEVICE: boards[0].device} if "--seed" not in example else {}
+            here = {NUMBER: str(scene.view.number), DEVICE: devices[0].id} if "--seed" not in example else {}
             words = [here.get(word, word) for word in shlex.split(example)]
             done = await fleet.command(*words, *story.more)
             assert done.code == story.code, (example, done)

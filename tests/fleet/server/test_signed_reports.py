@@ -1,4 +1,4 @@
-"""What a board says counts when its own key signed it: nobody on the bus, and no server, speaks for a board."""
+"""What a device says counts when its own key signed it: nobody on the bus, and no server, speaks for a device."""
 
 import asyncio
 import base64
@@ -18,13 +18,13 @@ from signing import dsse
 from signing.device_statements import DeviceSigner, audit
 
 
-def voice(board):
-    return DeviceSigner(board.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+def voice(device):
+    return DeviceSigner(device.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
-def report(board, sequence, previous="", **more):
+def report(device, sequence, previous="", **more):
     made = Report(
-        device=board.device,
+        device=device.id,
         boot_id="boot",
         sequence=sequence,
         at=datetime.now(UTC),
@@ -38,19 +38,19 @@ def report(board, sequence, previous="", **more):
 
 
 @pytest.mark.asyncio
-async def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
+async def test_reports_are_heard_from_the_devices_own_key_only(new_fleet):
     async with new_fleet() as fleet:
-        crane, lift = await fleet.board("crane"), await fleet.board("lift")
-        ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.device, Up.REPORT))
+        crane, lift = await fleet.device("crane"), await fleet.device("lift")
+        ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.id, Up.REPORT))
 
         def stored():
             ingest.flush()
-            return len(fleet.server._store.delivery.reports(crane.device, 10))
+            return len(fleet.server._store.delivery.reports(crane.id, 10))
 
         first = voice(crane).sign(report(crane, 1))
         ingest.on_message(topic, first)
         assert stored() == 1
-        # spoofed: by another board's key, without a signature, changed, or another board's own report
+        # spoofed: by another device's key, without a signature, changed, or another device's own report
         ingest.on_message(topic, voice(lift).sign(report(crane, 2)))
         ingest.on_message(topic, report(crane, 2))
         at = first.index(b'"payload":"') + 30
@@ -61,20 +61,20 @@ async def test_reports_are_heard_from_the_boards_own_key_only(new_fleet):
         # replayed: it counts once
         ingest.on_message(topic, first)
         assert stored() == 1
-        await crane.until(lambda board: board.acked == 1)
+        await crane.until(lambda device: device.acked == 1)
 
-        # and what the server keeps is the board's own word, byte for byte
-        page = await fleet.operator.get(History, f"/v1/devices/{crane.device}/reports")
+        # and what the server keeps is the device's own word, byte for byte
+        page = await fleet.operator.get(History, f"/v1/devices/{crane.id}/reports")
         assert [bytes(each) for each in page.reports] == [first]
         assert (page.boot_id, page.sequence) == ("boot", 1)
         more = await fleet.operator.get(
-            History, f"/v1/devices/{crane.device}/reports", boot_id=page.boot_id, after=page.sequence
+            History, f"/v1/devices/{crane.id}/reports", boot_id=page.boot_id, after=page.sequence
         )
         assert more.reports == ()
-        verdict = audit(crane.device, page.certificate_pem.encode(), [bytes(each) for each in page.reports], None)
+        verdict = audit(crane.id, page.certificate_pem.encode(), [bytes(each) for each in page.reports], None)
         assert verdict.findings == ()
         assert verdict.seen.sha256 == dsse.parse(first).sha256
-        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{crane.device}/timeline")
+        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{crane.id}/timeline")
         assert "hello: main/hello@1.0.0 is committed" in [entry.text for entry in timeline.entries]
 
 
@@ -92,13 +92,13 @@ async def audit_verify(fleet, *arguments):
 async def test_records_that_an_earlier_server_stored_are_named_and_everything_else_is_judged(new_fleet):
     """A time without a zone, numbers beyond 64 bits, and rows that a power cut filled with zeros."""
     async with new_fleet() as fleet:
-        crane, lift = await fleet.board("crane"), await fleet.board("lift")
+        crane, lift = await fleet.device("crane"), await fleet.device("lift")
         ingest = fleet.server._bus._on_message.__self__
-        for board in (crane, lift):
-            ingest.on_message(str(Topic(board.device, Up.REPORT)), voice(board).sign(report(board, 1)))
+        for device in (crane, lift):
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), voice(device).sign(report(device, 1)))
         no_zone = report(crane, 2).replace(b'Z"', b'"')
         assert b"+00:00" not in no_zone
-        ingest.on_message(str(Topic(crane.device, Up.REPORT)), voice(crane).sign(no_zone))
+        ingest.on_message(str(Topic(crane.id, Up.REPORT)), voice(crane).sign(no_zone))
         ingest.flush()
         assert ingest.counts["malformed"] == 1, "refused now"
         rows = (
@@ -114,7 +114,7 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
                 sql = (
                     "INSERT INTO reports (device, boot_id, sequence, at, rollout, raw) VALUES (?, 'boot', ?, 1, '', ?)"
                 )
-                fleet.server._store._db.run(sql, crane.device, number, raw)
+                fleet.server._store._db.run(sql, crane.id, number, raw)
         code, output, errors = await audit_verify(fleet)
         assert (code, errors) == (1, "")
         assert "Reports: 2 good, 6 bad." in output

@@ -1,4 +1,4 @@
-"""Root and targets change under a running server and connected boards: no restart, no board enrolled again."""
+"""Root and targets change under a running server and connected devices: no restart, no device enrolled again."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +31,13 @@ def propose(home: Path, role: str, path: Path) -> Event:
 
 @pytest.mark.parametrize("role", ["director", "snapshot", "timestamp"])
 @pytest.mark.asyncio
-async def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role: str) -> None:
+async def test_an_online_key_is_replaced_under_a_connected_device(new_fleet, role: str) -> None:
     async with new_fleet("embedded") as fleet:
-        board = await fleet.board("gate")
+        device = await fleet.device("gate")
         await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("1.0.0")))
-        told = len(board.accepted)
+        told = len(device.accepted)
 
-        # A root that names a key which the server does not have is refused, before it shuts the boards out.
+        # A root that names a key which the server does not have is refused, before it shuts the devices out.
         elsewhere = propose(fleet.home, role, fleet.directory / "elsewhere.pem")
         problem = await fleet.operator.problem("POST", "/v1/signing-events", elsewhere.encode())
         assert problem.status == 422
@@ -48,7 +48,7 @@ async def test_an_online_key_is_replaced_under_a_connected_board(new_fleet, role
         assert reply.status_code == 201, reply.text
         if role == "director":
             # what the old key signed counts for nothing: the server signs every assignment anew by itself
-            await board.until(lambda each: len(each.accepted) > told)
+            await device.until(lambda each: len(each.accepted) > told)
         else:
             (ServerPaths(fleet.home).keys / f"{role}.pem").unlink()
         view = await fleet.operator.decided(await fleet.operator.deploy(await fleet.operator.publish("2.0.0")))
@@ -76,9 +76,9 @@ async def test_a_namespace_is_added_and_begun_later_by_its_publisher(new_fleet) 
 
 
 @pytest.mark.asyncio
-async def test_a_namespace_moves_into_hash_bins_under_a_connected_board(new_fleet) -> None:
+async def test_a_namespace_moves_into_hash_bins_under_a_connected_device(new_fleet) -> None:
     async with new_fleet("embedded") as fleet:
-        await fleet.board("gate")
+        await fleet.device("gate")
         first = await fleet.operator.publish("1.0.0")
         key = keys.load(fleet.home / "operator" / "keys" / "main.pem")
         files = repository_files(fleet.home)

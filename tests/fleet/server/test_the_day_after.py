@@ -76,18 +76,18 @@ async def test_an_expired_role_is_named_in_the_status(later):
 @pytest.mark.asyncio
 async def test_an_assignment_is_issued_again_before_it_expires_and_asks_for_the_same(later):
     async with later() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
         Ahead.ahead = director.LIFE * 0.5
         fleet.server.keep_up()
-        assert len(board.envelopes) == 1
+        assert len(device.envelopes) == 1
         Ahead.ahead = director.LIFE * 0.7
         fleet.server.keep_up()
-        envelope = (await board.until(lambda board: board.envelopes[1:]))[0]
+        envelope = (await device.until(lambda device: device.envelopes[1:]))[0]
         again = msgspec.json.decode(dsse.parse(envelope).payload, type=Assignment)
-        assert (again.version, again.items) == (2, board.accepted[0].items)
-        assert again.expires > board.accepted[0].expires
+        assert (again.version, again.items) == (2, device.accepted[0].items)
+        assert again.expires > device.accepted[0].expires
 
 
 @pytest.mark.asyncio
@@ -116,27 +116,27 @@ async def test_the_listeners_certificate_is_renewed_while_they_listen(later):
 @pytest.mark.asyncio
 async def test_old_reports_are_forgotten_and_the_audit_log_is_not(later):
     async with later() as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         target = await fleet.operator.publish("1.0.0")
         await fleet.operator.decided(await fleet.operator.deploy(target))
         acts = (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries
         Ahead.ahead = timedelta(days=91)
         fleet.server.keep_up()
-        assert fleet.server._store.delivery.reports(board.device, 10) == []
+        assert fleet.server._store.delivery.reports(device.id, 10) == []
         assert (await fleet.operator.get(operator_api.Audit, "/v1/audit")).entries == acts
 
 
 @pytest.mark.asyncio
-async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boards_accepted_once_asked(new_fleet):
+async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_devices_accepted_once_asked(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         await operator.decided(await operator.deploy(target))
         fleet.server._store.backup(fleet.directory / "backup.db")
         for number in (2, 3):
             await operator.decided(await operator.deploy(await operator.publish(f"{number}.0.0")))
-        assert board.accepted[-1].version == 3
-        await board.disconnect()
+        assert device.accepted[-1].version == 3
+        await device.disconnect()
         await fleet.stop()
         database = fleet.home / "server" / "fleet.db"
         for leftover in database.parent.glob("fleet.db-*"):
@@ -144,46 +144,46 @@ async def test_a_database_that_was_restored_from_a_backup_goes_on_above_what_boa
         (fleet.directory / "backup.db").replace(database)
 
         await fleet.start()
-        await board.connect()
-        # what the restored server wants comes on an operator's word, with a version that the board accepts
+        await device.connect()
+        # what the restored server wants comes on an operator's word, with a version that the device accepts
         wish = operator_api.ReconcileRequest(mode="impose", dry_run=False)
         while (await operator.send(operator_api.Reconciliation, "POST", "/v1/reconcile", wish)).devices[0].obstacle:
             await fleet.server._conductor._watch._event.wait()
-        await board.until(lambda board: board.items["hello"].target == target)
-        assert board.accepted[-1].version == 4
+        await device.until(lambda device: device.items["hello"].target == target)
+        assert device.accepted[-1].version == 4
         view = await operator.decided(await operator.deploy(await operator.publish("4.0.0")))
         assert view.state is RolloutState.SUCCEEDED
 
 
 @pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 @pytest.mark.asyncio
-async def test_what_boards_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
-    """Somebody else's broker outlives the server; reports wait there, and the board still has them besides."""
+async def test_what_devices_report_while_the_server_is_away_is_kept_by_a_broker_of_its_own(new_fleet, external_broker):
+    """Somebody else's broker outlives the server; reports wait there, and the device still has them besides."""
 
     async with new_fleet() as fleet:
         broker = await external_broker(fleet)
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         try:
-            board.behaviour = lambda _item: []
+            device.behaviour = lambda _item: []
             target = await fleet.operator.publish("1.0.0")
             view = await fleet.operator.deploy(target)
-            await board.until(lambda board: board.items)
+            await device.until(lambda device: device.items)
             await fleet.stop()
-            board._say(board.report(board.items["hello"], Phase.COMMITTED), board.accepted[-1])
+            device._say(device.report(device.items["hello"], Phase.COMMITTED), device.accepted[-1])
             await fleet.start()
             view = await fleet.operator.decided(view)
             assert [each.outcome for each in view.devices] == [Outcome.SUCCEEDED]
             status = await fleet.operator.get(operator_api.Status, "/v1/status")
             assert status.broker == "external"
         finally:
-            await board.disconnect(politely=True)
+            await device.disconnect(politely=True)
             await fleet.stop()
             await broker.stop()
 
 
 @pytest.mark.asyncio
 async def test_a_silent_broker_is_raised_by_the_server(later):
-    """Boards that ask over HTTPS for what the broker should have brought them tell on it."""
+    """Devices that ask over HTTPS for what the broker should have brought them tell on it."""
 
     async with later() as fleet:
 
@@ -191,60 +191,60 @@ async def test_a_silent_broker_is_raised_by_the_server(later):
             found = (await fleet.operator.get(operator_api.Status, "/v1/status")).problems
             return [each for each in found if "the broker keeps assignments" in each]
 
-        board = await fleet.enrol("a")  # it is never heard on the broker
+        device = await fleet.enrol("a")  # it is never heard on the broker
         await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
-        with board.http() as http:
+        with device.http() as http:
             assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 200
             assert not await problems(), "it may be a moment late"
             Ahead.ahead = timedelta(minutes=5)
             assert (await asyncio.to_thread(http.get, "/v1/desired")).status_code == 200
-        assert board.device in (await problems())[0]
-        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{board.device}/timeline")
+        assert device.id in (await problems())[0]
+        timeline = await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{device.id}/timeline")
         assert any("which the broker did not bring" in entry.text for entry in timeline.entries)
         Ahead.ahead = timedelta(minutes=6)
-        await board.connect()
-        await fleet.online(board)
+        await device.connect()
+        await fleet.online(device)
         assert not await problems()
 
 
 @pytest.mark.asyncio
 async def test_versions_that_a_thief_of_the_director_drove_up_do_not_lock_the_server_out(new_fleet):
-    """Fast-forward, and the recovery after it: boards forget with the key, and so does the server."""
+    """Fast-forward, and the recovery after it: devices forget with the key, and so does the server."""
 
     async with new_fleet("embedded") as fleet:
-        board = await fleet.enrol("a")
+        device = await fleet.enrol("a")
         await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
         store, told = fleet.server._store, fleet.server._director
-        hello = Hello(device=board.device, nonce="0" * 16, boot_id="b", accepted=VERSION_MAX)
+        hello = Hello(device=device.id, nonce="0" * 16, boot_id="b", accepted=VERSION_MAX)
         store.devices.hear_hello(hello, datetime.now(UTC).timestamp())
-        row = told.reconcile(board.device)
+        row = told.reconcile(device.id)
         assert row is not None
         assert row.version < 1000
         # a plausible version is gone above on an operator's word, as after a restored backup
         store.devices.hear_hello(msgspec.structs.replace(hello, accepted=500), datetime.now(UTC).timestamp())
-        assert told.reconcile(board.device).version < 1000
-        row, _ = told.prepare(board.device, above=True)
+        assert told.reconcile(device.id).version < 1000
+        row, _ = told.prepare(device.id, above=True)
         assert row is not None
         assert row.version == 501
         # and commands go on above what a lost database had counted
-        first = store.devices.next_command(board.device, at_least=int(datetime.now(UTC).timestamp()))
+        first = store.devices.next_command(device.id, at_least=int(datetime.now(UTC).timestamp()))
         assert first > 1_700_000_000
-        assert store.devices.next_command(board.device, at_least=7) == first + 1
+        assert store.devices.next_command(device.id, at_least=7) == first + 1
 
 
 @pytest.mark.asyncio
 async def test_a_server_that_lost_reports_asks_for_them_again(new_fleet):
     async with new_fleet("embedded") as fleet:
-        board = await fleet.board("a")
+        device = await fleet.device("a")
         loop, acks = asyncio.get_running_loop(), asyncio.Queue()
 
         def received(topic, payload):
             if topic.endswith("/down/ack"):
                 loop.call_soon_threadsafe(acks.put_nowait, payload)
 
-        board._received = received
-        hello = Hello(device=board.device, nonce="0" * 16, boot_id="boot", acked=7)
-        board.publish(Up.HELLO, hello)
+        device._received = received
+        hello = Hello(device=device.id, nonce="0" * 16, boot_id="boot", acked=7)
+        device.publish(Up.HELLO, hello)
         ack = wire.decode(Ack, await asyncio.wait_for(acks.get(), 60))
         assert (ack.sequence, ack.again) == (0, True)
 

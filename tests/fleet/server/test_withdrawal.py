@@ -11,16 +11,16 @@ from fleet.protocol.messages import Health, InstanceHealth
 from fleet.protocol.topics import Up
 
 
-async def say_health(fleet, board):
-    """Have a board say what it runs, and wait until the server knows."""
+async def say_health(fleet, device):
+    """Have a device say what it runs, and wait until the server knows."""
     running = tuple(
         InstanceHealth(instance=name, target=item.target, generation=1, state=InstanceState.RUNNING)
-        for name, item in board.items.items()
+        for name, item in device.items.items()
     )
-    health = Health(device=board.device, boot_id="boot", at=datetime.now(UTC), instances=running)
-    board.publish(Up.HEALTH, health)
+    health = Health(device=device.id, boot_id="boot", at=datetime.now(UTC), instances=running)
+    device.publish(Up.HEALTH, health)
     bell = fleet.server._conductor._watch
-    await bell.until(lambda: fleet.server._store.devices.get(board.device).health, timeout_s=60)
+    await bell.until(lambda: fleet.server._store.devices.get(device.id).health, timeout_s=60)
 
 
 def named(shown: dict) -> dict[str, str]:
@@ -37,59 +37,59 @@ async def foretold(fleet, target="hello@2.0.0"):
 async def test_what_becomes_of_each_device_is_told_before_and_comes_about(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        member, other = await fleet.board("member"), await fleet.board("other", group="lab")
-        pinned = await fleet.board("pinned")
+        member, other = await fleet.device("member"), await fleet.device("other", group="lab")
+        pinned = await fleet.device("pinned")
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         pin = operator_api.RolloutRequest(instance="hello", target=two)
-        view = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.device}/pin", pin)
+        view = await operator.send(operator_api.RolloutView, "PUT", f"/v1/devices/{pinned.id}/pin", pin)
         await operator.decided(view)
         await operator.decided(await operator.deploy(two))
         await operator.decided(await operator.deploy(two, group="lab"))
-        boards = (member, other, pinned)
-        for board in boards:
-            await say_health(fleet, board)
+        devices = (member, other, pinned)
+        for device in devices:
+            await say_health(fleet, device)
 
         shown = await foretold(fleet)
         # the pin has no other value and goes: the group decides then
-        assert named(shown) == {member.device: one, other.device: "", pinned.device: one}
-        assert shown["running"] == sorted(board.device for board in boards)
+        assert named(shown) == {member.id: one, other.id: "", pinned.id: one}
+        assert shown["running"] == sorted(device.id for device in devices)
         done = await fleet.command("withdraw", "hello@2.0.0", stdin="y\n")
         assert done.code == 0, done.stderr
         assert "3 devices run it." in done.stderr
-        assert f"1 runs nothing in its place, and keeps its data: {other.device}" in done.stderr
-        for board in (member, pinned):
-            await board.until(lambda board: board.items["hello"].target == one)
-        await other.until(lambda board: not board.items)
+        assert f"1 runs nothing in its place, and keeps its data: {other.id}" in done.stderr
+        for device in (member, pinned):
+            await device.until(lambda device: device.items["hello"].target == one)
+        await other.until(lambda device: not device.items)
         assert other.accepted[-1].keep_data == ("hello",)
-        assert named(await foretold(fleet, "hello@2.0.0"))[other.device] == ""
+        assert named(await foretold(fleet, "hello@2.0.0"))[other.id] == ""
 
 
 @pytest.mark.asyncio
 async def test_rollouts_that_would_end_are_named_and_their_devices_go_back(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = [await fleet.board("a"), await fleet.board("b")]
+        devices = [await fleet.device("a"), await fleet.device("b")]
         one, two = await operator.publish("1.0.0"), await operator.publish("2.0.0")
         await operator.decided(await operator.deploy(one))
         view = await operator.deploy(two, soak_s=3600)
         view = await operator.follow(view, lambda view: view.counts.get("succeeded") == 1)
-        (canary,) = [board for board in boards if board.items["hello"].target == two]
+        (canary,) = [device for device in devices if device.items["hello"].target == two]
 
         shown = await foretold(fleet)
-        assert (named(shown), shown["running"], shown["rollouts"]) == ({canary.device: one}, [], [view.number])
+        assert (named(shown), shown["running"], shown["rollouts"]) == ({canary.id: one}, [], [view.number])
         assert (await fleet.command("withdraw", "hello@2.0.0", "--yes")).code == 0
         assert (await operator.decided(view)).state is RolloutState.REVOKED
-        await canary.until(lambda board: board.items["hello"].target == one)
+        await canary.until(lambda device: device.items["hello"].target == one)
 
 
 @pytest.mark.asyncio
 async def test_a_version_with_other_data_takes_nobodys_place(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         await operator.decided(await operator.deploy(await operator.publish("2.0.0", data_schema=2)))
-        await board.until(lambda board: board.items)
-        assert named(await foretold(fleet)) == {board.device: ""}
+        await device.until(lambda device: device.items)
+        assert named(await foretold(fleet)) == {device.id: ""}
         assert (await fleet.command("withdraw", "hello@2.0.0", "--yes")).code == 0
-        await board.until(lambda board: not board.items)
+        await device.until(lambda device: not device.items)

@@ -192,7 +192,7 @@ def test_outcomes_and_states_of_earlier_rollouts_become_the_present_words(
 # Devices
 
 
-def test_a_second_board_with_the_same_key_or_id_is_not_taken_in(store):
+def test_a_second_device_with_the_same_key_or_id_is_not_taken_in(store):
     same_key = store.devices.add(
         device="c-00000003", name="c", machine="", sealing_key="", key_sha256=A, group="", now=2.0
     )
@@ -342,7 +342,7 @@ def test_reports_are_acknowledged_up_to_the_first_gap(store):
 
 
 def test_a_report_that_comes_again_is_known_and_shows_that_the_gap_below_it_is_for_good(store):
-    # the database was restored from a backup: the board has forgotten what was acknowledged before
+    # the database was restored from a backup: the device has forgotten what was acknowledged before
     assert store.delivery.add_report(report(50))
     assert store.delivery.acknowledge(A, again=None) == 0
     assert not store.delivery.add_report(report(50))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from peers import HANDLER, OK, Board, Peer, answers, certificate, encrypted, says
+from peers import HANDLER, OK, Device, Peer, answers, certificate, encrypted, says
 
 from agent.host import egress
 from agent.host.engine import adapter_abi
@@ -146,14 +146,14 @@ def addresses():
 
 
 @pytest.fixture
-def board(image, tmp_path, addresses):
+def device(image, tmp_path, addresses):
     async def resolver(host, _port):
         if host not in addresses:
             raise OSError("no such name")
         answers = addresses[host]
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
-    made = Board(image, tmp_path, resolver)
+    made = Device(image, tmp_path, resolver)
     yield made
     made.close()
 
@@ -175,20 +175,20 @@ def code(name):
     return b"error %d" % adapter_abi.ERRORS.index(name)
 
 
-def test_a_granted_peer_is_asked_and_its_answer_arrives(board, peer):
+def test_a_granted_peer_is_asked_and_its_answer_arrives(device, peer):
     there = peer(answers(OK))
-    guest = board.guest(f"http://127.0.0.1:{there.port}")
+    guest = device.guest(f"http://127.0.0.1:{there.port}")
     assert ask(guest, f"/get?127.0.0.1:{there.port}/x?y=1") == b"200\ncontent-length=5\nx-peer=here\n\nhello"
     head = there.received.split(b"\r\n")
     assert head[0] == b"GET /x?y=1 HTTP/1.1"
     assert b"host: 127.0.0.1:%d" % there.port in head
-    assert board.counted == [False]
+    assert device.counted == [False]
 
 
-def test_a_body_goes_out_whole_and_a_large_answer_comes_back(board, peer):
+def test_a_body_goes_out_whole_and_a_large_answer_comes_back(device, peer):
     body = bytes(range(256)) * 3000
     there = peer(answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)))
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=Limits(request_bytes=1 << 20))
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=Limits(request_bytes=1 << 20))
     said = ask(guest, f"/post?127.0.0.1:{there.port}/in")
     assert said.endswith(b"\n\n" + body)
     sent = there.received.partition(b"\r\n\r\n")[2]
@@ -196,22 +196,22 @@ def test_a_body_goes_out_whole_and_a_large_answer_comes_back(board, peer):
     assert sent[:4096] == bytes(range(256)) * 16
 
 
-def test_a_body_larger_than_allowed_is_an_error_of_the_guests(board, peer):
+def test_a_body_larger_than_allowed_is_an_error_of_the_guests(device, peer):
     there = peer(answers(OK))
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=Limits(request_bytes=100_000))
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=Limits(request_bytes=100_000))
     assert ask(guest, f"/post?127.0.0.1:{there.port}/in") == code("HTTP-request-body-size")
     assert not there.received
 
 
-def test_chunks_are_put_together(board, peer):
+def test_chunks_are_put_together(device, peer):
     there = peer(answers(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"))
-    guest = board.guest(f"http://127.0.0.1:{there.port}")
+    guest = device.guest(f"http://127.0.0.1:{there.port}")
     assert ask(guest, f"/get?127.0.0.1:{there.port}/").endswith(b"\n\nabcde")
 
 
-def test_a_connection_is_used_again_and_a_closed_one_is_not(board, peer):
+def test_a_connection_is_used_again_and_a_closed_one_is_not(device, peer):
     there = peer(answers(OK, OK, OK.replace(b"x-peer", b"connection: close\r\nx-peer")))
-    guest = board.guest(f"http://127.0.0.1:{there.port}")
+    guest = device.guest(f"http://127.0.0.1:{there.port}")
     for _ in range(3):
         ask(guest, f"/get?127.0.0.1:{there.port}/")
     assert there.connections == 1
@@ -219,7 +219,7 @@ def test_a_connection_is_used_again_and_a_closed_one_is_not(board, peer):
     assert there.connections == 2
 
 
-def test_two_requests_are_under_way_at_once(board, peer):
+def test_two_requests_are_under_way_at_once(device, peer):
     both = threading.Barrier(2, timeout=30)
 
     def behave(peer, connection):
@@ -228,57 +228,57 @@ def test_two_requests_are_under_way_at_once(board, peer):
         connection.sendall(OK)
 
     there = peer(behave)
-    guest = board.guest(f"http://127.0.0.1:{there.port}")
+    guest = device.guest(f"http://127.0.0.1:{there.port}")
     assert ask(guest, f"/both?127.0.0.1:{there.port}/") == b"1 200 200"
 
 
-def test_an_ungranted_host_is_denied_counted_and_named(board, peer):
+def test_an_ungranted_host_is_denied_counted_and_named(device, peer):
     there = peer(answers(OK))
-    guest = board.guest("http://127.0.0.1:1")
+    guest = device.guest("http://127.0.0.1:1")
     assert ask(guest, f"/get?127.0.0.1:{there.port}/") == code("HTTP-request-denied")
-    assert board.counted == [True]
-    assert f"grants.outbound does not name 127.0.0.1:{there.port}" in board.lines[-1]
+    assert device.counted == [True]
+    assert f"grants.outbound does not name 127.0.0.1:{there.port}" in device.lines[-1]
     assert there.connections == 0
 
 
 @pytest.mark.parametrize("form", ["2130706433", "0x7f000001", "017700000001", "127.1", "0177.0.0.1"])
-def test_an_address_in_disguise_is_no_host(board, peer, form):
+def test_an_address_in_disguise_is_no_host(device, peer, form):
     there = peer(answers(OK))
-    guest = board.guest("http://*:*", f"http://127.0.0.1:{there.port}")
+    guest = device.guest("http://*:*", f"http://127.0.0.1:{there.port}")
     assert ask(guest, f"/get?{form}:{there.port}/") == code("HTTP-request-URI-invalid")
-    assert not board.resolved
+    assert not device.resolved
     assert there.connections == 0
 
 
-def test_a_name_that_leads_to_loopback_is_prohibited_unless_that_is_named_too(board, peer, addresses):
+def test_a_name_that_leads_to_loopback_is_prohibited_unless_that_is_named_too(device, peer, addresses):
     there = peer(answers(OK))
     addresses["rebound.example"] = [["127.0.0.1"]]
-    guest = board.guest(f"http://rebound.example:{there.port}")
+    guest = device.guest(f"http://rebound.example:{there.port}")
     assert ask(guest, f"/get?rebound.example:{there.port}/") == code("destination-IP-prohibited")
-    assert "a loopback address" in board.lines[-1]
+    assert "a loopback address" in device.lines[-1]
     assert there.connections == 0
-    named = board.guest(f"http://rebound.example:{there.port}", f"http://127.0.0.0/8:{there.port}")
+    named = device.guest(f"http://rebound.example:{there.port}", f"http://127.0.0.0/8:{there.port}")
     assert ask(named, f"/get?rebound.example:{there.port}/").startswith(b"200")
 
 
-def test_the_address_that_was_judged_is_the_one_connected_to(board, peer, addresses):
+def test_the_address_that_was_judged_is_the_one_connected_to(device, peer, addresses):
     """A resolver that answers something else each time: the name is asked for once, and not again to connect."""
     there = peer(answers(OK))
     addresses["rebound.example"] = [["127.0.0.2"], ["127.0.0.1"]]
-    guest = board.guest(f"http://rebound.example:{there.port}", f"http://127.0.0.2:{there.port}")
+    guest = device.guest(f"http://rebound.example:{there.port}", f"http://127.0.0.2:{there.port}")
     assert ask(guest, f"/get?rebound.example:{there.port}/") in {
         code("connection-refused"),
         code("destination-unavailable"),
     }
-    assert board.resolved == ["rebound.example"]
+    assert device.resolved == ["rebound.example"]
     assert there.connections == 0
 
 
-def test_a_redirect_is_the_guests_to_follow_and_is_judged_like_any_request(board, peer):
+def test_a_redirect_is_the_guests_to_follow_and_is_judged_like_any_request(device, peer):
     inner = peer(answers(OK))
     moved = b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:%d/\r\ncontent-length: 0\r\n\r\n" % inner.port
     outer = peer(answers(moved))
-    guest = board.guest(f"http://127.0.0.1:{outer.port}")
+    guest = device.guest(f"http://127.0.0.1:{outer.port}")
     assert ask(guest, f"/get?127.0.0.1:{outer.port}/").startswith(b"302\nlocation=")
     assert inner.connections == 0
     assert ask(guest, f"/get?127.0.0.1:{inner.port}/") == code("HTTP-request-denied")
@@ -298,9 +298,9 @@ FAST = Limits(idle_ms=1500, requests_per_instance=100)
         (says(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n"), "HTTP-response-header-section-size"),
     ],
 )
-def test_a_peer_without_a_good_head_is_an_error_with_its_name(board, peer, behave, error):
+def test_a_peer_without_a_good_head_is_an_error_with_its_name(device, peer, behave, error):
     there = peer(behave)
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     assert ask(guest, f"/get?127.0.0.1:{there.port}/") == code(error)
 
 
@@ -312,9 +312,9 @@ def test_a_peer_without_a_good_head_is_an_error_with_its_name(board, peer, behav
         (says(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n"), "HTTP-response-incomplete"),
     ],
 )
-def test_a_body_that_breaks_off_is_an_error_of_the_stream(board, peer, behave, error):
+def test_a_body_that_breaks_off_is_an_error_of_the_stream(device, peer, behave, error):
     there = peer(behave)
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     said = ask(guest, f"/get?127.0.0.1:{there.port}/")
     assert b"half\nbroken %d" % adapter_abi.ERRORS.index(error) in said
 
@@ -332,23 +332,23 @@ def drips(head, pieces):
     return behave
 
 
-def test_a_head_that_drips_in_has_one_time_for_all_of_it(board, peer):
+def test_a_head_that_drips_in_has_one_time_for_all_of_it(device, peer):
     """Each byte comes soon after the other, so no wait for one of them is too long."""
     there = peer(drips(b"HTTP/1.1 200 OK\r\nx: ", itertools.repeat(b"y")))
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     assert ask(guest, f"/get?127.0.0.1:{there.port}/") == code("connection-read-timeout")
 
 
-def test_a_body_that_drips_in_is_taken_as_it_comes(board, peer):
+def test_a_body_that_drips_in_is_taken_as_it_comes(device, peer):
     """It lasts longer than a piece of it may: only the call as a whole has a limit then."""
     text = b"in thirty pieces, with pauses."
     there = peer(drips(b"HTTP/1.1 200 OK\r\ncontent-length: 30\r\n\r\n", [bytes([each]) for each in text]))
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=FAST)
     assert ask(guest, f"/get?127.0.0.1:{there.port}/").endswith(b"\n\n" + text)
 
 
 @pytest.mark.parametrize("framing", [b"", b"transfer-encoding: chunked\r\n", b"content-length: 999999999999\r\n"])
-def test_a_body_without_an_end_is_taken_up_to_the_limit(board, peer, framing):
+def test_a_body_without_an_end_is_taken_up_to_the_limit(device, peer, framing):
     piece = b"x" * 8192
     pieces = itertools.repeat(b"2000\r\n%b\r\n" % piece if b"chunked" in framing else piece)
 
@@ -359,21 +359,21 @@ def test_a_body_without_an_end_is_taken_up_to_the_limit(board, peer, framing):
             connection.sendall(each)
 
     there = peer(behave)
-    guest = board.guest(f"http://127.0.0.1:{there.port}", limits=SMALL)
+    guest = device.guest(f"http://127.0.0.1:{there.port}", limits=SMALL)
     said = ask(guest, f"/get?127.0.0.1:{there.port}/")
     assert said.endswith(b"x\nbroken %d" % adapter_abi.ERRORS.index("HTTP-response-body-size"))
     assert said.count(b"x") <= SMALL.response_bytes
-    assert "has more than 100000 bytes" in board.lines[-1]
+    assert "has more than 100000 bytes" in device.lines[-1]
 
 
-def test_nobody_there_is_connection_refused(board):
+def test_nobody_there_is_connection_refused(device):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    guest = board.guest(f"http://127.0.0.1:{port}")
+    guest = device.guest(f"http://127.0.0.1:{port}")
     assert ask(guest, f"/get?127.0.0.1:{port}/") == code("connection-refused")
 
 
-def test_a_neighbour_on_the_device_is_reached_by_name_alone_and_only_so_often(board, tmp_path):
+def test_a_neighbour_on_the_device_is_reached_by_name_alone_and_only_so_often(device, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "meter"))
         listener.listen()
@@ -390,7 +390,7 @@ def test_a_neighbour_on_the_device_is_reached_by_name_alone_and_only_so_often(bo
                 connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
-        guest = board.guest(instances=("meter",))
+        guest = device.guest(instances=("meter",))
         assert ask(guest, "/get?meter.internal/now").startswith(b"200")
         assert b"x-wasmfleet-hops: 1\r\n" in heard[0]
         assert ask(guest, "/get?other.internal/") == code("HTTP-request-denied")
@@ -411,14 +411,14 @@ def test_a_neighbour_on_the_device_is_reached_by_name_alone_and_only_so_often(bo
         ("other.example", True, code("TLS-certificate-error")),
     ],
 )
-def test_a_certificate_is_verified_with_its_name(board, peer, addresses, tmp_path, served, trusted, said):
+def test_a_certificate_is_verified_with_its_name(device, peer, addresses, tmp_path, served, trusted, said):
     file, context = certificate(tmp_path, served)
     there = peer(encrypted(context))
     addresses["peer.example"] = [["127.0.0.1"]]
     ours = ssl.create_default_context(cafile=str(file)) if trusted else ssl.create_default_context()
-    sock = board.lane(outbound=(f"https://peer.example:{there.port}", f"https://127.0.0.1:{there.port}"))
+    sock = device.lane(outbound=(f"https://peer.example:{there.port}", f"https://127.0.0.1:{there.port}"))
     granted = Grants(interfaces=HANDLER, outbound=(f"https://peer.example:{there.port}",))
-    out = OutgoingHttp(sock, granted, Limits(), log=board.lines.append, context=ours)
+    out = OutgoingHttp(sock, granted, Limits(), log=device.lines.append, context=ours)
     number = out.begin()
     wrong = out.send(number, f"GET / https peer.example:{there.port}   \r\n")
     answer = code(adapter_abi.ERRORS[wrong - 1]) if wrong else out.head(number).encode()
@@ -439,8 +439,8 @@ def test_a_certificate_is_verified_with_its_name(board, peer, addresses, tmp_pat
         b"[" * 4000,
     ],
 )
-def test_a_worker_that_asks_what_is_no_question_is_not_heard_again(board, raw):
-    lane = board.lane()
+def test_a_worker_that_asks_what_is_no_question_is_not_heard_again(device, raw):
+    lane = device.lane()
     lane.settimeout(30)
     lane.send(raw)
     with pytest.raises(framing.GoneError, match="closed"):
@@ -448,10 +448,10 @@ def test_a_worker_that_asks_what_is_no_question_is_not_heard_again(board, raw):
     lane.close()
 
 
-def test_a_worker_is_who_its_socket_says_and_gets_connected_sockets_only(board, peer):
+def test_a_worker_is_who_its_socket_says_and_gets_connected_sockets_only(device, peer):
     there, mine = peer(answers(OK)), peer(answers(OK))
-    lane = board.lane(outbound=(f"http://127.0.0.1:{mine.port}",))
-    other = board.lane(outbound=(f"http://127.0.0.1:{there.port}",))
+    lane = device.lane(outbound=(f"http://127.0.0.1:{mine.port}",))
+    other = device.lane(outbound=(f"http://127.0.0.1:{there.port}",))
     lane.settimeout(30)
 
     def asked(raw):

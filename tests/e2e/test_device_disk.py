@@ -7,14 +7,14 @@ from fleet.protocol.codes import Phase, RejectCode
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def current(stage, board):
-    return next(each for each in stage.scene.devices if each.device == board.device)
+def current(stage, device):
+    return next(each for each in stage.scene.devices if each.device == device.device)
 
 
-def test_an_image_changed_on_disk_is_never_loaded(stage, board):
+def test_an_image_changed_on_disk_is_never_loaded(stage, device):
     # the host is lost, and what it is to load again was changed meanwhile: it is compiled anew from the artifact
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         began = await stage.latest(here)
         images = list((stage.state(here) / "images").rglob("*.cwasm"))
         for image in images:
@@ -33,10 +33,10 @@ def test_an_image_changed_on_disk_is_never_loaded(stage, board):
     assert entry.message
 
 
-def test_a_full_disk_is_a_clean_refusal(stage, board):
+def test_a_full_disk_is_a_clean_refusal(stage, device):
     # the owner keeps more free than there is; what runs goes on
     async def story():
-        here = current(stage, board)
+        here = current(stage, device)
         config = stage.scene.directory / "devices" / here.name / "agent.toml"
         before = config.read_text()
         config.write_text(f"{before}\n[disk]\nreserve_bytes = {1 << 60}\n")

@@ -14,10 +14,10 @@ from signing.updater import MemoryState, Updater
 from signing.verifier import accept_assignment, published, resolve
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
-BOARD = "gate-0a1b2c3d"
+DEVICE = "gate-0a1b2c3d"
 
 
-class Board:
+class Device:
     """Accepts assignments and resolves what they name, as an agent does."""
 
     def __init__(self, desk, *, production: bool = False) -> None:
@@ -38,7 +38,7 @@ class Board:
         self.version += 1
         assignment = Assignment(
             fleet="fleet",
-            device=BOARD,
+            device=DEVICE,
             version=self.version,
             issued=now,
             expires=now + timedelta(days=1),
@@ -54,7 +54,7 @@ class Board:
         )
         envelope = director.sign_assignment(assignment, keys.load(self.desk.home / "server/keys/director.pem"))
         state = self.states.load()
-        accepted = accept_assignment(trusted, envelope, fleet="fleet", device=BOARD, state=state, now=now)
+        accepted = accept_assignment(trusted, envelope, fleet="fleet", device=DEVICE, state=state, now=now)
         self.states.save(accepted.state)
         [item] = accepted.assignment.items
         return bool(resolve(self.updater.find(item.target), item, state=accepted.state))
