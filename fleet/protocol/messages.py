@@ -118,7 +118,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: private memory of the instance's workers; of a shared worker, its part.
         outgoing: requests that it sent; those without a grant count as denials.
         shared_worker: the worker that it shares with other instances, which say the same; empty for workers of its own.
-        lanes, shared_lane: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
+        `lanes`, `shared_lane`: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
         checks: None where the manifest has no health check, or the host does not count them.
     """
 

@@ -10,7 +10,7 @@ that is.
 Raises `EngineError` for what cannot be loaded or offered, `GuestError` for what a guest did
 (`agent.host.engine.runtime`).
 
-The board's address space, and how linear memories lie in it.
+The device's address space, and how linear memories lie in it.
 
 Sv39 and 39-bit Arm give far less of it than a desktop does: what is there is tried, and the plan follows. Nothing here
 knows wasmtime.
@@ -136,7 +136,7 @@ def cpu_flags() -> str:
 
 
 def describe(*, fuel: bool = False) -> dict[str, str]:
-    """Everything that an image is compiled for; two boards with equal answers could share one."""
+    """Everything that an image is compiled for; two devices with equal answers could share one."""
     plan = memory_plan(reservable_bytes())
     facts = {
         "engine": version(),
@@ -302,7 +302,7 @@ class Engine:
         return Image(self, wc.Component(self.raw, text))
 
     def load(self, path: str) -> Image:
-        """Map an image; it must come from this board's compiler, since loading one is running it.
+        """Map an image; it must come from this device's compiler, since loading one is running it.
 
         Raises:
             EngineError: IMAGE_DAMAGED: made for another engine, or no image at all; START_FAILED: it asks for more

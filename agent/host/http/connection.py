@@ -1,6 +1,6 @@
-"""One client's HTTP/1.1 connection in a lane: bytes in, requests out; answers in, bytes out. No socket, no guest.
+"""HTTP/1.1 connection of a worker's client: bytes in, requests out; responses in, bytes out. No socket, no guest.
 
-A connection can be passed to another lane whenever it stands at a message boundary, or has sent no more of its next
+A connection can be passed to another worker whenever it stands at a message boundary, or has sent no more of its next
 message than fits in a packet (`prefix`). RFC 9112 for framing, RFC 9110 for fields.
 """
 
@@ -76,7 +76,7 @@ class Http1Connection:
         return self.go_on()
 
     def go_on(self) -> bytes:
-        """What a client is told that asks first: nothing before its turn has come, and nothing twice."""
+        """Return `100 Continue` for a client that waits for it: once, and not before its turn has come."""
         if not self._waits or self.requests:
             return b""
         self._waits = False
@@ -84,25 +84,25 @@ class Http1Connection:
 
     @property
     def unread(self) -> bool:
-        """Whether the client may go on sending what nobody will read: closing at once would cost it the answer."""
+        """True if the client may still send bytes that nobody will read: closing at once would cost it the response."""
         return self._reader.refused
 
     @property
     def prefix(self) -> bytes | None:
-        """What came of the next message so far, to be fed to another `Connection`; None if it cannot be passed now."""
+        """Bytes of the next message so far, to be fed to another connection; None if this one cannot be passed now."""
         if self.closing or self.requests or self._raw is None:
             return None
         return bytes(self._raw)
 
     @property
     def idle(self) -> bool:
-        """Whether it stands at a message boundary with nothing to answer."""
+        """True at a message boundary with nothing to answer."""
         return not self._reader.within and not self.requests
 
-    # What the reader says.
+    # Called by the parser.
 
     def head(self, head: RequestHead) -> None:
-        """A request begins."""
+        """Begin a request."""
         if head.length is not None and head.length > self._body_max_bytes:
             self._reader.refuse(413)
         self._now = Request(head.method, head.target, lines(head.fields), old=head.old)
@@ -110,7 +110,7 @@ class Http1Connection:
         self._waits = head.expects and head.has_body
 
     def body(self, data: bytes) -> None:
-        """A piece of the body."""
+        """Add a piece of the body."""
         assert self._now is not None
         self._waits = False
         if len(self._now.body) + len(data) > self._body_max_bytes:
@@ -118,7 +118,7 @@ class Http1Connection:
         self._now.body += data
 
     def end(self, trailers: Fields, *, keep_alive: bool) -> None:
-        """The request is whole."""
+        """Queue the request, which is complete."""
         assert self._now is not None
         self._now.trailers = lines(trailers)
         self._now.keep_alive = keep_alive
@@ -127,14 +127,14 @@ class Http1Connection:
         self._completed = True
 
     def refused(self, status: int) -> None:
-        """Nothing more is read."""
+        """Queue a refusal; nothing after it is read."""
         self._now, self._waits = None, False
         self.closing = True
         self.requests.append(Request(refusal=status, keep_alive=False))
 
 
 def lines(fields: Fields) -> bytes:
-    """Field lines as on the wire."""
+    """Return field lines as on the wire."""
     return b"".join([b"%b: %b\r\n" % each for each in fields])
 
 
@@ -150,9 +150,9 @@ def _today() -> bytes:
 
 
 def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: bool, trailers: bytes = b"") -> bytes:
-    """The bytes of an answer. `headers` are field lines ending in CR LF; `head`: the request was HEAD.
+    """Return the bytes of a response. `headers` are field lines ending in CR LF; `head`: the request was HEAD.
 
-    With `trailers` it goes out in chunks, or rather in one.
+    With `trailers` the body is sent as one chunk.
     """
     bodiless = status in {204, 304}
     length = None if bodiless or trailers else len(body)
@@ -165,7 +165,7 @@ def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: 
 
 
 def answer_head(status: int, headers: bytes, *, length: int | None, chunked: bool, keep_alive: bool) -> bytes:
-    """The head of an answer, with the framing of what follows; without any, it ends with the connection."""
+    """Return the head of a response with the framing of its body; without any, the connection's end ends it."""
     lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"")), headers, b"date: ", _today(), b"\r\n"]
     if chunked:
         lines.append(b"transfer-encoding: chunked\r\n")
@@ -178,7 +178,7 @@ def answer_head(status: int, headers: bytes, *, length: int | None, chunked: boo
 
 
 def declared_length(headers: bytes) -> int | None:
-    """What a guest's Content-Length says, if it says a number.
+    """Return the Content-Length among a guest's field lines; None if there is none that is a number.
 
     Raises:
         BadAnswerError: a number that no body's length can be.
@@ -194,17 +194,17 @@ def declared_length(headers: bytes) -> int | None:
 
 
 def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True) -> bytes:
-    """An answer of the host's own: a status with a sentence as its body."""
+    """Return a response of the host's own: a status with a sentence as its body."""
     fields = b"content-type: text/plain; charset=utf-8\r\n"
     return answer(status, fields, why.encode() + b"\n", head=head, keep_alive=keep_alive)
 
 
 class BadAnswerError(Exception):
-    """The guest's answer is not HTTP."""
+    """Response of a guest that is not HTTP."""
 
 
 def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
-    """The guest's header fields as they may go out: framing is the host's own business.
+    """Return the guest's header fields as they may be sent, without those of framing, which the host sets.
 
     Raises:
         BadAnswerError: a status outside 200 to 599, a line that is no field (RFC 9110, section 5), or a body of

@@ -1,4 +1,4 @@
-"""Requests as they come off the wire: the one reader of HTTP/1.1 that the router and the lanes share.
+"""Request parser: the one reader of HTTP/1.1, shared by the router and the workers.
 
 Since both read with it, they cannot disagree about where a request ends. httptools (llhttp in its strict mode) parses;
 what it leaves open is closed here: versions, the Host field, forms of the request target, transfer codings, sizes of
@@ -63,24 +63,24 @@ class RequestHead:
 
     @property
     def has_body(self) -> bool:
-        """Whether a body is announced, be it an empty one in chunks."""
+        """True if a body is announced, be it an empty one in chunks."""
         return self.chunked or bool(self.length)
 
 
 class Sink(Protocol):
-    """Who is told what comes."""
+    """Receiver of what the parser reads."""
 
     def head(self, head: RequestHead) -> None:
-        """A request begins; `refuse` may be called from here."""
+        """Begin a request; `refuse` may be called from here."""
 
     def body(self, data: bytes) -> None:
-        """A piece of its body; `refuse` may be called from here."""
+        """Take a piece of its body; `refuse` may be called from here."""
 
     def end(self, trailers: Fields, *, keep_alive: bool) -> None:
-        """It is whole."""
+        """End the request, which is complete."""
 
     def refused(self, status: int) -> None:
-        """What comes is no request that can be served; nothing after it is read."""
+        """Take note of a request that cannot be served, by its status; nothing after it is read."""
 
 
 class RequestParser:
@@ -126,7 +126,7 @@ class RequestParser:
             self._refuse()
 
     def refuse(self, status: int) -> None:
-        """From the sink: this message is not to be read further."""
+        """Stop reading this message; called by the sink."""
         self._status = status
         raise _StopError
 
@@ -136,7 +136,7 @@ class RequestParser:
         self._sink.refused(self._status or 400)
 
     def _feed(self, data: bytes) -> bytes:
-        """Parse; what is left to be parsed by another parser."""
+        """Parse; return what is left for another parser."""
         if self._last and data.strip(b"\r\n"):
             raise _StopError
         try:
@@ -146,7 +146,7 @@ class RequestParser:
         return b""
 
     def _carry_on(self, rest: bytes) -> bytes:
-        """An offer to speak another protocol, which the parser stops at: go on in this one (RFC 9110, section 7.8)."""
+        """Ignore an offer of another protocol, at which the parser stops (RFC 9110, section 7.8)."""
         self._parser = httptools.HttpRequestParser(self)
         head = self._head
         if not self._ended and head is not None:
@@ -157,10 +157,10 @@ class RequestParser:
             self._ghost = False
         return rest
 
-    # What the parser calls.
+    # Called by httptools.
 
     def on_message_begin(self) -> None:
-        """A message begins."""
+        """Begin a message."""
         if self._ghost:
             return
         self.within, self._ended = True, False
@@ -170,13 +170,13 @@ class RequestParser:
         self._size = self._raw = self._bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the request target."""
+        """Add a piece of the request target."""
         if not self._ghost:
             self._count(len(url))
             self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the head, or of the trailers."""
+        """Add a field of the head, or of the trailers."""
         if self._ghost:
             return
         self._quiet = 0
@@ -187,7 +187,7 @@ class RequestParser:
         known.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
+        """Check the head, which is complete, and pass it on."""
         if self._ghost:
             return
         self._quiet = 0
@@ -199,17 +199,17 @@ class RequestParser:
         self._sink.head(head)
 
     def on_chunk_header(self) -> None:
-        """A chunk's size and extensions have come."""
+        """Note that a chunk's size and extensions are complete."""
         self._quiet = 0
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Pass on a piece of the body."""
         self._quiet = 0
         self._bytes += len(body)
         self._sink.body(body)
 
     def on_message_complete(self) -> None:
-        """The message is complete, or so it seems: at an offer to upgrade its body is still to come."""
+        """End the message, unless httptools stopped at an offer to upgrade and its body is still to come."""
         assert self._head is not None
         if self._parser.should_upgrade() and self._head.has_body:
             return
@@ -231,7 +231,7 @@ class _StopError(httptools.HttpParserError):
 
 
 def check(head: RequestHead, version: str) -> int:
-    """Complete a head from its fields; the status to refuse it with, 0 for none."""
+    """Complete a head from its fields; return the status to refuse it with, 0 for none."""
     head.old = version == "1.0"
     if not head.old and version != "1.1":
         return 505
@@ -263,7 +263,7 @@ def _frame(head: RequestHead, name: bytes, value: bytes) -> int:
 
 
 def _check_target(head: RequestHead) -> int:
-    """RFC 9112, section 3.2: the forms of a request target."""
+    """Check the form of a request target (RFC 9112, section 3.2)."""
     target = head.target
     if target.startswith(b"/"):
         return 400 if b"#" in target else 0
@@ -282,7 +282,7 @@ def _check_target(head: RequestHead) -> int:
 
 
 def tokens(fields: Fields, name: bytes) -> set[bytes]:
-    """The members of a list-valued field, in lower case."""
+    """Return the members of a list-valued field, in lower case."""
     return {token.strip(b" \t").lower() for known, value in fields if known == name for token in value.split(b",")} - {
         b""
     }

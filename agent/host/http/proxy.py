@@ -1,22 +1,22 @@
 """Client and instance connections of the router.
 
-Proxying HTTP/1.1 between the board's clients and instances' Unix sockets. No policy: `Routes` says what goes where.
+HTTP/1.1 is proxied between the device's clients and the Unix sockets of instances. No policy: `RouteTable` decides
+where a request goes.
 
-A request is read by its head and streamed on; its answer goes back as the bytes it is, parsed only to find its end. A
-request without a body that comes again byte by byte, as a client's mostly do, is not read again: between two messages,
-the same bytes mean the same (`Known`). What it goes on is `upstream`'s business.
+The head of a request is parsed, its body streamed. The response is passed on byte for byte, parsed only to find its
+end. A request without a body whose bytes were seen before is not parsed again: between two messages, equal bytes mean
+the same (`Known`).
 
-Connections from the router to instances: which are kept, and what may be sent on one.
+Each exchange takes an upstream connection of its own. The connection waits at the instance's listener for an idle
+worker, so the death of a worker that has not accepted it does no harm. When the response is complete, the connection
+may be kept for another exchange. A kept connection belongs to one worker, which may end at any moment, so only requests
+that may be sent twice go there: of idempotent methods, complete and without a body. If the instance hangs up before
+the first byte of its response, the request is sent again, once, on a new connection (RFC 9110, section 9.2.2). At a
+swap, workers hand kept connections to the next generation.
 
-An exchange takes a connection of its own, which waits at the instance's listener for a lane that is free, and outlives
-the death of a lane that has not come to it. When its answer is complete the connection may be kept for another. A kept
-one belongs to one lane, which may end at any moment, so only what may be sent twice goes there: requests of idempotent
-methods, whole and without a body. Such a one is sent again, once, on a connection of its own, if the instance hung up
-before it said a word (RFC 9110, section 9.2.2). At a swap lanes hand kept connections to the next generation.
-
-A connection is kept only if nothing is left in it: the request was whole and sent, the answer ended where the bytes
-did, and nothing in between has begun to close it. That is asked again when it is taken: what the kernel knows by then
-(an end, a word out of turn), and what the loop has decided but not told yet.
+A connection is kept only if nothing is left in it: the request was sent whole, the response ended where the bytes did,
+and neither side has begun to close. The same is checked again before it is reused: by then the kernel may know of an
+end or of unexpected bytes, and the event loop may have decided to close it.
 """
 
 import asyncio
@@ -44,23 +44,23 @@ _BODILESS: Final = frozenset({204, 304})
 
 
 class Asker(Protocol):
-    """Whose exchange it is."""
+    """Client side of an exchange."""
 
     def send(self, data: bytes) -> None:
-        """Bytes of the answer."""
+        """Send bytes of the response."""
 
     def answered(self, exchange: "Exchange") -> None:
-        """The answer is complete."""
+        """Go on to the next exchange: the response is complete."""
 
     def upstream_failed(self, exchange: "Exchange") -> None:
-        """The instance hung up before its answer was complete."""
+        """Retry or fail the exchange: the instance hung up before its response was complete."""
 
     def resume_client(self) -> None:
-        """The instance takes more."""
+        """Read on from the client: the instance takes more."""
 
 
 class Exchange:
-    """One request of a client's, and how far its answer has come."""
+    """Request of a client, and how far its response has come."""
 
     def __init__(self, head: RequestHead) -> None:
         self.request = head
@@ -79,12 +79,12 @@ class Exchange:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it may be sent again after an upstream that ended without a word."""
+        """True if the request may be sent again after an upstream that ended without a byte of response."""
         return not (self.answering or self.retried or self.sent_body) and self.request.method in _IDEMPOTENT
 
     @property
     def light(self) -> bool:
-        """Whether it may go on a kept connection: there is nothing of it that could not be sent again."""
+        """True if the request may go on a kept connection: nothing of it could not be sent again."""
         return self.complete and not self.body and not self.request.chunked and self.repeatable
 
 
@@ -94,12 +94,12 @@ class UpstreamPool:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
-        self.spread: set[str] = set()  # instances with several lanes: a kept connection would wait for one of them
+        self.spread: set[str] = set()  # of several workers: a kept connection would wait for one of them
         self._kept: dict[str, list[UpstreamConnection]] = {}
         self._count = 0
 
     def take(self, exchange: Exchange) -> "UpstreamConnection | None":
-        """A kept connection for this exchange, the one used last; None if it needs another."""
+        """Return the kept connection used last; None if the exchange needs a new one."""
         kept = self._kept.get(exchange.instance)
         while kept and exchange.light:
             upstream = kept.pop()
@@ -121,7 +121,7 @@ class UpstreamPool:
         self._count += 1
 
     def connect(self, instance: str) -> "UpstreamConnection":
-        """A new connection; it may still have to wait for its lane. Raises OSError."""
+        """Open a new connection, which may still have to wait for its worker. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             sock.connect(f"{self._directory}/{instance}")
@@ -131,13 +131,13 @@ class UpstreamPool:
         return UpstreamConnection(self, instance, sock)
 
     def forget(self, instance: str) -> None:
-        """The instance is gone, or has several lanes now: keep nothing of it."""
+        """Close the kept connections of an instance that is gone or has several workers now."""
         for upstream in self._kept.pop(instance, []):
             self._count -= 1
             upstream.close()
 
     def sweep(self) -> None:
-        """Close what was not used for long: it holds a client's place in its lane."""
+        """Close connections not used for long: each takes a client's place in its worker."""
         old_s = time.monotonic() - KEPT_S
         for instance, kept in list(self._kept.items()):
             stay = [each for each in kept if each.kept_s > old_s and each.open]
@@ -152,7 +152,7 @@ class UpstreamPool:
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """A connection to an instance."""
+    """Connection to an instance."""
 
     def __init__(self, pool: UpstreamPool, instance: str, sock: socket.socket) -> None:
         self.instance = instance
@@ -181,7 +181,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def open(self) -> bool:
-        """Whether it is fit for another exchange, as far as the loop and the kernel know at this moment."""
+        """True if the connection is fit for another exchange, as far as event loop and kernel know now."""
         if self.lost or self._transport.is_closing() or self._transport.get_write_buffer_size():
             return False
         try:
@@ -190,11 +190,11 @@ class UpstreamConnection(asyncio.Protocol):
             return True
         except OSError:
             pass
-        return False  # an end, or a word out of turn
+        return False  # the end of the stream, or unexpected bytes
 
     @property
     def full(self) -> bool:
-        """Whether more waits to be sent than is wise."""
+        """True if more bytes wait to be sent than the client should add to."""
         return bool(self._transport.get_write_buffer_size() > _HIGH_BYTES)
 
     def pause(self) -> None:
@@ -207,15 +207,15 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def resume_writing(self) -> None:
-        """There is room to send again."""
+        """Let the client send on: there is room again."""
         if self.client is not None:
             self.client.resume_client()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the other side."""
+        """Take bytes of the response."""
         client, exchange = self.client, self.exchange
         if client is None or exchange is None:
-            self.close()  # it speaks out of turn
+            self.close()  # bytes without a request
             return
         exchange.answering = True
         try:
@@ -224,7 +224,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._done = self._more = True
         except httptools.HttpParserError:
             self._more = True
-        if self._more:  # what follows would be taken for the answer to the client's next request
+        if self._more:  # else its rest would be taken for the response to the client's next request
             self.client = self.exchange = None
             self.close()
             client.upstream_failed(exchange)
@@ -239,11 +239,11 @@ class UpstreamConnection(asyncio.Protocol):
             client.answered(exchange)
 
     def on_message_begin(self) -> None:
-        """A message begins."""
+        """Begin a message."""
         self._more = self._done
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
+        """Take the head, which is complete."""
         assert self.exchange is not None
         self._head_done = True
         self._reusable = self._parser.should_keep_alive()
@@ -251,15 +251,15 @@ class UpstreamConnection(asyncio.Protocol):
             self._done = True
 
     def on_body(self, _body: bytes) -> None:
-        """A piece of the body."""
+        """Take note of a piece of the body."""
         self._more = self._more or self._done
 
     def on_message_complete(self) -> None:
-        """The message is complete."""
+        """End the message."""
         self._done = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The other side is gone."""
+        """End the exchange under way: the instance hung up."""
         del exc
         self.lost = True
         client, exchange = self.client, self.exchange
@@ -273,7 +273,7 @@ class UpstreamConnection(asyncio.Protocol):
             client.upstream_failed(exchange)
 
     def drop(self) -> None:
-        """Its client wants the answer no more."""
+        """Hang up without telling the client, which wants the response no more."""
         self.client = self.exchange = None
         self.close()
 
@@ -285,12 +285,12 @@ class UpstreamConnection(asyncio.Protocol):
 
 _KNOWN_MAX: Final = 128
 _KNOWN_MAX_BYTES: Final = 2048
-_LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
+_LINGER_S: Final = 5  # time for which bytes after a refusal are read and discarded
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
 class ClientConnection(asyncio.Protocol):
-    """A connection of a client of the board."""
+    """Connection of a client of the device."""
 
     def __init__(self, routes: RouteTable, pool: UpstreamPool, all_clients: "set[ClientConnection]") -> None:
         self.last_s = time.monotonic()
@@ -302,20 +302,20 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Exchange] = deque()
         self._paused = False
         self._full = False
-        self._closing = False  # it sends nothing more that is read
-        self._over = False  # it gets nothing more
+        self._closing = False  # nothing more is read from the client
+        self._over = False  # nothing more is sent to the client
         self._discarded = 0
 
     # The client's side.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """Register the connection."""
         self._transport = transport
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         self._all.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The other side is gone."""
+        """Drop all exchanges: the client hung up."""
         del exc
         self._all.discard(self)
         self._closing = self._over = True
@@ -326,7 +326,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether it stands between requests."""
+        """True between requests."""
         return not self._queue
 
     def close(self) -> None:
@@ -341,7 +341,7 @@ class ClientConnection(asyncio.Protocol):
             self._queue[-1].keep_alive = False
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the other side."""
+        """Take bytes of requests."""
         self.last_s = time.monotonic()
         if self._closing:
             self._discarded += len(data)
@@ -379,31 +379,31 @@ class ClientConnection(asyncio.Protocol):
             self._pool.known[data] = Known(request, exchange.instance, exchange.head)
 
     def eof_received(self) -> bool:
-        """The client will send no more; what it asked for whole is still answered."""
+        """Keep the connection until complete requests are answered: the client sends no more."""
         if not self._queue or not self._queue[-1].complete:
             return False
         self._closing = True
         return True
 
-    # What the reader says.
+    # Called by the parser.
 
     def head(self, head: RequestHead) -> None:
-        """A request begins."""
+        """Begin an exchange."""
         self._queue.append(Exchange(head))
 
     def body(self, data: bytes) -> None:
-        """A piece of its body."""
+        """Add a piece of the request's body."""
         self._queue[-1].body.append(data)
 
     def end(self, trailers: Fields, *, keep_alive: bool) -> None:
-        """It is whole."""
+        """End the request, which is complete."""
         exchange = self._queue[-1]
         exchange.trailers = trailers
         exchange.keep_alive = keep_alive
         exchange.complete = True
 
     def refused(self, status: int) -> None:
-        """What comes is no request; after what was asked before it this is said, and the connection ends."""
+        """Queue a refusal behind the requests before it; the connection ends with it."""
         self._closing = True
         if self._queue and not self._queue[-1].complete:
             broken = self._queue.pop()
@@ -419,7 +419,7 @@ class ClientConnection(asyncio.Protocol):
     # The exchange at the head of the queue.
 
     def _advance(self) -> None:
-        """Carry on with the exchange at the head of the queue; what is answered here, is at once."""
+        """Carry on with the exchange at the head of the queue; responses of the router's own are sent at once."""
         while self._queue and not self._over:
             exchange = self._queue[0]
             if exchange.upstream is None:
@@ -431,7 +431,7 @@ class ClientConnection(asyncio.Protocol):
             return
 
     def _routed(self, exchange: Exchange) -> bool:
-        """Find where it goes; answer it here and now if nowhere."""
+        """Find the instance; send a refusal if there is none."""
         if exchange.refusal:
             self._reply(exchange, exchange.refusal, connection.REFUSALS[exchange.refusal])
             return False
@@ -445,7 +445,7 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def _reach(self, exchange: Exchange) -> bool:
-        """Find what it goes on; answer it here and now if there is nothing."""
+        """Find an upstream connection; send a refusal if there is none."""
         try:
             upstream = self._pool.take(exchange) or self._pool.connect(exchange.instance)
         except BlockingIOError:
@@ -465,10 +465,10 @@ class ClientConnection(asyncio.Protocol):
         if self._full:
             upstream.pause()
         else:
-            upstream.resume()  # it may have been left paused at the end of an answer that piled up
+            upstream.resume()  # a response that piled up may have left it paused
 
     def _stream(self, exchange: Exchange) -> None:
-        """Pass on what has come of the body."""
+        """Pass on the body as far as it was received."""
         upstream = exchange.upstream
         assert upstream is not None
         chunked = exchange.request.chunked
@@ -484,7 +484,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_client(self) -> None:
-        """The upstream has room again."""
+        """Read on from the client: the instance takes more."""
         if self._paused and len(self._queue) <= 1 and not self._closing:
             self._paused = False
             self._transport.resume_reading()
@@ -492,31 +492,31 @@ class ClientConnection(asyncio.Protocol):
     # Answers.
 
     def send(self, data: bytes) -> None:
-        """Bytes of the answer."""
+        """Send bytes of the response."""
         self.last_s = time.monotonic()
         self._transport.write(data)
 
     def pause_writing(self) -> None:
-        """What is sent piles up."""
+        """Stop reading the response: the client does not keep up."""
         self._full = True
         if self._queue and self._queue[0].upstream is not None:
             self._queue[0].upstream.pause()
 
     def resume_writing(self) -> None:
-        """There is room to send again."""
+        """Let the instance send on: there is room again."""
         self._full = False
         self.last_s = time.monotonic()
         if self._queue and self._queue[0].upstream is not None:
             self._queue[0].upstream.resume()
 
     def answered(self, exchange: Exchange) -> None:
-        """The answer is complete."""
+        """Go on to the next exchange: the response is complete."""
         exchange.upstream = None
         self._next(exchange)
         self._advance()
 
     def upstream_failed(self, exchange: Exchange) -> None:
-        """The instance hung up before its answer was complete."""
+        """Retry or fail the exchange: the instance hung up before its response was complete."""
         exchange.upstream = None
         if not self._queue or self._queue[0] is not exchange:
             return
@@ -550,9 +550,9 @@ class ClientConnection(asyncio.Protocol):
         self.resume_client()
 
     def _linger(self) -> None:
-        """It has its answer and may still be sending: to close now would make its kernel throw the answer away."""
+        """Close in two steps: a client that still sends would lose the response to a reset (RFC 9112, section 9.6)."""
         if self._transport.can_write_eof() and not self._transport.is_closing():
-            with contextlib.suppress(OSError):  # it has hung up meanwhile
+            with contextlib.suppress(OSError):  # the client has hung up meanwhile
                 self._transport.write_eof()
             if self._paused:
                 self._transport.resume_reading()

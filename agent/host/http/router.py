@@ -1,4 +1,4 @@
-"""The router: a process that owns the board's shared HTTP port and proxies to instances. A fork of the supervisor.
+"""Router: the process that owns the device's shared HTTP port and proxies to instances. A fork of the supervisor.
 
 It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
 directory with the instances' sockets; no wasm, no configuration, no other file.
@@ -38,28 +38,28 @@ _decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | DrainRouter]] =
 
 
 class Clients(set[ClientConnection]):
-    """The clients there are. How many is kept in memory that the supervisor shares, who says so if the router dies."""
+    """Clients of a router, counted in memory shared with the supervisor, which reports it if the router dies."""
 
     def __init__(self, page: mmap.mmap) -> None:
         super().__init__()
         self._page = page
         self.left: Callable[[], None] = lambda: None
-        """Called when one has gone."""
+        """Called after a client has left."""
 
     def add(self, client: ClientConnection) -> None:
-        """One has come."""
+        """Add a client."""
         super().add(client)
         _COUNT.pack_into(self._page, 0, len(self))
 
     def discard(self, client: object) -> None:
-        """One has gone."""
+        """Remove a client."""
         super().discard(client)
         _COUNT.pack_into(self._page, 0, len(self))
         self.left()
 
 
 def clients_of(page: mmap.mmap) -> int:
-    """How many clients a router has, or had when it died."""
+    """Return how many clients a router has, or had when it died."""
     count: int = _COUNT.unpack_from(page)[0]
     return min(count, _CLIENTS_MAX)  # whoever broke into it may have written anything
 
@@ -107,7 +107,7 @@ class Router:
         sweep.cancel()
 
     def _accept_again(self) -> None:
-        """There is room: whoever waits may come."""
+        """Accept clients again, if there is room."""
         if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
             self._accepting = True
             asyncio.get_running_loop().add_reader(self._listener, self._accept)

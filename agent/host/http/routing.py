@@ -2,8 +2,8 @@
 
 Which instance a request on the shared port is for: by path (`/<instance>/...`) or by host (`<instance>.<anything>`).
 
-Pure over the head of a request. The host wins, since whoever sends `Host: meter.board` means it; a path's first segment
-is taken off, and told to the instance in `x-forwarded-prefix`.
+Pure over the head of a request. The host wins, since a client that sends `Host: meter.device` means it. The first
+segment of a path is taken off, and passed to the instance in `x-forwarded-prefix`.
 
 What an instance is given of a client's request: its head, less what belongs to the client's connection. Pure.
 """
@@ -71,7 +71,7 @@ def _origin_form(target: bytes) -> bytes:
 
 
 HOPS_HEADER: Final = b"x-wasmfleet-hops"
-"""The field that tells a neighbour on the board how many others a request has come through."""
+"""The field that tells a neighbour on the device how many others a request has come through."""
 
 
 def hops(headers: bytes) -> int:

@@ -42,7 +42,7 @@ class FrameError(ValueError):
 
 
 class Frame(NamedTuple):
-    """One frame. `call`: number of the call that it belongs to."""
+    """Frame of a call, whose number is `call`."""
 
     kind: Kind
     call: int
@@ -78,7 +78,7 @@ class FrameDecoder:
 
     @property
     def within(self) -> bool:
-        """Whether a frame has begun and not ended: the end of the stream here cuts it."""
+        """True inside a frame: the end of the stream here cuts it."""
         return bool(self._rest)
 
     def feed(self, data: bytes) -> Iterator[Frame]:

@@ -1,16 +1,13 @@
-"""Sockets of clients, hand-over, offload; a request answered.
+"""HTTP server of a worker: sockets of clients in an epoll set, requests handed to the guest one by one, inline.
 
-The HTTP clients of a lane: sockets in an epoll set, requests handed to the guest one by one, inline.
+A worker accepts one connection at a time and none while a call is in flight (there is only this thread), so workers
+that share a listener share the work. Where an instance may have several workers, clients do not wait behind a long
+call: they are put into a queue from which any idle worker takes them (`relieve`). At a swap every connection is passed
+to the successor at a message boundary, with the bytes of its next message so far.
 
-A lane accepts one connection at a time and none while a call is in flight (there is only this thread), so that lanes
-that share a listener share the work. Where there may be several, clients that it has already do not wait behind a call
-that takes its time: they are put into a queue from which whoever is idle takes them (`relieve`). At a swap every
-connection is passed to the successor at a message boundary, with what has come of its next message.
-
-From a request to the bytes of its answer: the guest is asked, and what became of that is counted and said.
-
-An answer that its guest still wrote while it went out (`Flow`) has only its end left when the call returns; nothing can
-be said to its client any more but by ending the connection early.
+`Responder` turns a request into the bytes of its response: it calls the guest, and counts and logs the outcome. Of a
+response that was streamed while the guest wrote it (`StreamingResponse`), only the end is left when the call returns;
+an error can then be shown to the client only by ending the connection early.
 """
 
 import contextlib
@@ -37,7 +34,7 @@ CLIENTS_MAX: Final = 512
 _READ_BYTES: Final = 64 * 1024
 _PASSED: Final = b"C"
 _PASS_TIMEOUT_S: Final = 1.0
-_LINGER_S: Final = 5  # for so long it is read what a client sends after an answer that refused it
+_LINGER_S: Final = 5  # time for which bytes after a refusal are read and discarded
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
@@ -51,12 +48,12 @@ class Client:
         self.last_s = time.monotonic()
         self.trusted = sock.family == socket.AF_UNIX  # the router times its own clients
         self.awaits = select.EPOLLIN
-        self.lingers_until_s = 0.0  # 0: it does not
+        self.lingers_until_s = 0.0  # 0: not lingering
         self.discarded_bytes = 0
 
 
 class HttpServer:
-    """All of them."""
+    """Clients of one worker, from accept to close or hand-over."""
 
     def __init__(
         self,
@@ -92,7 +89,7 @@ class HttpServer:
     # The supervisor's orders.
 
     def serve(self, listener: socket.socket, queue: tuple[socket.socket, socket.socket] | None = None) -> None:
-        """Accept from `listener` from now on; `queue` is that of the lanes that share the work, both ends."""
+        """Accept from `listener` from now on; `queue`: both ends of the queue of workers that share the work."""
         self._stop_accepting()
         for end in self._queue or ():
             end.close()
@@ -124,7 +121,7 @@ class HttpServer:
         self._passed = self._cut = 0
         for source in [*self._sources.values(), *(self._queue or ())[1:]]:
             while source.fileno() >= 0 and self._receive(source):
-                pass  # what was passed to this lane and not taken up yet goes on too
+                pass  # connections passed to this worker and not taken up yet go on too
         for client in list(self._clients.values()):
             if client.lingers_until_s:
                 self._drop(client)
@@ -167,7 +164,7 @@ class HttpServer:
     # The loop.
 
     def wait_s(self) -> float:
-        """How long the loop may sleep; -1 for as long as nothing happens."""
+        """Return how long the loop may sleep, in seconds; -1: until something happens."""
         now = time.monotonic()
         waits = []
         if self._leaving:
@@ -243,7 +240,7 @@ class HttpServer:
         return client
 
     def _receive(self, source: socket.socket) -> bool:
-        """Take up a connection that was passed to this lane; False if there is none."""
+        """Take up a connection that was passed to this worker; False if there is none."""
         try:
             data, fds = framing.receive_packet(source)
         except BlockingIOError:
@@ -353,7 +350,7 @@ class HttpServer:
         client.awaits = mask
 
     def _linger(self, client: Client) -> None:
-        """It has its answer and may still be sending: to close now would make its kernel throw the answer away."""
+        """Close in two steps: a client that still sends would lose the response to a reset (RFC 9112, section 9.6)."""
         client.lingers_until_s = time.monotonic() + _LINGER_S
         with contextlib.suppress(OSError):
             client.sock.shutdown(socket.SHUT_WR)
@@ -395,7 +392,7 @@ class HttpServer:
         return True
 
     def relieve(self) -> None:
-        """Let nobody wait behind the call in flight: others go to whichever lane is idle. For the ticker's thread."""
+        """Pass the other clients to any idle worker while a call is in flight. Called on the watchdog's thread."""
         with self._lock:
             if self._calling is None or self._queue is None or self._leaving:
                 return
@@ -491,7 +488,7 @@ class Responder:
         return connection.note(502, "the component's answer is not one", head=head, keep_alive=request.keep_alive)
 
     def _end(self, way: StreamingResponse, began_ns: int) -> bytes:
-        """The end of an answer that was given out while it was written."""
+        """Return the end of a response that was streamed."""
         left = way.finish()
         if way.ended:
             self._caller.count(_LEFT[way.ended], began_ns)
@@ -502,7 +499,7 @@ class Responder:
         return left
 
     def _break_off(self, way: StreamingResponse, error: GuestError, began_ns: int) -> bytes:
-        """Its guest failed, or was ended since its client is gone."""
+        """Report a call whose guest failed, or was ended since its client is gone."""
         left = way.finish(str(error))
         if way.ended:
             self._caller.count(_LEFT[way.ended], began_ns)
@@ -512,7 +509,7 @@ class Responder:
 
 
 def _trailers(way: StreamingResponse) -> bytes:
-    """The guest's trailers as far as its client takes any; raises BadAnswerError where the answer is none."""
+    """Return the guest's trailers, if the client takes any; raise BadAnswerError if the response is not HTTP."""
     if way.problem and not way.begun and not way.failed:
         raise BadAnswerError(way.problem)
     if not way.request.takes_trailers:

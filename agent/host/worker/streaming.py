@@ -1,13 +1,13 @@
-"""An answer of wasi:http on its way: a pipe in place of the lane's standard output, and how it gets to the client.
+"""Streaming of wasi:http responses: a pipe in place of the worker's standard output, and its way to the client.
 
-The engine writes what the guest writes into the pipe, without a callback. A short answer is read when the call has
-ended and goes out whole, with its length. One that takes longer is given out while the guest writes: the lane's ticker
-thread then moves it from the pipe to the client's socket, in chunks unless the guest said its length. The pipe is the
-buffer in between: a guest that is faster than its client stands still in a write, which is no time of its own. A client
-that is gone, or takes nothing for too long, ends the guest, and that is no fault of the guest's.
+The engine passes the guest's output to the pipe, without a callback. A short response is read after the call and sent
+whole, with its length. A longer one is streamed while the guest writes: the watchdog's thread moves it from the pipe to
+the client's socket, in chunks unless the guest announced its length. The pipe is the buffer: a guest that is faster
+than its client blocks in a write, and that time does not count as its own. A client that is gone, or takes nothing for
+too long, ends the call, without blame for the guest.
 
-One call at a time, so one `Flow` at a time. The ticker touches it under its lock until the call is over, the lane's
-main thread from then on.
+One call at a time, so one `StreamingResponse` at a time. The watchdog uses it under its lock until the call is over,
+the worker's main thread from then on.
 """
 
 import os
@@ -25,7 +25,7 @@ _HIGH_BYTES: Final = 128 * 1024
 
 
 class StreamingResponse:
-    """The answer to one request."""
+    """Response to one request, streamed while the guest writes it."""
 
     __slots__ = (
         *(
@@ -51,16 +51,16 @@ class StreamingResponse:
         self._fd = -1 if sock is None else sock.fileno()
         self._taken = bytearray()
         self._spooling = self._bodiless = self._chunked = False
-        self._left = -1  # what the guest announced and has not written yet; -1: nothing was announced
+        self._left = -1  # bytes announced by the guest and not written yet; -1: none announced
         self.request = request
         self.most = most
         self.lock = threading.Lock()
         self.over = False
-        """True once the call has ended: the ticker touches it no more."""
+        """True once the call has ended: the watchdog uses it no more."""
         self.live = False
-        """True while the ticker moves it; before that, nobody touches it."""
+        """True while the watchdog moves bytes; before that, nothing does."""
         self.begun = False
-        """True once some of the answer was given out: no other can replace it."""
+        """True once some of the response was sent: no other can replace it."""
         self.out = bytearray()
         self.sent_bytes = 0
         self.read_bytes = 0
@@ -78,7 +78,7 @@ class StreamingResponse:
         """Trailer fields of the request, as lines."""
         return self.request.trailers
 
-    # The ticker's side.
+    # On the watchdog's thread.
 
     def wait(self, most_ms: int) -> bool:
         """Wait until there is something to move; False after `most_ms`. Holds no lock: the call may end meanwhile."""
@@ -103,17 +103,17 @@ class StreamingResponse:
                 self._send()
 
     def waited(self, ms: int, *, most_ms: int) -> None:
-        """Another `ms` have passed in the call; whoever takes nothing for `most_ms` is not waited for."""
+        """Count `ms` more of the call; end it for a client that has taken nothing for `most_ms`."""
         self.stalled_ms = self.stalled_ms + ms if self.out and not self.ended else 0
         if self.stalled_ms > most_ms:
             self.end("slow")
 
     def end(self, why: str) -> None:
-        """The client is not served further; what the guest still writes goes nowhere."""
+        """Serve the client no further; discard what the guest still writes."""
         self.ended = self.ended or why
         self.out.clear()
 
-    # Both sides.
+    # On either thread.
 
     def _take(self, data: bytes) -> None:
         if self.ended or self.problem:
@@ -171,10 +171,10 @@ class StreamingResponse:
             self.stalled_ms = 0
             del self.out[:sent]
 
-    # The main thread's side, after the call.
+    # On the main thread, after the call.
 
     def rest(self) -> bytes:
-        """What was written and is not given out: all of it, if nothing is."""
+        """Return what the guest wrote and nobody has sent: all of it, if nothing was sent."""
         with self.lock:
             self.over = True
         data = drain_stdout()
@@ -185,7 +185,7 @@ class StreamingResponse:
         return bytes(self._taken) + data if self._taken else data
 
     def finish(self, problem: str = "") -> bytes:
-        """The end of an answer that has begun: what is still to be sent. Where it has a problem it is cut off."""
+        """Return what is still to be sent of a response that has begun; one with a problem is cut off."""
         self.problem = self.problem or problem
         if not self.problem and self._left > 0 and not self._bodiless:
             self.problem = "a body shorter than its content-length"
