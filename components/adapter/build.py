@@ -47,7 +47,7 @@ OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz", "pr
 
 
 def tool_versions() -> list[str]:
-    """What is missing or of another version, as sentences."""
+    """Return what is missing or of another version, as sentences."""
     wrong = []
     try:
         zig = importlib.metadata.version("ziglang")
@@ -68,7 +68,7 @@ def wasm_tools(*args: str | Path) -> None:
 
 
 def componentize(world: str, scratch: Path, wit: Path) -> bytes:
-    """A component from C for one of the worlds."""
+    """Build a component from C for one of the worlds."""
     core, embedded, out = (scratch / f"{world}.{step}.wasm" for step in ("core", "embedded", "out"))
     compile_c = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *SOURCES[world], "-o", str(core)]
     subprocess.run(compile_c, cwd=HERE, check=True)
@@ -80,7 +80,7 @@ def componentize(world: str, scratch: Path, wit: Path) -> bytes:
 
 
 def imports(world: str, scratch: Path) -> bytes:
-    """The preamble, types and imports of a component that uses everything the world imports."""
+    """Return the preamble, types and imports of a component that uses everything the world imports."""
     embedded, out = scratch / "shell.embedded.wasm", scratch / "shell.wasm"
     wasm_tools("component", "embed", "--dummy", "--world", world, WIT, "-o", embedded)
     wasm_tools("component", "new", embedded, "-o", out)
@@ -93,7 +93,7 @@ def imports(world: str, scratch: Path) -> bytes:
 
 
 def older(scratch: Path) -> Path:
-    """The WIT as an older release of WASI has it."""
+    """Return a copy of the WIT that names an older release of WASI."""
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
     for file in copy.rglob("*.wit"):
@@ -102,7 +102,7 @@ def older(scratch: Path) -> Path:
 
 
 def build(scratch: Path) -> dict[str, bytes]:
-    """Both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
+    """Build both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
     parts = (componentize(world, scratch, WIT) for world in SOURCES if world != "probe")
     adapter = imports("shell", scratch) + b"".join(binary.section(reader.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
@@ -111,7 +111,7 @@ def build(scratch: Path) -> dict[str, bytes]:
 
 
 def unpacked(path: Path) -> bytes:
-    """What a checked-in file holds: how well it is packed differs between machines."""
+    """Return the content of a checked-in file, unpacked: compression differs between machines."""
     data = path.read_bytes()
     return gzip.decompress(data) if path.suffix == ".gz" else data
 

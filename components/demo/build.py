@@ -34,7 +34,7 @@ FILES: dict[str, tuple[str, str, list[str]]] = {
 
 
 def tool_versions() -> list[str]:
-    """What is missing or of another version, as sentences."""
+    """Return what is missing or of another version, as sentences."""
     wrong = []
     try:
         zig = importlib.metadata.version("ziglang")
@@ -55,7 +55,11 @@ def wasm_tools(*args: str | Path) -> None:
 
 
 def build(name: str, scratch: Path) -> bytes:
-    """One component's bytes. Raises CalledProcessError when a tool fails; it has said why on standard error."""
+    """Build one component and return its bytes.
+
+    Raises:
+        CalledProcessError: a tool fails; it has said why on standard error.
+    """
     world, source, definitions = FILES[name]
     core, embedded, out = scratch / "core" / name, scratch / "embedded.wasm", scratch / name
     core.parent.mkdir(exist_ok=True)

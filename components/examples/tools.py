@@ -1,4 +1,4 @@
-"""What the builds of the examples share: finding a language's tools, saying which is missing, running them.
+"""Shared parts of the builds of the examples: finding a language's tools, saying which is missing, running them.
 
 Rust's standard library for WebAssembly is looked for beside the `rustc` on PATH, then in the root that
 `python -m deploy.toolchain` makes.

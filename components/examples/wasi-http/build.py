@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build one wasi:http server: the same in three languages, each by its own toolchain, none of it made for boards.
+"""Build one wasi:http server: the same in three languages, each by its own toolchain, none of it made for devices.
 
 Usage: components/examples/wasi-http/build.py LANGUAGE -o FILE
 
@@ -29,7 +29,7 @@ CORE_MODULE = b"\0asm\x01\0\0\0"
 
 
 def wit(scratch: Path, wasi: str) -> Path:
-    """A directory with the world and the interfaces it names, in one release of WASI."""
+    """Lay out a directory with the world and the interfaces that it names, in one release of WASI."""
     place = scratch / "wit"
     shutil.copytree(ROOT / "components" / "adapter" / "wit" / "deps", place / "deps")
     shutil.copy(HERE / "world.wit", place)

@@ -7,7 +7,7 @@ from wit_world import exports
 from wit_world.imports.types import Fields, IncomingRequest, OutgoingBody, OutgoingResponse, ResponseOutparam
 
 READ_BYTES = 64 * 1024
-WRITE_BYTES = 4096  # what blocking_write_and_flush takes at once
+WRITE_BYTES = 4096  # limit of blocking_write_and_flush
 
 
 class IncomingHandler(exports.IncomingHandler):
@@ -25,7 +25,7 @@ class IncomingHandler(exports.IncomingHandler):
 
 
 def body_of(request: IncomingRequest) -> Iterator[bytes]:
-    """The request's body, as it is read."""
+    """Yield the request's body, as it is read."""
     with request.consume() as body, body.stream() as stream:
         try:
             while True:
