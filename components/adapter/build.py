@@ -3,7 +3,7 @@
 
 Usage: components/adapter/build.py [--check]
 
-Needs the `ziglang` package of the version below (for its C compiler) and `wasm-tools` of the version below on PATH
+Needs the `ziglang` package (for its C compiler) and `wasm-tools` on PATH, in the versions of `c_toolchain.py`
 (`cargo install wasm-tools --locked --version 1.239.0`). Without `--check` the files are written anew; with it nothing
 is written, and the exit code says whether they are what the sources give.
 
@@ -14,7 +14,6 @@ then the two halves and the shims as nested components. `fleet.component.compose
 import argparse
 import gzip
 import hashlib
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+
+from c_toolchain import tool_versions, wasm_tools  # noqa: E402 - shared with the demo
 
 from fleet.component import binary, reader  # noqa: E402 - not installed where components are built
 
-ZIG = "0.17.1"
-WASM_TOOLS = "1.239.0"
 WIT = HERE / "wit"
 FLAGS = ["--target=wasm32-freestanding", "-mcpu=mvp+bulk_memory", "-Oz", "-flto", "-nostdlib"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wl,--no-entry", "-Wl,-z,stack-size=4096"]
@@ -44,27 +43,6 @@ SOURCES = {
     "probe": ["probe.c"],
 }
 OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz", "probe.wasm": HERE / "probe.wasm"}
-
-
-def tool_versions() -> list[str]:
-    """Return what is missing or of another version, as sentences."""
-    wrong = []
-    try:
-        zig = importlib.metadata.version("ziglang")
-    except importlib.metadata.PackageNotFoundError:
-        zig = "missing"
-    if zig != ZIG:
-        wrong.append(f"ziglang {ZIG} is needed, here it is {zig}: pip install ziglang=={ZIG}")
-    found = shutil.which("wasm-tools")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout if found else ""
-    if version.split()[1:2] != [WASM_TOOLS]:
-        wrong.append(f"wasm-tools {WASM_TOOLS} is needed: cargo install wasm-tools --locked --version {WASM_TOOLS}")
-    return wrong
-
-
-def wasm_tools(*args: str | Path) -> None:
-    """Run wasm-tools, found on PATH."""
-    subprocess.run(["wasm-tools", *map(str, args)], check=True)  # noqa: S607 - its version was checked
 
 
 def componentize(world: str, scratch: Path, wit: Path) -> bytes:

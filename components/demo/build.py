@@ -3,23 +3,23 @@
 
 Usage: components/demo/build.py [--check]
 
-Needs the `ziglang` package of the version below (for its C compiler) and `wasm-tools` of the version below on PATH
+Needs the `ziglang` package (for its C compiler) and `wasm-tools` on PATH, in the versions of `c_toolchain.py`
 (`cargo install wasm-tools --locked --version 1.239.0`). Without `--check` the files in this directory and SHA256SUMS
 are written anew; with it nothing is written, and the exit code says whether they are what the sources give.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ZIG = "0.17.1"
-WASM_TOOLS = "1.239.0"
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from c_toolchain import tool_versions, wasm_tools  # noqa: E402 - shared with the adapter
+
 WIT = HERE.parent / "wit"
 FLAGS = ["--target=wasm32-freestanding", "-mcpu=mvp", "-Os", "-g", "-nostdlib", "-Wall", "-Wextra", "-Werror"]
 LINK = ["-Wl,--no-entry", "-Wl,-z,stack-size=4096"]
@@ -31,27 +31,6 @@ FILES: dict[str, tuple[str, str, list[str]]] = {
     "v3.wasm": ("http", "http.c", ['-DVERSION="3"', "-DCALLS_BEFORE_TRAP=20"]),
     "ticker.wasm": ("logging-task", "ticker.c", []),
 }
-
-
-def tool_versions() -> list[str]:
-    """Return what is missing or of another version, as sentences."""
-    wrong = []
-    try:
-        zig = importlib.metadata.version("ziglang")
-    except importlib.metadata.PackageNotFoundError:
-        zig = "missing"
-    if zig != ZIG:
-        wrong.append(f"ziglang {ZIG} is needed, here it is {zig}: pip install ziglang=={ZIG}")
-    found = shutil.which("wasm-tools")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout if found else ""
-    if version.split()[1:2] != [WASM_TOOLS]:
-        wrong.append(f"wasm-tools {WASM_TOOLS} is needed: cargo install wasm-tools --locked --version {WASM_TOOLS}")
-    return wrong
-
-
-def wasm_tools(*args: str | Path) -> None:
-    """Run wasm-tools, found on PATH."""
-    subprocess.run(["wasm-tools", *map(str, args)], check=True)  # noqa: S607 - its version was checked
 
 
 def build(name: str, scratch: Path) -> bytes:

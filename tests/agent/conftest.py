@@ -427,6 +427,15 @@ class DeviceKit:
         self.carrier.close()
         self.worker.close()
 
+    @contextlib.asynccontextmanager
+    async def running(self):
+        """The agent from its start to a power cut."""
+        await self.boot()
+        try:
+            yield
+        finally:
+            await self.pull_plug()
+
     async def pull_plug(self):
         await self.stop_agent()
         self.host.kill()

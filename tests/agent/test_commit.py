@@ -1,7 +1,6 @@
 """End of a change: conditions for the commit, and the report to the server."""
 
 import asyncio
-import contextlib
 
 import pytest
 
@@ -11,15 +10,6 @@ from fleet.protocol.codes import RejectCode
 from signing.errors import Rejected
 
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
-
-
-@contextlib.asynccontextmanager
-async def on_a_device(kit):
-    await kit.boot()
-    try:
-        yield
-    finally:
-        await kit.pull_plug()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +25,7 @@ async def on_a_device(kit):
 )
 @pytest.mark.asyncio
 async def test_the_health_check_runs_once_more_before_the_commit(kit, monkeypatch, answers, end):
-    async with on_a_device(kit):
+    async with kit.running():
         monkeypatch.setattr(effects, "WATCH_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         if answers is not None:
@@ -54,7 +44,7 @@ async def test_the_health_check_runs_once_more_before_the_commit(kit, monkeypatc
 
 @pytest.mark.asyncio
 async def test_an_instance_restored_after_a_host_crash_is_not_on_probation(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.kill()
         kit.host.requests.clear()
@@ -66,7 +56,7 @@ async def test_an_instance_restored_after_a_host_crash_is_not_on_probation(kit):
 @pytest.mark.asyncio
 async def test_a_restoration_ends_with_its_host(kit, monkeypatch):
     """Otherwise it would continue on the next host, beside that host's own restoration."""
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         sound, asked, go_on = kit.images.open, [], asyncio.Event()
 
@@ -91,7 +81,7 @@ async def test_a_restoration_ends_with_its_host(kit, monkeypatch):
 async def test_an_assignment_with_a_failed_item_is_not_reported_as_committed(kit, how):
     """The server counts a device as done by this number."""
 
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
         assert kit.store.counter("committed") == 1
         if how == "refused":
@@ -109,7 +99,7 @@ async def test_an_assignment_with_a_failed_item_is_not_reported_as_committed(kit
 async def test_an_assignment_is_not_reported_as_committed_during_a_change(kit):
     """An instance that is no longer assigned is still being removed."""
 
-    async with on_a_device(kit):
+    async with kit.running():
         web, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
         await kit.run(kit.assignment(1, web, other))
         stop, let = kit.carrier.stop, asyncio.Event()

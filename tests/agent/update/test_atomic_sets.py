@@ -1,7 +1,5 @@
 """Atomic sets on a device: committed as a whole or not at all, despite failures and power cuts."""
 
-import contextlib
-
 import msgspec
 import pytest
 
@@ -12,18 +10,9 @@ from signing.errors import Rejected
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
-@contextlib.asynccontextmanager
-async def on_a_device(kit):
-    await kit.boot()
-    try:
-        yield
-    finally:
-        await kit.pull_plug()
-
-
 @pytest.mark.asyncio
 async def test_an_atomic_set_is_swapped_as_a_whole_or_not_at_all(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V3] = RejectCode.START_FAILED
         front = kit.publish("2.0.0", instance="front", atomic="pair", probation_ms=60_000)
@@ -43,7 +32,7 @@ async def test_an_atomic_set_is_swapped_as_a_whole_or_not_at_all(kit):
 
 @pytest.mark.asyncio
 async def test_a_members_refusal_before_the_swap_stops_its_set(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         kit.trust.trouble[V3] = [Rejected(RejectCode.REVOKED, "revoked")]
@@ -58,7 +47,7 @@ async def test_a_members_refusal_before_the_swap_stops_its_set(kit):
 @pytest.mark.parametrize("good", [True, False])
 @pytest.mark.asyncio
 async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase, good):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         if not good:
             kit.host.faults[V3] = 5
@@ -83,7 +72,7 @@ async def test_a_power_cut_never_leaves_half_a_set(kit, instance, moment, phase,
 async def test_a_member_that_passed_probation_with_its_set_is_not_judged_again(kit):
     """Power is cut between two commits, then the second member fails its health check: it is still committed."""
 
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         wanted = kit.assignment(
             2,
@@ -103,7 +92,7 @@ async def test_a_member_that_passed_probation_with_its_set_is_not_judged_again(k
 
 @pytest.mark.asyncio
 async def test_a_set_waits_for_a_members_change_and_keeps_running_members(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         slow = kit.publish("1.0.0", instance="back", probation_ms=60_000)
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", instance="front"), slow))
         await kit.until(lambda: kit.chain("back")[-1:] == ["probation"])
@@ -121,7 +110,7 @@ async def test_a_set_waits_for_a_members_change_and_keeps_running_members(kit):
 
 @pytest.mark.asyncio
 async def test_starts_of_a_set_name_all_members(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         front = kit.publish("2.0.0", instance="front", atomic="pair")
         back = kit.publish("3.0.0", instance="back", atomic="pair")
         await kit.run(kit.assignment(1, front, back, kit.publish("1.0.0", instance="alone")))
@@ -136,7 +125,7 @@ async def test_starts_of_a_set_name_all_members(kit):
 async def test_a_set_whose_member_failed_in_passing_is_tried_again_as_a_whole(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
     monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         whole, faults = getattr(kit.carrier, effect), {"back": 1 if effect == "swap" else 13}
 
@@ -161,7 +150,7 @@ async def test_a_set_whose_member_failed_in_passing_is_tried_again_as_a_whole(ki
 
 @pytest.mark.asyncio
 async def test_a_set_whose_bad_member_is_replaced_is_tried_as_a_whole(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", instance="front"), kit.publish("1.0.0", instance="back")))
         kit.host.refuse[V2] = RejectCode.START_FAILED
         front = kit.publish("3.0.0", instance="front", atomic="pair")

@@ -1,7 +1,6 @@
 """Reconciler with the real machine, store, effects and host client: concurrent changes, waiting, reports."""
 
 import asyncio
-import contextlib
 import threading
 
 import msgspec
@@ -21,18 +20,9 @@ from tests.eventually import eventually_async
 V1, V2, V3 = (f"components/acme/web/{n}.0.0.wasm" for n in "123")
 
 
-@contextlib.asynccontextmanager
-async def on_a_device(kit):
-    await kit.boot()
-    try:
-        yield
-    finally:
-        await kit.pull_plug()
-
-
 @pytest.mark.asyncio
 async def test_a_first_deployment_and_its_reports(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         assert kit.chain() == ["fetching", "compiling", "swapping", "probation", "committed"]
         running = [(report.phase.value, report.running) for report in kit.reports()]
@@ -46,7 +36,7 @@ async def test_a_first_deployment_and_its_reports(kit):
 
 @pytest.mark.asyncio
 async def test_a_bad_version_is_rolled_back_and_reported_with_its_last_log_lines(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.faults[V2] = 2
         await kit.run(kit.assignment(2, kit.publish("2.0.0", rollout="r2")))
@@ -64,7 +54,7 @@ async def test_a_bad_version_is_rolled_back_and_reported_with_its_last_log_lines
 
 @pytest.mark.asyncio
 async def test_a_version_that_does_not_start_leaves_the_old_one_serving(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
@@ -77,7 +67,7 @@ async def test_a_version_that_does_not_start_leaves_the_old_one_serving(kit):
 @pytest.mark.parametrize("code", [RejectCode.SECURITY_EPOCH, RejectCode.UNKNOWN_TARGET, RejectCode.GRANT_DENIED])
 @pytest.mark.asyncio
 async def test_an_unsigned_item_is_refused_with_its_code(kit, code):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0")
         kit.trust.trouble[V2] = [Rejected(code, "no")]
@@ -89,7 +79,7 @@ async def test_an_unsigned_item_is_refused_with_its_code(kit, code):
 
 @pytest.mark.asyncio
 async def test_a_tampered_artifact_is_refused_and_not_retried(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         kit.server.trouble = [FetchError(RejectCode.HASH_MISMATCH, "other bytes")]
         item = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, item))
@@ -100,7 +90,7 @@ async def test_a_tampered_artifact_is_refused_and_not_retried(kit):
 
 @pytest.mark.asyncio
 async def test_a_temporary_failure_is_retried_and_reported_meanwhile(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         gone = FetchError(RejectCode.UNREACHABLE, "no route")
         kit.server.trouble = [gone]
         from agent.update import machine
@@ -116,7 +106,7 @@ async def test_a_temporary_failure_is_retried_and_reported_meanwhile(kit):
 
 @pytest.mark.asyncio
 async def test_no_space_is_a_clean_refusal(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
         kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full")]
@@ -130,7 +120,7 @@ async def test_no_space_is_a_clean_refusal(kit):
 
 @pytest.mark.asyncio
 async def test_an_artifact_changed_on_disk_is_fetched_again(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         item = kit.publish("1.0.0")
         path = kit.places.artifacts / f"{item.sha256}.wasm"
         path.parent.mkdir()
@@ -159,7 +149,7 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
     monkeypatch.setattr(effects, "_sound", sound)
     monkeypatch.setattr(kit.server, "download", download)
-    async with on_a_device(kit):
+    async with kit.running():
         first, second = (kit.publish("1.0.0", instance=name) for name in ("first", "second"))
         assert first.sha256 == second.sha256
         await kit.run(kit.assignment(1, first, second))
@@ -170,7 +160,7 @@ async def test_two_instances_of_one_component_fetch_it_once(kit, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_a_port_that_the_devices_owner_does_not_give_is_refused_before_anything_is_fetched(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, msgspec.structs.replace(kit.publish("1.0.0"), port=80)))
         last = kit.reports()[-1]
         assert (last.phase, last.code) == ("failed", RejectCode.GRANT_DENIED)
@@ -191,7 +181,7 @@ async def test_the_agent_goes_on_while_a_component_is_read(kit, monkeypatch):
         return plain_read(data, **how)
 
     monkeypatch.setattr(effects.reader, "read", read)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert seen == [True]
         assert kit.host.targets() == {"web": V1}
@@ -199,7 +189,7 @@ async def test_the_agent_goes_on_while_a_component_is_read(kit, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_a_newer_item_supersedes_a_version_on_probation(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
@@ -216,7 +206,7 @@ async def test_a_change_that_ends_while_a_newer_item_arrives_blocks_nothing(
     kit, monkeypatch, next_version, first_heard
 ):
     ended, goes_on = asyncio.Event(), asyncio.Event()
-    async with on_a_device(kit):
+    async with kit.running():
         plain = kit.carrier.watch
 
         async def watched(change):
@@ -245,7 +235,7 @@ async def test_a_change_that_ends_while_a_newer_item_arrives_blocks_nothing(
 async def test_a_rollback_during_probation_needs_no_new_start(kit):
     """A halted rollout is rolled back: the warm old version answers again at once."""
 
-    async with on_a_device(kit):
+    async with kit.running():
         first = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, first))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=60_000)))
@@ -259,7 +249,7 @@ async def test_a_rollback_during_probation_needs_no_new_start(kit):
 
 @pytest.mark.asyncio
 async def test_an_obsolete_download_blocks_nothing(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         kit.server.trouble = [FetchError(RejectCode.UNREACHABLE, "no route")] * 3
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.until(lambda: len(kit.chain()) >= 2)
@@ -272,7 +262,7 @@ async def test_an_obsolete_download_blocks_nothing(kit):
 
 @pytest.mark.asyncio
 async def test_a_removal_is_blocked_by_nothing(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")))
         # The other instance hangs in a download, and the host is lost.
         stuck = kit.publish("2.0.0", instance="other")
@@ -289,7 +279,7 @@ async def test_a_removal_is_blocked_by_nothing(kit):
 
 @pytest.mark.asyncio
 async def test_the_host_dies_in_the_middle_of_a_swap(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         from agent.host.ipc import host_api
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -306,7 +296,7 @@ async def test_the_host_dies_in_the_middle_of_a_swap(kit):
 async def test_a_new_host_first_gets_the_committed_items(kit):
     """Otherwise the old version, started late, would take over from the new one."""
 
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.kill()
         kit.host.requests.clear()
@@ -320,7 +310,7 @@ async def test_a_new_host_first_gets_the_committed_items(kit):
 
 @pytest.mark.asyncio
 async def test_a_component_that_keeps_crashing_the_host_is_rolled_back(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         from agent.host.ipc import host_api
 
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
@@ -347,7 +337,7 @@ async def test_a_component_that_keeps_crashing_the_host_is_rolled_back(kit):
 
 @pytest.mark.asyncio
 async def test_restarting_the_agent_affects_no_instance(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = len(kit.host.requests)
         await kit.stop_agent()
@@ -359,7 +349,7 @@ async def test_restarting_the_agent_affects_no_instance(kit):
 
 @pytest.mark.asyncio
 async def test_an_agent_restarted_during_probation_continues_it(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         item = kit.publish("2.0.0", probation_ms=300)
         await kit.deployer.desire(kit.assignment(2, item))
@@ -376,7 +366,7 @@ async def test_an_agent_restarted_during_probation_continues_it(kit):
 @pytest.mark.asyncio
 async def test_failures_are_dropped_in_memory_as_in_the_store(kit, monkeypatch):
     monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 2)
-    async with on_a_device(kit):
+    async with kit.running():
         for number, instance in enumerate(("a", "b", "c"), start=1):
             kit.trust.trouble[V1] = [Rejected(RejectCode.REVOKED, "revoked")]
             await kit.run(kit.assignment(number, kit.publish("1.0.0", instance=instance)))
@@ -391,7 +381,7 @@ def second_record(kit):
 
 @pytest.mark.asyncio
 async def test_committed_items_are_in_the_run_set_at_once(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         first, other = kit.publish("1.0.0"), kit.publish("1.0.0", instance="other")
         await kit.run(kit.assignment(1, first, other))
         assert second_record(kit) == kit.committed() != ()
@@ -410,7 +400,7 @@ async def test_committed_items_are_in_the_run_set_at_once(kit):
 @pytest.mark.parametrize("error", [OSError("read-only file system"), StoreError("store.db is damaged")])
 @pytest.mark.asyncio
 async def test_a_run_set_that_cannot_be_written_does_not_end_the_agent(kit, caplog, monkeypatch, error):
-    async with on_a_device(kit):
+    async with kit.running():
         read = kit.store.facts
 
         def facts():
@@ -435,7 +425,7 @@ def write_facts(store, row):
 async def test_a_row_that_is_damaged_does_not_end_the_agent(kit, caplog, monkeypatch):
     """A page may be whole for SQLite, and its contents are not what was written."""
     monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         whole = await kit.worker(write_facts, b"{")
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0")))
@@ -456,7 +446,7 @@ async def test_the_run_set_is_completed_after_a_power_cut(kit):
     await kit.until(lambda: kit.store.dead)
     await kit.pull_plug()
     assert [each.item.target for each in second_record(kit)] == [V1]
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.settled()
         assert [each.item.target for each in second_record(kit)] == [V2]
 
@@ -475,7 +465,7 @@ def held(effect):
 
 @pytest.mark.asyncio
 async def test_a_running_item_is_reported_to_a_new_rollout(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
         last = kit.reports()[-1]
@@ -500,7 +490,7 @@ def broken(times, effect):
 async def test_a_full_disk_is_tried_again_until_there_is_space(kit, monkeypatch):
     monkeypatch.setattr("agent.update.state.RETRY_SOON_S", 0.02)
     monkeypatch.setattr("agent.update.state.RETRY_MAX_S", 0.02)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         (kit.places.artifacts / kit.publish("2.0.0").sha256).with_suffix(".wasm").unlink()
         kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full") for _ in range(12)]
@@ -536,7 +526,7 @@ def with_a_compiler_that_is_stopped(kit, monkeypatch, *, times, name="TERM"):
 @pytest.mark.asyncio
 async def test_a_compiler_that_is_stopped_is_started_again(kit, monkeypatch, name):
     with_a_compiler_that_is_stopped(kit, monkeypatch, times=2, name=name)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert kit.host.targets() == {"web": V1}
         codes = [report.code for report in kit.reports() if report.code is not None]
@@ -549,7 +539,7 @@ async def test_a_compiler_that_is_stopped_is_started_again(kit, monkeypatch, nam
 async def test_a_compiler_that_is_stopped_each_time_gives_no_verdict(kit, monkeypatch):
     with_a_compiler_that_is_stopped(kit, monkeypatch, times=1000, name="KILL")
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         last = kit.reports()[-1]
         assert (last.phase, last.code) == ("failed", RejectCode.INTERRUPTED)
@@ -575,7 +565,7 @@ def stopped(times, asked, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_a_swap_whose_compiler_is_stopped_waits_before_it_is_repeated(kit, monkeypatch):
-    async with on_a_device(kit):
+    async with kit.running():
         stopped(2, asked := [], monkeypatch)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert asked == [0, 1]
@@ -584,7 +574,7 @@ async def test_a_swap_whose_compiler_is_stopped_waits_before_it_is_repeated(kit,
 
 @pytest.mark.asyncio
 async def test_a_rollback_whose_compiler_is_stopped_waits_before_it_is_repeated(kit, monkeypatch):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         (before,) = kit.committed()
         await kit.carrier.stop(Change(instance="web", assignment=1, state=State()))
@@ -607,7 +597,7 @@ EFFECTS = ["fetch", "verify", "compile", "swap", "watch", "commit"]
 @pytest.mark.asyncio
 async def test_a_temporary_internal_error_is_retried_and_costs_at_most_a_rollback(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         monkeypatch.setattr(kit.carrier, effect, broken(1, getattr(kit.carrier, effect)))
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
@@ -626,7 +616,7 @@ async def test_a_temporary_internal_error_is_retried_and_costs_at_most_a_rollbac
 @pytest.mark.asyncio
 async def test_a_permanent_internal_error_ends_as_internal_without_a_verdict(kit, monkeypatch, effect):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         plain = getattr(kit.carrier, effect)
         monkeypatch.setattr(kit.carrier, effect, broken(100, plain))
@@ -646,7 +636,7 @@ async def test_a_permanent_internal_error_ends_as_internal_without_a_verdict(kit
 async def test_a_deployment_failed_by_an_internal_error_is_retried_later(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_MAX_S", 0.01)
     monkeypatch.setattr("agent.update.state.RETRY_FIRST_S", 0.05)
-    async with on_a_device(kit):
+    async with kit.running():
         monkeypatch.setattr(kit.carrier, "verify", broken(13, kit.carrier.verify))
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0")))
         await kit.until(lambda: kit.chain()[-1:] == ["committed"])
@@ -661,7 +651,7 @@ async def test_a_deployment_failed_by_an_internal_error_is_retried_later(kit, mo
 async def test_an_effect_is_retried_after_an_internal_error_as_slowly_as_a_download(kit, monkeypatch):
     asked = []
     monkeypatch.setattr(effects, "retry_delay_s", lambda state: asked.append(state.faults) or 0.0)
-    async with on_a_device(kit):
+    async with kit.running():
         monkeypatch.setattr(kit.carrier, "watch", broken(3, kit.carrier.watch))
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         assert asked == [1, 2, 3]
@@ -671,7 +661,7 @@ async def test_an_effect_is_retried_after_an_internal_error_as_slowly_as_a_downl
 @pytest.mark.asyncio
 async def test_an_internal_error_in_a_removal_is_retried(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         monkeypatch.setattr(kit.carrier, "stop", broken(2, kit.carrier.stop))
         await kit.run(kit.assignment(2))
@@ -683,7 +673,7 @@ async def test_an_internal_error_in_a_removal_is_retried(kit, monkeypatch):
 @pytest.mark.asyncio
 async def test_an_internal_error_during_a_rollback_keeps_its_reason(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.faults[V2] = 2
         monkeypatch.setattr(kit.carrier, "revert", broken(2, kit.carrier.revert))
@@ -697,7 +687,7 @@ async def test_an_internal_error_during_a_rollback_keeps_its_reason(kit, monkeyp
 @pytest.mark.asyncio
 async def test_an_impossible_event_is_an_internal_error(kit, monkeypatch):
     monkeypatch.setattr("agent.update.machine.RETRY_FIRST_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         verify, answers = kit.carrier.verify, [EffectResult(event=Event.WELL)]
 
         async def strange(change):
@@ -711,7 +701,7 @@ async def test_an_impossible_event_is_an_internal_error(kit, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_a_result_of_an_earlier_step_is_ignored(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
         active = kit.deployer.state.active["web"]
@@ -726,7 +716,7 @@ async def test_a_result_of_an_earlier_step_is_ignored(kit):
 
 @pytest.mark.asyncio
 async def test_the_next_version_is_not_fetched_before_the_fetch_of_the_last_one_has_ended(kit, monkeypatch):
-    async with on_a_device(kit):
+    async with kit.running():
         events, may_end, fetch = [], asyncio.Event(), kit.carrier.fetch
 
         async def fetched(change, progress):
@@ -755,7 +745,7 @@ async def test_the_next_version_is_not_fetched_before_the_fetch_of_the_last_one_
 
 @pytest.mark.asyncio
 async def test_a_changed_image_is_reported_for_each_of_its_instances(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         item = kit.publish("1.0.0")
         await kit.run(kit.assignment(1, item))
         kit.deployer.post(ImageDamaged(item.sha256, "it was changed"))
@@ -768,7 +758,7 @@ async def test_a_changed_image_is_reported_for_each_of_its_instances(kit):
 
 @pytest.mark.asyncio
 async def test_a_report_is_passed_on_once_it_is_stored(kit, monkeypatch):
-    async with on_a_device(kit):
+    async with kit.running():
         handed = []
 
         def saved(report):
@@ -781,7 +771,7 @@ async def test_a_report_is_passed_on_once_it_is_stored(kit, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_a_full_disk_stops_no_running_component_and_is_retried(kit, monkeypatch):
-    async with on_a_device(kit):
+    async with kit.running():
         monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         real, failures = kit.store.apply, []
@@ -801,7 +791,7 @@ async def test_a_full_disk_stops_no_running_component_and_is_retried(kit, monkey
 
 @pytest.mark.asyncio
 async def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         item = kit.publish("1.0.0", probation_ms=200)
         kit.manifests[V1] = type(kit.manifests[V1])(
             name="web",

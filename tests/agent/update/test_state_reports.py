@@ -1,7 +1,5 @@
 """State of each instance as the device signs it: when it commits, when the fleet asks, and when nothing was to do."""
 
-import contextlib
-
 import pytest
 
 from agent.link.https import FetchError
@@ -9,15 +7,6 @@ from agent.update.store import StoreError
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 
 V1, V2 = (f"components/acme/web/{n}.0.0.wasm" for n in "12")
-
-
-@contextlib.asynccontextmanager
-async def on_a_device(kit):
-    await kit.boot()
-    try:
-        yield
-    finally:
-        await kit.pull_plug()
 
 
 async def asked(kit):
@@ -30,7 +19,7 @@ async def asked(kit):
 
 @pytest.mark.asyncio
 async def test_a_commit_names_the_generation_that_answers(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         for version, number in (("1.0.0", 1), ("2.0.0", 2)):
             await kit.run(kit.assignment(number, kit.publish(version)))
             last = kit.reports()[-1]
@@ -42,7 +31,7 @@ async def test_a_commit_names_the_generation_that_answers(kit):
 
 @pytest.mark.asyncio
 async def test_the_state_of_each_instance_is_reported_again_when_the_fleet_asks(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         kit.host.faults[V2] = 2
         bad = kit.publish("2.0.0", instance="api", rollout="r2")
         good = kit.publish("1.0.0", rollout="r1")
@@ -87,7 +76,7 @@ def full(_step):
 @pytest.mark.parametrize("trouble", [host_lost, disk_full])
 async def test_the_fleet_gets_the_state_that_it_asked_for_after_a_trouble_that_passes(kit, monkeypatch, trouble):
     monkeypatch.setattr("agent.update.reconciler.STORE_AGAIN_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = len(kit.reports())
         trouble(kit, monkeypatch)
@@ -98,7 +87,7 @@ async def test_the_fleet_gets_the_state_that_it_asked_for_after_a_trouble_that_p
 
 @pytest.mark.asyncio
 async def test_a_change_under_way_is_reported_as_it_stands(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.deployer.desire(kit.assignment(1, kit.publish("1.0.0", probation_ms=60_000)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
         before = len(kit.reports())
@@ -109,7 +98,7 @@ async def test_a_change_under_way_is_reported_as_it_stands(kit):
 
 @pytest.mark.asyncio
 async def test_an_assignment_with_nothing_to_do_is_reported_as_committed(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         before = len(kit.reports())
         await kit.run(kit.assignment(2, kit.publish("1.0.0")))
@@ -129,7 +118,7 @@ async def test_an_assignment_with_nothing_to_do_is_reported_as_committed(kit):
 
 @pytest.mark.asyncio
 async def test_what_the_host_does_not_run_is_never_reported_as_committed(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         for state, phases in (
             (InstanceState.BACKOFF, []),
@@ -144,7 +133,7 @@ async def test_what_the_host_does_not_run_is_never_reported_as_committed(kit):
 
 @pytest.mark.asyncio
 async def test_the_same_version_deployed_again_on_an_instance_in_quarantine_is_no_success(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         kit.host.states[V1] = InstanceState.QUARANTINED
         await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
@@ -162,7 +151,7 @@ async def test_the_same_version_deployed_again_on_an_instance_in_quarantine_is_n
 
 @pytest.mark.asyncio
 async def test_another_attempt_that_falls_again_is_tried_once(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         kit.host.states[V1], kit.host.faults[V1] = InstanceState.QUARANTINED, 2
         await kit.run(kit.assignment(2, kit.publish("1.0.0", rollout="r1", attempt=1)))
@@ -176,7 +165,7 @@ async def test_another_attempt_that_falls_again_is_tried_once(kit):
 @pytest.mark.asyncio
 async def test_an_instance_that_is_restarted_is_waited_for(kit, monkeypatch):
     monkeypatch.setattr("agent.update.reconciler.INSPECT_AGAIN_S", 0.01)
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0", rollout="r1")))
         kit.host.states[V1] = InstanceState.BACKOFF
         await kit.deployer.desire(kit.assignment(2, kit.publish("1.0.0", rollout="r2")))
@@ -188,7 +177,7 @@ async def test_an_instance_that_is_restarted_is_waited_for(kit, monkeypatch):
 
 @pytest.mark.asyncio
 async def test_another_attempt_of_what_is_on_probation_leaves_it_there(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", rollout="r2", probation_ms=300)))
         await kit.until(lambda: kit.chain()[-1:] == ["probation"])
@@ -201,7 +190,7 @@ async def test_another_attempt_of_what_is_on_probation_leaves_it_there(kit):
 
 @pytest.mark.asyncio
 async def test_the_same_version_deployed_again_after_space_was_freed_is_a_new_attempt(kit):
-    async with on_a_device(kit):
+    async with kit.running():
         item = kit.publish("1.0.0", rollout="r1")
         kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full"), FetchError(RejectCode.NO_SPACE, "full")]
         await kit.run(kit.assignment(1, item))
