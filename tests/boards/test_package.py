@@ -15,7 +15,7 @@ from stages import budget
 from deploy.packages import build
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/first-board.md").read_text()
+PAGE = (ROOT / "docs/first-device.md").read_text()
 DPKG_S = 900.0  # byte-compiling under emulation, on busy cores
 
 
@@ -89,7 +89,7 @@ def test_the_page_of_the_first_board_is_true(
     assert f"./wasmfleet-agent_{version}_arm64.deb" in PAGE
     board.fetch(served.url(deb), f"/root/{deb.name}")
     said = []
-    with budget("docs/first-board.md, as it stands", 240):
+    with budget("docs/first-device.md, as it stands", 240):
         for kind, line in lines_of(PAGE):
             match kind:
                 case "server":
