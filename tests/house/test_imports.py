@@ -105,7 +105,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     "agent.update.probation": (("fleet.protocol",), frozenset()),
     "signing": (("fleet.protocol",), frozenset({"cryptography", "tuf", "securesystemslib", "msgspec"})),
     "agent.host": (
-        ("fleet.protocol", "fleet.component", "agent.arguments", "agent.systemd"),
+        ("fleet.protocol", "fleet.component", "agent.arguments", "agent.happy_eyeballs", "agent.systemd"),
         frozenset({"msgspec", "wasmtime", "httptools", "pyseccomp"}),
     ),
     "agent": (
@@ -163,7 +163,7 @@ def test_decisions_are_pure(name: str) -> None:
 # Levels within a package, lowest first. A module imports its own level and lower ones only.
 LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "agent": (
-        ("agent.arguments", "agent.clock", "agent.config", "agent.systemd", "agent.host"),
+        ("agent.arguments", "agent.clock", "agent.config", "agent.happy_eyeballs", "agent.systemd", "agent.host"),
         ("agent.link",),
         ("agent.identity",),
         ("agent.update",),
