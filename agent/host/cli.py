@@ -14,6 +14,7 @@ from typing import Final
 
 from agent.arguments import parse
 from agent.host.ipc import host_api
+from agent.host.ipc.frames import RequestPath
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import worker_pool
 from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, IsolationError, Supervisor, TakenError
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help="let members of this group command the host, besides root and its own user",
     )
+    run.add_argument(
+        "--request-path", type=RequestPath, default=RequestPath.HTTP, help=argparse.SUPPRESS
+    )  # decision 15
     commands.add_parser("check", help="report the engine and the isolation layers of this device")
     return parser
 
@@ -149,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             require=options.require,
             minimum=options.minimum,
             agent_group=options.agent_group,
+            request_path=options.request_path,
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory of instances must not get into core files
         asyncio.run(_run(settings))

@@ -17,9 +17,26 @@ from typing import Final, NamedTuple
 PAYLOAD_MAX_BYTES: Final = 64 * 1024
 """Payload of one frame at most; longer bodies take several. A head fits: `HEAD_MAX_BYTES` of the HTTP parser."""
 
+INITIAL_CREDIT_BYTES: Final = 64 * 1024
+"""Bytes of a body that each side may send for a call before the other has given credit."""
+
+TOKEN_BYTES: Final = 16
+"""Random bytes by which a worker finds its place in the stream again, see `Kind.FAILED`."""
+
 HEADER: Final = struct.Struct("<IBI")
 _END: Final = b"\n"
 _CALL_MAX: Final = 2**32 - 1
+
+
+class RequestPath(enum.StrEnum):
+    """Way of a request from its client to the guest, an option of the host.
+
+    HTTP: a worker has an HTTP server, and gets connections from the router or from its own listener. FRAMES: the router
+    is the only HTTP server, and a worker of a wasi:http guest that shares its process with no other gets frames.
+    """
+
+    HTTP = "http"
+    FRAMES = "frames"
 
 
 class Kind(enum.IntEnum):
@@ -30,11 +47,16 @@ class Kind(enum.IntEnum):
     BODY = 3  # piece of a body, either way
     END = 4  # end of a body, with trailers; of an answer also its outcome
     CREDIT = 5  # u32: bytes of body that the peer may send more
-    RESPONSE = 6  # response head
+    RESPONSE = 6  # response head; without payload where the guest begins its body before it has set its answer
+    YIELD = 7  # leave the loop for one control message; call 0, as has the END that says it is done
+    FAILED = 8  # the store has ended early: outcome of the call in flight, if it failed, and a token
+    CANCEL = 9  # the client of the call in flight is gone
 
 
-TO_GUEST: Final = frozenset({Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT})
-FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT})
+TO_GUEST: Final = frozenset(
+    {Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT, Kind.YIELD, Kind.CANCEL}
+)
+FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT, Kind.FAILED})
 
 
 class FrameError(ValueError):

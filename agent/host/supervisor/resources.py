@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from agent.host.ipc import host_api
+from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from fleet.protocol import bounds
@@ -342,6 +343,7 @@ class HostResources:
 
     Attributes:
         data: parent of the instances' data directories.
+        request_path: way of requests to workers.
     """
 
     data: Path
@@ -351,9 +353,12 @@ class HostResources:
     quotas: QuotaStore
     cgroups: Cgroups
     secrets: PendingSecrets
+    request_path: RequestPath = RequestPath.HTTP
 
     @classmethod
-    def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":
+    def open(
+        cls, *, state: Path, sockets: Path, address: str, request_path: RequestPath = RequestPath.HTTP
+    ) -> "HostResources":
         """Load the resources from `state`; Unix sockets are in `sockets`, own ports are opened at `address`."""
         remove_leftovers(state, recursive=False)  # instances' own files are below it
         return cls(
@@ -364,6 +369,7 @@ class HostResources:
             quotas=QuotaStore(state / "written.json"),
             cgroups=Cgroups(),
             secrets=PendingSecrets(),
+            request_path=request_path,
         )
 
     @property

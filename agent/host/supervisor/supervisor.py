@@ -20,6 +20,7 @@ from typing import Final
 
 from agent import systemd
 from agent.host.ipc import host_api
+from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
@@ -62,6 +63,7 @@ class HostSettings:
         require: isolation layers without which no component runs.
         minimum: isolation layers without which the host does not start.
         agent_group: group whose members may command this host, besides root and the host's own user.
+        request_path: way of requests to workers.
     """
 
     runtime: Path
@@ -70,6 +72,7 @@ class HostSettings:
     require: frozenset[str] = frozenset()
     minimum: frozenset[str] = frozenset()
     agent_group: int | None = None
+    request_path: RequestPath = RequestPath.HTTP
 
 
 class Supervisor:
@@ -81,7 +84,9 @@ class Supervisor:
         self._engine = ""
         sockets = settings.runtime / "in"
         address = settings.ingress[0] if settings.ingress else "127.0.0.1"
-        self._resources = HostResources.open(state=settings.state, sockets=sockets, address=address)
+        self._resources = HostResources.open(
+            state=settings.state, sockets=sockets, address=address, request_path=settings.request_path
+        )
         self._layers = {**sandbox.probe(), "cgroup": self._resources.cgroups.available}
         self._runs_as = sandbox.way(os.geteuid(), self._layers)
         self._pool = WorkerPool(ZygotePool(), self._resources.cgroups, self._resources.uids)
