@@ -14,7 +14,7 @@ from agent.host import cli
 from agent.host.compiler import __main__
 from agent.host.engine import runtime
 from agent.host.http import routing
-from agent.host.ipc import helper_api, host_api, worker_api
+from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import enrolment, identity
 from agent.link import bundle
@@ -280,6 +280,8 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "topic-down": (topics.Down,),
     "topic-up": (topics.Up,),
     "affected-answer": (query.Answer,),
+    "kind-of-a-frame": (frames.Kind,),
+    "way-of-requests": (frames.RequestPath,),
     "fleet-exit-code": (Exit,),
 }
 
