@@ -18,7 +18,6 @@ import secrets
 import shlex
 import signal
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -203,7 +202,7 @@ class ImageStore:
         return self._engines[fuel]
 
     async def _run(self, arguments: tuple[str, ...], data: bytes, seconds: float) -> tuple[bytes, bytes, int]:
-        with tempfile.TemporaryFile() as err:
+        with framing.memory_file("compiler-errors") as err:
             process = await asyncio.create_subprocess_exec(
                 *compiler(),
                 *arguments,

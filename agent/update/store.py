@@ -104,6 +104,7 @@ class Store:
                 check_same_thread=False,
                 timeout=10,
             )
+            self._db.execute("PRAGMA temp_store=MEMORY")  # large sorts: there may be no disk for temporary files
             if not read_only:
                 path.chmod(0o600)
                 self._db.execute("PRAGMA journal_mode=WAL")

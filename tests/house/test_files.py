@@ -43,3 +43,19 @@ def test_files_are_replaced_in_one_way(place):
         for line in written_by_hand(ast.parse(file.read_text()))
     ]
     assert not found, f"use atomic_write, create_exclusive or move_into_place of fleet.protocol.files: {found}"
+
+
+IN_TMP = frozenset({"TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory", "gettempdir"})
+DEVICE = ("agent", "signing", "fleet/protocol", "fleet/component")
+
+
+def test_nothing_on_a_device_needs_a_directory_for_temporary_files():
+    """A device with a full or read-only /tmp goes on starting and updating."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for place in DEVICE
+        for file in sorted((ROOT / place).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in IN_TMP
+    ]
+    assert not found, f"use framing.memory_file, or a file beside the one that is written: {found}"

@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import BinaryIO, Final
 
 PACKET_MAX_BYTES: Final = 160 * 1024
 FDS_MAX: Final = 36
@@ -34,6 +34,14 @@ def constant_memfd(name: str, fill: Callable[[int], None]) -> int:
         OSError: there is no memory for it; and whatever `fill` raises.
     """
     return _sealed(name, fill, CONSTANT_SEALS)
+
+
+def memory_file(name: str) -> BinaryIO:
+    """Return an empty file in memory, for bytes that another process or library writes to a descriptor.
+
+    Starting and updating must not depend on a disk for temporary files, which may be full or read-only.
+    """
+    return os.fdopen(os.memfd_create(name, os.MFD_CLOEXEC), "w+b")
 
 
 def _sealed(name: str, fill: Callable[[int], None], seals: int) -> int:

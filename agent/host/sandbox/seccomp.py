@@ -9,9 +9,10 @@ A filter is built once, as a BPF program; `agent.host.sandbox.kernel.filter_call
 
 import errno
 import resource
-import tempfile
 from functools import cache
 from typing import Any, Final
+
+from agent.host.ipc import framing
 
 try:
     import pyseccomp
@@ -82,7 +83,7 @@ def _filter(names: list[str], *, executable_memory: bool) -> Any:
 
 
 def _program(rules: Any) -> bytes:
-    with tempfile.TemporaryFile() as file:
+    with framing.memory_file("seccomp") as file:
         rules.export_bpf(file)
         file.seek(0)
         return file.read()
