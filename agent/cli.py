@@ -292,10 +292,10 @@ def _run(options: argparse.Namespace) -> int:
     async def main() -> int:
         with alone(places.lock):
             remove_leftovers(places.state)
-            db = Database(Store.renewed(places.database))
-            if taken := await db(restore.take_over, places.runset, mac_key):
-                logging.getLogger("agent").warning("the store was lost; took over %d instances from runset.json", taken)
             reference = ReferenceClock(who.floor)
+            db = Database(Store.renewed(places.database, version=device_info.agent_version()))
+            if taken := await db(restore.take_over, places.runset, mac_key, now=reference.now()):
+                logging.getLogger("agent").warning("the store was lost; took over %d instances from runset.json", taken)
             return await build(enrolled, db, reference, Links.of(enrolled, reference)).run()
 
     return asyncio.run(main())

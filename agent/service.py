@@ -33,7 +33,7 @@ from agent.update.reconciler import ImageDamaged, Reconciler
 from agent.update.restore import HostRestorer, Materials
 from agent.update.secrets import SecretStore
 from agent.update.state import DeploymentState, DeviceContext
-from agent.update.store import Database, Store
+from agent.update.store import DamagedStoreError, Database, Store, StoreError
 from agent.update.trust import DeviceTrust
 from fleet.protocol import wire
 from fleet.protocol.messages import Report, State
@@ -148,6 +148,10 @@ class Service:
                 raise _Stopped  # noqa: TRY301 - the group cancels every part, and waits for it
         except* _Stopped:
             pass
+        except* StoreError as faults:
+            for fault in faults.exceptions:
+                log.error("%s", fault)  # noqa: TRY400 - a sentence for people
+            status = 1  # systemd starts the agent again, which rebuilds a damaged database
         except* Exception as faults:
             log.exception("a part of the agent failed with an internal error", exc_info=faults)
             status = 1  # systemd starts the agent again
@@ -205,6 +209,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     secrets = SecretStore(places.secrets, places.identity / "sealing.key", identity)
     problems = Problems(db)
+    if db.store.replaced:
+        problems.set("store", db.store.replaced)
     state = DeploymentState()
     uplink = Uplink(
         device=device,
@@ -277,6 +283,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         links.host,
         restorer,
         DamagedImages(images, reconciler),
+        StoreGuard(db),
         eviction,
         BundleListener(places.wake, receiver),
         links.mqtt,
@@ -315,6 +322,20 @@ class DamagedImages:
             damaged = await self._images.damaged.get()
             log.error("%s", damaged.message)
             self._reconciler.post(ImageDamaged(damaged.artifact, damaged.message))
+
+
+class StoreGuard:
+    """Ends the agent once its database is found damaged: its next start rebuilds it, and instances go on meanwhile."""
+
+    name = "store"
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def run(self) -> None:
+        """Wait until the database is found damaged; then raise `DamagedStoreError`."""
+        await self._db.damaged.wait()
+        raise DamagedStoreError("the database is damaged: the agent ends, and its next start rebuilds it")
 
 
 class Eviction:
@@ -363,7 +384,7 @@ class Sinks:
 
 
 class Watchdog:
-    """Notifier of systemd's watchdog, if there is one, as long as the event loop and the database thread work."""
+    """Notifier of systemd's watchdog, if there is one, as long as the event loop and the database work."""
 
     name = "watchdog"
 
@@ -376,7 +397,7 @@ class Watchdog:
         """Notify the watchdog regularly, forever; return at once without a watchdog."""
         interval = systemd.watchdog_s()
         while interval is not None:
-            await self._db(_nothing)
+            await self._db(Store.counter, "accepted")
             systemd.notify(WATCHDOG="1", STATUS=self._status())
             await asyncio.sleep(interval)
 
@@ -385,7 +406,3 @@ class Watchdog:
         changing = len(self._state.active)
         text = f"{where}; {systemd.instances(len(self._state.committed))}"
         return f"{text}, {changing} changing" if changing else text
-
-
-def _nothing(_store: Store) -> None:
-    """Do nothing, to show that the database thread is alive."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -151,8 +152,14 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
     )
 
 
-def take_over(store: Store, runset: Path, key: bytes) -> int:
+def take_over(store: Store, runset: Path, key: bytes, *, now: datetime | None = None) -> int:
     """Copy the run set into a new store after the old one was lost: instances keep running, versions do not fall.
+
+    Args:
+        store: of this device.
+        runset: file with the run set.
+        key: of its MAC.
+        now: not before the true time of the device's last report; the system clock by default.
 
     Returns:
         The number of instances.
@@ -162,8 +169,11 @@ def take_over(store: Store, runset: Path, key: bytes) -> int:
     try:
         found = _read(runset, key)
     except RunsetError:
-        return 0
-    store.fill(found.items, found.facts)
+        if not store.replaced:
+            return 0
+        found = _Runset()
+    # Nobody knows how many reports there were, but a device makes fewer than one a second.
+    store.fill(found.items, found.facts, sequence=int((now or datetime.now(UTC)).timestamp()))
     return len(found.items)
 
 
@@ -412,6 +422,7 @@ class HostRestorer:
     async def _restore(self, welcome: host_api.Welcome) -> None:
         items = await self._db(Store.committed)
         await self._stop_unknown(welcome, items)
+        await self._revert_unknown(welcome)
         for each in items:
             with contextlib.suppress(FetchError, Rejected, OSError):  # starting the instance reports the error
                 await asyncio.to_thread(self._materials.secrets.fetch, each.item, self._source)
@@ -515,6 +526,20 @@ class HostRestorer:
         except asyncio.CancelledError:
             cancelled.set()
             raise
+
+    async def _revert_unknown(self, welcome: host_api.Welcome) -> None:
+        """Take back new versions on probation of which the agent knows nothing, as after the loss of its database."""
+        changing = {each.instance for each in await self._db(Store.changes)}
+        # read after the changes: one that has ended by then is committed
+        committed = {each.item.instance: each.generation for each in await self._db(Store.committed)}
+        for running in welcome.running:
+            known = None if running.instance in changing else committed.get(running.instance)
+            if running.previous is not None and running.previous == known:
+                log.warning("%s: its newer version is neither committed nor being changed", running.instance)
+                with contextlib.suppress(HostRefusedError):
+                    await self._host.ask(
+                        host_api.Revert, msgspec.Struct, instance=running.instance, generation=running.generation
+                    )
 
     async def _stop_unknown(self, welcome: host_api.Welcome, items: Iterable[Committed]) -> None:
         """Stop instances that are neither committed nor being changed."""

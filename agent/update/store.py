@@ -9,6 +9,7 @@ The lock admits one agent to a state directory: a second would displace the firs
 """
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
@@ -46,6 +47,8 @@ MIGRATIONS: Final = (
 HISTORY_ROWS: Final = 200
 UNACKED_ROWS_MAX: Final = 2000
 FAILED_ROWS_MAX: Final = 256
+LOST_GENERATIONS: Final = 1000
+"""Generations that a lost database may have given since its last commit: far more than attempts between two commits."""
 
 
 log = logging.getLogger("agent.update.store")
@@ -56,7 +59,7 @@ class StoreError(Exception):
 
 
 class DamagedStoreError(StoreError):
-    """Not a database, or a damaged one."""
+    """Not a database, or a damaged one: `Store.renewed` sets it aside."""
 
 
 class Applied(NamedTuple):
@@ -73,6 +76,19 @@ class Applied(NamedTuple):
     forgotten: FailureKey | None
 
 
+def _is_damage(error: BaseException) -> bool:
+    """Return whether SQLite says that the file is damaged, or no database; its other errors have classes below this."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def _is_newer(version: str, than: str) -> bool:
+    """Compare two versions such as 0.2.0; one that cannot be read is not newer."""
+    try:
+        return tuple(map(int, version.split("."))) > tuple(map(int, than.split(".")))
+    except ValueError:
+        return False
+
+
 def _check_owner(directory: Path) -> None:
     owner = directory.stat().st_uid
     if owner != os.geteuid() != 0:
@@ -84,9 +100,11 @@ class Store:
 
     Attributes:
         nonce: of the newest hello, named in the reports after it.
+        replaced: sentence on the damaged database that was set aside for this one; empty for none.
     """
 
     nonce = ""
+    replaced = ""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the database, creating or migrating it.
@@ -111,7 +129,7 @@ class Store:
                 self._db.execute("PRAGMA synchronous=FULL")
             self._migrate(read_only=read_only)
         except (sqlite3.Error, OSError) as error:
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            if _is_damage(error):
                 raise DamagedStoreError(
                     f"cannot open {path}: {error}; move it away, as the agent does when it starts: committed instances "
                     "are then restored from runset.json"
@@ -119,39 +137,61 @@ class Store:
             raise StoreError(f"cannot open {path}: {error}; check its mode and the space on its file system") from error
 
     @classmethod
-    def renewed(cls, path: Path) -> "Store":
+    def renewed(cls, path: Path, *, version: str = "") -> "Store":
         """Open the database; move a damaged one (as after a power cut on a worn disk) aside, and make a new one.
 
+        Args:
+            path: of the database.
+            version: of this agent, noted in the database for an earlier one that cannot read it.
+
         Raises:
-            StoreError: see the constructor.
+            StoreError: see the constructor; or rows of a newer agent, which this one cannot read.
         """
         try:
             store = cls(path)
-            store._check()
+            try:
+                store._check(version)
+            except BaseException:
+                store.close()
+                raise
         except DamagedStoreError as error:
             for suffix in ("-wal", "-shm"):  # of the damaged one
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
-            log.error("%s: moved to %s", error, set_aside(path))  # noqa: TRY400 - a sentence for people
-            return cls(path)
+            aside = set_aside(path)
+            log.error("%s: moved to %s", error, aside)  # noqa: TRY400 - a sentence for people
+            store = cls(path)
+            store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
+        if version:
+            store._set_meta("agent_version", version.encode())
         return store
 
-    def _check(self) -> None:
-        """Look at every page, as SQLite itself notices a damaged one only when it is read; close a damaged database.
+    def _check(self, version: str) -> None:
+        """Read every page and row, as SQLite itself notices a damaged page only when it is read, and rows never.
 
         Raises:
-            DamagedStoreError: a page is damaged.
-            StoreError: the disk cannot be read now.
+            DamagedStoreError: a page or a row is damaged.
+            StoreError: the disk cannot be read now, or rows are of a newer agent than this one of `version`.
         """
-        try:
+        with self._reading():
             (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.OperationalError as error:
-            self.close()
-            raise StoreError(f"cannot read {self._path}: {error}; check its file system") from error
-        except sqlite3.DatabaseError as error:
-            found = str(error)
-        if found != "ok":
-            self.close()
-            raise DamagedStoreError(f"{self._path} is damaged: {found}")
+            if found != "ok":
+                raise DamagedStoreError(f"{self._path} is damaged: {found}")
+            for (body,) in self._rows("SELECT body FROM outbox"):
+                msgspec.json.decode(body)
+            for name in ("accepted", "deployed", "committed", "generation"):
+                self.counter(name)
+            (self._meta("last_report") or b"").decode()
+        try:
+            for read in (self.changes, self.committed, self.failed, self.facts, self.doubts, self.problems):
+                read()
+        except DamagedStoreError as error:
+            writer = (self._meta("agent_version") or b"").decode(errors="replace")
+            if isinstance(error.__cause__, msgspec.ValidationError) and _is_newer(writer, version):
+                raise StoreError(
+                    f"{self._path} was last used by version {writer} of the agent, and this one, {version}, cannot "
+                    f"read it ({error.__cause__}): install the newer agent again; instances go on meanwhile"
+                ) from error
+            raise
 
     def _migrate(self, *, read_only: bool) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -181,18 +221,28 @@ class Store:
         except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            if _is_damage(error):
+                raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
             if isinstance(error, sqlite3.Error):
                 raise StoreError(
                     f"cannot write {self._path}: {error}; free space on this device, or repair its disk"
                 ) from error
             raise
 
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        with self._reading():
+            return self._db.execute(query, values).fetchall()
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.ProgrammingError:  # a bug in the agent, such as the use of a closed store
+            raise
         except (sqlite3.Error, *wire.JSON_ERRORS) as error:
-            raise StoreError(f"{self._path} is damaged: {error}") from error
+            if isinstance(error, sqlite3.Error) and not _is_damage(error):
+                raise StoreError(f"cannot read {self._path}: {error}; check its file system") from error
+            raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
 
     # Changes
 
@@ -248,14 +298,25 @@ class Store:
         """Return whether nothing was accepted, committed or begun with this database."""
         return not self.counter("generation") and not self.committed() and self.facts() == VerifierState()
 
-    def fill(self, committed: tuple[Committed, ...], facts: VerifierState) -> None:
-        """Fill a new database with what another record kept, in one transaction: a power cut leaves it new."""
+    def fill(self, committed: tuple[Committed, ...], facts: VerifierState, *, sequence: int) -> None:
+        """Fill a new database with what another record kept, in one transaction: a power cut leaves it new.
+
+        Generations go on beyond those that the lost database may have given to changes that were never committed, of
+        which the host may still run one.
+
+        Args:
+            committed: items that run.
+            facts: what the verifier remembers.
+            sequence: reports go on after this one, as the server drops those whose sequence it has.
+        """
         with self._transaction() as db:
             for each in committed:
                 self._commit(db, each)
             self._set_facts(db, facts)
-            generation = max((each.generation for each in committed), default=0)
+            generation = LOST_GENERATIONS + max((each.generation for each in committed), default=0)
             db.execute("REPLACE INTO counters VALUES ('generation', ?)", (generation,))
+            db.execute("INSERT INTO outbox (sequence, instance, progress, body) VALUES (?, '', 0, '')", (sequence,))
+            db.execute("DELETE FROM outbox")  # AUTOINCREMENT remembers the sequence
 
     def _with_generation(self, db: sqlite3.Connection, step: Transition) -> Transition:
         if not step.new_generation:
@@ -293,9 +354,13 @@ class Store:
         return oldest
 
     def changes(self) -> tuple[Change, ...]:
-        """Return the changes under way."""
-        rows = self._db.execute("SELECT body FROM changes ORDER BY instance")
-        return tuple(Change.decode(body) for (body,) in rows)
+        """Return the changes under way.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        with self._reading():
+            return tuple(Change.decode(body) for (body,) in self._rows("SELECT body FROM changes ORDER BY instance"))
 
     def committed(self) -> tuple[Committed, ...]:
         """Return the items that run and start again after a boot.
@@ -304,13 +369,18 @@ class Store:
             StoreError: the database is damaged.
         """
         with self._reading():
-            rows = self._db.execute("SELECT body FROM committed ORDER BY instance").fetchall()
+            rows = self._rows("SELECT body FROM committed ORDER BY instance")
             return tuple(msgspec.json.decode(body, type=Committed) for (body,) in rows)
 
     def failed(self) -> tuple[FailedItem, ...]:
-        """Return the remembered failures."""
-        rows = self._db.execute("SELECT body FROM failed ORDER BY instance")
-        return tuple(msgspec.json.decode(body, type=FailedItem) for (body,) in rows)
+        """Return the remembered failures.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        with self._reading():
+            rows = self._rows("SELECT body FROM failed ORDER BY instance")
+            return tuple(msgspec.json.decode(body, type=FailedItem) for (body,) in rows)
 
     # Trust
 
@@ -342,18 +412,28 @@ class Store:
         self._set_meta("doubts", msgspec.json.encode(tuple(doubts)))
 
     def doubts(self) -> tuple[Violation, ...]:
-        """Return the stored violations."""
-        body = self._meta("doubts")
-        return () if body is None else msgspec.json.decode(body, type=tuple[Violation, ...])
+        """Return the stored violations.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        with self._reading():
+            body = self._meta("doubts")
+            return () if body is None else msgspec.json.decode(body, type=tuple[Violation, ...])
 
     def set_problems(self, problems: Iterable[str]) -> None:
         """Store sentences for people: the reasons that keep this device from its newest assignment."""
         self._set_meta("problems", msgspec.json.encode(tuple(problems)))
 
     def problems(self) -> tuple[str, ...]:
-        """Return the stored problems."""
-        body = self._meta("problems")
-        return () if body is None else msgspec.json.decode(body, type=tuple[str, ...])
+        """Return the stored problems.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        with self._reading():
+            body = self._meta("problems")
+            return () if body is None else msgspec.json.decode(body, type=tuple[str, ...])
 
     def _set_meta(self, name: str, value: bytes) -> None:
         if self._meta(name) != value:
@@ -361,15 +441,15 @@ class Store:
                 db.execute("REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def _meta(self, name: str) -> bytes | None:
-        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
+        return bytes(rows[0][0]) if rows else None
 
     # Numbers
 
     def counter(self, name: str) -> int:
         """Return a stored number, 0 if it was never set."""
-        row = self._db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
-        return 0 if row is None else int(row[0])
+        rows = self._rows("SELECT value FROM counters WHERE name = ?", name)
+        return int(rows[0][0]) if rows else 0
 
     def set_counter(self, name: str, value: int) -> None:
         """Store a number if it differs from the stored one."""
@@ -413,18 +493,14 @@ class Store:
 
     def unacked(self, limit: int = 64, after: int = 0) -> tuple[tuple[int, bytes], ...]:
         """Return the reports that the server has not stored yet, oldest first, with their sequence."""
-        rows = self._db.execute(
-            "SELECT sequence, body FROM outbox WHERE acked = 0 AND sequence > ? ORDER BY sequence LIMIT ?",
-            (after, limit),
+        rows = self._rows(
+            "SELECT sequence, body FROM outbox WHERE acked = 0 AND sequence > ? ORDER BY sequence LIMIT ?", after, limit
         )
         return tuple((int(sequence), bytes(body)) for sequence, body in rows)
 
     def acknowledge(self, sequence: int) -> bool:
         """Mark every report up to `sequence` as stored by the server; return whether any was not marked before."""
-        pending = self._db.execute(
-            "SELECT 1 FROM outbox WHERE acked = 0 AND sequence <= ? LIMIT 1", (sequence,)
-        ).fetchone()
-        if pending is None:
+        if not self._rows("SELECT 1 FROM outbox WHERE acked = 0 AND sequence <= ? LIMIT 1", sequence):
             return False
         with self._transaction() as db:
             db.execute("UPDATE outbox SET acked = 1 WHERE sequence <= ?", (sequence,))
@@ -442,12 +518,19 @@ class Store:
 
     def acked(self) -> int:
         """Return the sequence of the newest report that a server has stored; 0 for none."""
-        return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM outbox WHERE acked = 1").fetchone()[0])
+        return int(self._rows("SELECT coalesce(max(sequence), 0) FROM outbox WHERE acked = 1")[0][0])
 
     def history(self) -> tuple[Report, ...]:
-        """Return the newest reports, oldest first, acknowledged or not."""
-        rows = self._db.execute("SELECT body FROM outbox ORDER BY sequence DESC LIMIT ?", (HISTORY_ROWS,)).fetchall()
-        return tuple(wire.decode(Report, bytes(body)) for (body,) in reversed(rows))
+        """Return the newest reports, oldest first, acknowledged or not, without those only a newer agent can read.
+
+        Raises:
+            StoreError: the database is damaged.
+        """
+        found = []
+        for (body,) in reversed(self._rows("SELECT body FROM outbox ORDER BY sequence DESC LIMIT ?", HISTORY_ROWS)):
+            with contextlib.suppress(wire.WireError):
+                found.append(wire.decode(Report, bytes(body)))
+        return tuple(found)
 
 
 P = ParamSpec("P")
@@ -466,11 +549,13 @@ class Database:
 
     Attributes:
         store: for what still works with the store itself; to be used on this thread only (`run`).
+        damaged: set once the database was found damaged: only the next start of the agent can rebuild it.
     """
 
     def __init__(self, store: Store) -> None:
         """Take over an opened store: from now on only this thread uses it."""
         self.store = store
+        self.damaged = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def __call__(self, method: Callable[Concatenate[Store, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -479,7 +564,11 @@ class Database:
 
     async def run(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `call` after everything that was asked before; a cancelled caller does not stop a call that runs."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
+        except DamagedStoreError:
+            self.damaged.set()
+            raise
 
     def close(self) -> None:
         """Finish the calls that wait, end the thread, and close the store."""

@@ -101,7 +101,8 @@ class RunningDevice:
 
     def said(self, name):
         """What a process has written to standard error, over all its starts."""
-        return (self.directory / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        log = self.directory / f"{name}.log"
+        return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
     def answers(self, instance="web"):
         """Status of a request to an instance through the router; 0 without an answer."""

@@ -5,12 +5,13 @@ import os
 import sqlite3
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
 from agent.update import restore
 from agent.update.machine import State
 from agent.update.state import Change, Committed, FailedItem, Transition
-from agent.update.store import HISTORY_ROWS, UNACKED_ROWS_MAX, Store, StoreError
+from agent.update.store import HISTORY_ROWS, LOST_GENERATIONS, UNACKED_ROWS_MAX, DamagedStoreError, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import Phase, RejectCode
@@ -193,7 +194,7 @@ def test_components_run_despite_a_damaged_database(store, tmp_path):
     assert anew.facts() == facts.with_committed("a/web", 4), "nothing older is accepted than at the last commit"
     change = Change(instance="web", assignment=1, state=State(phase=Phase.SWAPPING), item=ITEM)
     stored = anew.apply(Transition(change=change, new_generation=True)).step.change
-    assert stored.generation == COMMITTED.generation + 1, "a generation never falls"
+    assert stored.generation == COMMITTED.generation + LOST_GENERATIONS + 1, "none that was given before"
     assert anew.changes() == (stored,)
     assert restore.take_over(anew, runset, key) == 0, "once"
     anew.close()
@@ -225,3 +226,33 @@ def test_a_restarted_committed_item_gets_an_unused_generation(store):
     again = store.apply(Transition(committed=first, new_generation=True)).step.committed
     assert (first.generation, again.generation) == (1, 2)
     assert store.committed() == (again,)
+
+
+def test_rows_of_a_newer_agent_are_no_damage(tmp_path):
+    """A downgrade is named, and nothing is set aside: the newer agent can read it all."""
+    path = tmp_path / "store.db"
+    newer = Store.renewed(path, version="0.10.0")
+    newer.save(committed=COMMITTED, report=report())
+    row = msgspec.json.encode(COMMITTED).replace(b'"manifest":{', b'"manifest":{"from_the_future":1,')
+    newer._db.execute("REPLACE INTO committed VALUES ('web', ?)", (row,))
+    newer._db.execute("UPDATE outbox SET body = CAST(replace(body, '\"idle\"', '\"levitating\"') AS BLOB)")
+    newer.close()
+    with pytest.raises(
+        StoreError, match=r"last used by version 0\.10\.0 of the agent, and this one, 0\.9\.2"
+    ) as raised:
+        Store.renewed(path, version="0.9.2")
+    assert not isinstance(raised.value, DamagedStoreError)
+    assert not (tmp_path / "store.db.damaged").exists()
+    again = Store(path)
+    assert again._db.execute("SELECT count(*) FROM committed").fetchone() == (1,)
+    assert again.history() == (), "a report that only the newer agent can read is sent, but not shown"
+    assert len(again.unacked()) == 1
+    again.close()
+
+
+def test_a_database_of_a_newer_agent_that_this_one_can_read_is_used(tmp_path):
+    Store.renewed(tmp_path / "store.db", version="0.10.0").close()
+    Store.renewed(tmp_path / "store.db", version="0.9.2").close()
+    Store.renewed(tmp_path / "store.db", version="").close()
+    with sqlite3.connect(tmp_path / "store.db") as db:
+        assert db.execute("SELECT value FROM meta WHERE name = 'agent_version'").fetchone() == (b"0.9.2",)
