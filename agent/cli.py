@@ -24,7 +24,7 @@ from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
 from agent.update.store import Database, NotAloneError, Store, StoreError, alone
-from fleet.protocol.files import remove_leftovers
+from fleet.protocol.files import is_read_only, remove_leftovers
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
@@ -38,7 +38,7 @@ EXAMPLES: Final = """examples:
   fleet-agent enroll --token-file /run/credentials/enroll-token
   fleet-agent status                 show what runs on this device
   fleet-agent why hello              show what happened to the instance hello, and what to do
-  fleet-agent check                  test network, certificate, engine, host and disk, in order
+  fleet-agent check                  test disk, network, certificate, engine and host, in order
   fleet-agent apply /media/usb/fleet.bundle
                                      update without a network
 """
@@ -254,9 +254,12 @@ def _become_owner(state: Path) -> None:
         os.environ["HOME"] = str(state)
 
 
-def _identity(places: Paths) -> identity.Identity:
+def _identity(places: Paths, *, reads: bool = False) -> identity.Identity:
+    """Become the owner of the state directory, and return the device's identity; `reads`: without writing there."""
     _become_owner(places.state)
-    if places.state.exists() and not os.access(places.state, os.W_OK | os.X_OK):
+    if places.state.exists() and not os.access(places.state, (0 if reads else os.W_OK) | os.X_OK):
+        if is_read_only(places.state):
+            raise UsageError(f"{places.state} is on a read-only file system: check the disk, then mount it writable")
         if places.state.stat().st_uid == os.geteuid():
             raise UsageError(f"{places.state} is not writable: check its mode and its file system")
         raise UsageError(f"{places.state} belongs to another user: run as that user, or give another --state")
@@ -361,14 +364,17 @@ def _restore(options: argparse.Namespace) -> int:
 
 def _read_status(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
     places = _places(options)
-    who = _identity(places)
-    if not places.database.exists():
-        Store(places.database).close()
-    store = Store(places.database, read_only=True)
+    who = _identity(places, reads=True)
+    store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
     try:
         found = status.read_status(who, store, instance)
-        reason = host_api.why_not(places.runtime)
-        problems = (f"the host did not start: {reason}",) if reason else ()
+        problems = []
+        if reason := host_api.why_not(places.runtime):
+            problems.append(f"the host did not start: {reason}")
+        if is_read_only(places.state):
+            problems.append(
+                f"{places.state} is on a read-only file system: nothing can be updated until it is writable"
+            )
         return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
         store.close()

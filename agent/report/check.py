@@ -3,6 +3,7 @@
 The first failure ends the checks, as the later ones would fail for the same reason.
 """
 
+import contextlib
 import http.client
 import os
 import platform
@@ -26,6 +27,7 @@ from agent.link.https import DeviceTls, FetchError, HttpsClient, proxy_for, why
 from agent.update.images import compiler
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import is_read_only, temporary_name
 
 CONNECT_S: Final = 10.0
 COMPILER_S: Final = 60.0
@@ -69,6 +71,7 @@ def run_checks(
 def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "machine", lambda: _machine(machine, bits)
     yield "identity", lambda: _identity(places, settings)
+    yield "disk", lambda: _disk(places, settings)
     who = identity.load(places.identity)
     url = urllib.parse.urlsplit(who.devices_url)
     proxy = proxy_for(url, settings.network.proxy)
@@ -82,7 +85,6 @@ def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Itera
     yield "HTTP", lambda: _http(places, settings, who)
     yield "engine", _engine
     yield "host", lambda: _host(places)
-    yield "disk", lambda: _disk(places, settings)
 
 
 def _machine(machine: str, bits: int) -> str:
@@ -243,8 +245,22 @@ def _host(places: Paths) -> str:
 def _disk(places: Paths, settings: Settings) -> str:
     if not places.state.is_dir():
         raise _FailedError(f"{places.state} does not exist: install the package, or run 'fleet-agent enroll' first")
-    if not os.access(places.state, os.W_OK):
-        raise _FailedError(f"{places.state} is not writable by this user: run as the agent's user or as root")
+    if is_read_only(places.state):
+        raise _FailedError(
+            f"{places.state} is on a read-only file system: look at 'dmesg' for its errors, and mount it writable"
+        )
+    try:
+        probe = temporary_name(places.state / "check")
+        with probe.open("xb") as file:
+            file.write(b"\0")
+            os.fsync(file.fileno())
+        probe.unlink()
+    except PermissionError:
+        raise _FailedError(f"{places.state} is not writable by this user: run as the agent's user or as root") from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise _FailedError(f"{places.state} cannot be written: {error.strerror}: check the disk") from error
     free = shutil.disk_usage(places.state).free
     if free < settings.disk.reserve_bytes:
         raise _FailedError(

@@ -120,8 +120,9 @@ def load_key(path: Path) -> bytes:
     try:
         if path.exists() and not _is_key(path.read_bytes()):
             log.warning("%s was damaged: all images are compiled again under a new key", set_aside(path))
-        with contextlib.suppress(FileExistsError):
-            create_exclusive(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+        if not path.exists():  # a read-only disk refuses the attempt
+            with contextlib.suppress(FileExistsError):
+                create_exclusive(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
         return path.read_bytes()
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error

@@ -26,7 +26,7 @@ import msgspec
 
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
 from fleet.protocol import wire
-from fleet.protocol.files import set_aside
+from fleet.protocol.files import is_read_only, set_aside
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
 
@@ -89,6 +89,27 @@ def _is_newer(version: str, than: str) -> bool:
         return False
 
 
+def _connect(address: Path | str, *, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=uri, isolation_level=None, check_same_thread=False, timeout=10)
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a database to read it, also on a read-only file system, where SQLite cannot make its shared index."""
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    db = _connect(address, uri=True)
+    try:
+        db.execute("PRAGMA user_version").fetchone()
+    except sqlite3.OperationalError:
+        db.close()
+        if not is_read_only(path.parent):
+            raise
+        # Nobody can write there, so no lock is needed, and the index of the log may be in this process's memory.
+        has_log = path.with_name(f"{path.name}-wal").exists()
+        db = _connect(f"{address}&{'nolock' if has_log else 'immutable'}=1", uri=True)
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+    return db
+
+
 def _check_owner(directory: Path) -> None:
     owner = directory.stat().st_uid
     if owner != os.geteuid() != 0:
@@ -115,15 +136,9 @@ class Store:
         self._path = path
         try:
             _check_owner(path.parent)
-            self._db = sqlite3.connect(
-                f"file:{path}?mode=ro" if read_only else path,
-                uri=read_only,
-                isolation_level=None,
-                check_same_thread=False,
-                timeout=10,
-            )
+            self._db = _connect_to_read(path) if read_only else _connect(path)
             self._db.execute("PRAGMA temp_store=MEMORY")  # large sorts: there may be no disk for temporary files
-            if not read_only:
+            if not read_only and path.exists():  # else in memory
                 path.chmod(0o600)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
@@ -135,6 +150,11 @@ class Store:
                     "are then restored from runset.json"
                 ) from error
             raise StoreError(f"cannot open {path}: {error}; check its mode and the space on its file system") from error
+
+    @classmethod
+    def empty(cls) -> "Store":
+        """Return a store in memory, for reading what a device without a database has."""
+        return cls(Path(":memory:"))
 
     @classmethod
     def renewed(cls, path: Path, *, version: str = "") -> "Store":

@@ -198,6 +198,14 @@ def damage(path: Path) -> str:
     return "" if data.rstrip().endswith(end) else "cut off"
 
 
+def is_read_only(directory: Path) -> bool:
+    """Return whether a directory's file system is mounted read-only, or has become so after errors."""
+    try:
+        return bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
 def set_aside(path: Path) -> Path:
     """Move a damaged file out of the way, beside where it was, and return where it is now."""
     aside = path.with_name(f"{path.name}.damaged")

@@ -126,6 +126,10 @@ class RunningDevice:
                 pass
             return reply
 
+    def ask_host_to_stop(self, instance):
+        """Stop an instance on the host."""
+        self.ask_host(host_api.Stop, instance=instance)
+
     def _options(self):
         return [
             *("--state", str(self.state), "--runtime", str(self.runtime)),

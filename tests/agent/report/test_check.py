@@ -20,7 +20,7 @@ from agent.identity.identity import Identity
 from agent.report import check
 from fleet.ca import CertificateAuthority
 
-ORDER = ["machine", "identity", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "host", "disk"]
+ORDER = ["machine", "identity", "disk", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "host"]
 DEVICE = "crane-0a1b2c3d"
 HOST = "127.0.0.1"
 ENGINE = '{"engine": "50.0.1", "triple": "aarch64-unknown-linux-gnu"}'
