@@ -184,10 +184,16 @@ def check() -> int:
         print(f"memories     {reserved // MIB} MiB reserved and {guard // MIB} MiB guarded for each")
     else:
         print("engine       none for this device: components are refused")
-    layers = sandbox.probe()
-    here = sandbox.way(os.geteuid(), layers)
+    try:
+        layers = sandbox.probe()
+    except sandbox.SandboxError as error:
+        print(f"isolation    none: {error}: components are refused")
+        return 1
+    here = sandbox.way(layers)
     print(f"isolation    of workers, by the way the host runs; tested now, as a {here}:")
     print("\n".join(sandbox.isolation_report(here, layers)))
+    if missing := sandbox.needs_of([layer for layer, there in layers.items() if not there]):
+        print(f"missing      {missing}")
     return 0 if facts else 1
 
 

@@ -136,7 +136,7 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.egress_spec(str(directory)))
-    loop.run_until_complete(Egress(sock, sandbox.NEIGHBOURS if layers["mount"] else str(directory)).run())
+    loop.run_until_complete(Egress(sock, sandbox.NEIGHBOURS if layers["mount"] else ".").run())
 
 
 class Egress:

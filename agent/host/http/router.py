@@ -77,7 +77,7 @@ def run_router(
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
-    where = "" if layers["mount"] else str(directory)
+    where = "" if layers["mount"] else "."  # an address as short as possible, see `sandbox.apply`
     loop.run_until_complete(Router(listener, sock, where, Clients(page)).run())
 
 

@@ -104,6 +104,14 @@ def pivot_here() -> None:
     os.chdir("/")
 
 
+def capabilities() -> int:
+    """Return the effective capabilities of this thread, as a bit set; raises OSError."""
+    header, data = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, data), "capget")
+    low, _, _, high, _, _ = struct.unpack("=6I", data.raw)
+    return int(low | high << 32)
+
+
 def drop_capabilities() -> None:
     """Give up every capability, in all sets."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)

@@ -23,8 +23,9 @@ import importlib
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, NamedTuple
 
 from agent.host.sandbox import kernel, seccomp
@@ -50,6 +51,9 @@ _ROOT: Final = "/tmp"  # noqa: S108 - only a mount point for an empty root, in t
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
 _EGRESS_UID: Final = 1_879_113_726
+_MANAGING_USERS: Final = sum(1 << bit for bit in (0, 1, 3, 5, 6, 7))
+"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: to give processes and files to users, and manage them then."""
+
 _EGRESS_BYTES: Final = 64 * MIB
 NEIGHBOURS: Final = _ROOT
 _RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/systemd/resolve", "/run/resolvconf")
@@ -147,10 +151,43 @@ def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_byte
     )
 
 
+@cache
+def can_assign_users() -> bool:
+    """Test whether this process gives workers users of their own, and can manage their processes and files then.
+
+    Root cannot in a user namespace that maps fewer users (LXC, rootless Podman), nor without some capabilities, as a
+    container may have been started. Nor does root where only user namespaces isolate network and files, as without
+    CAP_SYS_ADMIN: no other user exists in those.
+    """
+    if os.geteuid() != 0:
+        return False
+    try:
+        if _MANAGING_USERS & ~kernel.capabilities():
+            return False
+    except OSError:
+        return False
+    pid = os.fork()
+    if pid == 0:
+        try:
+            apart = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWNET
+            if _holds(lambda: kernel.unshare(apart)) or not _holds(lambda: kernel.enter_user_namespace(apart)):
+                _become(_ROUTER_UID)
+                os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _become(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
 def router_spec(directory: str) -> SandboxSpec:
     """Return the sandbox of the router, which can only access the directory of the instances' sockets."""
     return SandboxSpec(
-        uid=_ROUTER_UID if os.geteuid() == 0 else None,
+        uid=_ROUTER_UID if can_assign_users() else None,
         root=directory,
         filter=seccomp.router,
         descriptors=3 * _FILES_MAX,  # a client's connection, its connection to the instance, and idle connections
@@ -163,7 +200,7 @@ def egress_spec(directory: str) -> SandboxSpec:
     The directory of the instances' sockets is at `NEIGHBOURS` where the mount layer holds.
     """
     return SandboxSpec(
-        uid=_EGRESS_UID if os.geteuid() == 0 else None,
+        uid=_EGRESS_UID if can_assign_users() else None,
         neighbours=directory,
         network=True,
         readable=_RESOLVER,
@@ -217,6 +254,9 @@ def waits(scheduling_fd: int | None) -> bool:
 def apply(spec: SandboxSpec) -> dict[str, bool]:
     """Apply every possible layer; return layer -> whether it holds.
 
+    Without the mount layer, the spec's `data`, `root` or `neighbours` is the current directory afterwards: another user
+    could not search the directories above it.
+
     Raises:
         SandboxError: a layer failed halfway.
     """
@@ -226,16 +266,16 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
     program = spec.filter() if seccomp.AVAILABLE else None
     parent = os.getppid()
     used = _data_bytes()
-    own = _namespaces(network=spec.network)
+    own = _namespaces(network=spec.network, user=spec.uid is None)
     holds["network"] = own.network
     try:
         holds["mount"] = own.mount and _holds(lambda: _new_root(spec))
+        if not holds["mount"] and (directory := spec.data or spec.root or spec.neighbours):
+            os.chdir(directory)
         if spec.uid is not None:
-            os.setgroups([])
-            os.setresgid(spec.uid, spec.uid, spec.uid)
-            os.setresuid(spec.uid, spec.uid, spec.uid)
+            _become(spec.uid)
         holds["limits"] = _limit(spec, used)
-        if own.user or os.geteuid() != 0:
+        if spec.uid is None:  # a change of user drops them
             with contextlib.suppress(OSError):
                 kernel.drop_capabilities()
         holds["user"] = spec.uid is not None or own.user
@@ -265,13 +305,13 @@ class _Namespaces(NamedTuple):
     mount: bool
 
 
-def _namespaces(*, network: bool) -> _Namespaces:
-    """Enter new namespaces; with `network`, keep the network namespace."""
+def _namespaces(*, network: bool, user: bool) -> _Namespaces:
+    """Enter new namespaces; with `network`, keep the network namespace, with `user`, try a user namespace first."""
     apart = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | (0 if network else kernel.CLONE_NEWNET)
+    if user and _holds(lambda: kernel.enter_user_namespace(apart)):
+        return _Namespaces(user=True, network=not network, mount=True)
     if _holds(lambda: kernel.unshare(apart)):
         return _Namespaces(user=False, network=not network, mount=True)
-    if _holds(lambda: kernel.enter_user_namespace(apart)):
-        return _Namespaces(user=True, network=not network, mount=True)
     if network:
         return _Namespaces(user=False, network=False, mount=_holds(lambda: kernel.unshare(kernel.CLONE_NEWNS)))
     network = _holds(lambda: kernel.unshare(kernel.CLONE_NEWNET))
@@ -339,7 +379,7 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
     try:
         for outside, inside in ((spec.data, DATA), (spec.root, "/"), (spec.neighbours, NEIGHBOURS)):
             if outside:
-                here = os.open(inside if mounted else outside, os.O_PATH | os.O_CLOEXEC)
+                here = os.open(inside if mounted else ".", os.O_PATH | os.O_CLOEXEC)
                 opened.append(here)
                 allowed[here] = _ALL_RIGHTS
         for path in spec.readable:
@@ -361,22 +401,38 @@ def close_all_but(keep: set[int]) -> None:
 
 
 def probe() -> dict[str, bool]:
-    """Test in a child process which layers hold for workers on this device; none if that failed."""
+    """Test in child processes which layers hold on this device: around workers, the router and the egress.
+
+    Raises:
+        SandboxError: no process can be confined here.
+    """
+    uid = _ROUTER_UID if can_assign_users() else None
+    found = _probe_one(worker_spec(uid=uid, memory_bytes=MIB, body_bytes=MIB, storage_bytes=0, data=""))
+    for spec in (router_spec("/proc"), egress_spec("/proc")):
+        _probe_one(spec)
+    return found
+
+
+def _probe_one(spec: SandboxSpec) -> dict[str, bool]:
+    """Enter a sandbox in a child process, and return which layers hold there. Raises `SandboxError`."""
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
             close_all_but({0, 1, 2, write})
-            uid = _ROUTER_UID if os.geteuid() == 0 else None
-            layers = apply(worker_spec(uid=uid, memory_bytes=MIB, body_bytes=MIB, storage_bytes=0, data=""))
+            layers = apply(spec)
             os.write(write, b"".join(b"\1" if layers[layer] else b"\0" for layer in LAYERS))
+        except BaseException as error:  # noqa: BLE001 - nobody above could handle it: this process was forked
+            os.write(write, b"!" + str(error).encode()[:_WORDS_BYTES])
         finally:
             os._exit(0)
     os.close(write)
-    results = os.read(read, len(LAYERS))
+    results = os.read(read, _WORDS_BYTES)
     os.close(read)
     os.waitpid(pid, 0)
-    results = results.ljust(len(LAYERS), b"\0")
+    if len(results) != len(LAYERS) or results.startswith(b"!"):
+        why = results[1:].decode(errors="replace") or "the process that tried ended"
+        raise SandboxError(why)
     return {layer: bool(holds) for layer, holds in zip(LAYERS, results, strict=True)}
 
 
@@ -395,6 +451,20 @@ _MEANING: Final = {
     "landlock": "files, ports and abstract sockets are refused a second time",
     "seccomp": "no process, socket, executable memory, tracing or signal to others",
 }
+_NAMESPACES: Final = (
+    "CAP_SYS_ADMIN, or user namespaces, which a container's system call filter or its kernel may forbid "
+    "(docs/containers.md)"
+)
+_NEEDS: Final = {
+    "user": "root with users of its own and CAP_SETUID, SETGID, CHOWN, DAC_OVERRIDE, FOWNER, KILL, or user namespaces",
+    "network": _NAMESPACES,
+    "mount": _NAMESPACES,
+    "landlock": "a kernel with Landlock, enabled (CONFIG_SECURITY_LANDLOCK, lsm=)",
+    "seccomp": "libseccomp, and a kernel with seccomp filters",
+    "cgroup": "a control group of its own (Delegate=yes in its unit)",
+}
+"""By layer, what it needs beyond a plain process; layers with the same need are missing together."""
+
 _SHARED: Final = (
     "A shared worker isolates nothing between its instances: code that breaks out of one has the memory of the others.",
     "Only instances of one publisher share one, where the operator allows it; none with files, secrets or requests.",
@@ -402,9 +472,9 @@ _SHARED: Final = (
 _CGROUP: Final = ("Delegate=", "if given", "if given", "workers of an instance share one limit of memory")
 
 
-def way(euid: int, layers: Mapping[str, bool]) -> str:
-    """Return the way in which a host of this user runs, given the layers of its workers."""
-    if euid == 0:
+def way(layers: Mapping[str, bool]) -> str:
+    """Return the way in which this host runs, given the layers of its workers."""
+    if can_assign_users():
         return ROOT
     return USER if layers.get("user") else BARE
 
@@ -413,7 +483,18 @@ def holds(layer: str, in_way: str, here: str, layers: Mapping[str, bool]) -> boo
     """Return whether a layer holds in another way, derived from `layers`, which were tested in the way `here`."""
     if in_way == here or layer not in _BY_NAMESPACES:
         return layers[layer]
+    if in_way == USER and here == ROOT and not layers["mount"]:
+        return False  # what root may not do here, a user may not either
     return in_way != BARE
+
+
+def needs_of(missing: Collection[str]) -> str:
+    """Return a sentence on what the missing layers need on this device; empty where nothing can be said."""
+    wants = {layer: want for layer, want in _NEEDS.items() if layer in missing}
+    return "; ".join(
+        f"{' and '.join(layer for layer, want in wants.items() if want == each)}: {each}"
+        for each in dict.fromkeys(wants.values())
+    )
 
 
 def isolation_report(here: str, layers: Mapping[str, bool]) -> list[str]:

@@ -31,7 +31,12 @@ from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
 
 _ACK_S: Final = 5.0
-_PAUSE_S: Final = 0.5  # pause before a replacement: a helper that crashes at once must not use up the CPU
+_PAUSE_S: Final = 0.5
+_PAUSE_MAX_S: Final = 15.0
+_WELL_S: Final = 60.0
+"""Pause before a replacement: doubled with each process that did not live for `_WELL_S`, so that helpers that cannot
+work here use up neither the CPU nor the journal."""
+
 _DRAIN_S: Final = 6.0  # a second more than the router gives its clients
 
 
@@ -48,6 +53,8 @@ class HelperProcess(ABC):
         self._writer: PacketWriter | None = None
         self._pidfd = -1
         self._closing = False
+        self._began_s = 0.0
+        self._pause_s = _PAUSE_S
         self._gone = asyncio.get_running_loop().create_future()
         self._gone.set_result(None)
 
@@ -83,6 +90,7 @@ class HelperProcess(ABC):
         self._pidfd = os.pidfd_open(self.pid)
         self._writer = PacketWriter(self._sock, lambda _: None)  # the pidfd reports the end
         loop = asyncio.get_running_loop()
+        self._began_s = loop.time()
         self._gone = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)
         loop.add_reader(self._sock, self._readable)
@@ -111,11 +119,19 @@ class HelperProcess(ABC):
         lost = self._closed()
         self._gone.set_result(None)
         if self._is_needed() and not self._closing:
+            pause_s = self._next_pause(loop.time())
             sys.stderr.write(
-                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), starting another\n"
+                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), "
+                f"starting another in {pause_s:g} s\n"
             )
             sys.stderr.flush()
-            loop.call_later(_PAUSE_S, self._again)
+            loop.call_later(pause_s, self._again)
+
+    def _next_pause(self, now_s: float) -> float:
+        """Return the pause before the next process, and double the one after that."""
+        pause_s = _PAUSE_S if now_s - self._began_s >= _WELL_S else self._pause_s
+        self._pause_s = min(_PAUSE_MAX_S, 2 * pause_s)
+        return pause_s
 
     def _again(self) -> None:
         if not self._is_needed() or self.running or self._closing:
@@ -123,9 +139,11 @@ class HelperProcess(ABC):
         try:
             self._fork()
         except OSError as error:  # out of processes, memory or descriptors, for now
-            sys.stderr.write(f"host: cannot start the {self._name}: {error.strerror}; trying again\n")
+            loop = asyncio.get_running_loop()
+            pause_s = self._next_pause(loop.time())
+            sys.stderr.write(f"host: cannot start the {self._name}: {error.strerror}; trying again in {pause_s:g} s\n")
             sys.stderr.flush()
-            asyncio.get_running_loop().call_later(_PAUSE_S, self._again)
+            loop.call_later(pause_s, self._again)
 
     def _kill(self) -> None:
         """Kill the process, and start no other."""

@@ -4,11 +4,11 @@ Listeners: a Unix socket behind the router, or a port of the instance's own. The
 instance's life and lends it to workers, so that no swap or crash loses a client that waits to be accepted.
 
 Users: each instance has a uid from a reserved range, unique and stable across restarts. Only a host that runs as root
-can assign users. No account, container or dynamic user is in the range (systemd, "Users, Groups, UIDs and GIDs": above
-the container range). A uid is not reused while the range lasts, so that no instance inherits files; afterwards, those
-of instances that no longer run are reused, longest unused first. A device has a single host, in the packaged place. If
-there are several (tests, demos), each has a range of its own, derived from its state directory: the kernel counts
-processes by user, so hosts with the same users would share limits.
+can assign users, and not in each container (`can_assign_users`). No account, container or dynamic user is in the range
+(systemd, "Users, Groups, UIDs and GIDs": above the container range). A uid is not reused while the range lasts, so that
+no instance inherits files; afterwards, those of instances that no longer run are reused, longest unused first. A device
+has a single host, in the packaged place. If there are several (tests, demos), each has a range of its own, derived from
+its state directory: the kernel counts processes by user, so hosts with the same users would share limits.
 
 Crash counts: consecutive crashes, remembered across restarts of host and device. A component that crashes its workers
 (or the whole device) must not get new attempts from each reboot: it starts with its old count, so that a single further
@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -33,6 +34,7 @@ from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
+from agent.host.sandbox.sandbox import can_assign_users
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import atomic_write, move_into_place, remove_leftovers
@@ -82,12 +84,17 @@ class Listeners:
                     (self._directory / instance).unlink()
 
     def _unix(self, instance: str) -> socket.socket:
-        path = self._directory / instance
-        path.unlink(missing_ok=True)
+        (self._directory / instance).unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.bind(str(path))
-        os.chmod(path, 0o666)  # noqa: PTH101, S103 - access is controlled by access to the directory
-        sock.listen(BACKLOG)
+        try:
+            # By its name alone: the address of a Unix socket has at most 107 characters (unix(7)).
+            with _inside(self._directory):
+                sock.bind(instance)
+                os.chmod(instance, 0o666)  # noqa: PTH101, S103 - access is controlled by access to the directory
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def _tcp(self, port: int) -> socket.socket:
@@ -107,6 +114,18 @@ class Listeners:
         for name, port in list(self._open):
             if name == instance:
                 self.close_port(name, port)
+
+
+@contextlib.contextmanager
+def _inside(directory: Path) -> Iterator[None]:
+    """Make a directory the current one for a moment, in which no other thread may run."""
+    before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.chdir(directory)
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 FIRST: Final = 1_879_048_192
@@ -142,7 +161,7 @@ class UidAllocator:
 
     def allocate(self, instance: str) -> int | None:
         """Return the uid of an instance, assigned if needed; None if this host cannot assign users."""
-        if os.geteuid() != 0:
+        if not can_assign_users():
             return None
         found = self._given.pop(instance, None)
         if found is None:

@@ -87,8 +87,8 @@ class Supervisor:
         self._resources = HostResources.open(
             state=settings.state, sockets=sockets, address=address, request_path=settings.request_path
         )
-        self._layers = {**sandbox.probe(), "cgroup": self._resources.cgroups.available}
-        self._runs_as = sandbox.way(os.geteuid(), self._layers)
+        self._layers = {**_probed(), "cgroup": self._resources.cgroups.available}
+        self._runs_as = sandbox.way(self._layers)
         self._pool = WorkerPool(ZygotePool(), self._resources.cgroups, self._resources.uids)
         self._barrier = SwapBarrier()
         self._router: RouterHandle | None = None
@@ -105,7 +105,8 @@ class Supervisor:
         if missing := self._missing(self._settings.minimum):
             raise IsolationError(
                 f"cannot start: isolation layers missing around components, as a {self._runs_as}: "
-                f"{', '.join(missing)}; 'fleet-host check' shows the layers there are, --minimum names fewer"
+                f"{', '.join(missing)}; needed are {sandbox.needs_of(missing) or 'limits of this process'}; "
+                "'fleet-host check' shows the layers there are, --minimum names fewer"
             )
         _raise_descriptor_limit()
         server = AgentServer(self._listen(), self, self.events, agent_group=self._settings.agent_group)
@@ -337,6 +338,14 @@ class Supervisor:
         """Yield the running instances after `name`, sorted by name."""
         names = sorted(each for each in self._instances if each > name)
         return (one for each in names if (one := self._instances[each]).current is not None)
+
+
+def _probed() -> dict[str, bool]:
+    """Return which isolation layers hold here. Raises `HostError`: no process can be confined."""
+    try:
+        return sandbox.probe()
+    except sandbox.SandboxError as error:
+        raise HostError(f"cannot start: no process can be confined here: {error}; see docs/containers.md") from error
 
 
 def _instance_of(request: host_api.Request) -> str:

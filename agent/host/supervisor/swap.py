@@ -165,9 +165,12 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
     try:
         generation.listener = parts.listeners.open(parts.name, port)
     except OSError as error:
-        raise StartError(
-            RejectCode.PORT_IN_USE, f"{parts.name}: cannot listen on port {port}: {error.strerror}"
-        ) from error
+        code, what = (
+            (RejectCode.INTERNAL, "make its socket for the router")
+            if port is None
+            else (RejectCode.PORT_IN_USE, f"listen on port {port}")
+        )
+        raise StartError(code, f"{parts.name}: cannot {what}: {error.strerror or error}") from error
     if not was_open:
         undo.callback(parts.listeners.close_port, parts.name, port)
 

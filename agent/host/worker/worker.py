@@ -107,7 +107,7 @@ class Worker:
         except sandbox.SandboxError as error:
             return self._refuse(setup, RejectCode.CONTAINMENT, error)
         os.close(image_fd)
-        where = "" if not setup.data else sandbox.DATA if layers["mount"] else setup.data
+        where = "" if not setup.data else sandbox.DATA if layers["mount"] else "."
         writes = None
         if setup.data:
             tally = QuotaPage(tally_fd)

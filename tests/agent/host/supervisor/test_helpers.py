@@ -42,3 +42,45 @@ async def test_a_helper_that_cannot_be_forked_is_tried_again(monkeypatch, capsys
         await helper.third.wait()
         await helper._gone
     assert "cannot start the helper: no process is left; trying again" in capsys.readouterr().err
+
+
+class Hopeless(helpers.HelperProcess):
+    """Ends at once, eight times."""
+
+    def __init__(self):
+        super().__init__("helper")
+        self.tries = 0
+        self.last = asyncio.Event()
+        self._fork()
+
+    def _spawn(self):
+        self.tries += 1
+        if self.tries == 8:
+            self.last.set()
+        return os.posix_spawn("/bin/true", ["true"], {}), framing.socket_pair()[0]
+
+    def _tell_everything(self):
+        pass
+
+    def _is_needed(self):
+        return not self.last.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_helper_that_cannot_work_here_is_tried_less_and_less_often(monkeypatch, capsys):
+    loop, pauses = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+
+    def soon(delay, *what, **how):
+        pauses.append(delay)
+        return call_later(0, *what, **how)
+
+    monkeypatch.setattr(loop, "call_later", soon)
+    helper = Hopeless()
+    async with asyncio.timeout(30):
+        await helper.last.wait()
+        await helper._gone
+    assert pauses == [0.5, 1, 2, 4, 8, 15, 15]
+    assert "starting another in 15 s" in capsys.readouterr().err
+    assert helper._next_pause(loop.time() + 60) == 0.5, "one that lived for a minute is replaced as at first"
+    assert helper._next_pause(loop.time()) == 1

@@ -25,7 +25,7 @@ def uid(path):
 
 @pytest.mark.parametrize("write", [crash, quota, uid])
 def test_a_file_is_on_the_medium_and_so_is_its_name(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("agent.host.supervisor.resources.can_assign_users", lambda: True)
     synced = []
     fsync = os.fsync
 
