@@ -184,19 +184,20 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, enrolment.device_name(options.name or settings.name), text, identity.machine(), settings.production)
+    _join(options, enrolment.device_name(options.name or settings.name), text, identity.machine())
     return 0
 
 
-def _join(options: argparse.Namespace, name: str, text: str, machine: str, production: bool) -> None:  # noqa: FBT001
+def _join(options: argparse.Namespace, name: str, text: str, machine: str) -> None:
     _become_owner(options.state)
     joined = enrolment.enrol(
         text,
         state=options.state,
         name=name,
-        production=production,
+        production=options.settings.production,
         force=options.force,
         machine=machine,
+        proxy=options.settings.network.proxy,
     )
     print(f"{joined.device} has joined the fleet {joined.fleet}" + (f", group {joined.group}" if joined.group else ""))
 
@@ -222,7 +223,7 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     name = enrolment.device_name(named) if named else identity.name_of(enrolment.device_name(), machine)
     pid = os.fork()  # root erases the token, but the identity is written by the agent's user
     if pid == 0:
-        os._exit(_guarded(lambda: _join(options, name, found.text, machine, settings.production)))
+        os._exit(_guarded(lambda: _join(options, name, found.text, machine)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 0 and not identity.erase(found):
         print(f"the used token could not be erased from {found.where}; it does not work a second time", file=sys.stderr)

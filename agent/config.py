@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from agent.proxy import Proxy, ProxyError
 from fleet.protocol import bounds, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import line_of
@@ -125,7 +126,8 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Connection of the device to its fleet.
 
     Attributes:
-        proxy: `http://host:port` for HTTPS requests; empty to use the environment's (`https_proxy`), if any.
+        proxy: `http://[user:password@]host:port`; empty to use the environment's (`https_proxy`), if any. HTTPS and
+            MQTT over WebSocket go through it; plain MQTT does where it cannot connect directly.
         min_rate_bytes_s: minimum rate of a download over half a minute; a slower one is aborted and resumed later.
         request_s: total time of a small request.
         download_s: total time of a download attempt.
@@ -220,6 +222,11 @@ def validate(merged: Mapping[str, Any]) -> Settings:
             raise ConfigError(
                 f"policy.{name} is {getattr(settings.policy, name)}, but must be 0 or more", f"policy.{name}"
             )
+    if settings.network.proxy:
+        try:
+            Proxy.parse(settings.network.proxy)
+        except ProxyError as error:
+            raise ConfigError(f"network.proxy: {error}", "network.proxy") from None
     for ports in settings.policy.ports:
         try:
             port_range(ports)

@@ -22,8 +22,11 @@ class NoAnswerError(OSError):
         failures: (address, error) in the order tried; `TimeoutError` for those that did not answer in time.
     """
 
-    def __init__(self, failures: Sequence[tuple[str, OSError]]) -> None:
-        reasons = [f"{address}: {_reason(error)}" for address, error in failures]
+    def __init__(self, failures: Sequence[tuple[str, OSError]], *, host: str = "") -> None:
+        """Describe `failures`; an address that is `host` itself is not named again."""
+        reasons = [
+            reason_of(error) if address == host else f"{address}: {reason_of(error)}" for address, error in failures
+        ]
         numbers = {error.errno for _, error in failures}
         # with an errno, OSError would become one of its subclasses, which takes other arguments
         super().__init__("; ".join(reasons) or "there is no address to connect to")
@@ -40,7 +43,8 @@ class NoAnswerError(OSError):
         return bool(self.failures) and all(isinstance(error, TimeoutError) for _, error in self.failures)
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Return why a connection failed, for people."""
     return os.strerror(error.errno) if error.errno else str(error)  # asyncio puts the address into strerror
 
 
@@ -54,11 +58,17 @@ def interleave(addresses: Sequence[str]) -> list[str]:
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a name from this device's resolver, its preferred first. Raises `OSError`."""
+    """Return the addresses of a name from this device's resolver, its preferred first.
+
+    Raises:
+        socket.gaierror: its `strerror` is a sentence.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"cannot resolve {host} ({error.strerror})") from error
     except UnicodeError as error:  # a label that is empty or too long
-        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
+        raise socket.gaierror(socket.EAI_NONAME, f"{host[:100]!r} is not a host name") from error
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
@@ -75,7 +85,10 @@ def connect(host: str, port: int, *, timeout_s: float) -> socket.socket:
         NoAnswerError: no address answers.
     """
     addresses = resolve(host, port)
-    sock = asyncio.run(first_connected(addresses, port, timeout_s=timeout_s))
+    try:
+        sock = asyncio.run(first_connected(addresses, port, timeout_s=timeout_s))
+    except NoAnswerError as error:
+        raise NoAnswerError(error.failures, host=host) from None
     sock.settimeout(timeout_s)
     return sock
 

@@ -90,6 +90,7 @@ class Links:
                 tls=tls,
                 will=wire.encode(State(device=identity.device, online=False)),
                 keepalive_s=network.keepalive_s,
+                proxy=network.proxy,
             ),
             host=HostClient(places.host_socket),
         )

@@ -36,8 +36,9 @@ from cryptography.x509.oid import NameOID
 from agent.clock import ReferenceClock
 from agent.config import Paths
 from agent.identity.identity import Identity
-from agent.link import https
+from agent.link import dialer, https
 from agent.link.https import FetchError, FixedTls, HttpsClient
+from agent.proxy import ProxyError
 from fleet.protocol import bounds, names, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import atomic_write, sync_directory
@@ -72,12 +73,13 @@ def device_name(configured: str = "") -> str:
     return names.check_label(cleaned[:54] or "device", "device")
 
 
-def presented_ca(url: str, sha256: str) -> str:
+def presented_ca(url: str, sha256: str, *, proxy: str = "") -> str:
     """Fetch the CA certificate with a given hash from the chain that a server presents, without sending a request.
 
     Args:
         url: `https://host:port`.
         sha256: hash of the CA certificate (DER) in hex.
+        proxy: see `HttpsClient`.
 
     Returns:
         The certificate as PEM.
@@ -89,13 +91,20 @@ def presented_ca(url: str, sha256: str) -> str:
     blind = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     blind.check_hostname = False
     blind.verify_mode = ssl.CERT_NONE
-    address = (split.hostname or "", split.port or 443)
+    host, port = split.hostname or "", split.port or 443
     try:
         with (
-            socket.create_connection(address, timeout=CONNECT_S) as plain,
-            blind.wrap_socket(plain, server_hostname=split.hostname) as connection,
+            dialer.connect(host, port, timeout_s=CONNECT_S, proxy=dialer.proxy_for(host, proxy)) as plain,
+            blind.wrap_socket(plain, server_hostname=host) as connection,
         ):
             chain = _chain(connection)
+    except ssl.SSLError as error:
+        raise EnrolError(
+            f"{url} does not speak TLS ({https.why(error)}): check the address and port in the token, and that no "
+            "login page of this network answers in place of the server"
+        ) from error
+    except ProxyError as error:
+        raise EnrolError(f"cannot reach {url}: {error}") from error
     except OSError as error:
         raise EnrolError(
             f"cannot reach {url}: {error.strerror or error}; check that 'fleet serve' runs there"
@@ -148,7 +157,9 @@ def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X
     return key, sealing
 
 
-def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = False, machine: str = "") -> Identity:
+def enrol(
+    text: str, *, state: Path, name: str, production: bool, force: bool = False, machine: str = "", proxy: str = ""
+) -> Identity:
     """Join the fleet that a token names.
 
     Args:
@@ -158,6 +169,7 @@ def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = 
         production: refuse fleets made for development.
         force: discard an existing identity, with the whole state of the old fleet.
         machine: id of the machine, to detect a copied disk later.
+        proxy: see `HttpsClient`.
 
     Raises:
         EnrolError: the token is bad, expired or refused, the server is not the one that it names, or a file cannot be
@@ -175,7 +187,7 @@ def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = 
         raise EnrolError(f"the token expired on {token.expires:%Y-%m-%d %H:%M} UTC: ask for a new one")
     try:
         key, sealing = _keys(state / NEW, hashlib.sha256(text.strip().encode()).hexdigest())
-        enrolled, ca_pem = _ask(token, key, sealing, name, machine)
+        enrolled, ca_pem = _ask(token, key, sealing, name, machine, proxy)
         identity = _checked(token, enrolled, key, production=production, machine=machine)
         files = {
             "device.pem": enrolled.certificate_pem.encode(),
@@ -191,11 +203,11 @@ def enrol(text: str, *, state: Path, name: str, production: bool, force: bool = 
 
 
 def _ask(
-    token: Token, key: ec.EllipticCurvePrivateKey, sealing: X25519PrivateKey, name: str, machine: str
+    token: Token, key: ec.EllipticCurvePrivateKey, sealing: X25519PrivateKey, name: str, machine: str, proxy: str
 ) -> tuple[Enrolled, str]:
-    ca_pem = presented_ca(token.url, token.ca_sha256)
+    ca_pem = presented_ca(token.url, token.ca_sha256, proxy=proxy)
     floor = token.floor if ReferenceClock(token.floor).behind else None
-    client = HttpsClient(token.url, FixedTls(https.context(ca_pem, clock_behind=floor is not None), floor))
+    client = HttpsClient(token.url, FixedTls(https.context(ca_pem, clock_behind=floor is not None), floor), proxy=proxy)
     sealing_key = public_key(sealing)
     request = EnrolRequest(
         secret=token.secret,

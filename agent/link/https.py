@@ -20,7 +20,6 @@ import ssl
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +27,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.clock import ReferenceClock
+from agent.happy_eyeballs import NoAnswerError
+from agent.link import dialer
+from agent.proxy import authority
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import sync_directory
 
@@ -119,14 +121,6 @@ class FixedTls:
         return ConnectionTls(self.context, self.floor)
 
 
-def proxy_for(url: urllib.parse.SplitResult, configured: str) -> urllib.parse.SplitResult | None:
-    """Return the proxy for `url`: the configured one, else the environment's; None for none."""
-    proxy = configured or urllib.request.getproxies().get("https", "")
-    if not proxy or (not configured and urllib.request.proxy_bypass(url.hostname or "")):
-        return None
-    return urllib.parse.urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-
-
 class HttpsClient:
     """HTTPS client of a single base URL."""
 
@@ -146,7 +140,7 @@ class HttpsClient:
         Args:
             base: `https://host:port`.
             tls: source of TLS settings.
-            proxy: `http://host:port`; empty to use the environment's, if any.
+            proxy: `http://[user:password@]host:port`; empty to use the environment's, if any.
             request_s: total time of a small request.
             download_s: total time of a download attempt.
             min_rate_bytes_s: minimum rate of a download over half a minute; a slower one is aborted (TOO_SLOW).
@@ -154,7 +148,7 @@ class HttpsClient:
         """
         self._url = urllib.parse.urlsplit(base)
         self._tls = tls
-        self._proxy = proxy_for(self._url, proxy)
+        self._proxy = proxy
         self._request_s = request_s
         self._download_s = download_s
         self._min_rate = min_rate_bytes_s
@@ -165,25 +159,23 @@ class HttpsClient:
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
     ) -> Iterator[tuple[http.client.HTTPResponse, http.client.HTTPSConnection]]:
         host, port = self._url.hostname or "", self._url.port or 443
-        where = f"{host}:{port}"
-        via = self._proxy
+        where = authority(host, port)
         try:
             tls = self._tls.for_connection()
         except (OSError, ValueError) as error:  # a file of the identity is missing or damaged
             reason = why(error) if isinstance(error, ssl.SSLError) else str(error)
             raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {reason}") from error
-        connection = http.client.HTTPSConnection(
-            via.hostname or "" if via else host,
-            (via.port or 3128) if via else port,
-            timeout=max(0.1, deadline - time.monotonic()),
-            context=tls.context,
-        )
-        if via:
-            connection.set_tunnel(host, port)
+        connection = http.client.HTTPSConnection(host, port, context=tls.context)
         try:
-            connection.connect()
-            assert isinstance(connection.sock, ssl.SSLSocket)
-            tls.check(connection.sock)
+            timeout_s = max(0.1, deadline - time.monotonic())
+            plain = dialer.connect(host, port, timeout_s=timeout_s, proxy=dialer.proxy_for(host, self._proxy))
+            try:
+                secured = tls.context.wrap_socket(plain, server_hostname=host)
+            except BaseException:
+                plain.close()
+                raise
+            connection.sock = secured
+            tls.check(secured)
             base = self._url.path.rstrip("/")
             connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
             yield connection.getresponse(), connection
@@ -191,8 +183,11 @@ class HttpsClient:
             raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {why(error)}") from error
         except TimeoutError as error:
             raise FetchError(RejectCode.TOO_SLOW, f"{where}: no answer in time") from error
+        except NoAnswerError as error:
+            code = RejectCode.TOO_SLOW if error.timed_out else RejectCode.UNREACHABLE
+            raise FetchError(code, f"{where}: {error}") from error
         except socket.gaierror as error:
-            raise FetchError(RejectCode.UNREACHABLE, f"cannot resolve {host} ({error.strerror})") from error
+            raise FetchError(RejectCode.UNREACHABLE, str(error.strerror)) from error
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise FetchError(

@@ -22,6 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from agent.link.dialer import BROKER_PORTS, connect_broker
 from agent.link.https import ConnectionTls, Tls, why
 from fleet.protocol.topics import Topic, Up, device_subscriptions
 
@@ -31,7 +32,6 @@ RETRY_FIRST_S: Final = 1.0
 RETRY_MAX_S: Final = 300.0
 CONNECT_S: Final = 20.0
 STABLE_S: Final = 60.0
-PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "wss": 443}
 QOS: Final = 1
 
 
@@ -80,6 +80,7 @@ class MqttClient:
         tls: Tls,
         will: bytes,
         keepalive_s: int,
+        proxy: str = "",
     ) -> None:
         """Prepare a client; `run` connects and stays connected.
 
@@ -89,19 +90,21 @@ class MqttClient:
             tls: source of TLS settings.
             will: published by the broker on `up/state` when the connection is lost.
             keepalive_s: seconds of silence after which a ping is sent.
+            proxy: see `agent.link.https.HttpsClient`.
 
         Raises:
             BrokerAddressError: an address has another form, or there is no address.
         """
         self._device = device
         self._addresses = [urllib.parse.urlsplit(address) for address in addresses]
-        if not self._addresses or any(each.scheme not in PORTS or not each.hostname for each in self._addresses):
+        if not self._addresses or any(each.scheme not in BROKER_PORTS or not each.hostname for each in self._addresses):
             raise BrokerAddressError(
                 f"bad broker addresses {', '.join(addresses) or '(none)'}: they must be like mqtts://host:port"
             )
         self._tls = tls
         self._will = will
         self._keepalive_s = keepalive_s
+        self._proxy = proxy
         self._client: mqtt.Client | None = None
         self._again = asyncio.Event()
         self._leaving = False
@@ -171,6 +174,19 @@ class MqttClient:
                 delay = min(RETRY_MAX_S, delay * 2)
 
 
+class _PahoClient(mqtt.Client):
+    """Client of paho with connections of our own: to each address of a name, and through proxies."""
+
+    def __init__(self, proxy: str, scheme: str, *arguments: Any, **more: Any) -> None:
+        self._configured_proxy, self._scheme = proxy, scheme
+        super().__init__(*arguments, **more)
+
+    def _create_socket_connection(self) -> socket.socket:
+        return connect_broker(
+            self._scheme, self.host, self.port, timeout_s=self.connect_timeout, configured_proxy=self._configured_proxy
+        )
+
+
 class _Connection:
     """Connection to a broker, from its first packet to its end."""
 
@@ -183,7 +199,9 @@ class _Connection:
         self._sock: Any = None
         self._tls: ConnectionTls | None = None
         self.established = False
-        self._client = mqtt.Client(
+        self._client = _PahoClient(
+            owner._proxy,  # noqa: SLF001
+            address.scheme,
             CallbackAPIVersion.VERSION2,
             client_id=owner._device,  # noqa: SLF001 - part of MqttClient
             clean_session=False,
@@ -223,8 +241,8 @@ class _Connection:
             return error.strerror or str(error)
 
     def _connect(self) -> None:
-        port = self._address.port or PORTS[self._address.scheme]
-        self._client.connect_timeout = CONNECT_S / 2
+        port = self._address.port or BROKER_PORTS[self._address.scheme]
+        self._client.connect_timeout = CONNECT_S / 2  # the rest is for TLS
         self._client.connect(self._address.hostname or "", port, self._owner._keepalive_s)  # noqa: SLF001
         sock = self._client.socket()
         if isinstance(sock, ssl.SSLSocket) and self._tls is not None:

@@ -3,8 +3,8 @@
 The first failure ends the checks, as the later ones would fail for the same reason.
 """
 
+import asyncio
 import contextlib
-import http.client
 import os
 import platform
 import shutil
@@ -20,10 +20,14 @@ from typing import Final
 
 import msgspec
 
+from agent import happy_eyeballs
 from agent.clock import ReferenceClock
 from agent.config import Paths, Settings
+from agent.happy_eyeballs import NoAnswerError
 from agent.identity import enrolment, identity
-from agent.link.https import DeviceTls, FetchError, HttpsClient, proxy_for, why
+from agent.link import dialer
+from agent.link.https import DeviceTls, FetchError, HttpsClient, why
+from agent.proxy import Proxy, ProxyError, authority
 from agent.update.images import compiler
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
@@ -74,14 +78,15 @@ def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Itera
     yield "disk", lambda: _disk(places, settings)
     who = identity.load(places.identity)
     url = urllib.parse.urlsplit(who.devices_url)
-    proxy = proxy_for(url, settings.network.proxy)
-    first = proxy or url
-    yield "DNS", lambda: _dns(first.hostname or "")
-    yield "TCP", lambda: _tcp(first.hostname or "", first.port or (3128 if proxy else 443))
-    yield "proxy", lambda: _proxy(proxy, url)
+    host, port = url.hostname or "", url.port or 443
+    proxy = _proxy_for(host, settings)
+    first = (proxy.host, proxy.port) if isinstance(proxy, Proxy) else (host, port)
+    yield "DNS", lambda: _dns(*first)
+    yield "TCP", lambda: _tcp(*first)
+    yield "proxy", lambda: _proxy(proxy, host, port)
     yield "TLS", lambda: _tls(places, who, url, proxy)
     yield "clock", lambda: _clock(who)
-    yield "MQTT", lambda: _mqtt(places, who)
+    yield "MQTT", lambda: _mqtt(places, settings, who)
     yield "HTTP", lambda: _http(places, settings, who)
     yield "engine", _engine
     yield "host", lambda: _host(places)
@@ -121,23 +126,52 @@ def _identity(places: Paths, settings: Settings) -> str:
     return f"{who.device} in the fleet {who.fleet}; the certificate will be renewed after {renew:%Y-%m-%d}"
 
 
-def _dns(host: str) -> str:
+def _proxy_for(host: str, settings: Settings) -> Proxy | ProxyError | None:
+    """Return the proxy on the way to `host`, or why its address cannot be read; None for no proxy."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return dialer.proxy_for(host, settings.network.proxy)
+    except ProxyError as error:
+        return error
+
+
+def _dns(host: str, port: int) -> str:
+    try:
+        found = happy_eyeballs.resolve(host, port)
     except OSError as error:
         raise _FailedError(f"{host} cannot be resolved ({error.strerror}): check the device's DNS settings") from error
-    return f"{host} has address {found[0][4][0]}"
+    if len(found) == 1:
+        return f"{host} has address {found[0]}"
+    return f"{host} has the addresses {', '.join(found)}"
 
 
 def _tcp(host: str, port: int) -> str:
+    """Connect to each address of a name at once; one that answers is enough, and each is named."""
+
+    async def each_address() -> list[str | OSError]:
+        addresses = happy_eyeballs.resolve(host, port)
+        return await asyncio.gather(*(_tcp_address(address, port) for address in addresses))
+
     try:
-        with closing(socket.create_connection((host, port), timeout=CONNECT_S)):
-            return f"{host}:{port} answers"
+        found = asyncio.run(each_address())
     except OSError as error:
+        raise _FailedError(str(error.strerror)) from error
+    said = "; ".join(str(each) for each in found)
+    if all(isinstance(each, OSError) for each in found):
+        name = "" if ":" in host or host.replace(".", "").isdigit() else f" for {host}"
         raise _FailedError(
-            f"cannot connect to {host}:{port}: {error.strerror or error}: "
-            "check that the server runs, and that no firewall blocks the connection"
-        ) from error
+            f"cannot connect{name}: {said}: check that the server runs, and that no firewall blocks the connection"
+        )
+    return said
+
+
+async def _tcp_address(address: str, port: int) -> str | OSError:
+    where = authority(address, port)
+    try:
+        sock = await happy_eyeballs.first_connected([address], port, timeout_s=CONNECT_S)
+    except NoAnswerError as error:
+        return OSError(f"{where}: {happy_eyeballs.reason_of(error.failures[0][1])}")
+    sock.close()
+    return f"{where} answers"
 
 
 def _clock(who: identity.Identity) -> str:
@@ -147,65 +181,77 @@ def _clock(who: identity.Identity) -> str:
     return f"{now:%Y-%m-%d %H:%M:%S}Z"
 
 
-def _connect(target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None) -> socket.socket:
-    """Connect to a server, through a proxy if there is one (CONNECT: RFC 9110, section 9.3.6)."""
-    host, port = target.hostname or "", target.port or 443
-    if proxy is None:
-        return socket.create_connection((host, port), timeout=CONNECT_S)
-    tunnel = http.client.HTTPConnection(proxy.hostname or "", proxy.port or 3128, timeout=CONNECT_S)
-    tunnel.set_tunnel(host, port)
-    tunnel.connect()
-    assert tunnel.sock is not None
-    return tunnel.sock
-
-
-def _proxy(proxy: urllib.parse.SplitResult | None, url: urllib.parse.SplitResult) -> str:
+def _proxy(proxy: Proxy | ProxyError | None, host: str, port: int) -> str:
     if proxy is None:
         return "not used"
+    if isinstance(proxy, ProxyError):
+        raise _FailedError(str(proxy)) from proxy
+    target = authority(host, port)
     try:
-        with closing(_connect(url, proxy)):
-            return f"{proxy.netloc} connects to {url.netloc}"
+        with closing(dialer.connect(host, port, timeout_s=CONNECT_S, proxy=proxy)):
+            return f"{proxy} connects to {target}"
     except OSError as error:
-        raise _FailedError(f"{proxy.netloc} does not connect to {url.netloc}: {error}: check the proxy") from error
+        raise _FailedError(
+            f"{proxy} does not connect to {target}: {error.strerror or error}: check the proxy"
+        ) from error
 
 
 def _handshake(
-    places: Paths, who: identity.Identity, target: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
+    places: Paths, who: identity.Identity, host: str, port: int, connect: Callable[[], socket.socket]
 ) -> str:
+    target = authority(host, port)
     tls = DeviceTls(places.identity, ReferenceClock(who.floor))
     try:
         settings = tls.for_connection()
         with (
-            closing(_connect(target, proxy)) as plain,
-            settings.context.wrap_socket(plain, server_hostname=target.hostname) as connection,
+            closing(connect()) as plain,
+            settings.context.wrap_socket(plain, server_hostname=host) as connection,
         ):
             settings.check(connection)
             return str(connection.version())
     except ssl.SSLError as error:
-        raise _FailedError(
-            f"{target.netloc}: TLS: {why(error)}: check the clock, and that no proxy intercepts TLS"
-        ) from error
+        raise _FailedError(f"{target}: TLS: {why(error)}: check the clock, and that no proxy intercepts TLS") from error
     except OSError as error:
-        raise _FailedError(f"{target.netloc}: {error.strerror or error}") from error
+        raise _FailedError(f"{target}: {error.strerror or error}") from error
 
 
-def _tls(
-    places: Paths, who: identity.Identity, url: urllib.parse.SplitResult, proxy: urllib.parse.SplitResult | None
-) -> str:
-    return f"{_handshake(places, who, url, proxy)}, the server's certificate is from the fleet's CA"
+def _tls(places: Paths, who: identity.Identity, url: urllib.parse.SplitResult, proxy: Proxy | ProxyError | None) -> str:
+    host, port = url.hostname or "", url.port or 443
+
+    def connect() -> socket.socket:
+        return dialer.connect(host, port, timeout_s=CONNECT_S, proxy=proxy if isinstance(proxy, Proxy) else None)
+
+    return f"{_handshake(places, who, host, port, connect)}, the server's certificate is from the fleet's CA"
 
 
-def _mqtt(places: Paths, who: identity.Identity) -> str:
+def _mqtt(places: Paths, settings: Settings, who: identity.Identity) -> str:
     if not who.mqtt:
-        return "this fleet has no broker; assignments come over HTTPS"
-    broker = urllib.parse.urlsplit(who.mqtt[0])
+        return "this fleet has no broker; the agent talks to it over HTTPS"
+    said, failed = [], 0
+    for address in who.mqtt:
+        try:
+            said.append(_broker(places, settings, who, urllib.parse.urlsplit(address)))
+        except _FailedError as error:
+            said.append(str(error))
+            failed += 1
+    if failed == len(said):
+        raise _FailedError(
+            f"{'; '.join(said)} (without MQTT, the agent talks to the fleet over HTTPS, which is slower)"
+        )
+    return "; ".join(said)
+
+
+def _broker(places: Paths, settings: Settings, who: identity.Identity, broker: urllib.parse.SplitResult) -> str:
+    host, port = broker.hostname or "", broker.port or dialer.BROKER_PORTS.get(broker.scheme, 0)
     if broker.scheme == "mqtt":
-        return _tcp(broker.hostname or "", broker.port or 1883)
-    target = broker if broker.port else broker._replace(netloc=f"{broker.netloc}:8883")
-    try:
-        return f"{broker.netloc} answers with {_handshake(places, who, target, None)}"
-    except _FailedError as error:
-        raise _FailedError(f"{error} (without MQTT, assignments still come over HTTPS, but later)") from error
+        return _tcp(host, port)
+
+    def connect() -> socket.socket:
+        return dialer.connect_broker(
+            broker.scheme, host, port, timeout_s=CONNECT_S, configured_proxy=settings.network.proxy
+        )
+
+    return f"{broker.netloc} answers with {_handshake(places, who, host, port, connect)}"
 
 
 def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:

@@ -163,7 +163,15 @@ def test_decisions_are_pure(name: str) -> None:
 # Levels within a package, lowest first. A module imports its own level and lower ones only.
 LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "agent": (
-        ("agent.arguments", "agent.clock", "agent.config", "agent.happy_eyeballs", "agent.systemd", "agent.host"),
+        (
+            "agent.arguments",
+            "agent.clock",
+            "agent.config",
+            "agent.happy_eyeballs",
+            "agent.proxy",
+            "agent.systemd",
+            "agent.host",
+        ),
         ("agent.link",),
         ("agent.identity",),
         ("agent.update",),

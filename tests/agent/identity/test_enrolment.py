@@ -1,8 +1,6 @@
 """Enrolment: the secret is sent only to the fleet that the token names, and the identity is created atomically."""
 
 import base64
-import hashlib
-import ssl
 import threading
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,88 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import msgspec
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from agent.identity import enrolment, identity
 from agent.identity.enrolment import EnrolError
 from fleet.ca import CertificateAuthority
-from fleet.protocol import names, wire
-from fleet.protocol.messages import Enrolled, EnrolRequest, Token
 from signing import sealing
-
-ROOT = '{"signed": {}}'
-
-
-class Fleet:
-    """Enrolment server, honest or hostile as the test requires."""
-
-    def __init__(self, directory, *, shows_ca=True):
-        self.now = datetime.now(UTC)
-        directory.mkdir(parents=True)
-        self.ca = CertificateAuthority.create(directory, fleet="harbour", now=self.now)
-        pair = self.ca.server(["127.0.0.1"], now=self.now)
-        (directory / "cert.pem").write_bytes(pair.certificate_pem)
-        (directory / "key.pem").write_bytes(pair.key_pem)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-        if shows_ca:
-            context.load_verify_locations(directory / "ca.pem")
-        self.heard, self.status, self.change = [], 200, lambda enrolled: enrolled
-        fleet = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                request = wire.decode(EnrolRequest, body)
-                fleet.heard.append(request)
-                answer = fleet.answer(request)
-                self.send_response(fleet.status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        self.server.handle_error = lambda *_: None
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, request):
-        if self.status != 200:
-            return b'{"type": "token-used", "title": "this token was used", "status": 403, "action": "make another"}'
-        csr = x509.load_pem_x509_csr(request.csr_pem.encode())
-        der = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        device = names.device_id(request.name, der)
-        enrolled = Enrolled(
-            device=device,
-            fleet="harbour",
-            group="edge",
-            certificate_pem=self.ca.device(csr.public_key(), device, now=self.now).pem,
-            ca_pem=self.ca.pem,
-            root=ROOT,
-            devices_url="https://127.0.0.1:1",
-            mqtt=("mqtts://127.0.0.1:2",),
-            production=False,
-        )
-        return wire.encode(self.change(enrolled))
-
-    def token(self, **more):
-        facts = {
-            "url": f"https://127.0.0.1:{self.server.server_port}",
-            "fleet": "harbour",
-            "ca_sha256": self.ca.sha256,
-            "root_sha256": hashlib.sha256(ROOT.encode()).hexdigest(),
-            "floor": self.now - timedelta(minutes=1),
-            "expires": self.now + timedelta(hours=1),
-            "secret": "hush",
-        }
-        return Token(**(facts | more)).encode()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+from tests.agent.enrolment_server import Fleet
 
 
 @pytest.fixture
@@ -143,7 +65,7 @@ def test_presenting_the_right_ca_without_a_certificate_of_it_is_refused(fleet, t
     """An interceptor may present the fleet's CA, but has no certificate from it."""
     other = Fleet(tmp_path / "other")
     try:
-        monkeypatch.setattr(enrolment, "presented_ca", lambda _url, _sha256: fleet.ca.pem)
+        monkeypatch.setattr(enrolment, "presented_ca", lambda _url, _sha256, **_: fleet.ca.pem)
         with pytest.raises(EnrolError, match="TLS"):
             join(fleet.token(url=f"https://127.0.0.1:{other.server.server_port}"), tmp_path)
         assert other.heard == []

@@ -2,11 +2,9 @@
 
 import hashlib
 import os
-import socket
 import ssl
 import threading
 import time
-import urllib.parse
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,10 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.clock import ReferenceClock
 from agent.identity import enrolment
+from agent.link import dialer
 from agent.link import https as https_module
 from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
 from fleet.ca import CertificateAuthority
 from fleet.protocol.codes import RejectCode
+from tests.agent.tunnel_proxy import TunnelProxy
 
 DATA = os.urandom(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -361,46 +361,9 @@ def test_a_certificate_is_renewed_at_two_thirds(ca, tmp_path):
     assert timedelta(days=55) < enrolment.renew_at(tmp_path) - now < timedelta(days=65)
 
 
-class Proxy(threading.Thread):
-    """HTTP proxy that tunnels (RFC 9110, section 9.3.6), one connection after another."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port, self.asked = self.listener.getsockname()[1], []
-        self.start()
-
-    def run(self):
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            head = b""
-            while b"\r\n\r\n" not in head:
-                head += client.recv(4096)
-            target = head.split()[1].decode()
-            self.asked.append(target)
-            host, _, port = target.partition(":")
-            server = socket.create_connection((host, int(port)))
-            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            back = threading.Thread(target=self.pump, args=(server, client), daemon=True)
-            back.start()
-            self.pump(client, server)
-
-    @staticmethod
-    def pump(source, sink):
-        try:
-            while data := source.recv(65536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-
 def test_requests_are_tunnelled_through_a_proxy(ca, server, tmp_path, monkeypatch):
     server.answer = lambda handler: handler.send_file(DATA)
-    proxy = Proxy()
+    proxy = TunnelProxy()
     where = f"https://127.0.0.1:{server.server_port}"
     configured = HttpsClient(where, FixedTls(https_module.context(ca.pem)), proxy=f"http://127.0.0.1:{proxy.port}")
     download(configured, tmp_path / "a.wasm")
@@ -409,7 +372,7 @@ def test_requests_are_tunnelled_through_a_proxy(ca, server, tmp_path, monkeypatc
     # The environment's proxy applies too, unless it excludes this host.
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
     monkeypatch.setenv("no_proxy", "")
-    assert https_module.proxy_for(urllib.parse.urlsplit(where), "") is not None
+    assert dialer.proxy_for("127.0.0.1", "") is not None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert https_module.proxy_for(urllib.parse.urlsplit(where), "") is None
-    proxy.listener.close()
+    assert dialer.proxy_for("127.0.0.1", "") is None
+    proxy.close()

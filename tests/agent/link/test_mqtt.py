@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from agent import happy_eyeballs
 from agent.clock import ReferenceClock
 from agent.link import https
 from agent.link import mqtt as bus_module
@@ -23,6 +24,8 @@ from fleet.protocol.messages import Ack, Report
 from fleet.protocol.topics import POKE, Down, Topic, Up, device_subscriptions
 from signing import dsse
 from tests.agent.enrolled_device import DEVICE, enrolled
+from tests.agent.silent_address import silent
+from tests.agent.tunnel_proxy import TunnelProxy
 
 
 class Broker:
@@ -101,7 +104,7 @@ class Broker:
 
 
 class Device:
-    def __init__(self, *addresses, tls=None):
+    def __init__(self, *addresses, tls=None, proxy=""):
         self.heard, self.told, self.event = [], [], asyncio.Event()
         self.bus = MqttClient(
             device=DEVICE,
@@ -109,6 +112,7 @@ class Device:
             tls=tls,
             will=b"gone",
             keepalive_s=60,
+            proxy=proxy,
         )
         self.task = asyncio.gather(self.bus.run(), self._read())
 
@@ -279,17 +283,67 @@ async def test_an_unsupported_broker_address_is_refused(addresses):
         Device(*addresses)
 
 
+async def tls_broker(directory, host="127.0.0.1"):
+    """Start a broker with TLS under the name `host`; return it with the CA."""
+    ca = CertificateAuthority.create(directory, fleet="f", now=datetime.now(UTC))
+    pair = ca.server([host], now=datetime.now(UTC))
+    (directory / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "both.pem")
+    broker = Broker()
+    await broker.start(ssl=context)
+    return broker, ca
+
+
+@pytest.mark.asyncio
+async def test_a_broker_behind_a_proxy_is_reached_where_it_cannot_be_directly(tmp_path):
+    broker, ca = await tls_broker(tmp_path, "broker.invalid")
+    proxy = TunnelProxy(credentials=("jo", "hush"))
+    device = Device(
+        f"mqtts://broker.invalid:{broker.port}",
+        tls=FixedTls(https.context(ca.pem)),
+        proxy=f"http://jo:hush@127.0.0.1:{proxy.port}",
+    )
+    await device.until(lambda: "connected" in device.told)
+    assert proxy.asked == [f"broker.invalid:{broker.port}"]
+    await device.stop()
+    await broker.stop()
+    proxy.close()
+
+
+@pytest.mark.asyncio
+async def test_a_proxy_is_not_asked_for_a_broker_that_answers_directly(tmp_path):
+    broker, ca = await tls_broker(tmp_path)
+    proxy = TunnelProxy()
+    device = Device(
+        f"mqtts://127.0.0.1:{broker.port}",
+        tls=FixedTls(https.context(ca.pem)),
+        proxy=f"http://127.0.0.1:{proxy.port}",
+    )
+    await device.until(lambda: "connected" in device.told)
+    assert proxy.asked == []
+    await device.stop()
+    await broker.stop()
+    proxy.close()
+
+
+@pytest.mark.asyncio
+async def test_a_broker_of_which_one_address_is_dead_is_reached_by_the_other(monkeypatch):
+    monkeypatch.setattr(bus_module, "CONNECT_S", 10_000.0)  # never waited for
+    broker = Broker()
+    await broker.start()
+    monkeypatch.setattr(happy_eyeballs, "resolve", lambda *_: ["::1", "127.0.0.1"])
+    with silent("::1", broker.port):
+        device = Device(f"mqtt://broker.invalid:{broker.port}")
+        await device.until(lambda: "connected" in device.told)
+        await device.stop()
+    await broker.stop()
+
+
 @pytest.mark.asyncio
 async def test_all_messages_in_a_tls_record_are_received(tmp_path):
     """The socket becomes readable once; messages left in the TLS layer must not wait for the next ping."""
-    ca = CertificateAuthority.create(tmp_path, fleet="f", now=datetime.now(UTC))
-    pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
-    (tmp_path / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "both.pem")
-
-    broker = Broker()
-    await broker.start(ssl=context)
+    broker, ca = await tls_broker(tmp_path)
     device = Device(f"mqtts://127.0.0.1:{broker.port}", tls=FixedTls(https.context(ca.pem)))
     await device.until(lambda: "connected" in device.told)
     broker.writers[-1].write(b"".join(broker.packet(POKE, b"%d" % number) for number in range(50)))
