@@ -38,7 +38,7 @@ class Proxy:
         try:
             split = urllib.parse.urlsplit(text if "//" in text else f"http://{text}")
             host, port = split.hostname or "", split.port if split.port is not None else PORT
-        except ValueError:  # its message may contain a part of the password
+        except ValueError:  # the message may contain a part of the password
             raise ProxyError(f"the proxy's address cannot be read: {form}") from None
         if split.scheme != "http":
             raise ProxyError(f"a proxy of the kind {split.scheme[:20]!r} is not supported: {form}")
