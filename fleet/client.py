@@ -210,9 +210,9 @@ class Client:
 
     # devices
 
-    def devices(self) -> operator_api.Devices:
-        """List the devices."""
-        return self._get(operator_api.Devices, "/v1/devices")
+    def devices(self, where: str = "") -> operator_api.Devices:
+        """List the devices, every one or those that a selector takes."""
+        return self._get(operator_api.Devices, "/v1/devices", {"where": where} if where else None)
 
     def device(self, device: str) -> operator_api.DeviceDetail:
         """Fetch one device in full."""

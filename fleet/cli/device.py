@@ -480,14 +480,19 @@ def status(options: Options) -> Exit:
     return Exit.OK
 
 
-@command("devices", examples="fleet devices\nfleet devices --group edge-eu\nfleet devices --json")
+@command(
+    "devices",
+    examples="fleet devices\nfleet devices --group edge-eu\n"
+    "fleet devices --where 'arch=riscv64 and memory>=512MiB and site in (berlin, paris)'\nfleet devices --json",
+)
 @click.option(
     "--group", default="", shell_complete=operator.groups, metavar="NAME", help="List only the devices of this group"
 )
-def devices(options: Options, *, group: str) -> None:
+@operator.where_option("List only devices that this takes, such as 'site in (berlin, paris) and not online'")
+def devices(options: Options, *, group: str, where: str) -> None:
     """List the devices."""
     with connect(options) as client:
-        answer = client.devices()
+        answer = client.devices(where)
     rows = tuple(row for row in answer.devices if not group or group in row.groups)
     if options.json:
         output.show_json({"devices": list(rows)})
@@ -495,7 +500,9 @@ def devices(options: Options, *, group: str) -> None:
     output.table(
         ("DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN", ""),
         [_device_row(row) for row in rows],
-        empty="No device yet: 'fleet enroll-token --group G' creates a token for one.",
+        empty="No such device: 'fleet devices' lists every one."
+        if group or where
+        else "No device yet: 'fleet enroll-token --group G' creates a token for one.",
     )
 
 

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fleet.client import Client
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 TOKEN_VARIABLE: Final = "FLEET_TOKEN"  # noqa: S105 - the name of a variable
 GONE_S: Final = 60.0
@@ -35,6 +36,23 @@ _COPY: Final = "restore it from a copy: another operator's, or repository/1.root
 _ASK: Final = "restore it from a copy, or have an admin run 'fleet operators add' for a new one"
 _TOKEN_MAX_CHARS: Final = 1000
 _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory with --home"
+
+
+def where_option(text: str) -> Callable[[F], F]:
+    """Make the option `--where`, a selector of devices, which is read before anything is done."""
+    return click.option("--where", default="", callback=_selector, metavar="SELECTOR", help=text)
+
+
+def _selector(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
+    """Return a selector unchanged. Raises `click.BadParameter` for one that cannot be read."""
+    if text:
+        from fleet.rollout.selector import BadSelectorError, parse  # noqa: PLC0415 - not for --help
+
+        try:
+            parse(text)
+        except BadSelectorError as error:
+            raise click.BadParameter(f"{error}.") from None
+    return text
 
 
 @dataclass(frozen=True, slots=True)

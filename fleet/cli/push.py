@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, share_worker_option
-from fleet.cli.operator import Operator, load_operator
+from fleet.cli.operator import Operator, load_operator, where_option
 from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
 from fleet.cli.publish import publish as publish_prepared
 from fleet.cli.rollout import amount, finish
@@ -79,6 +79,7 @@ _DEPLOY: Final = (
         metavar="ID",
         help="Pin it to this one device, until 'fleet unpin'",
     ),
+    where_option("Of the group, only these devices, as they are when the rollout begins: 'site in (berlin, paris)'"),
     click.option(
         "--as",
         "instance",
@@ -286,12 +287,14 @@ def publish(
     "deploy",
     examples="fleet deploy hello@1.4.0 --group edge-eu\n"
     "fleet deploy acme/hello@1.4.0 --group edge-eu --as hello-blue\n"
-    "fleet deploy front@2.0.0 back@2.0.0 --group edge-eu --atomic",
+    "fleet deploy front@2.0.0 back@2.0.0 --group edge-eu --atomic\n"
+    "fleet deploy hello@1.4.0 --group edge-eu --where 'site in (berlin, paris)' --dry-run",
 )
 @click.argument("targets", metavar="NAME@VERSION...", nargs=-1, required=True)
 @_deploy_options
 @click.option("--atomic", is_flag=True, help="Swap several components as one: each device swaps all of them, or none")
-def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: Any) -> Exit:
+@click.option("--dry-run", "dry", is_flag=True, help="Change nothing: show which devices would get it")
+def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, dry: bool, **how: Any) -> Exit:
     """Offer a published component to a group or a device, and follow until the outcome is known.
 
     With --atomic, several components: every device swaps all of them as one, watches them as one, and rolls all back
@@ -305,7 +308,28 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, **how: A
     if len({first.name, *also}) < len(targets):
         raise click.UsageError("Name each component of a set once.")
     with who.client() as client:
+        if dry:
+            return _foresee(client, msgspec.structs.replace(_request(first.name, first.path, how), also=also), options)
         return _deploy(client, first, how, options, also=also)
+
+
+def _foresee(client: Client, request: RolloutRequest, options: Options) -> Exit:
+    """Print what a rollout of a published component would do; return NOTHING_AFFECTED where it would be refused."""
+    seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
+    waves = "" if request.device else request.waves
+    preflight = client.preflight(msgspec.structs.replace(request, seed=seed, waves=waves))
+    refused = not any(preflight.waves)
+    if not refused:
+        drawn = f"the waves are drawn: --seed {seed} draws these"
+        preflight = msgspec.structs.replace(preflight, warnings=(*preflight.warnings, drawn))
+    if options.json:
+        output.show_json(preflight)
+    else:
+        targets = ", ".join(output.target(target) for target in (request.target or "", *request.also.values()))
+        before = f"in place of {output.target(preflight.previous)}" if preflight.previous else "as a new instance"
+        output.facts([("would be", f"{targets}, {before}"), *_effect(preflight)])
+        click.echo("Nothing was changed.")
+    return Exit.NOTHING_AFFECTED if refused else Exit.OK
 
 
 def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
@@ -357,6 +381,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
         target=target,
         group=how["group"],
         device=how["device"],
+        where=how["where"],
         waves="100%" if how["device"] else how["waves"],
         config=config_values(how["config"]),
         port=how["port"],
@@ -381,6 +406,8 @@ def _check_where(how: dict[str, Any]) -> None:
     """Check the options before anything is published. Raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
+    if how["where"] and how["device"]:
+        raise click.UsageError("--where chooses among the devices of a group: leave it out with --device.")
     if how["detach"] and how["wait"] == "all":
         raise click.UsageError("Give either --detach or --wait all.")
     try:
@@ -471,7 +498,7 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
 def _offered_devices(client: Client, request: RolloutRequest) -> list[DeviceRow]:
     if request.device:
         return [client.device(request.device).row]
-    return [row for row in client.devices().devices if request.group in row.groups]
+    return [row for row in client.devices(request.where).devices if request.group in row.groups]
 
 
 def _previous(client: Client, devices: Sequence[DeviceRow], request: RolloutRequest) -> str:
@@ -557,9 +584,13 @@ def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, prefl
         ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
         ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
     ]
-    rows += [("new grant", grant) for grant in preflight.new_grants]
+    output.facts(rows + _effect(preflight))
+    click.echo("Nothing was changed.")
+
+
+def _effect(preflight: Preflight) -> list[tuple[str, str]]:
+    """Return the lines of a dry run about grants and devices."""
+    rows = [("new grant", grant) for grant in preflight.new_grants]
     rows += [(f"wave {number}", ", ".join(wave) or "nobody") for number, wave in enumerate(preflight.waves, 1)]
     rows += [("excluded", f"{each.device}: {each.reason}") for each in preflight.excluded]
-    rows += [("note", warning) for warning in preflight.warnings]
-    output.facts(rows)
-    click.echo("Nothing was changed.")
+    return rows + [("note", warning) for warning in preflight.warnings]

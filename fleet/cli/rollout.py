@@ -115,6 +115,7 @@ def show(options: Options, *, number: str, following: bool) -> Exit:
     output.facts(
         [
             ("state", f"{view.state} ({causes})" if causes else str(view.state)),
+            ("where", view.where),
             ("reason", reason),
             ("waits for", _waits_for(view)),
             ("approval", _approvers(view)),
@@ -246,6 +247,7 @@ def unfreeze(options: Options, *, group: str) -> None:
     "fleet rollout simulate --group edge-eu --waves '1, 10%, 100%' --soak 600 --seed 7",
 )
 @click.option("--group", required=True, shell_complete=operator.groups, metavar="NAME", help="Play over this group")
+@operator.where_option("Of the group, only these devices")
 @click.option(
     "--waves", default="", metavar="SIZES", help="Size of each wave  [by the size of the group: '1, 10%, 100%']"
 )
@@ -269,7 +271,7 @@ def unfreeze(options: Options, *, group: str) -> None:
     help="Runs for each failure rate",
 )
 def simulate(
-    options: Options, *, group: str, waves: str, soak: int | None, seed: int, runs: int, **limits: Any
+    options: Options, *, group: str, where: str, waves: str, soak: int | None, seed: int, runs: int, **limits: Any
 ) -> None:
     """Play a plan over a group and show when it would halt.
 
@@ -281,9 +283,11 @@ def simulate(
     from fleet.simulator.forecast import Place, Plan, forecast  # noqa: PLC0415
 
     with connect(options) as client:
-        rows = [row for row in client.devices().devices if group in row.groups and not row.revoked]
+        rows = [row for row in client.devices(where).devices if group in row.groups and not row.revoked]
         if not rows:
-            raise Fault(f"the group {group!r} has no devices", "", "'fleet groups' lists the groups", code=Exit.REFUSED)
+            meant = f"no device of the group {group!r} is meant by {where}" if where else ""
+            title = meant or f"the group {group!r} has no devices"
+            raise Fault(title, "", "'fleet groups' lists the groups", code=Exit.REFUSED)
         plan = client.policy(group).plan or operator_api.GroupPlan()
     given = {name: value for name, value in limits.items() if value not in (None, "")}
     by = "" if plan.budget is None else plan.budget.by

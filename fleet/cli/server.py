@@ -258,7 +258,7 @@ def backup(options: Options, *, target: Path) -> None:
     "fleet server reconcile --impose site=berlin\n"
     "fleet server reconcile --adopt gate-7-1f2e3d4c --yes",
 )
-@click.argument("selector", required=False, default="", metavar="[DEVICE|LABEL=VALUE,...]")
+@click.argument("selector", required=False, default="", metavar="[DEVICE|SELECTOR]")
 @click.option("--adopt", is_flag=True, help="Take what the devices run, as pins where it differs")
 @click.option("--impose", is_flag=True, help="Have the devices run what the server says")
 @click.option("--yes", is_flag=True, help="Do it without asking")

@@ -121,7 +121,7 @@ class ReconcileRequest(Body, frozen=True, kw_only=True):
 
     Attributes:
         mode: `adopt` takes the devices' assignments, as pins where they differ; `impose` the server's state.
-        selector: a device id, or labels as `LABEL=VALUE,...`; empty for every device that is ahead.
+        selector: a device id, or a selector (`fleet.rollout.selector`); empty for every device that is ahead.
         dry_run: only tell what would be done.
     """
 
@@ -483,6 +483,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
         instance: the name on the device.
         target: TUF target path; None removes the instance.
         group, device: exactly one of them (for a pin: the device in the path).
+        where: selector of those devices of the group that are meant, judged when the rollout begins; empty for all.
         waves: sizes, each of all devices from the first on: `1, 5%, 100%`. The last must reach all. Empty for the
             default of a group of that size.
         config, port, grants, share_worker: None keeps what the instance has there; port 0 goes back to the shared port.
@@ -506,6 +507,7 @@ class RolloutRequest(Body, frozen=True, kw_only=True, omit_defaults=True):
     also: Labels = {}  # of an atomic set: its further instances, with their targets
     group: Word = ""
     device: Word = ""
+    where: Text = ""
     waves: Word = ""
     config: Annotated[dict[Word, Document], msgspec.Meta(max_length=ITEMS_MAX)] | None = None
     port: Port | None = None
@@ -638,6 +640,7 @@ class RolloutView(View, frozen=True, kw_only=True):
         id, number: the id is echoed by devices; the number is for people.
         revision: grows with every change; pass it as `since` to wait for the next.
         target: what is offered, empty for a removal; `previous` is the group's settled target before, empty for none.
+        where: selector that chose among the devices of the group; empty for all.
         reason: why it ended, is paused, or waits; a sentence, empty while all is well.
         undoes: the id of the rollout that this one takes back, empty for none.
         causes: why it is paused.
@@ -654,6 +657,7 @@ class RolloutView(View, frozen=True, kw_only=True):
     previous: str = ""
     group: str = ""
     device: str = ""
+    where: str = ""
     waves: tuple[WaveView, ...] = ()
     wave: Stored = 0
     devices: tuple[RolloutDevice, ...] = ()

@@ -21,6 +21,7 @@ from fleet.protocol.operator_api import AheadDevice, ReconcileRequest, Reconcili
 from fleet.rollout.effective import Effective
 from fleet.rollout.model import Value
 from fleet.server.director import Director
+from fleet.server.facts import chosen, read_selector
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
@@ -39,6 +40,10 @@ class _Shown(NamedTuple):
 
     assignment: Assignment
     envelope: bytes
+
+
+_SIGNS: Final = frozenset(" =<>()!")
+"""Without any of these a selector is a device."""
 
 
 class AheadDevices:
@@ -123,18 +128,14 @@ class AheadDevices:
             for device in gone:
                 del self._shown[device]
             return rows
-        if "=" not in selector:
+        if not _SIGNS & set(selector):
             if self._store.devices.get(selector) is None:
                 raise Refusal(
                     404, "unknown-device", f"there is no device {selector}", action="fleet devices lists them"
                 )
             return [row for row in rows if row.id == selector]
-        wanted = dict(part.split("=", 1) for part in selector.split(",") if "=" in part)
-        if len(wanted) != selector.count(",") + 1:
-            raise Refusal(
-                400, "bad-request", f"{selector!r} is no selector", action="give a device, or LABEL=VALUE,..."
-            )
-        return [row for row in rows if all(row.labels.get(key) == value for key, value in wanted.items())]
+        taken = chosen(self._store, read_selector(selector, "selector"), rows)
+        return [row for row in rows if row.id in taken]
 
     def _view(self, row: DeviceRow, request: ReconcileRequest) -> AheadDevice:
         current, shown = self._store.delivery.assignment(row.id), self._current(row)

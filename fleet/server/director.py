@@ -19,7 +19,7 @@ from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
 from fleet.rollout.effective import Effective, Group, Key, Overlay, SettledValue, Withdrawal, effective, sources
-from fleet.rollout.model import Member, held_back, wants
+from fleet.rollout.model import Member, Value, held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow, RolloutRow, SettledRow
@@ -93,8 +93,9 @@ class Director:
             after: a withdrawal that is not there yet, as if it had been carried out.
         """
         rollouts = self._store.rollouts
+        unselected = rollouts.unselected(device.id)
         groups = [
-            Group(group.name, group.priority, _values(rollouts.settled(group=group.name), after))
+            Group(group.name, group.priority, self._settled(group.name, unselected, after))
             for group in self._store.devices.groups_of(device)
         ]
         pins = _values(rollouts.settled(device=device.id), after)
@@ -107,6 +108,30 @@ class Director:
             if wants(row.state, member)
         ]
         return effective(groups, pins, [*overlays, *assumed], own=rollouts.own_keys(device.id))
+
+    def _settled(self, group: str, unselected: Collection[str], after: Withdrawal | None) -> dict[str, SettledValue]:
+        """Return the settled values of a group for one device, by instance.
+
+        A rollout whose selector left the device out settled nothing for it: the value before that one stands, if its
+        release is still published.
+        """
+        values = _values(self._store.rollouts.settled(group=group), after)
+        for instance, held in list(values.items()):
+            if held.rollout not in unselected:
+                continue
+            history = self._store.rollouts.settled_history(group=group, device="", instance=instance)
+            before = (each for each in history if each.rollout not in unselected and self._stands(each.value, after))
+            found = next(before, None)
+            if found is None:
+                del values[instance]
+            else:
+                values[instance] = found
+        return values
+
+    def _stands(self, value: Value, after: Withdrawal | None) -> bool:
+        """Tell whether the release of a value is published, and stays so after a withdrawal; a removal stands."""
+        gone = after is not None and value.target == after.target
+        return value.target is None or (not gone and self._repository.release(value.target) is not None)
 
     def keys(self, device: DeviceRow, wanted: Mapping[str, Effective]) -> dict[str, dict[str, Key]]:
         """Return the configuration keys of each wanted instance of a device, each with its value and source."""

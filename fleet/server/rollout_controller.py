@@ -530,7 +530,7 @@ class _Decided:
 
 
 def _change(row: RolloutRow) -> Change:
-    return Change(row.group, row.device, row.instance, row.value)
+    return Change(row.group, row.device, row.instance, row.value, row.plan.where)
 
 
 def _differs(old: Member, new: Member) -> bool:

@@ -12,7 +12,9 @@ from fleet.rollout.decide import Gate, Rollout
 from fleet.rollout.effective import Overlay
 from fleet.rollout.members import Candidate, draw
 from fleet.rollout.model import Member, Value
+from fleet.rollout.selector import parse
 from fleet.server.director import Director, bad_key, lacks, unfit
+from fleet.server.facts import chosen
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, RolloutPlan, RolloutRow
 from fleet.store.store import Store
@@ -20,16 +22,18 @@ from signing.policy import Release
 
 _ASSUMED: Final = "assumed"
 _NAMED_MAX: Final = 5
+_UNSELECTED: Final = "--where leaves it out"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A value for an instance in one scope: a group, or a device."""
+    """A value for an instance in one scope: a group, or a device; `where` chooses among the devices of a group."""
 
     group: str
     device: str
     instance: str
     value: Value
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,12 @@ class Membership:
         group = self._store.devices.group(change.group)
         return [] if group is None else self._store.devices.some(self._store.devices.members(group))
 
+    def selected(self, change: Change) -> list[DeviceRow]:
+        """Return the devices of a scope that its selector takes."""
+        rows = self.devices(change)
+        out = self.unselected(change.where, rows)
+        return [row for row in rows if row.id not in out]
+
     def ids(self, group: str, device: str) -> set[str]:
         """Return the ids of the devices of a scope, without revoked ones."""
         if device:
@@ -83,7 +93,9 @@ class Membership:
             also_out: devices that another rollout of the same atomic set leaves out.
         """
         rows = self.devices(change)
+        unselected = self.unselected(change.where, rows)
         left_out = {row.id: reason for row in rows if (reason := self.left_out(change, row))} | (also_out or {})
+        left_out |= dict.fromkeys(unselected, _UNSELECTED)
         candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
         drawn = draw(candidates, plan.stages, seed=plan.seed)
         if drawn.refusal:
@@ -101,6 +113,7 @@ class Membership:
                 site=row.labels.get(plan.site_label, ""),
                 canary=row.id not in left_out and (not drawn.stages or drawn.stages[0].takes(row.labels)),
                 attempt=change.value.attempt,
+                cancelled=row.id in unselected,
             )
             for row in rows
         )
@@ -120,6 +133,8 @@ class Membership:
             row: the device.
             left_out: why the rollout, or another one of its set, does not concern the device; empty for no reason.
         """
+        if self.unselected(rollout.plan.where, [row]):
+            return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=_UNSELECTED, canary=False, cancelled=True)
         if left_out:
             return Member(row.id, 0, Outcome.NOT_AFFECTED, reason=left_out, canary=False)
         settled = rollout.state is RolloutState.SUCCEEDED
@@ -133,6 +148,11 @@ class Membership:
             rank=1 << 30,
             site=row.labels.get(rollout.plan.site_label, ""),
         )
+
+    def unselected(self, where: str, rows: Iterable[DeviceRow]) -> set[str]:
+        """Return those devices that a selector leaves out, as they are now; none for an empty one."""
+        devices = list(rows)
+        return {row.id for row in devices} - chosen(self._store, parse(where), devices) if where else set()
 
     def left_out_of_all(self, changes: Sequence[Change]) -> dict[str, str]:
         """Return the devices that an atomic set leaves out, with the reason: each gets all of its members, or none."""

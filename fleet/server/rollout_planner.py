@@ -32,9 +32,10 @@ from fleet.rollout.effective import Fitness, Group, SettledValue, Withdrawal
 from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
+from fleet.server.facts import read_selector
 from fleet.server.retries import nothing_to_retry
 from fleet.server.rollout_controller import RolloutController, approvers
-from fleet.server.rollout_members import Change, Membership, refusal
+from fleet.server.rollout_members import Change, Drawn, Membership, refusal
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rollouts import NewRollout
 from fleet.store.rows import DeviceRow, GroupRow, RolloutPlan, RolloutRow
@@ -105,10 +106,15 @@ class RolloutPlanner:
         """Return what a rollout would do, without doing it; raises as `deploy`."""
         value, _ = self._check(request)
         before = self._before(request)
-        drawn = self._membership.draw(_change(request, value), self._plan(request, value))
+        asked = [(request, value), *self._companions(request)]
+        also_out = self._membership.left_out_of_all([_change(*each) for each in asked]) if request.also else None
+        drawn = self._membership.draw(_change(request, value), self._plan(request, value), also_out=also_out)
+        refused = "" if request.also else self._unchanged(request, value, drawn)
+        if not drawn.progress.gates:
+            refused = drawn.unguarded or refusal(drawn.left_out)
         release = None if value.target is None else self._repository.release(value.target)
         old = None if before is None or before.target is None else self._repository.release(before.target)
-        count = len(drawn.progress.gates)
+        count = 0 if refused else len(drawn.progress.gates)
         return Preflight(
             waves=tuple(
                 tuple(each.device for each in drawn.affected if each.wave == wave) for wave in range(1, count + 1)
@@ -116,7 +122,7 @@ class RolloutPlanner:
             excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(drawn.left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=() if count else (f"it is refused: {drawn.unguarded or refusal(drawn.left_out)}",),
+            warnings=(f"it is refused: {refused}",) if refused else (),
         )
 
     def foresee_withdrawal(self, target: str) -> Withdrawal:
@@ -136,7 +142,7 @@ class RolloutPlanner:
         budget = policy.budget
         limits = PlanLimits(**{name: _either(_asked(request, name), getattr(policy.limits, name)) for name in _LIMITS})
         stages = group_plan.stages_of(policy) if staged and not request.waves else ()
-        waves = request.waves or default_waves(len(self._membership.devices(_change(request, value))))
+        waves = request.waves or default_waves(len(self._membership.selected(_change(request, value))))
         soak_s = _either(request.soak_s, policy.soak_s if staged else None) or 0
         if request.soak_s is not None:
             stages = tuple(replace(stage, soak_s=None) for stage in stages)
@@ -150,12 +156,17 @@ class RolloutPlanner:
             seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
             starts_at=None if request.starts_at is None else request.starts_at.timestamp(),
             allow_empty=request.allow_empty,
+            where=request.where,
             fitness=Fitness(0, 0) if manifest is None else Fitness(manifest.security_epoch, manifest.data_schema),
         )
 
     def _check(self, request: RolloutRequest) -> tuple[Value, GroupRow | None]:
         names.check_label(request.instance, "instance")
         group = self._scope(request.group, request.device)
+        if request.where and request.device:
+            raise Refusal(400, "bad-request", "where chooses among the devices of a group, and this names a device")
+        if request.where:
+            read_selector(request.where)
         _check_waves(request.waves)
         try:
             for amount in ("min_success", "failures", "max_lost", "catch_up"):
@@ -171,7 +182,7 @@ class RolloutPlanner:
         if group is not None and value.target is not None:
             self._check_room(group, request.instance)
             self._check_conflict(group, request.instance, value)
-        self._check_secrets(request, group, value)
+        self._check_secrets(request, value)
         return value, group
 
     def _check_open(self, request: RolloutRequest, value: Value) -> None:
@@ -200,10 +211,10 @@ class RolloutPlanner:
                     f"fleet unfreeze{where} ends that",
                 )
 
-    def _check_secrets(self, request: RolloutRequest, group: GroupRow | None, value: Value) -> None:
+    def _check_secrets(self, request: RolloutRequest, value: Value) -> None:
         """Refuse a rollout that no device could start; single devices that lack a secret are left out."""
         release = None if value.target is None else self._repository.release(value.target)
-        rows = [] if release is None else self._store.devices.some(self._members(request, group))
+        rows = [] if release is None else self._membership.selected(_change(request, value))
         missing = [self._membership.lacks(row, release, request.instance) for row in rows if not row.revoked]
         if missing and release is not None and all(missing):
             where = f"--group {request.group}" if request.group else f"--device {request.device}"
@@ -213,9 +224,6 @@ class RolloutPlanner:
                 f"{release.name} needs the secret {', '.join(missing[0])}, which no device there has",
                 action=f"give it first: fleet secret set {missing[0][0]} {where} --instance {request.instance}",
             )
-
-    def _members(self, request: RolloutRequest, group: GroupRow | None) -> list[str]:
-        return [request.device] if group is None else self._store.devices.members(group)
 
     def _scope(self, group: str, device: str) -> GroupRow | None:
         if bool(group) == bool(device):
@@ -339,13 +347,10 @@ class RolloutPlanner:
     ) -> RolloutRow:
         plan = self._plan(request, value) if plan is None else plan
         before = self._before(request)
-        superseded = self._superseded(request) if superseded is None else superseded
         drawn = self._membership.draw(_change(request, value), plan, also_out=also_out)
-        progress, reason = drawn.progress, ""
+        progress, reason = drawn.progress, self._unchanged(request, value, drawn, superseded)
         settles = (value.target is None or plan.allow_empty) and not drawn.unguarded
-        if not superseded and before is not None and before.same(value) and value.attempt <= before.attempt:
-            reason = f"nothing would change: {request.group or request.device} is settled on it"
-        elif not drawn.progress.gates:
+        if not reason and not drawn.progress.gates:
             reason = drawn.unguarded or refusal(drawn.left_out)
         if plan.starts_at is not None:
             progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits), ""
@@ -379,6 +384,23 @@ class RolloutPlanner:
             self._store.access.audit(actor=by, act=act, subject=row.id, detail=words, now=now)
         self._conductor.wake()
         return row
+
+    def _unchanged(
+        self, request: RolloutRequest, value: Value, drawn: Drawn, superseded: list[RolloutRow] | None = None
+    ) -> str:
+        """Say that a rollout would change nothing; empty where it would.
+
+        A rollout of the settled value changes something where it takes the place of an open one, or concerns a device
+        that was left out of the one that settled the value.
+        """
+        before = self._before(request)
+        superseded = self._superseded(request) if superseded is None else superseded
+        if superseded or before is None or not before.same(value) or value.attempt > before.attempt:
+            return ""
+        left_out = self._store.rollouts.left_out(group=request.group, device=request.device, instance=request.instance)
+        if any(each.device in left_out for each in drawn.affected):
+            return ""
+        return f"nothing would change: {request.group or request.device} is settled on it"
 
     def _superseded(self, request: RolloutRequest) -> list[RolloutRow]:
         """Return the open rollouts whose place a new one takes, those of their sets included."""
@@ -461,6 +483,7 @@ class RolloutPlanner:
             target=value.target,
             group=past.group,
             device=past.device,
+            where=past.plan.where,
             waves=sizes if past.group else "100%",
             timeout_s=int(past.plan.limits.timeout_s),
             attempt=value.attempt,
@@ -629,7 +652,9 @@ class RolloutPlanner:
             )
         attempts = [member.attempt for member in self._store.rollouts.members(row.number)]
         value = replace(row.value, attempt=max([row.value.attempt, *attempts]) + 1, atomic="")
-        asked = RolloutRequest(instance=row.instance, target=value.target, group=row.group, device=row.device)
+        asked = RolloutRequest(
+            instance=row.instance, target=value.target, group=row.group, device=row.device, where=row.plan.where
+        )
         self._check_frozen(asked)
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
@@ -677,7 +702,7 @@ def _past(row: RolloutRow) -> effective.Past:
 
 
 def _change(request: RolloutRequest, value: Value) -> Change:
-    return Change(request.group, request.device, request.instance, value)
+    return Change(request.group, request.device, request.instance, value, request.where)
 
 
 def _asked(request: RolloutRequest, name: str) -> Any:

@@ -218,6 +218,24 @@ class Rollouts:
         )
         return None if found is None else _member(found)
 
+    def left_out(self, *, group: str, device: str, instance: str) -> set[str]:
+        """Return the devices that an operator left out of the rollout which brought a settled value."""
+        sql = (
+            "SELECT b.device FROM settled s JOIN rollouts r ON r.id = s.rollout "
+            'JOIN rollout_devices b ON b.rollout = r.number WHERE s."group" = ? AND s.device = ? AND s.instance = ? '
+            "AND b.outcome = 'not-affected' AND json_extract(b.member, '$.cancelled')"
+        )
+        return {each for (each,) in self._db.tuples(sql, group, device, instance)}
+
+    def unselected(self, device: str) -> set[str]:
+        """Return the ids of the rollouts whose selector left a device out and that have settled a value, ever."""
+        sql = (
+            "SELECT r.id FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout WHERE b.device = ? "
+            "AND b.outcome = 'not-affected' AND r.state = 'succeeded' AND json_extract(b.member, '$.cancelled') "
+            "AND json_extract(r.plan, '$.where') != ''"
+        )
+        return {each for (each,) in self._db.tuples(sql, device)}
+
     def waves(self, number: int) -> dict[int, int]:
         """Count a rollout's devices by wave; wave 0 has those that it does not concern."""
         sql = "SELECT wave, count(*) AS n FROM rollout_devices WHERE rollout = ? GROUP BY wave"

@@ -28,7 +28,7 @@ from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
 from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
 from fleet.protocol import names as bundle_layout
-from fleet.rollout import decide, effective, members, model, steady
+from fleet.rollout import decide, effective, members, model, selector, steady
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
 from fleet.server.api import routes
@@ -288,7 +288,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
 # Words and structs between functions of one process.
 INTERNAL: frozenset[type] = frozenset(
     {routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act, plan.Gate}
-    | {model.Expected, model.Observation}
+    | {model.Expected, model.Observation, selector.Kind}
 )
 
 # stable name -> words that are constants

@@ -27,6 +27,7 @@ from fleet.server.api.views import Metrics, Views
 from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
+from fleet.server.facts import read_selector
 from fleet.server.rollout_controller import RolloutController
 from fleet.server.rollout_planner import RolloutPlanner
 from fleet.server.unknown import unknown_device, unknown_group
@@ -38,6 +39,7 @@ _LIST_MAX: Final = 1000
 AUDIT_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
 TIMELINE_LIMIT: Final = Number(name="limit", default=100, most=_LIST_MAX)
 ROLLOUTS_LIMIT: Final = Number(name="limit", default=50, most=_LIST_MAX)
+DEVICES_WHERE: Final = Word(name="where", pattern=r"[\s\S]{1,2000}", what="a selector of at most 2000 characters")
 ROLLOUTS_GROUP: Final = Word(name="group", pattern=LABEL, what="the name of a group")
 WITHDRAWAL_TARGET: Final = Word(name="target", pattern="[a-zA-Z0-9/._+-]{1,255}", what="the path of a target")
 ROLLOUT_WAIT: Final = Number(name="wait", most=60)
@@ -94,9 +96,10 @@ class DeviceHandlers:
         self._store, self._controller, self._planner = store, controller, planner
         self._keys, self._views, self._audit = keys, views, audit
 
-    async def list(self, _request: Request, _by: str) -> Response:
+    async def list(self, request: Request, _by: str) -> Response:
         """GET /v1/devices."""
-        return answer(self._views.devices())
+        where = DEVICES_WHERE.of(request)
+        return answer(self._views.devices(read_selector(where) if where else None))
 
     async def show(self, request: Request, _by: str) -> Response:
         """GET /v1/devices/{id}."""

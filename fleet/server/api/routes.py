@@ -173,7 +173,7 @@ def _post(
 
 ROUTES: Final[tuple[Route, ...]] = (
     _get("/v1/status", lambda on: on.fleet.status, api.Status, "Show the state of the fleet"),
-    _get("/v1/devices", lambda on: on.devices.list, api.Devices, "List devices"),
+    _get("/v1/devices", lambda on: on.devices.list, api.Devices, "List devices", query=(operators.DEVICES_WHERE,)),
     _get("/v1/devices/{id}", lambda on: on.devices.show, api.DeviceDetail, "Show a device"),
     _get(
         "/v1/devices/{id}/timeline",

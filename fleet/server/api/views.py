@@ -17,7 +17,9 @@ from fleet.rollout.effective import Withdrawal
 from fleet.rollout.group_plan import stages_of
 from fleet.rollout.members import taken
 from fleet.rollout.model import Member
+from fleet.rollout.selector import Selector
 from fleet.server.director import Director, items_of
+from fleet.server.facts import chosen, health_of
 from fleet.store.rows import DeviceRow, EventRow, Extra, GroupRow, ReportRow, RolloutRow
 from fleet.store.sqlite import utc, utc_or_none
 from fleet.store.store import Store
@@ -46,9 +48,12 @@ class Views:
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
-    def devices(self) -> operator_api.Devices:
-        """Return every device."""
+    def devices(self, selector: Selector | None = None) -> operator_api.Devices:
+        """Return the devices, every one or those that a selector takes."""
         rows = self._store.devices.all()
+        if selector is not None:
+            taken_ids = chosen(self._store, selector, rows)
+            rows = [row for row in rows if row.id in taken_ids]
         groups = self._store.devices.groups_of_each(rows)
         pins, versions = self._store.rollouts.pins(), self._store.delivery.versions()
         return operator_api.Devices(
@@ -198,6 +203,7 @@ class Views:
             instance=row.instance,
             target=row.value.target or "",
             previous="" if row.before is None else row.before.target or "",
+            where=row.plan.where,
             group=row.group,
             device=row.device,
             waves=waves,
@@ -283,16 +289,6 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
         revoked=row.revoked,
         problem=_problem(row, health),
     )
-
-
-def health_of(row: DeviceRow) -> Health | None:
-    """Return a device's newest health; None for none, or one that is no longer valid (stored by an older server)."""
-    if row.health is None:
-        return None
-    try:
-        return wire.decode(Health, row.health)
-    except wire.WireError:
-        return None
 
 
 def _problem(row: DeviceRow, health: Health | None) -> str:

@@ -89,6 +89,11 @@ class Scene:
         view = msgspec.json.decode(began.content, type=operator_api.RolloutView)
         self.view = await self.operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
 
+    async def sited(self) -> None:
+        """One device is in berlin."""
+        await self.quiet()
+        assert (await self.fleet.command("label", self.boards[0].device, "site=berlin")).code == 0
+
     async def planned(self) -> None:
         await self.quiet()
         await self.set_plan(GroupPlan(soak_s=60))
@@ -175,6 +180,18 @@ async def approved(scene: Scene) -> None:
     await scene.operator.decided(await scene.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo))
 
 
+async def nothing_new(scene: Scene) -> None:
+    assert (await scene.newest()).number == scene.view.number
+
+
+async def only_in_berlin(scene: Scene) -> None:
+    await scene.is_(RolloutState.SUCCEEDED)
+    reached = [each.device for each in scene.view.devices if each.outcome is Outcome.SUCCEEDED]
+    assert reached == [scene.boards[0].device]
+    undo = operator_api.UndoRequest(rollout=str(scene.view.number))
+    await scene.operator.decided(await scene.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo))
+
+
 async def in_the_cellar(scene: Scene) -> None:
     await scene.devices[0].until(lambda device: dict(device.items["hello"].config) == {"room": "cellar"})
 
@@ -199,6 +216,13 @@ class Example(NamedTuple):
 
 STORY = {
     "deploy hello@1.4.0": Example(Scene.quiet, runs_again, says="to group edge-eu", more=("--detach",)),
+    "devices": Example(Scene.quiet, nothing_new, says="No such device"),
+    'deploy hello@1.4.0 --group edge-eu --where "site in (berlin, paris) and not runs=hello@1.4.0"': Example(
+        Scene.sited, nothing_new, says="Nothing was changed."
+    ),
+    'deploy hello@1.4.0 --group edge-eu --where "site in (berlin, paris)"': Example(
+        Scene.sited, only_in_berlin, says="1 of 1 devices run main/hello@1.4.0"
+    ),
     "rollout 7": Example(Scene.soaking, stays(RolloutState.RUNNING), says="wave 1 soaks for 3600 s"),
     "rollout pause 7": Example(Scene.soaking, stays(RolloutState.PAUSED), says="is paused"),
     "rollout resume 7": Example(Scene.paused, stays(RolloutState.RUNNING), says="goes on"),

@@ -1,0 +1,134 @@
+"""`--where`: only the chosen devices of a group get a version, and the others keep what the group had before."""
+
+import pytest
+
+from fleet.protocol import operator_api
+from fleet.protocol.codes import Outcome, RolloutState
+
+EDGE = ("--group", "edge")
+
+
+async def newest(operator, number: int):
+    """Return a rollout."""
+    return await operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
+
+
+async def label(fleet, board, **labels):
+    """Label a device."""
+    await fleet.command("label", board.device, *(f"{key}={value}" for key, value in labels.items()))
+
+
+async def two_sites(fleet):
+    """Return a device in berlin and one in paris, both on 1.0.0."""
+    berlin, paris = await fleet.board("berlin"), await fleet.board("paris")
+    await label(fleet, berlin, site="berlin")
+    await label(fleet, paris, site="paris")
+    await fleet.operator.publish("1.0.0")
+    assert (await fleet.command("deploy", "hello@1.0.0", *EDGE)).code == 0
+    await fleet.operator.publish("2.0.0")
+    return berlin, paris
+
+
+def version(board):
+    """Return the version that a board was assigned newest."""
+    item = board.items.get("hello")
+    return "" if item is None else item.target.rpartition("/")[2].removesuffix(".wasm")
+
+
+@pytest.mark.asyncio
+async def test_only_the_chosen_devices_get_it(new_fleet):
+    async with new_fleet() as fleet:
+        berlin, paris = await two_sites(fleet)
+        done = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site in (berlin, oslo) and online")
+        assert done.code == 0, done.stderr
+        view = await newest(fleet.operator, 2)
+        assert (view.state, view.where) == (RolloutState.SUCCEEDED, "site in (berlin, oslo) and online")
+        outcomes = {each.device: (each.outcome, each.reason) for each in view.devices}
+        assert outcomes[paris.device] == (Outcome.NOT_AFFECTED, "--where leaves it out")
+        assert outcomes[berlin.device][0] is Outcome.SUCCEEDED
+        assert (version(berlin), version(paris)) == ("2.0.0", "1.0.0")
+        shown = await fleet.command("device", paris.device, "--effective")
+        assert ("main/hello@1.0.0" in shown.stdout, "2.0.0" in shown.stdout) == (True, False), shown.stdout
+        assert "site in (berlin, oslo) and online" in (await fleet.command("rollout", "2")).stdout
+
+
+@pytest.mark.asyncio
+async def test_the_rest_follows_by_the_same_deploy_without_where(new_fleet):
+    async with new_fleet() as fleet:
+        berlin, paris = await two_sites(fleet)
+        assert (await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=berlin")).code == 0
+        again = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=berlin")
+        assert (again.code, "nothing would change" in again.stderr) == (5, True), again
+        done = await fleet.command("deploy", "hello@2.0.0", *EDGE)
+        assert done.code == 0, done.stderr
+        assert (version(berlin), version(paris)) == ("2.0.0", "2.0.0")
+
+
+@pytest.mark.asyncio
+async def test_an_undo_reaches_whom_the_rollout_reached(new_fleet):
+    async with new_fleet() as fleet:
+        berlin, paris = await two_sites(fleet)
+        assert (await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=berlin")).code == 0
+        before = len(paris.accepted)
+        undone = await fleet.command("undo")
+        assert undone.code == 0, undone.stderr
+        assert (version(berlin), version(paris), len(paris.accepted)) == ("1.0.0", "1.0.0", before)
+
+
+@pytest.mark.asyncio
+async def test_who_joins_later_is_judged_too_and_runs_what_its_like_run(new_fleet):
+    async with new_fleet() as fleet:
+        await two_sites(fleet)
+        assert (await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "not site=paris")).code == 0
+        late = await fleet.board("late", group="lab")
+        await label(fleet, late, site="paris")
+        await fleet.command("group", "edge", "--add", late.device)
+        await late.until(lambda board: board.items)
+        assert version(late) == "1.0.0"
+        other = await fleet.board("other", group="lab")
+        await label(fleet, other, site="oslo")
+        await fleet.command("group", "edge", "--add", other.device)
+        await other.until(lambda board: board.items)
+        assert version(other) == "2.0.0"
+
+
+@pytest.mark.asyncio
+async def test_a_selector_that_takes_nobody_is_refused_and_a_bad_one_names_its_column(new_fleet):
+    async with new_fleet() as fleet:
+        await two_sites(fleet)
+        nobody = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=oslo")
+        assert (nobody.code, "--where leaves it out" in nobody.stderr) == (5, True), nobody
+        bad = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site in berlin")
+        assert (bad.code, "column 9: expected '(' and values" in " ".join(bad.stderr.split())) == (2, True), bad
+        request = operator_api.RolloutRequest(instance="hello", target="x", group="edge", where="memory>=lots")
+        refused = await fleet.operator.problem("POST", "/v1/rollouts", request)
+        assert (refused.status, "where: column 9: expected a size" in refused.title) == (400, True), refused
+
+
+@pytest.mark.asyncio
+async def test_devices_are_listed_by_the_same_grammar(new_fleet):
+    async with new_fleet() as fleet:
+        berlin, paris = await two_sites(fleet)
+        away = await fleet.enrol("away")
+
+        async def listed(where):
+            done = await fleet.command("devices", "--where", where)
+            assert done.code == 0, done.stderr
+            return {each.device for each in (berlin, paris, away) if each.device in done.stdout}
+
+        assert await listed("site=berlin") == {berlin.device}
+        assert await listed("not online") == {away.device}
+        assert await listed("group=edge and not site") == {away.device}
+        assert await listed(f"id={paris.device} or online and site!=paris") == {paris.device, berlin.device}
+        assert "No such device" in (await fleet.command("devices", "--where", "site=oslo")).stdout
+
+
+@pytest.mark.asyncio
+async def test_a_dry_run_draws_from_the_chosen_alone(new_fleet):
+    async with new_fleet() as fleet:
+        berlin, paris = await two_sites(fleet)
+        done = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=berlin", "--dry-run")
+        assert done.code == 0, done.stderr
+        assert berlin.device in done.stdout
+        assert f"{paris.device}: --where leaves it out" in " ".join(done.stdout.split())
+        assert (await fleet.operator.get(operator_api.Rollouts, "/v1/rollouts")).rollouts[0].number == 1
