@@ -363,6 +363,7 @@ def _config_key(table: Table) -> ConfigKey:
         "min": least,
         "max": most,
         "enum": table.texts("enum", lambda _: None),
+        "pattern": table.text("pattern", ""),
     }
     table.finish()
     key = ConfigKey(**given)
@@ -441,6 +442,7 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         inner += [] if value.type == "text" else [f"type = {text(value.type)}"]
         inner += [f"{name} = {of}" for name, of in (("min", value.min), ("max", value.max)) if of is not None]
         inner += [f"enum = {texts(value.enum)}"] if value.enum else []
+        inner += [f"pattern = {text(value.pattern)}"] if value.pattern else []
         name = key if _BARE_KEY.fullmatch(key) else text(key)
         lines += ["", f"[config.{name}]", *inner]
     for key, secret in manifest.secrets.items():

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from fleet.protocol import bounds, names, outbound, wire
+from fleet.protocol import bounds, names, outbound, pattern, wire
 from fleet.protocol.bounds import MIB, Count, Whole
 
 CYCLONEDX: Final = "cyclonedx"
@@ -298,6 +298,7 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         type: form of a value, which is always carried as text.
         min, max: smallest and largest number; of a text, its fewest and most characters.
         enum: values that are allowed; empty for any.
+        pattern: of a text, what describes the whole value (`fleet.protocol.pattern`); empty for any.
     """
 
     description: str = ""
@@ -306,9 +307,14 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     min: Whole | None = None
     max: Whole | None = None
     enum: tuple[str, ...] = ()
+    pattern: str = ""
 
     def contradiction(self) -> str:
         """Say what no value can meet, or which of the declared values is none; empty for nothing."""
+        if self.pattern and self.type != "text":
+            return f"pattern is for texts, and this is {'an' if self.type == 'integer' else 'a'} {self.type}"
+        if wrong := pattern.flaw(self.pattern):
+            return f"pattern: {wrong}"
         if self.type == "boolean" and (self.min, self.max) != (None, None):
             return "min and max are for numbers and texts"
         if self.min is not None and self.max is not None and self.min > self.max:
@@ -325,18 +331,18 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return wrong or ("" if not self.enum or value in self.enum else f"none of {', '.join(self.enum)}")
 
     def _form(self, value: str) -> str:
-        if (pattern := _FORMS.get(self.type)) is not None and pattern.fullmatch(value) is None:
+        if (form := _FORMS.get(self.type)) is not None and form.fullmatch(value) is None:
             return _NOT_OF_FORM[self.type]
-        if self.type == "boolean":
-            return ""
-        size, what = Decimal(len(value) if self.type == "text" else value), " characters" * (self.type == "text")
+        counted = {"text": len(value), "boolean": 0}.get(self.type, value)
+        size, what = Decimal(counted), " characters" * (self.type == "text")
         if self.type == "integer" and abs(size) > bounds.NUMBER_MAX:
             return "beyond 2^53"
         if self.min is not None and size < self.min:
             return f"less than {self.min}{what}"
         if self.max is not None and size > self.max:
             return f"more than {self.max}{what}"
-        return ""
+        described = not self.pattern or pattern.matches(self.pattern, value)
+        return "" if described else f"not of the pattern {self.pattern}"
 
 
 _FORMS: Final = {
@@ -414,7 +420,7 @@ LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 
 
-LATER_OF_KEYS: Final = ("type", "min", "max", "enum")
+LATER_OF_KEYS: Final = ("type", "min", "max", "enum", "pattern")
 """The same, in each configuration key."""
 
 

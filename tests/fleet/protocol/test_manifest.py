@@ -1,5 +1,7 @@
 """A manifest's form is signed and hashed: what is added to it must not change what was signed before."""
 
+import re
+
 import msgspec
 import pytest
 
@@ -93,6 +95,7 @@ KEYS = {
     "boolean": manifest.ConfigKey(type="boolean"),
     "text": manifest.ConfigKey(min=2, max=3),
     "enum": manifest.ConfigKey(type="integer", enum=("1", "5")),
+    "pattern": manifest.ConfigKey(pattern="[a-z]{2}[0-9]+", max=5),
     "any": manifest.ConfigKey(),
 }
 
@@ -105,12 +108,24 @@ KEYS = {
         ("boolean", ["true", "false"], ["True", "1", "", "yes", "true\n"]),
         ("text", ["ab", "äöü"], ["a", "abcd", ""]),
         ("enum", ["1", "5"], ["2", "01", ""]),
+        ("pattern", ["ab1", "zz123"], ["ab", "ab1\n", "ab1234", "", "AB1"]),
         ("any", ["", "x", "1\n2"], []),
     ],
 )
 def test_a_value_is_one_of_its_key_or_told_why_not(key, allowed, refused):
     assert [KEYS[key].flaw(each) for each in allowed] == [""] * len(allowed)
     assert all(KEYS[key].flaw(each) for each in refused)
+
+
+def test_a_pattern_that_cannot_be_meant_is_no_manifest():
+    for declared, words in (
+        ({"pattern": "(a"}, "pattern: column 1: this ( is never closed"),
+        ({"pattern": "a", "type": "integer"}, "pattern is for texts"),
+        ({"pattern": "a", "default": "b"}, "default: 'b' is not of the pattern a"),
+        ({"pattern": "a", "enum": ["a", "b"]}, "enum: 'b' is not of the pattern a"),
+    ):
+        with pytest.raises(BadManifestError, match=re.escape(words)):
+            manifest.convert(HELLO.plain() | {"config": {"x": declared}})
 
 
 def test_a_whole_number_is_one_that_every_reader_takes():
