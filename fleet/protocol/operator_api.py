@@ -391,12 +391,14 @@ class GroupPlan(Body, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         soak_s: of each stage that names none; None for the default.
+        approval: whether somebody other than who began the rollout has to approve before anything is offered.
         stages: in order; the last one takes everybody who is left. Empty for the default of a group of that size.
     """
 
     soak_s: Seconds | None = None
     limits: PlanLimits = PlanLimits()
     budget: PlanBudget | None = None
+    approval: bool = False
     stages: Annotated[tuple[PlanStage, ...], msgspec.Meta(max_length=ITEMS_MAX)] = ()
 
 

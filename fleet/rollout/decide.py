@@ -80,7 +80,8 @@ class Rollout(msgspec.Struct, frozen=True):
         vacancies: places of wave 1 for the first devices that come online.
         replaced: canaries that went away and were replaced.
         causes: why it is paused; it runs when none is left.
-        approved: waves whose gate somebody approved.
+        approved: waves whose gate somebody approved; 0 for the approval before the first wave.
+        approval: whether the first wave waits for that.
         closed: why its catch-up queue is closed; empty for open.
     """
 
@@ -93,6 +94,12 @@ class Rollout(msgspec.Struct, frozen=True):
     causes: frozenset[PauseCause] = frozenset()
     approved: frozenset[int] = frozenset()
     closed: str = ""
+    approval: bool = False
+
+    @property
+    def unapproved(self) -> bool:
+        """Tell whether it waits for the approval before the first wave."""
+        return self.approval and 0 not in self.approved
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +333,8 @@ def _away_until(member: Member) -> float:
 
 def _offers(rollout: Rollout, members: Sequence[Member]) -> tuple[Action, ...]:
     """Offer the change to members of open waves, within the limit at once and the budget of each site."""
+    if rollout.wave == 0 and rollout.unapproved:
+        return (Pause(PauseCause.APPROVAL, "nothing is offered before the approval of a second person"),)
     if rollout.wave == 0:
         return (Open(1),)
     last = rollout.wave == len(rollout.gates)
@@ -361,7 +370,7 @@ def _within_budget(limits: Limits, members: Iterable[Member], due: Iterable[Memb
     for member in due:
         if len(admitted) >= free:
             break
-        if spare is not None:
+        if spare is not None and not member.busy:  # one that is busy elsewhere is not available already
             if spare[member.site] <= 0:
                 continue
             spare[member.site] -= 1
@@ -377,7 +386,7 @@ def _spare(limits: Limits, members: Iterable[Member]) -> Counter[str] | None:
     for site in {each.site for each in members}:
         spare[site] = -limits.min_available
     for member in members:
-        spare[member.site] += member.online and not _occupied(member)
+        spare[member.site] += member.online and not member.busy and not _occupied(member)
     return spare
 
 

@@ -4,6 +4,7 @@ People write it in TOML, and `parse` reads it strictly: an unknown key, a value 
 meant is an error that names the key and its line.
 
     soak = "10m"                      # of each stage that names none
+    approval = true                   # of a second person, before anything is offered
     limits = { failures = 0, at-once = 20, on-breach = "pause" }
     budget = { by = "site", min-available = 2 }
 
@@ -192,6 +193,7 @@ _PLAN: Final[dict[str, tuple[str, _Read]]] = {
     "soak": ("soak_s", _seconds),
     "limits": ("limits", lambda path, value: PlanLimits(**_fields(path, value, _LIMITS))),
     "budget": ("budget", lambda path, value: _budget(path, _fields(path, value, _BUDGET))),
+    "approval": ("approval", _flag),
     "stages": ("stages", _stages),
 }
 
@@ -213,7 +215,7 @@ def check(plan: GroupPlan) -> None:
         BadPlanError: naming the key as it is written in TOML.
     """
     if plan == GroupPlan():
-        raise BadPlanError((), "the plan is empty: it sets no limit, budget, soak or stage")
+        raise BadPlanError((), "the plan is empty: it sets no limit, budget, soak, approval or stage")
     for key, (field, read) in _LIMITS.items():
         value = getattr(plan.limits, field)
         if read is _amount and value:
@@ -309,6 +311,7 @@ _DIGITS: Final = re.compile(r"0|[1-9][0-9]*")
 def write(plan: GroupPlan) -> str:
     """Return a plan as TOML, which `parse` reads as the same plan."""
     lines = [f"soak = {_duration(plan.soak_s)}"] if plan.soak_s is not None else []
+    lines += ["approval = true"] if plan.approval else []
     limits = _pairs(plan.limits, _LIMITS)
     if limits:
         lines += ["", "[limits]", *limits]

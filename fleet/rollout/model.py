@@ -72,6 +72,7 @@ class Member(msgspec.Struct, frozen=True):
         began_at, moved_at: its first report; its newest one that showed progress.
         heard_at: any message of it, signed or not.
         online_since: None while it is offline.
+        busy: another rollout has it in progress.
         replaced: a canary that went away: its failure counts, it holds up nothing.
         accepted: the failure or loss that an operator accepted by resuming.
         arrival: offered from the catch-up queue, after the rollout succeeded.
@@ -102,6 +103,7 @@ class Member(msgspec.Struct, frozen=True):
     moved_at: float | None = None
     heard_at: float | None = None
     online_since: float | None = None
+    busy: bool = False
     ended_at: float | None = None
     replaced: bool = False
     accepted: Outcome | None = None

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from datetime import datetime
 from typing import Final
 
@@ -21,7 +22,7 @@ from fleet.rollout import advance
 from fleet.rollout.advance import Step, advance_set
 from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
 from fleet.rollout.effective import Fitness, SettledValue, Withdrawal, safe_value
-from fleet.rollout.model import Member, leave, overtaken
+from fleet.rollout.model import OPEN, Member, Value, leave, overtaken
 from fleet.rollout.presence import Polls, by_polls, polled
 from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
@@ -185,6 +186,10 @@ class RolloutController:
         if not self._witness.due(at):
             self._look_at(self.steady() + min(60.0, max(1.0, at - self._witness.utc)))
             return
+        if (frozen := self._freeze_of(row)) is not None:
+            for each in rows:
+                self._store.rollouts.set_reason(each.number, f"frozen: {frozen}")
+            return  # begins when the freeze is over, with the members of that moment
         left_out = self._membership.left_out_of_all([_change(each) for each in rows])
         with self._store.atomic():
             for each in rows:
@@ -192,7 +197,7 @@ class RolloutController:
 
     def _begin(self, row: RolloutRow, drawn: Drawn) -> None:
         """Begin a scheduled rollout, as `RolloutPlanner` begins one at once."""
-        progress, reason = drawn.progress, ""
+        progress, reason = replace(drawn.progress, approved=row.progress.approved), ""
         if not progress.gates:
             settles = (row.value.target is None or row.plan.allow_empty) and not drawn.unguarded
             progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), row.plan.limits)
@@ -237,7 +242,16 @@ class RolloutController:
         if rows[0].number != number:
             return None
         stored = [self._store.rollouts.members(each.number) for each in rows]
-        step = advance_set(self._frozen(row), [self._present(row, members) for members in stored], self.steady())
+        taken_over = self._taken_over(row)
+        model = self._frozen(row)
+        busy = self._store.rollouts.busy([each.number for each in rows]) if model.limits.min_available else frozenset()
+        step = advance_set(
+            replace(model, closed=model.closed or taken_over),
+            [self._present(row, members, busy) for members in stored],
+            self.steady(),
+        )
+        if taken_over:  # it closes the queue while the other rollout is open, and no longer
+            step = with_fields(step, rollout=replace(step.rollout, closed=row.progress.closed))
         offered = [device for action in step.actions if isinstance(action, Offer) for device in action.devices]
         return _Decided(rows, stored, step, offered)
 
@@ -245,11 +259,18 @@ class RolloutController:
         """Return the rollouts of a set that are in the same state: one that changed nothing was refused at once."""
         return [each for each in self._store.rollouts.together(row) if each.state is row.state] or [row]
 
-    def _present(self, row: RolloutRow, members: Iterable[Member]) -> list[Member]:
+    def _taken_over(self, row: RolloutRow) -> str:
+        """Say which rollout closes the catch-up queue of another: a newer one of the instance; empty for none."""
+        if row.state is not RolloutState.SUCCEEDED:
+            return ""
+        newer = self._store.rollouts.open_on(group=row.group, device=row.device, instance=row.instance)
+        return f"rollout {newer[-1].number} is {newer[-1].state}" if newer else ""
+
+    def _present(self, row: RolloutRow, members: Iterable[Member], busy: frozenset[str]) -> list[Member]:
         """Return members as they are now: connected or not, and out of the count when revoked or out of the group."""
         there = self._membership.ids(row.group, row.device)
         polling = {device: each.since for device, each in self._polls.items()}
-        found = with_presence(members, self._online, self._heard, self._began, polling)
+        found = with_presence(members, self._online, self._heard, self._began, polling, busy)
         for place, member in enumerate(found):
             if member.device not in there:
                 device = self._store.devices.get(member.device)
@@ -257,10 +278,14 @@ class RolloutController:
                 found[place] = leave(member, "it is revoked" if revoked else "it left the group")
         return found
 
+    def _freeze_of(self, row: RolloutRow) -> str | None:
+        """Return the reason of the freeze that a rollout is under; None for none."""
+        freezes = self._store.rollouts.freezes()
+        return freezes.get(row.group, freezes.get(""))
+
     def _frozen(self, row: RolloutRow) -> Rollout:
         """Return the rollout as the freezes of the moment leave it."""
-        freezes = self._store.rollouts.freezes()
-        frozen = "" in freezes or row.group in freezes
+        frozen = self._freeze_of(row) is not None
         if frozen and PauseCause.FREEZE not in row.progress.causes:
             return advance.pause(row.model, PauseCause.FREEZE)
         return row.model if frozen else advance.unfreeze(row.model)
@@ -320,8 +345,7 @@ class RolloutController:
             return said[-1]
         causes = step.rollout.causes
         if PauseCause.FREEZE in causes and PauseCause.FREEZE not in row.progress.causes:
-            freezes = self._store.rollouts.freezes()
-            return f"frozen: {freezes.get(row.group) or freezes.get('') or ''}"
+            return f"frozen: {self._freeze_of(row) or ''}"
         return row.reason if causes and row.progress.causes else step.wait.reason
 
     def _note_state(self, row: RolloutRow, state: RolloutState, reason: str) -> None:
@@ -329,11 +353,25 @@ class RolloutController:
         log.info("rollout %s %s", row.number, state)
         now = self._now()
         if state is RolloutState.SUCCEEDED:
-            self._store.rollouts.settle(
-                group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id, now=now
-            )
+            self.settle(group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id)
         if state in _ENDED | {RolloutState.SUCCEEDED, RolloutState.PAUSED}:
             self._store.access.audit(actor="server", act=f"rollout-{state}", subject=row.id, detail=reason, now=now)
+
+    def settle(self, *, group: str, device: str, instance: str, value: Value | None, rollout: str) -> None:
+        """Set a settled value, or remove it (None); who waits for the value before it in a queue is superseded."""
+        rollouts = self._store.rollouts
+        before = rollouts.settled_by(group=group, device=device, instance=instance)
+        with self._store.atomic():
+            rollouts.settle(
+                group=group, device=device, instance=instance, value=value, rollout=rollout, now=self._now()
+            )
+            old = rollouts.get(before) if before and before != rollout else None
+            if old is None:
+                return
+            waiting = [each for each in rollouts.members(old.number) if each.wave and each.outcome in OPEN]
+            if waiting:
+                ended = [overtaken(each, "another value took its place") for each in waiting]
+                rollouts.set_members(old.number, ended, now=self._now())
 
     def _overtake(self, row: RolloutRow, devices: Iterable[str]) -> None:
         """Mark devices that are offered something else by now in the rollouts before."""
@@ -434,20 +472,19 @@ class RolloutController:
 
     def _replace_withdrawn(self, settled: SettledRow) -> None:
         """Settle the value that takes the place of a withdrawn one."""
-        rollouts, held = self._store.rollouts, self._replacement(settled)
+        held = self._replacement(settled)
         value = None if held is None else held.value
         scope = settled.group or settled.device
         follows = "nothing" if value is None else value.target
         words = f"{settled.instance} on {scope}: {settled.value.target} was withdrawn, {follows} follows"
         log.warning("%s", words)
         with self._store.atomic():
-            rollouts.settle(
+            self.settle(
                 group=settled.group,
                 device=settled.device,
                 instance=settled.instance,
                 value=value,
                 rollout="" if held is None else held.rollout,
-                now=self._now(),
             )
             self._store.access.audit(actor="server", act="withdrawn", subject=scope, detail=words, now=self._now())
         group = self._store.devices.group(settled.group) if settled.group else None
@@ -535,7 +572,8 @@ def _change(row: RolloutRow) -> Change:
 
 def _differs(old: Member, new: Member) -> bool:
     """Tell whether a member changed beside what is known anew in each round."""
-    return new is not old and replace(new, heard_at=old.heard_at, online_since=old.online_since) != old
+    again = replace(new, heard_at=old.heard_at, online_since=old.online_since, busy=old.busy)
+    return new is not old and again != old
 
 
 def approvers(row: RolloutRow) -> str:

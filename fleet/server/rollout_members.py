@@ -1,7 +1,7 @@
 """Members of a rollout as the store knows them: whom the change concerns, and the draw over them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from fleet.protocol.codes import Outcome, RolloutState
 from fleet.rollout.decide import Gate, Rollout
 from fleet.rollout.effective import Overlay
-from fleet.rollout.members import Candidate, draw
+from fleet.rollout.members import UNGUARDED, Candidate, draw
 from fleet.rollout.model import Member, Value
 from fleet.rollout.selector import parse
 from fleet.server.director import Director, bad_key, lacks, unfit
@@ -98,8 +98,11 @@ class Membership:
         left_out |= dict.fromkeys(unselected, _UNSELECTED)
         candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
         drawn = draw(candidates, plan.stages, seed=plan.seed)
-        if drawn.refusal:
-            reason = drawn.refusal if candidates else f"{refusal(left_out)}; {drawn.refusal}"
+        refused = drawn.refusal
+        if plan.approval and not candidates:  # to settle it would offer it, unapproved, to who comes later
+            refused = refused or f"the plan {UNGUARDED}"
+        if refused:
+            reason = refused if candidates else f"{refusal(left_out)}; {refused}"
             return Drawn(Rollout(RolloutState.RUNNING, (), plan.limits), "", (), left_out, reason)
         wave_of = {device: wave for wave, devices in enumerate(drawn.waves, 1) for device in devices}
         rank = {device: place for place, device in enumerate(drawn.order)}
@@ -120,7 +123,7 @@ class Membership:
         gates = tuple(
             Gate(plan.soak_s if stage.soak_s is None else stage.soak_s, stage.approval) for stage in drawn.stages
         )
-        progress = Rollout(RolloutState.RUNNING, gates, plan.limits, vacancies=drawn.vacancies)
+        progress = Rollout(RolloutState.RUNNING, gates, plan.limits, vacancies=drawn.vacancies, approval=plan.approval)
         return Drawn(progress, ", ".join(map(str, drawn.stages)), members, left_out)
 
     def joins(self, rollout: RolloutRow, row: DeviceRow, left_out: str) -> Member:
@@ -198,6 +201,7 @@ def with_presence(
     heard: Mapping[str, float],
     since: float,
     polling: Mapping[str, float],
+    busy: Collection[str] = (),
 ) -> list[Member]:
     """Return members with what the server knows of their connections now.
 
@@ -207,12 +211,14 @@ def with_presence(
         heard: when each device sent anything.
         since: the beginning of what the server has heard.
         polling: since when each device polls that is not connected; in the catch-up queue it counts as online.
+        busy: devices that another rollout has in progress.
     """
     return [
         replace(
             each,
             online_since=online.get(each.device, polling.get(each.device) if each.arrival else None),
             heard_at=max(each.heard_at or 0, heard.get(each.device, since)),
+            busy=each.device in busy,
         )
         for each in members
     ]

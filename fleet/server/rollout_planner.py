@@ -152,6 +152,7 @@ class RolloutPlanner:
             stages=stages or parse_waves("100%" if request.device else waves),
             limits=group_plan.limits_of(limits, min_available=None if budget is None else budget.min_available),
             site_label="" if budget is None else budget.by,
+            approval=staged and policy.approval,
             soak_s=soak_s,
             seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
             starts_at=None if request.starts_at is None else request.starts_at.timestamp(),
@@ -353,7 +354,7 @@ class RolloutPlanner:
         if not reason and not drawn.progress.gates:
             reason = drawn.unguarded or refusal(drawn.left_out)
         if plan.starts_at is not None:
-            progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits), ""
+            progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits, approval=plan.approval), ""
         elif reason:
             progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), plan.limits)
         now = self._clock().timestamp()
@@ -378,7 +379,7 @@ class RolloutPlanner:
             if progress.state in OPEN_STATES | {RolloutState.SUCCEEDED}:
                 self._conductor.supersede(row)
             if progress.state is RolloutState.SUCCEEDED:
-                self._settle(row, now)
+                self._settle(row)
             act = "undo" if undoes else "remove" if value.target is None else "deploy"
             words = f"{request.instance} = {value.target or 'nothing'} on {request.group or request.device}"
             self._store.access.audit(actor=by, act=act, subject=row.id, detail=words, now=now)
@@ -413,10 +414,10 @@ class RolloutPlanner:
             if each.state in OPEN_STATES
         ]
 
-    def _settle(self, row: RolloutRow, now: float) -> None:
+    def _settle(self, row: RolloutRow) -> None:
         """Settle the value of a rollout that concerns no device."""
-        self._store.rollouts.settle(
-            group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id, now=now
+        self._conductor.settle(
+            group=row.group, device=row.device, instance=row.instance, value=row.value, rollout=row.id
         )
         self._conductor.touch_scope(row)
 
@@ -521,7 +522,7 @@ class RolloutPlanner:
         with self._store.atomic():
             for row in under_way:
                 self._conductor.end(row, RolloutState.ABORTED, "the pin was taken off")
-            self._store.rollouts.settle(group="", device=device.id, instance=instance, value=None, rollout="", now=now)
+            self._conductor.settle(group="", device=device.id, instance=instance, value=None, rollout="")
             self._store.access.audit(actor=by, act="unpin", subject=device.id, detail=instance, now=now)
         self._conductor.touch([device.id])
 
@@ -592,7 +593,9 @@ class RolloutPlanner:
             raise Refusal(
                 409,
                 "approval",
-                f"wave {row.progress.wave} of rollout {row.number} wants an approval",
+                f"wave {row.progress.wave} of rollout {row.number} wants an approval"
+                if row.progress.wave
+                else f"rollout {row.number} wants an approval before it offers anything",
                 action=approvers(row),
             )
         names: list[str] = []
@@ -608,7 +611,8 @@ class RolloutPlanner:
             )
 
     def _approve(self, row: RolloutRow, *, by: str) -> None:
-        if PauseCause.APPROVAL not in row.progress.causes:
+        early = row.state is RolloutState.SCHEDULED and row.progress.unapproved
+        if PauseCause.APPROVAL not in row.progress.causes and not early:
             raise Refusal(409, "approval", f"rollout {row.number} waits for no approval")
         if by == row.by:
             raise Refusal(403, "approval", f"{by} began rollout {row.number}", action=approvers(row))

@@ -218,6 +218,17 @@ class Rollouts:
         )
         return None if found is None else _member(found)
 
+    def busy(self, but: Iterable[int]) -> frozenset[str]:
+        """Return the devices that rollouts and catch-up queues have in progress, without those of some rollouts."""
+        sql = (
+            "SELECT DISTINCT b.device FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "
+            "WHERE (r.state IN (?, ?) OR (r.state = ? AND r.id IN (SELECT rollout FROM settled))) "
+            "AND b.outcome IN ('waiting', 'deferred', 'in-progress', 'lost') "
+            "AND r.number NOT IN (SELECT value FROM json_each(?))"
+        )
+        found = self._db.tuples(sql, *_OPEN, RolloutState.SUCCEEDED, text(sorted(but)))
+        return frozenset(each for (each,) in found)
+
     def left_out(self, *, group: str, device: str, instance: str) -> set[str]:
         """Return the devices that an operator left out of the rollout which brought a settled value."""
         sql = (
@@ -359,6 +370,11 @@ class Rollouts:
         sql = 'SELECT value FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
         found = self._db.value(sql, group, device, instance)
         return None if found is None else msgspec.json.decode(found, type=Value)
+
+    def settled_by(self, *, group: str, device: str, instance: str) -> str:
+        """Return the id of the rollout that brought a settled value; empty for none."""
+        sql = 'SELECT rollout FROM settled WHERE "group" = ? AND device = ? AND instance = ?'
+        return str(self._db.value(sql, group, device, instance) or "")
 
     def settle(self, *, group: str, device: str, instance: str, value: Value | None, rollout: str, now: float) -> None:
         """Set a settled value, or remove it (None); the value before goes to the history."""

@@ -114,6 +114,7 @@ class RolloutPlan(msgspec.Struct, frozen=True, kw_only=True):
         starts_at: seconds since 1970, None for at once.
         where: text of the query that chose among the devices of the scope.
         site_label: label by which the budget counts.
+        approval: whether a second person has to approve before anything is offered.
         fitness: of the release that is offered, for the time when it may be withdrawn.
     """
 
@@ -125,6 +126,7 @@ class RolloutPlan(msgspec.Struct, frozen=True, kw_only=True):
     allow_empty: bool = False
     where: str = ""
     site_label: str = ""
+    approval: bool = False
     fitness: Fitness = Fitness(0, 0)
 
 
