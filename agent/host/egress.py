@@ -3,7 +3,8 @@
 The egress exists while at least one worker may send requests. For each such worker it has an end of a socket pair,
 which the supervisor gave it together with the grants of the worker's instance: a request is attributed to a worker by
 its socket, never by its content. A request names scheme, host and port; the reply is a connected socket or an error.
-The egress resolves names and then checks each address; it connects to the checked address, without resolving again.
+The egress resolves names and then checks each address; it connects to the first checked one that answers, without
+resolving again.
 TLS is the worker's task: this process sees no HTTP at all.
 
 Workers have no network, so even an escaped guest can only reach what its grants allow, over connected sockets.
@@ -21,6 +22,7 @@ from typing import Final
 
 import msgspec
 
+from agent import happy_eyeballs
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     CONNECT_MAX_S,
@@ -66,57 +68,61 @@ async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolv
     """
     host, port = check_grant(grants, ask.scheme, ask.authority)
     timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
-    try:
-        async with asyncio.timeout(timeout_s):
-            if host.endswith(outbound.INTERNAL):
-                return await _neighbour(host.removesuffix(outbound.INTERNAL), directory)
-            addresses = filter_addresses(grants, ask.scheme, host, port, await _addresses(host, port, resolver))
-            return await _first(addresses, port)
-    except TimeoutError as error:
-        raise RefusedError("connection-timeout", f"{host}:{port} did not answer in {timeout_s:g} s") from error
+    if host.endswith(outbound.INTERNAL):
+        return await _neighbour(host.removesuffix(outbound.INTERNAL), directory, timeout_s)
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + timeout_s
+    found = await _addresses(host, port, resolver, min(timeout_s, _RESOLVE_S))
+    addresses = filter_addresses(grants, ask.scheme, host, port, found)
+    return await _first(host, [_meant(each) for each in addresses], port, max(until_s - loop.time(), 0.001))
 
 
-async def _addresses(host: str, port: int, resolver: Resolve) -> list[str]:
+async def _addresses(host: str, port: int, resolver: Resolve, timeout_s: float) -> list[str]:
     with contextlib.suppress(ValueError):
         return [str(ipaddress.ip_address(host))]
     try:
-        async with asyncio.timeout(_RESOLVE_S):
+        async with asyncio.timeout(timeout_s):
             return await resolver(host, port)
     except TimeoutError as error:
-        raise RefusedError("DNS-timeout", f"{host} could not be resolved within {_RESOLVE_S:g} s") from error
+        raise RefusedError("DNS-timeout", f"{host} could not be resolved within {timeout_s:g} s") from error
     except (OSError, UnicodeError) as error:
         raise RefusedError("DNS-error", f"{host} cannot be resolved: {error}") from error
 
 
-async def _first(addresses: list[str], port: int) -> socket.socket:
-    """Connect to the first address that answers."""
-    last = RefusedError("destination-unavailable", "there is no address to connect to")
-    for address in addresses:
-        meant = str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
-        try:
-            sock = await _connected(socket.AF_INET6 if ":" in meant else socket.AF_INET, (meant, port))
-        except OSError as error:
-            code = "connection-refused" if isinstance(error, ConnectionRefusedError) else "destination-unavailable"
-            last = RefusedError(code, f"cannot connect to {address}:{port}: {error.strerror}")
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-    raise last
+def _meant(address: str) -> str:
+    """Return the IPv4 address that is written as an IPv6 one, else the address itself."""
+    return str(outbound.unwrapped(ipaddress.ip_address(address))) if address.startswith("::ffff:") else address
 
 
-async def _neighbour(name: str, directory: str) -> socket.socket:
+async def _first(host: str, addresses: list[str], port: int, timeout_s: float) -> socket.socket:
+    """Connect to the first address that answers (RFC 8305)."""
     try:
-        return await _connected(socket.AF_UNIX, f"{directory}/{name}")
+        return await happy_eyeballs.first_connected(addresses, port, timeout_s=timeout_s)
+    except happy_eyeballs.NoAnswerError as error:
+        kinds = [type(each) for _, each in error.failures]
+        if ConnectionRefusedError in kinds:
+            code = "connection-refused"
+        else:
+            code = "connection-timeout" if TimeoutError in kinds else "destination-unavailable"
+        raise RefusedError(code, f"cannot connect to {host}:{port}: {error}") from error
+
+
+async def _neighbour(name: str, directory: str, timeout_s: float) -> socket.socket:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _connected(f"{directory}/{name}")
+    except TimeoutError as error:
+        raise RefusedError("connection-timeout", f"instance {name} did not answer in {timeout_s:g} s") from error
     except OSError as error:
         raise RefusedError("destination-unavailable", f"no instance {name} answers on this device") from error
 
 
-async def _connected(family: socket.AddressFamily, to: tuple[str, int] | str) -> socket.socket:
-    """Connect a new socket. Raises `OSError`, also where the device has no such family or no descriptor left."""
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+async def _connected(path: str) -> socket.socket:
+    """Connect a new socket to an instance. Raises `OSError`, also where there is no descriptor left."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, to)
+        await asyncio.get_running_loop().sock_connect(sock, path)
     except BaseException:
         sock.close()
         raise
