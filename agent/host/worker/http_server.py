@@ -11,6 +11,7 @@ an error can then be shown to the client only by ending the connection early.
 """
 
 import contextlib
+import math
 import select
 import socket
 import threading
@@ -21,7 +22,7 @@ from typing import Final
 from agent.host.engine.runtime import GuestError
 from agent.host.http import connection
 from agent.host.http.connection import BadAnswerError, Http1Connection, Request
-from agent.host.ipc import framing
+from agent.host.ipc import framing, worker_api
 from agent.host.worker.runner import GuestRunner
 from agent.host.worker.streaming import StreamingResponse
 from fleet.protocol.codes import CallOutcome
@@ -31,6 +32,8 @@ IDLE_S: Final = 75  # a client may keep a quiet connection this long
 STALL_S: Final = 30  # and may be silent this long within a message, or leave an answer unread
 SWEEP_S: Final = 10
 CLIENTS_MAX: Final = 512
+_QUEUE_SAID_EVERY_S: Final = 60
+_QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 _READ_BYTES: Final = 64 * 1024
 _PASSED: Final = b"C"
 _PASS_TIMEOUT_S: Final = 1.0
@@ -85,6 +88,8 @@ class HttpServer:
         self._calling: Client | None = None
         self._lock = threading.Lock()  # of what `relieve` touches while a call is in flight
         caller.relieve = self.relieve
+        caller.queued = self.note_queue
+        self._queue_said_s = -math.inf
 
     # The supervisor's orders.
 
@@ -401,6 +406,20 @@ class HttpServer:
                 if prefix is not None and not client.out and not client.lingers_until_s:
                     self._pass(client, prefix, self._queue[0])
 
+    def note_queue(self) -> None:
+        """Log, once in a while, that requests wait for the call in flight. For the ticker's thread."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self._calling is None or now_s - self._queue_said_s < _QUEUE_SAID_EVERY_S:
+                return
+            own = self._calling.sock.fileno()
+            accepting = self._listener.fileno() if self._accepting and self._listener is not None else -1
+            ready = [fd for fd, _ in self._poll.poll(0) if fd != own]
+            waits = any(fd == accepting or (fd in self._clients and _asks(self._clients[fd])) for fd in ready)
+        if waits:
+            self._queue_said_s = now_s
+            self._caller.say(worker_api.Line(text=_QUEUED.format(self._limits.concurrency)))
+
     def _finish_leaving(self) -> None:
         if self._leaving and not self._clients and not self._sources:
             self._leaving = False
@@ -433,6 +452,14 @@ class HttpServer:
         self._pause_accepting()
         _close(self._listener)
         self._listener = None
+
+
+def _asks(client: Client) -> bool:
+    """Tell whether a request of a client has come, rather than its end."""
+    try:
+        return bool(client.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
 
 
 def _close(sock: socket.socket | None) -> None:

@@ -77,6 +77,8 @@ class GuestRunner:
         self.say = say
         self.relieve: Callable[[], None] = lambda: None
         """Called by the ticker once a call takes its time: nobody should wait behind it."""
+        self.queued: Callable[[], None] = lambda: None
+        """Called by the ticker once a call takes long: others may be waiting for it."""
         self._lines = TokenBucket(limits.log_lines_per_minute)
         self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
         self._dropped = 0
@@ -175,7 +177,7 @@ class GuestRunner:
         number = self._ticker.number()
         self._page.begin(time.monotonic_ns(), number)
         watch = do_nothing if self._writes is None else self._count_writes
-        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, way))
+        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, self.queued, way))
 
     def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: StreamingResponse | None = None) -> T:
         try:

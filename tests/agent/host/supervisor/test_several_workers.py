@@ -8,6 +8,7 @@ import support
 from support import Grants, Limits
 
 from agent.host.ipc import host_api
+from tests.eventually import eventually
 
 CLOCK = Grants(interfaces=("wasi:io", "wasi:clocks"))
 PATIENT = {"idle_ms": 3_600_000, "total_ms": 3_600_000}
@@ -71,3 +72,17 @@ def test_a_client_waiting_for_busy_workers_is_answered_by_the_first_idle_one(hos
     waiting.sendall(GET)
     assert support.read_answer(waiting)[0] == 200
     host.event(lambda event: isinstance(event, host_api.Trapped) and "blocked" in event.message)
+
+
+@pytest.mark.parametrize("through", ["a new connection", "a kept connection"])
+def test_the_log_says_when_a_request_waits_for_another(host, kept, through):
+    port = start(host)
+    slow, other = kept(port), kept(port)
+    for client in (slow, other):
+        assert support.http(port, GET, client)[0] == 200
+    slow.sendall(POST)
+    support.await_read(slow)
+    assert not any("limits.concurrency" in line for line in host.lines_of("several"))
+    (other if through == "a kept connection" else kept(port)).sendall(GET)
+    line = "host: requests wait for one that takes long: limits.concurrency allows 1 at a time"
+    eventually(lambda: any(line in each for each in host.lines_of("several")), "the line")
