@@ -9,8 +9,11 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from agent.arguments import parse
 from agent.host.ipc import host_api
@@ -18,7 +21,9 @@ from agent.host.ipc.frames import RequestPath
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import worker_pool
 from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, IsolationError, Supervisor, TakenError
+from fleet.protocol import wire
 from fleet.protocol.bounds import MIB
+from fleet.protocol.component_check import ComponentCheckRequest
 
 _DEFAULT_RUNTIME: Final = "/run/wasmfleet"
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
@@ -27,6 +32,7 @@ _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would no
 
 EXAMPLES: Final = """examples:
   fleet-host check                                   show the engine and the isolation layers of this device
+  fleet-host check-component hello.wasm              say whether this machine's host could start a component
   fleet-host run                                     run with the paths of the package, as root
   fleet-host run --state ~/device/host --runtime ~/device/run
   fleet-host run --ingress 0.0.0.0:8080              let other machines call components
@@ -43,7 +49,7 @@ def _address(text: str) -> tuple[str, int] | None:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-COMMANDS: Final = ("run", "check")
+COMMANDS: Final = ("run", "check", "check-component")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         "--request-path", type=RequestPath, default=RequestPath.HTTP, help=argparse.SUPPRESS
     )  # decision 15
     commands.add_parser("check", help="report the engine and the isolation layers of this device")
+    judge = commands.add_parser(
+        "check-component",
+        help="compile, link and start components as a device does; print a JSON line for each",
+        description="Compile, link and start components as a device does, each in a process of its own, and print a "
+        "JSON line for each. Exit with status 1 if one is refused.",
+        epilog="Without FILE, requests are read from standard input, one JSON line for each component: "
+        '{"file": "hello.wasm", "manifest": {...}}. Without a manifest, everything that a device serves is granted.',
+    )
+    judge.add_argument("file", nargs="*", metavar="FILE", help="component to check")
     return parser
 
 
@@ -143,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(_parser(), COMMANDS, arguments)
     if options.command == "check":
         return check()
+    if options.command == "check-component":
+        return check_components(options.file)
     try:
         _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
         _own_directory(options.state, "state", 0o700)
@@ -195,6 +212,27 @@ def check() -> int:
     if missing := sandbox.needs_of([layer for layer, there in layers.items() if not there]):
         print(f"missing      {missing}")
     return 0 if facts else 1
+
+
+def check_components(files: list[str]) -> int:
+    """Check components and print a JSON line for each; return 1 if one is refused, 2 for a bad request."""
+    from agent.host.compiler import component_check  # noqa: PLC0415 - a running host has no use for it
+
+    refused = False
+    lines: Iterable[bytes] = sys.stdin.buffer
+    if files:
+        lines = (msgspec.json.encode(ComponentCheckRequest(file=file)) for file in files)
+    for line in lines:
+        try:
+            request = msgspec.json.decode(line, type=ComponentCheckRequest)
+        except wire.JSON_ERRORS as error:
+            sys.stderr.write(f"fleet-host: a request is not valid: {error}\n")
+            return 2
+        reply = component_check.check(request, worker_pool.python_argv)
+        sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
+        sys.stdout.buffer.flush()
+        refused = refused or not reply.ok
+    return int(refused)
 
 
 async def _run(settings: HostSettings) -> None:

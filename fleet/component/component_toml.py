@@ -17,7 +17,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from fleet.component import toml_fields, wasi
+from fleet.component import served, toml_fields, wasi
 from fleet.component.reader import (
     HTTP_HANDLER,
     HTTP_HEALTH,
@@ -56,7 +56,6 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (wasi.MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
     (wasi.RUN, Service, "wasi:cli"),
 )
-_INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-zA-Z][a-zA-Z0-9-]*)?")
 _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 _DOTS_MAX: Final = 500
 """Most dots in one line: the memory that tomllib takes for a dotted key grows with the square of its parts."""
@@ -72,6 +71,10 @@ class NeedsTomlError(BadManifestError):
     def __init__(self, message: str, suggestion: str) -> None:
         super().__init__(message)
         self.suggestion = suggestion
+
+
+class UnservedError(BadManifestError):
+    """No device serves or calls what the component asks for, so that no manifest helps."""
 
 
 def load(
@@ -172,12 +175,9 @@ def describe(
         manifest = infer(file_name, component, version=version)
     else:
         manifest = load(text, component=component, file_name=file_name, version=version)
+    if problems := served.problems(component, manifest, file_name=file_name):
+        raise UnservedError(f"{file_name} cannot run: {problems[0]}")
     if missing := check_grants(component, manifest):
-        if foreign := [name for name in missing if not _INTERFACE.fullmatch(bare(name))]:
-            raise BadManifestError(
-                f"{file_name} imports {foreign[0][:80]!r}, which belongs to no package, so that no device serves it: "
-                "move it into an interface of a package, or compose the component with the one that exports it"
-            )
         raise NeedsTomlError(
             f"{file_name} imports {', '.join(missing)}, which its manifest does not grant: "
             f"save the suggested {FILE_NAME} to allow them",
@@ -314,7 +314,7 @@ def _grants(table: Table) -> Grants:
 
 
 def _check_interface(text: str) -> str | None:
-    if _INTERFACE.fullmatch(text):
+    if served.INTERFACE.fullmatch(text):
         return None
     if "@" in text:
         return f"without the version: {bare(text)!r}"

@@ -18,7 +18,7 @@ from wasmtime import Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.engine import adapter_abi
+from agent.host.engine import adapter_abi, refusals
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.engine.runtime import (
@@ -124,7 +124,8 @@ class Guest:
             text = str(error)
             if "wasm trap" in text or "wasm backtrace" in text:
                 raise guest_error(str(error)) from error
-            raise EngineError(RejectCode.START_FAILED, first_lines(text)) from error
+            said = refusals.unlinked(text, self._limits)
+            raise EngineError(RejectCode.START_FAILED, said or first_lines(text)) from error
         self._handle = self._function(*self._entries[0])
         self._check = self._function(HEALTH, "check")
         self._run = self._function(TASK, "run")

@@ -35,7 +35,7 @@ from wasmtime import Config, WasmtimeError
 from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 
-from agent.host.engine import codec
+from agent.host.engine import codec, refusals
 from agent.host.engine.codec import Codec, FastCodec, Signature
 from fleet.component import compose, wasi
 from fleet.component.reader import Fault, NotAComponentError, bare, read
@@ -295,7 +295,8 @@ class Engine:
         try:
             return bytes(wc.Component(self.raw, artifact).serialize())
         except WasmtimeError as error:
-            raise EngineError(RejectCode.COMPILE_FAILED, first_lines(str(error))) from error
+            said = refusals.uncompiled(str(error))
+            raise EngineError(RejectCode.COMPILE_FAILED, said or first_lines(str(error))) from error
 
     def read(self, text: str) -> Image:
         """Compile a component's text and keep it here: for a process that will not be forked."""
@@ -311,8 +312,8 @@ class Engine:
         try:
             return Image(self, wc.Component.deserialize_file(self.raw, path))
         except WasmtimeError as error:
-            why = first_lines(str(error))
-            code = RejectCode.START_FAILED if "exceeds the" in why else RejectCode.IMAGE_DAMAGED
+            why = refusals.unloaded(str(error)) or first_lines(str(error))
+            code = RejectCode.START_FAILED if "exceeds the" in str(error) else RejectCode.IMAGE_DAMAGED
             raise EngineError(code, why) from error
 
     def tick(self) -> None:

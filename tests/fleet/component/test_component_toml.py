@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleet.component import component_toml, reader, toml_fields
-from fleet.component.component_toml import NeedsTomlError
+from fleet.component import component_toml, reader, served, toml_fields
+from fleet.component.component_toml import NeedsTomlError, UnservedError
 from fleet.component.reader import Component
 from fleet.protocol.manifest import (
     BadManifestError,
@@ -412,7 +412,8 @@ def test_the_docs_examples_are_read():
 
 LABELS = st.from_regex(r"[a-z][a-z0-9]{0,4}(-([a-z][a-z0-9]{0,4}|[A-Z][A-Z0-9]{0,4})){0,2}", fullmatch=True)
 INTERFACES = st.builds("{}:{}/{}@{}".format, LABELS, LABELS, LABELS, st.sampled_from(["0.1.0", "0.2.0-draft", "1.2.3"]))
-IMPORTS = st.one_of(LABELS, INTERFACES, st.builds("url=<https://{}.com>".format, LABELS))
+SERVED = st.builds("{}@{}".format, st.sampled_from(sorted(served.IMPORTS)), st.sampled_from(["0.2.0", "0.2.12"]))
+IMPORTS = st.one_of(LABELS, INTERFACES, SERVED, st.builds("url=<https://{}.com>".format, LABELS))
 
 
 @given(st.lists(IMPORTS, max_size=4, unique=True))
@@ -422,8 +423,16 @@ def test_a_suggestion_is_always_accepted(imports):
         component_toml.describe(component, None, file_name="x.wasm")
     except NeedsTomlError as error:
         component_toml.describe(component, error.suggestion, file_name="x.wasm")
-    except BadManifestError:
-        assert any(":" not in name or "=" in name for name in imports)
+    except UnservedError:
+        assert any(component_toml.bare(name) not in served.IMPORTS for name in imports)
+
+
+@given(st.lists(INTERFACES, max_size=4, unique=True))
+def test_what_is_suggested_for_any_interface_is_read_back(imports):
+    component = made(imports=imports)
+    text = component_toml.suggest_toml(component, component_toml.infer("x.wasm", component))
+    read = component_toml.load(text, component=component, file_name="x.wasm")
+    assert component_toml.check_grants(component, read) == []
 
 
 @pytest.mark.parametrize("name", ["host-log", "my-things", "url=<https://a.com/x.wasm>"])

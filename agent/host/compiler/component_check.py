@@ -1,0 +1,211 @@
+"""Check of a component by this machine's host: read, compile, link and start it, each step as on a device.
+
+    python -m agent.host.compiler.component_check FD < request.json      link and start the image behind FD
+
+`fleet-host check-component` reads a component, has the compiler make an image of it, and starts this module as a
+program of its own, which does what a worker does: it maps the image, enters a worker's sandbox and makes an instance,
+whose start may trap. No request is sent to it. A component that crashes the engine or uses up a limit is refused, and
+says nothing of the next.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import msgspec
+
+from agent.host.sandbox import sandbox
+from fleet.component import reader, served
+from fleet.protocol import bounds, wire
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.component_check import LINE_MAX_BYTES, ComponentCheckReply, ComponentCheckRequest, Step
+from fleet.protocol.manifest import Grants, Http, Limits
+
+if TYPE_CHECKING:
+    from agent.host.engine.runtime import Engine
+
+_STEP_S: Final = 300
+"""For one step; the compiler's own limit of processor time is lower, so this is for a machine under load."""
+
+Argv = Callable[[str], list[str]]
+"""Makes the command line of a module of ours."""
+
+
+class _Refusal(Exception):  # noqa: N818 - a verdict on a component
+    def __init__(self, step: Step, code: str, problem: str, **more: Any) -> None:
+        super().__init__(problem)
+        self.step, self.code, self.more = step, code, more
+
+
+def check(request: ComponentCheckRequest, argv: Argv) -> ComponentCheckReply:
+    """Check a component, each step in a process of its own."""
+    name = request.name or Path(request.file).name
+    try:
+        engine = _engine(argv)
+        data, shape = _read(Path(request.file), name)
+        _ask_table(shape, request, name, engine)
+        fuel = request.manifest is not None and bool(request.manifest.limits.fuel)
+        image = _compile(data, argv("agent.host.compiler") + (["--fuel"] if fuel else []), engine)
+        reply = _start(image, request, shape, argv)
+        return msgspec.structs.replace(reply, **engine, image_bytes=len(image))
+    except _Refusal as refusal:
+        return ComponentCheckReply(
+            file=request.file, ok=False, step=refusal.step, code=refusal.code, problem=str(refusal), **refusal.more
+        )
+
+
+def _engine(argv: Argv) -> dict[str, str]:
+    done = _run([*argv("agent.host.compiler"), "--describe"], b"", Step.COMPILE)
+    if done.returncode:
+        raise _Refusal(Step.COMPILE, *_words(done))
+    facts = json.loads(done.stdout)
+    return {"engine": facts["engine"], "machine": facts["triple"].removesuffix("-linux")}
+
+
+def _read(path: Path, name: str) -> tuple[bytes, reader.Component]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(bounds.ARTIFACT_MAX_BYTES + 1)
+        return data, reader.read(data, file_name=name)
+    except OSError as error:
+        raise _Refusal(Step.READ, RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}") from error
+    except reader.NotAComponentError as error:
+        code = RejectCode.TOO_LARGE if len(data) > bounds.ARTIFACT_MAX_BYTES else RejectCode.NOT_A_COMPONENT
+        raise _Refusal(Step.READ, code, str(error)) from error
+
+
+def _ask_table(shape: reader.Component, request: ComponentCheckRequest, name: str, engine: dict[str, str]) -> None:
+    """Refuse what the table knows to be served nowhere: its sentence says more than the linker's."""
+    if said := served.problems(shape, request.manifest, file_name=name):
+        raise _Refusal(Step.LINK, RejectCode.START_FAILED, said[0], **engine)
+
+
+def _compile(data: bytes, command: list[str], engine: dict[str, str]) -> bytes:
+    done = _run(command, data, Step.COMPILE)
+    if done.returncode:
+        raise _Refusal(Step.COMPILE, *_words(done), **engine)
+    return done.stdout
+
+
+def _run(command: list[str], data: bytes, step: Step, fd: int = -1) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(
+            command, input=data, capture_output=True, check=False, timeout=_STEP_S, pass_fds=() if fd < 0 else (fd,)
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _Refusal(step, RejectCode.COMPILE_LIMIT, f"the step took more than {_STEP_S} s") from error
+
+
+def _words(done: subprocess.CompletedProcess[bytes]) -> tuple[str, str]:
+    """Return the code and the sentence of a program that failed: its own, or what its end means."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        limit = done.returncode in {-signal.SIGXCPU, -signal.SIGABRT}
+        why = "it takes more time or memory than a component may" if limit else "the engine crashed, or was killed"
+        return RejectCode.COMPILE_LIMIT if limit else RejectCode.COMPILE_FAILED, f"{why} ({name})"
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+        said = json.loads(lines[-1])
+        return str(said["code"]), str(said["message"])
+    return RejectCode.INTERNAL, f"the check itself failed: {lines[-1] if lines else done.returncode}"
+
+
+def _start(image: bytes, request: ComponentCheckRequest, shape: reader.Component, argv: Argv) -> ComponentCheckReply:
+    if request.manifest is None:
+        everything = Grants(interfaces=tuple(dict.fromkeys(map(reader.bare, shape.imports))))
+        granted = _Granted(request, everything, Limits())
+    else:
+        granted = _Granted(request, request.manifest.grants, request.manifest.limits)
+    fd = os.memfd_create("image")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(image)
+        command = [*argv("agent.host.compiler.component_check"), str(fd)]
+        done = _run(command, msgspec.json.encode(granted), Step.START, fd)
+    finally:
+        os.close(fd)
+    try:
+        return msgspec.json.decode(done.stdout, type=ComponentCheckReply)
+    except wire.JSON_ERRORS:
+        raise _Refusal(Step.START, *_words(done)) from None
+
+
+class _Granted(msgspec.Struct, frozen=True):
+    """What the program that links is given on standard input."""
+
+    request: ComponentCheckRequest
+    grants: Grants
+    limits: Limits
+
+
+def main(fd: int) -> NoReturn:
+    """Link and start an image; exit at once, as a guest may have left threads behind."""
+    given = msgspec.json.decode(sys.stdin.buffer.read(LINE_MAX_BYTES), type=_Granted)
+    out = os.dup(1)  # standard output becomes the guest's
+    reply = _linked(given, fd)
+    os.write(out, msgspec.json.encode(reply) + b"\n")
+    os._exit(0)
+
+
+def _linked(given: _Granted, fd: int) -> ComponentCheckReply:
+    from agent.host.engine import runtime  # noqa: PLC0415 - only here: the other processes need no engine
+
+    request = given.request
+    try:
+        return ComponentCheckReply(file=request.file, ok=True, exports=_exports(given, fd))
+    except runtime.EngineError as error:
+        step, code, problem = Step.LINK, error.code, str(error)
+    except runtime.GuestError as error:
+        step, code, problem = Step.START, RejectCode.START_FAILED, f"it failed in its start: {error}".splitlines()[0]
+    except sandbox.SandboxError as error:
+        step, code, problem = Step.START, RejectCode.CONTAINMENT, str(error)
+    return ComponentCheckReply(file=request.file, ok=False, step=step, code=code, problem=problem)
+
+
+def _exports(given: _Granted, fd: int) -> tuple[str, ...]:
+    """Instantiate the guest in a worker's sandbox; return what it exports for a device to call."""
+    from agent.host.engine import adapter_abi, guest, runtime  # noqa: PLC0415
+
+    manifest, limits = given.request.manifest, given.limits
+    engine = runtime.Engine(fuel=bool(limits.fuel), pooled=True)
+    image = engine.load(f"/proc/self/fd/{fd}")
+    adapter_abi.catch_stdout()
+    body_bytes = limits.request_bytes + limits.response_bytes
+    sandbox.apply(
+        sandbox.worker_spec(uid=None, memory_bytes=limits.memory_bytes, body_bytes=body_bytes, storage_bytes=0, data="")
+    )
+    config: dict[str, str] = {}
+    if manifest is not None:
+        config |= dict.fromkeys(manifest.secrets, "")
+        config |= {key: each.default or "" for key, each in manifest.config.items()}
+    _tick(engine, runtime.TICK_MS / 1000)
+    started = guest.start(image, limits=limits, grants=given.grants, config=config, log=lambda _line: None)
+    if manifest is not None:  # of a trigger that devices have: `served.problems` refuses others
+        needed = runtime.HANDLER if isinstance(manifest.trigger, Http) else runtime.TASK
+        for export, why in ((needed, "which its trigger calls"), (runtime.HEALTH, "which its manifest promises")):
+            if export not in started.kinds and (export == needed or manifest.health.check):
+                raise runtime.EngineError(RejectCode.START_FAILED, f"it exports no {export}, {why}")
+    return tuple(sorted(started.kinds))
+
+
+def _tick(engine: "Engine", every_s: float) -> None:
+    """Let epochs pass while the guest starts, so that `limits.start` ends a guest that does not come back."""
+
+    def run() -> None:
+        while True:
+            time.sleep(every_s)
+            engine.tick()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

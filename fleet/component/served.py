@@ -1,0 +1,221 @@
+"""Interfaces that devices serve and exports that they call: judge a component without an engine.
+
+The table is what `components/wit/versions.toml` lists. An engine knows more (types, functions that an interface gained
+later, memories): `fleet-host check-component` asks it, where it is installed. Pure.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from fleet.component import wasi
+from fleet.component.compose import BRIDGE, HOST, needs_adapter
+from fleet.component.reader import HTTP_HANDLER, SCHEDULE_TASK, Component, bare, package
+from fleet.component.toml_fields import format_size
+from fleet.protocol import bounds
+from fleet.protocol.manifest import Http, Manifest, OnMessage, Schedule, Service, Trigger
+
+ANY: Final = "*"
+"""Stands for every version of an interface that the host serves by functions of its own: their types decide."""
+
+_RELEASES: Final = "0.2"
+"""Stands for every release of WASI 0.2; pre-releases are not compatible with each other."""
+
+WASI: Final = (
+    *(f"wasi:cli/{name}" for name in ("environment", "exit", "stdin", "stdout", "stderr")),
+    *(f"wasi:cli/terminal-{name}" for name in ("input", "output", "stdin", "stdout", "stderr")),
+    "wasi:clocks/monotonic-clock",
+    "wasi:clocks/wall-clock",
+    "wasi:filesystem/preopens",
+    "wasi:filesystem/types",
+    "wasi:io/error",
+    "wasi:io/poll",
+    "wasi:io/streams",
+    *(f"wasi:random/{name}" for name in ("random", "insecure", "insecure-seed")),
+    *(f"wasi:sockets/{name}" for name in ("network", "instance-network", "ip-name-lookup")),
+    *(f"wasi:sockets/{kind}" for kind in ("tcp", "tcp-create-socket", "udp", "udp-create-socket")),
+)
+"""Interfaces of WASI 0.2 that the engine serves to every component."""
+
+IMPORTS: Final[dict[str, str]] = dict.fromkeys(WASI, _RELEASES) | dict.fromkeys((wasi.LOGGING, *wasi.CONFIG), ANY)
+"""Interface -> versions in which a component may import it."""
+
+ADAPTED: Final[dict[str, str]] = dict.fromkeys((wasi.HTTP_TYPES, wasi.OUTGOING_HANDLER), _RELEASES)
+"""What a guest of `wasi:http` may import besides, by its adapter."""
+
+INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-zA-Z][a-zA-Z0-9-]*)?")
+"""Name of an interface or a package, without its version."""
+
+_MEMORY_MAX_BYTES: Final = 4 << 30
+"""Memory that a component can address, with 32 bits."""
+
+# What other platforms serve, by the namespace or package of an import
+_PLATFORMS: Final = {
+    "fermyon": "Spin",
+    "spin": "Spin",
+    "fastly": "Fastly Compute",
+    "wasmcloud": "wasmCloud",
+    "wrpc": "wasmCloud",
+    "golem": "Golem",
+    "hermes": "Hermes",
+    "obelisk": "Obelisk",
+    "componentized": "another host",
+}
+_FILES: Final = "keep its data in files under /data (wasi:filesystem)"
+_HARDWARE: Final = "have a process on the device offer the hardware over HTTP, and grant it (grants.outbound)"
+_INSTEAD: Final = {
+    "wasi:blobstore": _FILES,
+    "wasi:keyvalue": _FILES,
+    "wasi:sql": "ask a database over HTTP (wasi:http/outgoing-handler)",
+    "wasi:messaging": "call and be called over HTTP (wasi:http)",
+    "wasi:nn": "build the model into the component, or ask for it over HTTP (wasi:http/outgoing-handler)",
+    "wasi:tls": "send requests with wasi:http/outgoing-handler, which speaks TLS",
+    "wasi:observe": "write to wasi:logging/logging",
+    "wasi:otel": "write to wasi:logging/logging",
+    "wasi:clocks": "use wasi:clocks/wall-clock, in UTC",
+    **dict.fromkeys((f"wasi:{name}" for name in ("i2c", "spi", "gpio", "usb", "digital-io", "serial")), _HARDWARE),
+    **dict.fromkeys((f"wasi:{name}" for name in ("webgpu", "graphics-context", "surface", "frame-buffer")), _HARDWARE),
+}
+
+
+_SOCKETS: Final = (
+    "wasi:sockets is there for standard libraries: every use of it is refused with access-denied; send requests with "
+    "wasi:http/outgoing-handler and grants.outbound"
+)
+
+
+class Unserved(NamedTuple):
+    """Import that no device serves: its name as written, and a sentence that says why and what to do."""
+
+    name: str
+    why: str
+
+
+def unserved(
+    component: Component, *, file_name: str = "component.wasm", device: Collection[str] = ()
+) -> tuple[Unserved, ...]:
+    """List the imports of a component that devices do not serve.
+
+    Args:
+        component: as `fleet.component.reader.read` gives it.
+        file_name: for the commands that are suggested.
+        device: packages that a device reported, such as `wasi.SERVED`; empty to judge by this version's own table.
+    """
+    wanted = (name for name in component.imports if name not in component.plain)
+    adapted = needs_adapter(component)
+    return tuple(
+        Unserved(name, reason(name, file_name)) for name in wanted if not _served(name, adapted, component, device)
+    )
+
+
+def is_served(name: str) -> bool:
+    """Tell whether devices serve an interface in this version, to some component."""
+    interface, _, version = name.partition("@")
+    allowed = (IMPORTS | ADAPTED).get(interface)
+    return allowed == ANY or (allowed is not None and _fits(version, allowed))
+
+
+def _served(name: str, adapted: bool, component: Component, device: Collection[str]) -> bool:  # noqa: FBT001
+    interface, _, version = name.partition("@")
+    if interface == HOST:  # a guest that its author has put into the adapter
+        return component.exported(BRIDGE) is not None
+    if interface in ADAPTED and not adapted:
+        return False
+    if not device:
+        return is_served(name)
+    packages = dict(each.rpartition("@")[::2] for each in device)
+    allowed = packages.get(package(name))
+    known = interface in IMPORTS | ADAPTED or package(name) not in {package(each) for each in IMPORTS | ADAPTED}
+    return known and (allowed == ANY or (allowed is not None and _fits(version, allowed)))
+
+
+def _fits(version: str, allowed: str) -> bool:
+    return version == allowed or re.fullmatch(re.escape(allowed) + r"(\.\d+)+(\+.*)?", version) is not None
+
+
+def reason(name: str, file_name: str = "component.wasm") -> str:  # noqa: PLR0911 - a table of kinds
+    """Say why no device serves an import, and what to do."""
+    interface = bare(name)
+    of = package(name)
+    namespace = of.partition(":")[0]
+    if INTERFACE.fullmatch(interface) is None:
+        return (
+            f"{name[:80]!r} belongs to no package, so that no device serves it: move it into an interface of a "
+            "package, or compose the component with the one that exports it: " + _plug(file_name)
+        )
+    if interface in {wasi.HTTP_HANDLER, HTTP_HANDLER, SCHEDULE_TASK}:
+        return (
+            f"{name} is what a device calls, and does not serve: this is middleware, compose it with the component "
+            "that answers behind it: " + _plug(file_name)
+        )
+    if interface in ADAPTED:
+        return f"{name} is served to components that export {wasi.HTTP_HANDLER} alone: export that handler"
+    if interface in IMPORTS:
+        return f"{name} is of a version that no device serves; devices serve its releases of 0.2: build against those"
+    if platform := _PLATFORMS.get(namespace):
+        return (
+            f"{name} is an interface of {platform}, which no device serves: build without its SDK, "
+            "against WASI 0.2 (wasi:http, wasi:filesystem, wasi:logging)"
+        )
+    if namespace == "wasi":
+        return f"no device serves {name}: " + _INSTEAD.get(of, "leave it out, or compose a component that exports it")
+    return f"no device serves {name}: compose it with the component that exports it: {_plug(file_name)}"
+
+
+def _plug(file_name: str) -> str:
+    stem = file_name.removesuffix(".wasm")
+    return f"wac plug {file_name} --plug OTHER.wasm -o {stem}.whole.wasm"
+
+
+def uncallable(trigger: Trigger) -> str:
+    """Say which trigger no device has; empty for those that devices have."""
+    match trigger:
+        case Http() | Schedule():
+            return ""
+        case Service():
+            return f"no device runs services ({wasi.RUN}): export {wasi.HTTP_HANDLER}, or {SCHEDULE_TASK}"
+        case OnMessage():
+            return f"no device hands messages to components: export {wasi.HTTP_HANDLER}, and be called over HTTP"
+
+
+def problems(component: Component, manifest: Manifest | None, *, file_name: str = "component.wasm") -> tuple[str, ...]:
+    """Say in sentences why no device could run a component; nothing where the table has no objection.
+
+    `manifest`: None where there is none yet; then its imports alone are judged.
+    """
+    found = [each.why for each in unserved(component, file_name=file_name)]
+    if manifest is None:
+        return tuple(found)
+    if said := uncallable(manifest.trigger):
+        found.append(said)
+    if manifest.limits.memory_bytes > _MEMORY_MAX_BYTES:
+        most = format_size(manifest.limits.memory_bytes)
+        found.append(f"limits.memory is {most}: a component addresses at most {format_size(_MEMORY_MAX_BYTES)}")
+    return tuple(found)
+
+
+def notes(component: Component) -> tuple[str, ...]:
+    """Say what is served and yet does not do what its name promises."""
+    if any(package(name) == "wasi:sockets" for name in component.imports if name not in component.plain):
+        return (_SOCKETS,)
+    return ()
+
+
+def serial(manifest: Manifest) -> str:
+    """Say that requests wait for each other, where the manifest allows one at a time; empty otherwise."""
+    if not isinstance(manifest.trigger, Http) or manifest.limits.concurrency > 1:
+        return ""
+    return (
+        "requests are answered one at a time, the next waits until the last is answered: "
+        "limits.concurrency in component.toml (1 to 64) allows more at once"
+    )
+
+
+def too_large(manifest: Manifest, memory_bytes: int) -> str:
+    """Say that a device has less memory than a component may ask for; empty where it fits or nothing is known."""
+    if not memory_bytes or manifest.limits.memory_bytes <= memory_bytes:
+        return ""
+    return (
+        f"it has {memory_bytes // bounds.MIB} MiB of memory, limits.memory is "
+        f"{format_size(manifest.limits.memory_bytes)}"
+    )

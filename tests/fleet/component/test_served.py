@@ -1,0 +1,142 @@
+"""The table of interfaces that devices serve: what it refuses, and that it says what versions.toml says."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fleet.component import component_toml, reader, served, wasi
+from fleet.component.component_toml import UnservedError
+from fleet.component.reader import Component
+from fleet.protocol.manifest import Grants, Http, Limits, Manifest, OnMessage, Service
+from tests import odd_components
+
+WIT = Path(__file__).resolve().parents[3] / "components/wit/versions.toml"
+HTTP = "wasi:http/incoming-handler@0.2.0"
+NATIVE = "wasmfleet:http/handler@0.1.0"
+
+
+def made(*imports, exports=(HTTP,)):
+    return Component(size_bytes=1, imports=imports, exports=exports)
+
+
+def manifest(**more):
+    return Manifest(name="x", version="1.0.0", **({"trigger": Http(), "world": "wasi:http"} | more))
+
+
+def test_the_table_has_the_packages_that_are_listed_for_people():
+    listed = tomllib.loads(WIT.read_text())["imports"]
+    packages = {reader.package(name) for name in listed}
+    table = {reader.package(name) for name in served.IMPORTS | served.ADAPTED}
+    assert table == packages
+    for name, allowed in (served.IMPORTS | served.ADAPTED).items():
+        of = listed.get(name) or listed[reader.package(name)]
+        assert allowed == served.ANY or [allowed] == of
+
+
+def test_what_a_host_reports_are_the_packages_of_the_table():
+    table = (served.IMPORTS | served.ADAPTED).items()
+    assert tuple(sorted({f"{reader.package(name)}@{version}" for name, version in table})) == wasi.SERVED
+
+
+@pytest.mark.parametrize("kind", odd_components.UNSERVED)
+def test_an_import_that_no_device_serves_is_named_with_what_to_do(kind):
+    text, sentence = odd_components.UNSERVED[kind]
+    component = reader.read(odd_components.server(text), file_name="x.wasm")
+    (found,) = served.unserved(component, file_name="x.wasm")
+    assert sentence in found.why
+    with pytest.raises(UnservedError) as caught:
+        component_toml.describe(component, None, file_name="x.wasm")
+    assert found.why in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", odd_components.UNSERVED)
+def test_no_grant_helps(kind):
+    """A manifest that grants it is refused in the same words, so that nobody signs it."""
+    component = reader.read(odd_components.server(odd_components.UNSERVED[kind][0]), file_name="x.wasm")
+    names = [reader.bare(name) for name in component.imports if ":" in name]
+    text = f'trigger = "http"\n[grants]\ninterfaces = {component_toml.texts(names)}\n'
+    with pytest.raises(UnservedError):
+        component_toml.describe(component, text, file_name="x.wasm")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_served"),
+    [
+        ("wasi:cli/environment@0.2.0", True),
+        ("wasi:cli/environment@0.2.12", True),
+        ("wasi:cli/environment@0.2.3+build", True),
+        ("wasi:cli/environment@0.2", True),
+        ("wasi:cli/environment@0.2.0-rc-2023-12-05", False),
+        ("wasi:cli/environment@0.20.0", False),
+        ("wasi:cli/environment@0.3.0", False),
+        ("wasi:cli/environment", False),
+        ("wasi:cli/run@0.2.0", False),
+        ("wasi:cli/command@0.2.0", False),
+        ("wasi:config/store@0.2.0-rc.1", True),
+        ("wasi:config/runtime@0.2.0-draft", True),
+        ("wasi:logging/logging@0.1.0-draft", True),
+        ("wasi:logging/other@0.1.0-draft", False),
+        ("wasi:http/types@0.2.3", True),
+        ("wasmfleet:http/handler@0.1.0", False),
+        ("wasmfleet:adapter/host@0.1.0", False),
+    ],
+)
+def test_versions(name, is_served):
+    assert served.is_served(name) is is_served
+    assert (served.unserved(made(name)) == ()) is is_served
+
+
+def test_wasi_http_is_served_to_servers_of_it_alone():
+    asks = "wasi:http/outgoing-handler@0.2.0"
+    assert served.unserved(made(asks)) == ()
+    (found,) = served.unserved(made(asks, exports=(NATIVE,)))
+    assert "is served to components that export wasi:http/incoming-handler alone" in found.why
+    (found,) = served.unserved(made(asks, exports=(NATIVE, HTTP)))
+    assert found.name == asks
+
+
+def test_an_import_of_types_alone_needs_nobody_who_serves_it():
+    component = Component(size_bytes=1, imports=("acme:types/t@1.0.0",), exports=(HTTP,), plain={"acme:types/t@1.0.0"})
+    assert served.unserved(component) == ()
+
+
+def test_a_device_is_judged_by_what_it_reported():
+    wanted = made("wasi:random/random@0.2.0", "wasi:config/store@0.2.0-rc.1")
+    assert served.unserved(wanted, device=wasi.SERVED) == ()
+    (found,) = served.unserved(wanted, device=("wasi:random@0.2",))
+    assert found.name == "wasi:config/store@0.2.0-rc.1"
+    newer = made("wasi:keyvalue/store@0.2.0")
+    assert served.unserved(newer, device=(*wasi.SERVED, "wasi:keyvalue@0.2")) == ()
+    assert served.unserved(made("wasi:clocks/timezone@0.2.8"), device=wasi.SERVED)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"trigger": Service()}, "no device runs services (wasi:cli/run)"),
+        ({"trigger": OnMessage(topics=("a",))}, "no device hands messages to components"),
+        ({"limits": Limits(memory_bytes=5 << 30)}, "limits.memory is 5GiB: a component addresses at most 4GiB"),
+    ],
+)
+def test_a_manifest_that_no_device_could_carry_out(more, sentence):
+    (found,) = served.problems(made(), manifest(**more))
+    assert found.startswith(sentence)
+
+
+def test_requests_wait_for_each_other_unless_the_manifest_says_otherwise():
+    assert "limits.concurrency" in served.serial(manifest())
+    assert served.serial(manifest(limits=Limits(concurrency=2))) == ""
+    assert served.serial(manifest(trigger=Service())) == ""
+
+
+def test_sockets_are_said_to_reach_nothing():
+    assert "access-denied" in served.notes(made("wasi:sockets/tcp@0.2.0"))[0]
+    assert served.notes(made("wasi:io/poll@0.2.0")) == ()
+
+
+def test_grants_are_still_suggested_for_what_is_served():
+    with pytest.raises(component_toml.NeedsTomlError) as caught:
+        component_toml.describe(made("wasi:random/random@0.2.0"), None, file_name="x.wasm")
+    read = component_toml.load(caught.value.suggestion, component=made("wasi:random/random@0.2.0"))
+    assert read.grants == Grants(interfaces=("wasi:random/random",))
