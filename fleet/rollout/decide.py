@@ -370,7 +370,7 @@ def _within_budget(limits: Limits, members: Iterable[Member], due: Iterable[Memb
     for member in due:
         if len(admitted) >= free:
             break
-        if spare is not None and not member.busy:  # one that is busy elsewhere is not available already
+        if spare is not None and not member.busy:  # a member that is busy elsewhere is unavailable already
             if spare[member.site] <= 0:
                 continue
             spare[member.site] -= 1

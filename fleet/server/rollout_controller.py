@@ -250,7 +250,7 @@ class RolloutController:
             [self._present(row, members, busy) for members in stored],
             self.steady(),
         )
-        if taken_over:  # it closes the queue while the other rollout is open, and no longer
+        if taken_over:  # closed while the other rollout is open, and no longer
             step = with_fields(step, rollout=replace(step.rollout, closed=row.progress.closed))
         offered = [device for action in step.actions if isinstance(action, Offer) for device in action.devices]
         return _Decided(rows, stored, step, offered)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fleet.rollout.selector import DEPTH_MAX, MAX_CHARS, NAMES, BadSelectorError, Device, Kind, parse
 
 MIB = 1024 * 1024
-BOARD = Device(
+HERE = Device(
     {"site": "berlin", "ring": "canary", "os": "mine"},
     {
         "id": "gate-7-1f2e3d4c", "arch": "riscv64", "memory": 512 * MIB, "cpus": 4, "online": True, "healthy": False,
@@ -46,8 +46,8 @@ BARE = Device({}, {})
         "site",
     ],
 )
-def test_a_board_is_taken(text):
-    assert parse(text).takes(BOARD)
+def test_a_device_is_taken(text):
+    assert parse(text).takes(HERE)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_a_board_is_taken(text):
         "online = false",
     ],
 )
-def test_a_board_is_not_taken(text):
-    assert not parse(text).takes(BOARD)
+def test_a_device_is_not_taken(text):
+    assert not parse(text).takes(HERE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -92,7 +92,7 @@ class Scene:
     async def sited(self) -> None:
         """One device is in berlin."""
         await self.quiet()
-        assert (await self.fleet.command("label", self.boards[0].device, "site=berlin")).code == 0
+        assert (await self.fleet.command("label", self.devices[0].id, "site=berlin")).code == 0
 
     async def planned(self) -> None:
         await self.quiet()
@@ -187,7 +187,7 @@ async def nothing_new(scene: Scene) -> None:
 async def only_in_berlin(scene: Scene) -> None:
     await scene.is_(RolloutState.SUCCEEDED)
     reached = [each.device for each in scene.view.devices if each.outcome is Outcome.SUCCEEDED]
-    assert reached == [scene.boards[0].device]
+    assert reached == [scene.devices[0].id]
     undo = operator_api.UndoRequest(rollout=str(scene.view.number))
     await scene.operator.decided(await scene.operator.send(operator_api.RolloutView, "POST", "/v1/undo", undo))
 

@@ -25,15 +25,15 @@ async def approve(operator, view, headers):
     return (await operator.http.post(f"/v1/rollouts/{view.number}/approve", headers=headers)).status_code
 
 
-async def label(operator, board, **labels):
+async def label(operator, device, **labels):
     wish = operator_api.LabelsRequest(labels=labels)
-    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{board.device}/labels", wish)
+    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", wish)
 
 
-def say(board, instance, *phases):
-    """Have a silent board report of an instance."""
+def say(device, instance, *phases):
+    """Have a silent device report of an instance."""
     for phase in phases:
-        board._say(board.report(board.items[instance], phase), board.accepted[-1])
+        device._say(device.report(device.items[instance], phase), device.accepted[-1])
 
 
 # -- approval before anything is offered -------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def say(board, instance, *phases):
 @pytest.mark.asyncio
 async def test_nothing_is_offered_before_the_approval_that_the_plan_wants_first(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         await set_plan(operator, GroupPlan(approval=True))
         bob = await headers_of(operator, "bob")
@@ -55,7 +55,7 @@ async def test_nothing_is_offered_before_the_approval_that_the_plan_wants_first(
         assert any(f"somebody other than admin: fleet rollout approve {view.number}" in each for each in waiting)
         assert (await operator.problem("POST", f"/v1/rollouts/{view.number}/resume")).type == "approval"
         assert await approve(operator, view, {}) == 403
-        assert not board.accepted
+        assert not device.accepted
         assert await approve(operator, view, bob) == 200
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
         undo = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest())
@@ -66,7 +66,7 @@ async def test_nothing_is_offered_before_the_approval_that_the_plan_wants_first(
 async def test_an_approval_before_the_time_of_a_scheduled_rollout_lets_it_begin(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a")
+        await fleet.device("a")
         target = await operator.publish("1.0.0")
         await set_plan(operator, GroupPlan(approval=True))
         bob = await headers_of(operator, "bob")
@@ -80,10 +80,10 @@ async def test_an_approval_before_the_time_of_a_scheduled_rollout_lets_it_begin(
 @pytest.mark.asyncio
 async def test_an_empty_group_does_not_settle_what_nobody_approved(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         await set_plan(operator, GroupPlan(approval=True))
-        change = operator_api.GroupRequest(remove=(board.device,))
+        change = operator_api.GroupRequest(remove=(device.id,))
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", change)
         view = await operator.deploy(target, allow_empty=True)
         assert (view.state, "the plan wants an approval" in view.reason) == (RolloutState.REFUSED, True), view.reason
@@ -95,18 +95,18 @@ async def test_an_empty_group_does_not_settle_what_nobody_approved(new_fleet):
 @pytest.mark.asyncio
 async def test_a_freeze_holds_a_scheduled_rollout_back_and_its_members_are_those_of_its_beginning(new_fleet):
     async with new_fleet() as fleet:
-        operator, board = fleet.operator, await fleet.board("a")
+        operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
         view = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(seconds=1))
         freeze = operator_api.FreezeRequest(group="edge", reason="trade fair")
         await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
         view = await operator.follow(view, lambda view: view.reason == "frozen: trade fair")
         assert (view.state, view.causes, view.devices) == (RolloutState.SCHEDULED, (), ())
-        late = await fleet.board("late")
+        late = await fleet.device("late")
         await operator.send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
         view = await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
         assert (view.counts, view.reason) == ({"succeeded": 2}, "")
-        assert {each.device for each in view.devices} == {board.device, late.device}
+        assert {each.device for each in view.devices} == {device.id, late.id}
 
 
 # -- catch-up queues ---------------------------------------------------------------------------------------------------
@@ -116,14 +116,14 @@ async def test_a_freeze_holds_a_scheduled_rollout_back_and_its_members_are_those
 async def test_who_waits_in_a_queue_is_superseded_when_another_value_takes_its_place(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a"), await fleet.board("b")
+        await fleet.device("a"), await fleet.device("b")
         away = await fleet.enrol("away")
         first = await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         assert first.counts == {"succeeded": 2, "pending": 1}
         second = await operator.decided(await operator.deploy(await operator.publish("2.0.0")))
         first = await operator.follow(first, lambda view: "pending" not in view.counts)
         assert first.counts == {"succeeded": 2, "superseded": 1}
-        (said,) = [each.reason for each in first.devices if each.device == away.device]
+        (said,) = [each.reason for each in first.devices if each.device == away.id]
         assert said == "another value took its place"
         await away.connect()
         second = await operator.follow(second, lambda view: view.counts == {"succeeded": 3})
@@ -134,13 +134,13 @@ async def test_who_waits_in_a_queue_is_superseded_when_another_value_takes_its_p
 async def test_a_new_rollout_closes_the_queue_of_the_one_before_and_its_end_opens_it(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await fleet.board("a"), await fleet.board("b")
+        await fleet.device("a"), await fleet.device("b")
         away = await fleet.enrol("away")
         first = await operator.decided(await operator.deploy(await operator.publish("1.0.0")))
         second = await operator.deploy(await operator.publish("2.0.0"), waves="1, 100%", soak_s=3600)
         second = await operator.follow(second, lambda view: view.counts.get("succeeded") == 1)
         await away.connect()
-        said = f"the catch-up queue is closed: rollout {second.number} is running; in it: {away.device}"
+        said = f"the catch-up queue is closed: rollout {second.number} is running; in it: {away.id}"
         first = await operator.follow(first, lambda view: view.reason == said)
         assert (away.accepted, first.queue_closed, first.counts["pending"]) == ([], "", 1)
         await operator.send(operator_api.RolloutView, "POST", f"/v1/rollouts/{second.number}/abort")
@@ -155,10 +155,10 @@ async def test_a_new_rollout_closes_the_queue_of_the_one_before_and_its_end_open
 async def test_rollouts_of_two_instances_share_the_budget_of_a_site(new_fleet, behaviours):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        boards = {board.device: board for board in [await fleet.board(name) for name in ("a", "b", "c")]}
-        for board in boards.values():
-            board.behaviour = behaviours["silent"]
-            await label(operator, board, site="berlin")
+        devices = {device.id: device for device in [await fleet.device(name) for name in ("a", "b", "c")]}
+        for device in devices.values():
+            device.behaviour = behaviours["silent"]
+            await label(operator, device, site="berlin")
         hello, other = await operator.publish("1.0.0"), await operator.publish("1.0.0", name="other")
         await set_plan(operator, GroupPlan(budget=PlanBudget(by="site", min_available=2), stages=(PlanStage(),)))
         first = await operator.deploy(hello)
@@ -168,12 +168,12 @@ async def test_rollouts_of_two_instances_share_the_budget_of_a_site(new_fleet, b
         # the one that is unavailable already costs the site nothing: it alone is offered the second instance
         second = await operator.follow(second, lambda view: view.counts == {"waiting": 1, "pending": 2})
         assert [each.device for each in second.devices if each.outcome is Outcome.WAITING] == [busy]
-        await boards[busy].until(lambda board: {"hello", "other"} <= board.items.keys())
-        say(boards[busy], "hello", Phase.COMMITTED)
+        await devices[busy].until(lambda device: {"hello", "other"} <= device.items.keys())
+        say(devices[busy], "hello", Phase.COMMITTED)
         first = await operator.follow(first, lambda view: view.counts.get("succeeded") == 1)
         taken = {each.device for view in (first, second) for each in view.devices if each.outcome is Outcome.WAITING}
         assert taken == {busy}, "the site has two devices left, and no third may be taken"
-        say(boards[busy], "other", Phase.COMMITTED)
+        say(devices[busy], "other", Phase.COMMITTED)
         second = await operator.follow(second, lambda view: view.counts.get("succeeded") == 1)
         first = await operator.follow(first, lambda view: view.counts.get("waiting") == 1)
         second = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{second.id}")

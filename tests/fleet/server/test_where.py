@@ -13,14 +13,14 @@ async def newest(operator, number: int):
     return await operator.get(operator_api.RolloutView, f"/v1/rollouts/{number}")
 
 
-async def label(fleet, board, **labels):
+async def label(fleet, device, **labels):
     """Label a device."""
-    await fleet.command("label", board.device, *(f"{key}={value}" for key, value in labels.items()))
+    await fleet.command("label", device.id, *(f"{key}={value}" for key, value in labels.items()))
 
 
 async def two_sites(fleet):
     """Return a device in berlin and one in paris, both on 1.0.0."""
-    berlin, paris = await fleet.board("berlin"), await fleet.board("paris")
+    berlin, paris = await fleet.device("berlin"), await fleet.device("paris")
     await label(fleet, berlin, site="berlin")
     await label(fleet, paris, site="paris")
     await fleet.operator.publish("1.0.0")
@@ -29,9 +29,9 @@ async def two_sites(fleet):
     return berlin, paris
 
 
-def version(board):
-    """Return the version that a board was assigned newest."""
-    item = board.items.get("hello")
+def version(device):
+    """Return the version that a device was assigned newest."""
+    item = device.items.get("hello")
     return "" if item is None else item.target.rpartition("/")[2].removesuffix(".wasm")
 
 
@@ -44,10 +44,10 @@ async def test_only_the_chosen_devices_get_it(new_fleet):
         view = await newest(fleet.operator, 2)
         assert (view.state, view.where) == (RolloutState.SUCCEEDED, "site in (berlin, oslo) and online")
         outcomes = {each.device: (each.outcome, each.reason) for each in view.devices}
-        assert outcomes[paris.device] == (Outcome.NOT_AFFECTED, "--where leaves it out")
-        assert outcomes[berlin.device][0] is Outcome.SUCCEEDED
+        assert outcomes[paris.id] == (Outcome.NOT_AFFECTED, "--where leaves it out")
+        assert outcomes[berlin.id][0] is Outcome.SUCCEEDED
         assert (version(berlin), version(paris)) == ("2.0.0", "1.0.0")
-        shown = await fleet.command("device", paris.device, "--effective")
+        shown = await fleet.command("device", paris.id, "--effective")
         assert ("main/hello@1.0.0" in shown.stdout, "2.0.0" in shown.stdout) == (True, False), shown.stdout
         assert "site in (berlin, oslo) and online" in (await fleet.command("rollout", "2")).stdout
 
@@ -80,15 +80,15 @@ async def test_who_joins_later_is_judged_too_and_runs_what_its_like_run(new_flee
     async with new_fleet() as fleet:
         await two_sites(fleet)
         assert (await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "not site=paris")).code == 0
-        late = await fleet.board("late", group="lab")
+        late = await fleet.device("late", group="lab")
         await label(fleet, late, site="paris")
-        await fleet.command("group", "edge", "--add", late.device)
-        await late.until(lambda board: board.items)
+        await fleet.command("group", "edge", "--add", late.id)
+        await late.until(lambda device: device.items)
         assert version(late) == "1.0.0"
-        other = await fleet.board("other", group="lab")
+        other = await fleet.device("other", group="lab")
         await label(fleet, other, site="oslo")
-        await fleet.command("group", "edge", "--add", other.device)
-        await other.until(lambda board: board.items)
+        await fleet.command("group", "edge", "--add", other.id)
+        await other.until(lambda device: device.items)
         assert version(other) == "2.0.0"
 
 
@@ -114,12 +114,12 @@ async def test_devices_are_listed_by_the_same_grammar(new_fleet):
         async def listed(where):
             done = await fleet.command("devices", "--where", where)
             assert done.code == 0, done.stderr
-            return {each.device for each in (berlin, paris, away) if each.device in done.stdout}
+            return {each.id for each in (berlin, paris, away) if each.id in done.stdout}
 
-        assert await listed("site=berlin") == {berlin.device}
-        assert await listed("not online") == {away.device}
-        assert await listed("group=edge and not site") == {away.device}
-        assert await listed(f"id={paris.device} or online and site!=paris") == {paris.device, berlin.device}
+        assert await listed("site=berlin") == {berlin.id}
+        assert await listed("not online") == {away.id}
+        assert await listed("group=edge and not site") == {away.id}
+        assert await listed(f"id={paris.id} or online and site!=paris") == {paris.id, berlin.id}
         assert "No such device" in (await fleet.command("devices", "--where", "site=oslo")).stdout
 
 
@@ -129,6 +129,6 @@ async def test_a_dry_run_draws_from_the_chosen_alone(new_fleet):
         berlin, paris = await two_sites(fleet)
         done = await fleet.command("deploy", "hello@2.0.0", *EDGE, "--where", "site=berlin", "--dry-run")
         assert done.code == 0, done.stderr
-        assert berlin.device in done.stdout
-        assert f"{paris.device}: --where leaves it out" in " ".join(done.stdout.split())
+        assert berlin.id in done.stdout
+        assert f"{paris.id}: --where leaves it out" in " ".join(done.stdout.split())
         assert (await fleet.operator.get(operator_api.Rollouts, "/v1/rollouts")).rollouts[0].number == 1
