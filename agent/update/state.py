@@ -331,12 +331,15 @@ def transition(
         reported = report if result.event in _REPORTED_AGAIN and phase not in _QUIET else None
         return Transition(change=following, new_generation=new_generation, report=reported, effect=effect)
     commits = phase is Phase.COMMITTED and following.item is not None
+    failure = failed_item(following, known, at) if phase in {Phase.FAILED, Phase.ROLLED_BACK} else None
+    if failure is not None and failure.retry_at is None and failure.code in RETRYABLE:
+        report = msgspec.structs.replace(report, tries_ended=True)
     return Transition(
         change=following,
         new_generation=new_generation,
         committed=_committed(following, at) if commits else None,
         removed=change.instance if following.item is None and left is Phase.IDLE else "",
-        failure=failed_item(following, known, at) if phase in {Phase.FAILED, Phase.ROLLED_BACK} else None,
+        failure=failure,
         forgiven=known.failure_key if commits and known is not None else None,
         epochs=_epochs(following) if commits else {},
         secrets=_secrets(following) if commits else {},

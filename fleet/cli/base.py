@@ -59,6 +59,25 @@ class Fault(Exception):  # noqa: N818 - an error for people, raised by commands 
         self.code, self.extra = code, extra
 
 
+def confirm(question: str, otherwise: str = "nothing was changed") -> None:
+    """Ask before something is done that `--yes` does without a question.
+
+    Raises:
+        Fault: the answer is not yes, or the input ended before one; `otherwise` says what became of it.
+        click.Abort: interrupted.
+    """
+    try:
+        if click.confirm(question, err=True):
+            return
+        why = "the question was not answered with yes"
+    except click.Abort as error:
+        click.echo(err=True)  # the prompt has no line end of its own
+        if not isinstance(error.__context__, EOFError):
+            raise
+        why = "the input ended before the question was answered"
+    raise Fault(otherwise, why, "add --yes to do it without the question", code=Exit.INTERRUPTED)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Common options. `home` is None when neither --home nor WASMFLEET_HOME names one."""

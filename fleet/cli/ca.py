@@ -8,7 +8,7 @@ import click
 from fleet import ca
 from fleet.ca import CaError, Root, read_pair
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command
+from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, confirm
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.unlock import ask, new_passphrase
 from fleet.client import Client, ProblemError
@@ -158,8 +158,8 @@ def _install(client: Client, view: CaView, root: Root, options: Options, *, life
         click.echo(
             f"an issuing CA for {life.days} days, for certificates of the servers {names} and of devices", err=True
         )
-        if not yes and not click.confirm("Sign it with the root of the CA?", err=True):
-            raise click.Abort
+        if not yes:
+            confirm("Sign it with the root of the CA?")
         made = ca.sign(root, view.request, now=datetime.now(UTC), life=life)
     except CaError as error:
         raise Fault(str(error), code=Exit.REFUSED) from None

@@ -12,7 +12,7 @@ import click
 from rich.text import Text
 
 from fleet.cli import base, operator, output
-from fleet.cli.base import Exit, Fault, Options, command, config_values, label_values, share_worker_option
+from fleet.cli.base import Exit, Fault, Options, command, config_values, confirm, label_values, share_worker_option
 from fleet.cli.operator import connect, load_operator
 from fleet.cli.rollout import finish
 from fleet.protocol import bounds, names, operator_api
@@ -427,22 +427,12 @@ def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Revoke without asking")
 def revoke(options: Options, *, device: str, yes: bool) -> None:
     """Remove a device from the fleet: the server refuses its certificate from now on."""
-    if not yes and not _confirmed(f"Remove {device} from the fleet? It can come back only by enrolling anew."):
-        raise Fault(
-            f"{device} was not revoked", "the question was not answered with yes", "add --yes", code=Exit.INTERRUPTED
-        )
+    if not yes:
+        question = f"Remove {device} from the fleet? It can come back only by enrolling anew."
+        confirm(question, f"{device} was not revoked")
     with connect(options) as client:
         detail = client.revoke(device)
     output.result(options, detail, f"{detail.row.id} is revoked.")
-
-
-def _confirmed(question: str) -> bool:
-    """Ask at the terminal; return True for yes."""
-    try:
-        return click.confirm(question, err=True)
-    except click.Abort:
-        click.echo(err=True)  # the prompt has no line end of its own
-        return False
 
 
 @command("status", examples="fleet status\nfleet status --json")
@@ -547,6 +537,7 @@ def groups(options: Options) -> None:
 def _group_row(row: GroupRow) -> tuple[str, ...]:
     chosen = ", ".join(f"{key}={value}" for key, value in row.selector.items())
     members = f"by label {chosen}" if chosen else "listed"
+    members += ", has a plan" if row.planned else ""
     return (
         row.name,
         str(row.devices),

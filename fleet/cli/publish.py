@@ -17,7 +17,7 @@ import msgspec
 from securesystemslib.signer import Signer
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, command, read_file
+from fleet.cli.base import Exit, Fault, Options, command, confirm, read_file
 from fleet.cli.component import beside, read_component
 from fleet.cli.evidence import Attached, attached
 from fleet.cli.operator import Operator, load_operator
@@ -337,8 +337,7 @@ def withdraw(options: Options, *, target: str, yes: bool, dry: bool) -> None:
         effect = client.withdrawal(name.path)
         if not dry and not yes:
             click.echo("\n".join(_consequences(effect)), err=True)
-            if not click.confirm(f"Revoke {name} for good?", err=True):
-                raise click.Abort
+            confirm(f"Revoke {name} for good?")
         new = not dry and _revoke(who, client, trust, name)
     if options.json:
         running = sorted({each.device for each in effect.devices if each.runs})

@@ -17,7 +17,7 @@ import click
 from msgspec import structs
 
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, write_file
+from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, confirm, write_file
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, connect, default_home, home, load_operator
@@ -278,10 +278,8 @@ def reconcile(options: Options, *, selector: str, adopt: bool, impose: bool, yes
         able = [each for each in plan.devices if not each.obstacle]
         if not able or (options.json and not yes):
             return _reconciled(options, plan)
-        if not yes and not click.confirm(f"{request.mode.capitalize()} on {len(able)} devices?", err=True):
-            raise Fault(
-                "nothing was changed", "the question was not answered with yes", "add --yes", code=Exit.INTERRUPTED
-            )
+        if not yes:
+            confirm(f"{request.mode.capitalize()} on {len(able)} devices?")
         return _reconciled(options, client.reconcile(structs.replace(request, dry_run=False)))
 
 
@@ -489,8 +487,8 @@ def _sign(who: Operator, files: dict[str, bytes], event: Event, *, yes: bool) ->
         output.note(line)
     wanted = {keyid for each in events.missing(files, event) for keyid in each.keyids}
     mine = [entry for entry in ring.entries() if entry.ours and entry.key.keyid in wanted]
-    if mine and not yes and not click.confirm(f"Sign this with {', '.join(each.name for each in mine)}?", err=True):
-        raise click.Abort
+    if mine and not yes:
+        confirm(f"Sign this with {', '.join(each.name for each in mine)}?")
     for entry in mine:
         if any(entry.key.keyid in each.keyids for each in events.missing(files, event)):
             event = events.sign(files, event, open_key(ring, entry))

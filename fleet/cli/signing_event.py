@@ -16,7 +16,7 @@ import click
 from securesystemslib.signer import Key, Signer
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Options, read_file, write_file
+from fleet.cli.base import Exit, Fault, Options, confirm, read_file, write_file
 from fleet.cli.operator import Operator
 from fleet.cli.trust_store import Cached, TrustStore
 from fleet.cli.unlock import keyring, open_key
@@ -87,8 +87,8 @@ class Ceremony:
         named = ", ".join(entry.name for entry in mine)
         if self.options.json and not yes:
             raise click.UsageError("--json cannot ask before it signs: add --yes.")
-        if not yes and not click.confirm(f"Sign this with {named or 'the new key'}?", err=True):
-            raise click.Abort
+        if not yes:
+            confirm(f"Sign this with {named or 'the new key'}?")
         for signer in others:
             event = self._signed(event, signer)
         for entry in mine:

@@ -201,6 +201,8 @@ class Report(Message, frozen=True, kw_only=True):
         exercised: with COMMITTED, false when probation saw fewer than `min_calls` calls.
         running: target path that serves now, empty for none.
         code, message: reason of the failure or refusal, and a sentence for people with what to do next.
+        tries_ended: with FAILED and ROLLED_BACK, the device does not try this attempt again by itself, although it does
+            after most failures of this code (`codes.RETRYABLE`).
         log: the instance's last lines, at most 50 and 16 KiB.
         timings_ms: duration of each phase, by name.
         refused, refused_sha256: of an assignment that was refused as a whole: the version that it claims, which nobody
@@ -227,6 +229,7 @@ class Report(Message, frozen=True, kw_only=True):
     running: str = ""
     code: RejectCode | None = None
     message: str = ""
+    tries_ended: bool = False
     progress: Percent | None = None
     log: tuple[str, ...] = ()
     timings_ms: Counts = {}  # noqa: RUF012 - msgspec copies it for each struct

@@ -320,6 +320,7 @@ class GroupRow(View, frozen=True, kw_only=True):
         priority: of two groups that both set an instance, the higher wins.
         selector: labels that members have; empty for a group with a list of members.
         rollout: the number of the open rollout, 0 for none.
+        planned: a plan of its own says how rollouts in it go.
     """
 
     name: str
@@ -329,6 +330,7 @@ class GroupRow(View, frozen=True, kw_only=True):
     online: Stored = 0
     settled: tuple[Settled, ...] = ()
     rollout: Stored = 0
+    planned: bool = False
 
 
 class Groups(View, frozen=True, kw_only=True):

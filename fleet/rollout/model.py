@@ -65,6 +65,7 @@ class Member(msgspec.Struct, frozen=True):
         rank: its place in the draw, which decides who takes an open vacancy of wave 1.
         reason: why it is deferred, lost, not affected or unproven.
         until: when a deferred device goes on, by its own word.
+        tries_ended: it does not try again by itself.
         site: value of the label by which the budget counts; empty for none.
         canary: whether it may take an open vacancy of wave 1.
         attempt, sequence: of the newest report that counted; `decided` of the newest that decided.
@@ -87,6 +88,7 @@ class Member(msgspec.Struct, frozen=True):
     rank: int = 0
     reason: str = ""
     until: float | None = None
+    tries_ended: bool = False
     site: str = ""
     canary: bool = True
     phase: str = ""
@@ -140,6 +142,7 @@ class Observation(msgspec.Struct, frozen=True):
         sequence: grows with each report of the device, over reboots too.
         generation: of the instance as the device signs it; None from an agent that does not say it.
         until: when the device goes on by itself, None where it does not say.
+        tries_ended: the device does not try again by itself, although it mostly does after this code.
     """
 
     at: float
@@ -156,6 +159,7 @@ class Observation(msgspec.Struct, frozen=True):
     progress: int | None = None
     exercised: bool = True
     until: float | None = None
+    tries_ended: bool = False
 
 
 class Expected(msgspec.Struct, frozen=True):
@@ -240,6 +244,7 @@ def _heard(member: Member, seen: Observation) -> Member:
         message=seen.message,
         running=seen.running or member.running,
         exercised=seen.exercised,
+        tries_ended=seen.tries_ended,
     )
 
 

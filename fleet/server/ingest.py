@@ -355,6 +355,7 @@ class Ingest:
             running=report.running,
             progress=report.progress,
             exercised=report.exercised,
+            tries_ended=report.tries_ended,
         )
 
     def _hear_return(self, report: Report, now: float) -> None:

@@ -172,6 +172,7 @@ class Views:
                 if each.value.target is not None
             ),
             rollout=max(open_here, default=0),
+            planned=row.policy is not None,
         )
 
     def policy(self, row: GroupRow, plan: GroupPlan | None) -> operator_api.GroupPolicy:
@@ -317,7 +318,7 @@ def _rollout_device(progress: Member, extra: Extra, *, online: bool) -> operator
         reason=progress.reason,
         returning=progress.returning,
         accepted=progress.accepted is not None and progress.accepted is progress.outcome,
-        retrying=progress.outcome is Outcome.DEFERRED and progress.code in RETRYABLE,
+        retrying=progress.outcome is Outcome.DEFERRED and progress.code in RETRYABLE and not progress.tries_ended,
         offered_at=utc_or_none(extra.offered_at),
         acked_at=utc_or_none(extra.acked_at),
         ended_at=utc_or_none(extra.ended_at),
@@ -366,7 +367,7 @@ def _reported(row: ReportRow) -> operator_api.TimelineEntry:
         code=report.code,
         message=report.message,
         action=remediation(report.code),
-        retryable=report.code in RETRYABLE,
+        retryable=report.code in RETRYABLE and not report.tries_ended,
         rollout=report.rollout,
         assignment=report.assignment,
         log=report.log,

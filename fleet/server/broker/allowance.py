@@ -42,9 +42,14 @@ class Waiting:
     def full(self) -> bool:
         """Tell whether clients may add nothing now: the largest message would be dropped.
 
-        What is kept for clients that are away does not count: it may stay for days, and nobody would be read meanwhile.
+        What is kept for clients that are away does not count: it may stay for days, and gives way (`lacks_room`).
         """
         return self.total - self.away + MESSAGE_BYTES + bounds.DESIRED_MAX_BYTES > self._allowance.total_bytes
+
+    def lacks_room(self, payload: int) -> bool:
+        """Tell whether a message for a present client finds no room for what is kept for clients that are away."""
+        size = payload + MESSAGE_BYTES
+        return bool(self.away) and self.total - self.away + size <= self._allowance.total_bytes < self.total + size
 
     def take(self, client: str, payload: int, *, away: bool = False) -> bool:
         """Count a message that waits for a client, which may be away; false when it may not."""

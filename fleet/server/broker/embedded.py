@@ -174,12 +174,13 @@ class OwnTopics(BaseTopicPlugin):  # type: ignore[misc]
 class _Counted:
     """Handler of a client's session, whose messages are counted while they wait for the client."""
 
-    def __init__(self, handler: BrokerProtocolHandler, client: str, waiting: Waiting) -> None:
-        self._handler, self._client, self._waiting = handler, client, waiting
+    def __init__(self, handler: BrokerProtocolHandler, client: str, broker: "FilteringBroker") -> None:
+        self._handler, self._client, self._broker, self._waiting = handler, client, broker, broker.waiting
 
     async def mqtt_publish(self, topic: str, data: bytes, qos: int | None, *, retain: bool) -> None:
         """Send a message, unless too many wait already; return when it is acknowledged, or no longer waited for."""
         size = len(data)
+        self._broker.make_room(size)
         if not self._waiting.take(self._client, size):
             if self._waiting.dropped[self._client] == 1:
                 log.warning("%s does not take its messages: those beyond its allowance are dropped", self._client)
@@ -233,7 +234,22 @@ class FilteringBroker(Broker):  # type: ignore[misc]
 
     def _get_handler(self, session: Session) -> _Counted | None:
         handler = super()._get_handler(session)
-        return None if handler is None else _Counted(handler, session.client_id, self.waiting)
+        return None if handler is None else _Counted(handler, session.client_id, self)
+
+    def make_room(self, payload: int) -> None:
+        """Let messages that are kept for clients that are away give way to one for a present client.
+
+        The oldest one goes of the client for which most is kept. Devices lose nothing by it (`Allowance`).
+        """
+        while self.waiting.lacks_room(payload):
+            client = max(self._held, key=lambda each: (sum(self._held[each]), each))
+            session, _ = self._sessions.get(client, (None, None))
+            if session is not None and not session.retained_messages.empty():
+                session.retained_messages.get_nowait()
+            held = self._held[client]
+            self.waiting.give(client, held.pop(0), away=True)
+            if not held:
+                del self._held[client]
 
     async def _run_broadcast(self, running_tasks: "deque[asyncio.Task[Any]]") -> None:
         await super()._run_broadcast(running_tasks)

@@ -24,7 +24,7 @@ from agent.update.state import (
     transition,
 )
 from fleet.protocol.assignment import Item, SecretRef
-from fleet.protocol.codes import Phase, RejectCode
+from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.manifest import ConfigKey, Grants, Http, Limits, Manifest
 
 AT = datetime(2026, 5, 1, tzinfo=UTC)
@@ -168,6 +168,8 @@ def test_a_failure_is_stored_with_its_next_retry(code, known_tries, retry_s):
     done = step(before, DONE, known=known if known_tries else None)
     assert (done.failure.code, done.failure.message, done.failure.tries) == (code, "why", known_tries + 1)
     assert done.failure.retry_at == (None if retry_s is None else AT.timestamp() + retry_s)
+    # said where the code alone would promise another try
+    assert done.report.tries_ended == (retry_s is None and code in RETRYABLE)
 
 
 def test_endless_internal_errors_are_a_failure_that_is_retried():
@@ -180,7 +182,7 @@ def test_a_component_whose_compilation_takes_the_device_down_is_not_tried_for_ev
     """Found in COMPILING once more than allowed: maybe the component's own doing, also where nothing was swapped."""
     done = step(change(P.COMPILING, interruptions=LIMITS[Counter.INTERRUPTIONS]), FOUND)
     assert (done.report.phase, done.failure.code) == ("failed", RejectCode.INTERRUPTED)
-    assert done.failure.retry_at is None
+    assert (done.failure.retry_at, done.report.tries_ended) == (None, True)
 
 
 @pytest.mark.parametrize(("known_tries", "retry_s"), [(0, 3600), (1, 7200), (9, 86_400), (10, None)])

@@ -111,7 +111,7 @@ def fleet_of_two(desk):
                 rollout=7,
                 settled=(operator_api.Settled(instance="hello", target=HELLO.target, since=NOW),),
             ),
-            operator_api.GroupRow(name="spares", selector={"site": "berlin"}, priority=2),
+            operator_api.GroupRow(name="spares", selector={"site": "berlin"}, priority=2, planned=True),
         )
     )
     return desk
@@ -194,7 +194,7 @@ def test_groups(fleet, fleet_of_two):
     assert words(fleet("groups").stdout) == [
         ["GROUP", "DEVICES", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"],
         ["edge-eu", "1", "1", "hello@1.0.0", "7", "listed"],
-        ["spares", "0", "0", "-", "-", "by label site=berlin, priority 2"],
+        ["spares", "0", "0", "-", "-", "by label site=berlin, has a plan, priority 2"],
     ]
 
 

@@ -133,6 +133,21 @@ async def test_messages_for_a_device_that_is_away_are_bounded(new_fleet, broker)
 
 @pytest.mark.asyncio
 @pytest.mark.timeout(300)
+async def test_messages_for_devices_that_are_away_give_way_to_those_for_present_ones(new_fleet):
+    settings = "[limits]\nbroker_client_bytes = 67108864\nbroker_memory_bytes = 67108864\n"
+    async with new_fleet("embedded", settings=settings) as fleet:
+        device, witness = await fleet.enrol("away"), await fleet.device("witness")
+        async with deaf(device, clean=False):
+            pass
+        memory = memory_mib(fleet)
+        await flood(fleet, device, witness, 96)  # more than the broker may keep in all; the witness is served after it
+        await is_served(fleet, witness, 1)
+        await witness.until(lambda device: device.acked)
+        assert memory_mib(fleet) <= memory + 64 + SPARE_MIB
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(300)
 async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
     async with new_fleet("embedded", settings=LIMITS) as fleet:
         device, witness = await fleet.enrol("deaf"), await fleet.device("witness")
@@ -257,6 +272,17 @@ def test_what_is_kept_for_clients_that_are_away_holds_up_nobody():
     assert waiting.take("b", bounds.DESIRED_MAX_BYTES)
     assert not waiting.full
     assert waiting.total == 2 * waiting.away == 2 * largest
+
+
+def test_a_message_finds_no_room_for_what_is_kept_only_when_that_would_make_some():
+    waiting = Waiting(Allowance(client_bytes=9 * MESSAGE_BYTES, client_messages=9, total_bytes=3 * MESSAGE_BYTES))
+    assert waiting.take("away", 0, away=True)
+    assert waiting.take("here", 0)
+    assert not waiting.lacks_room(0)
+    assert waiting.lacks_room(1)
+    assert not waiting.lacks_room(MESSAGE_BYTES + 1), "it would be dropped anyway"
+    waiting.give("away", 0, away=True)
+    assert not waiting.lacks_room(2 * MESSAGE_BYTES)
 
 
 def test_what_waits_is_counted_by_client_and_in_all():

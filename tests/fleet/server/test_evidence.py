@@ -182,6 +182,17 @@ async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet
         assert found[other.id].outcome is Outcome.SUCCEEDED
         assert (found[full.id].outcome, found[full.id].code) == (Outcome.DEFERRED, RejectCode.NO_SPACE)
         assert (found[full.id].retrying, found[full.id].message) == (True, "the disk is full")
+        code = RejectCode.INTERNAL
+        last = full.report(full.items["hello"], Phase.FAILED, code=code, message="a bug", tries_ended=True)
+        full._say(last, full.accepted[-1])
+        view = await fleet.operator.follow(
+            view, lambda view: not {each.device: each.retrying for each in view.devices}[full.id]
+        )
+        assert {each.device: (each.outcome, each.code) for each in view.devices}[full.id] == (Outcome.DEFERRED, code)
+        why = await fleet.command("why", full.id)
+        assert "(internal): a bug" in why.stdout
+        newest, _, earlier = why.stdout.partition("(no-space)")
+        assert ("retries this by itself" in newest, "retries this by itself" in earlier) == (False, True), why.stdout
 
 
 @pytest.mark.asyncio
