@@ -1,6 +1,8 @@
 """Committed instances whose files on this device were lost or damaged: fetched, compiled and started again."""
 
 import asyncio
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +126,39 @@ async def test_an_instance_that_was_replaced_while_another_starts_does_not_go_ba
     let.set()
     await kit.until(lambda: kit.problems.texts() == [])
     assert kit.host.targets() == {"a": V1, "b": V2}
+    await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_is_being_changed_while_another_starts_is_left_to_the_change(kit, monkeypatch):
+    a, _ = await two_harmed(kit)
+    begun, let = hold_mending(kit, monkeypatch, "a")
+    await kit.boot()
+    await begun.wait()
+    mended, start = [], restore.start
+
+    async def noted(link, item, *arguments):
+        mended.append(item.instance)
+        return await start(link, item, *arguments)
+
+    monkeypatch.setattr(restore, "start", noted)
+    fetched, rests = threading.Event(), asyncio.Event()
+    download = kit.server.download
+
+    def held(*arguments, **more):
+        fetched.wait(60)
+        return download(*arguments, **more)
+
+    monkeypatch.setattr(kit.server, "download", held)
+    # nothing else tells when a round of mending has ended
+    monkeypatch.setattr(kit.restorer, "_sink", SimpleNamespace(changed=rests.set))
+    await kit.deployer.desire(kit.assignment(2, a, kit.publish("2.0.0", instance="b")))
+    await kit.until(lambda: "b" in kit.deployer.state.active)
+    let.set()
+    await rests.wait()
+    assert mended == []
+    fetched.set()
+    await kit.until(lambda: kit.host.targets() == {"a": V1, "b": V2})
     await kit.pull_plug()
 
 

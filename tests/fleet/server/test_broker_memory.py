@@ -5,6 +5,7 @@ import contextlib
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
@@ -13,7 +14,7 @@ from fleet.protocol import bounds, wire
 from fleet.protocol.messages import Ack, Report
 from fleet.protocol.topics import Down, Topic, Up, device_subscriptions
 from fleet.server.broker.allowance import MESSAGE_BYTES, Allowance, Waiting
-from fleet.server.broker.embedded import FilteringBroker
+from fleet.server.broker.embedded import _UNSENT_MAX, Connect, FilteringBroker, _Reader
 from fleet.server.config import Address
 from tests.eventually import eventually_async
 
@@ -251,6 +252,45 @@ async def test_what_was_sent_is_let_go_although_the_first_message_still_waits():
     await broker._run_broadcast(tasks)  # amqtt's own loop over it ends with the broker alone
     assert list(tasks) == [waits]
     waits.cancel()
+
+
+def a_broker():
+    config = BrokerConfig(listeners={"default": ListenerConfig(type=ListenerType.EXTERNAL)}, plugins={})
+    largest = bounds.DESIRED_MAX_BYTES + MESSAGE_BYTES
+    return FilteringBroker(config, Allowance(client_bytes=largest, client_messages=9, total_bytes=9 * largest))
+
+
+async def others_run():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.asyncio
+async def test_no_client_is_read_while_too_many_messages_wait_to_be_distributed():
+    broker = a_broker()
+    for _ in range(_UNSENT_MAX - 1):
+        broker._broadcast_queue.put_nowait({})
+    await broker.may_read("a")
+    broker._broadcast_queue.put_nowait({})
+    reading = asyncio.create_task(broker.may_read("a"))
+    await others_run()
+    assert not reading.done()
+    broker._broadcast_queue.get_nowait()
+    await reading
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_does_not_take_its_answers_is_not_read():
+    taken, stream = asyncio.Event(), asyncio.StreamReader()
+    writer = SimpleNamespace(drain=taken.wait, abort=lambda: None)
+    reader = _Reader(Connect("a", "", b"first"), stream, writer, a_broker())
+    assert await reader.read(5) == b"first"
+    stream.feed_data(PING)
+    reading = asyncio.create_task(reader.read(1))
+    await others_run()
+    assert not reading.done()
+    taken.set()
+    assert await reading == PING[:1]
 
 
 def test_clients_may_add_nothing_when_the_largest_message_would_find_no_room():

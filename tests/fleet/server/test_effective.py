@@ -161,6 +161,22 @@ async def test_own_keys_count_as_they_are_written_so_that_an_assignment_holds_th
         await device.until(runs(**fits))
 
 
+@pytest.mark.asyncio
+async def test_keys_beyond_the_bound_of_today_can_be_taken_away_one_by_one(new_fleet):
+    async with new_fleet() as fleet:
+        operator, device = fleet.operator, await fleet.device("a")
+        names = [f"k{number}" for number in range(20)]
+        one = await operator.publish("1.0.0", config={name: ConfigKey(default="") for name in names})
+        await operator.decided(await operator.deploy(one))
+        for name in names:  # kept by a server from before the bound
+            fleet.server._store.rollouts.set_own_key(device.id, "hello", name, "x" * 8000)
+        path = f"/v1/devices/{device.id}/keys"
+        more = operator_api.KeysRequest(instance="hello", keys={"k0": "y", "k1": None})
+        assert (await operator.problem("PUT", path, more)).status == 413
+        await change(operator, device, k0=None)
+        assert sorted(fleet.server._store.rollouts.own_keys(device.id)["hello"]) == sorted(names[1:])
+
+
 RETRIES = {"retries": ConfigKey(description="1 to 9", type="integer", min=1, max=9, default="3")}
 
 

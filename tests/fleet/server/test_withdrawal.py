@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import pytest
 
 from fleet.protocol import operator_api
-from fleet.protocol.codes import InstanceState, RolloutState
+from fleet.protocol.codes import InstanceState, Outcome, RolloutState
+from fleet.protocol.manifest import ConfigKey
 from fleet.protocol.messages import Health, InstanceHealth
 from fleet.protocol.topics import Up
 
@@ -81,6 +82,47 @@ async def test_rollouts_that_would_end_are_named_and_their_devices_go_back(new_f
         assert (await fleet.command("withdraw", "hello@2.0.0", "--yes")).code == 0
         assert (await operator.decided(view)).state is RolloutState.REVOKED
         await canary.until(lambda device: device.items["hello"].target == one)
+
+
+@pytest.mark.asyncio
+async def test_a_device_whose_own_key_the_earlier_version_does_not_take_runs_nothing(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        plain, keyed = await fleet.device("plain"), await fleet.device("keyed")
+        levels = [{"level": ConfigKey(enum=values, default=values[0])} for values in (("low", "high"), ("low", "top"))]
+        one, two = [await operator.publish(f"{number}.0.0", config=of) for number, of in enumerate(levels, 1)]
+        for target in (one, two):
+            await operator.decided(await operator.deploy(target))
+        assert (await fleet.command("device", "set", keyed.id, "hello", "level=top")).code == 0
+        await keyed.until(lambda device: device.items["hello"].config == {"level": "top"})
+        assert named(await foretold(fleet)) == {plain.id: one, keyed.id: ""}
+        assert (await fleet.command("withdraw", "hello@2.0.0", "--yes")).code == 0
+        await plain.until(lambda device: device.items["hello"].target == one)
+        await keyed.until(lambda device: not device.items)
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_whose_place_another_took_ends_with_it_when_that_one_is_withdrawn(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        devices = [await fleet.device("a"), await fleet.device("b"), await fleet.device("c")]
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        await operator.decided(await operator.deploy(one))
+        view = await operator.deploy(two, waves="2, 100%", soak_s=3600)
+        await operator.follow(view, lambda view: view.counts.get("succeeded") == 2)
+        for device in devices:
+            device.behaviour = behaviours["silent"]
+        view = await operator.deploy(three, waves="1, 100%")
+        view = await operator.follow(view, lambda view: view.counts.get("waiting") == 1)
+        (canary,) = [each.device for each in view.devices if each.outcome is Outcome.WAITING]
+        after = fleet.server._conductor.foresee(three)
+        rows = {row.id: row for row in fleet.server._store.devices.all()}
+        # no command shows it of devices that the newer rollout has not reached
+        foreseen = {device: fleet.server._director.targets_after(row, after) for device, row in rows.items()}
+        assert foreseen == {device.id: {"hello": one} for device in devices}, canary
+        assert (await fleet.command("withdraw", "hello@3.0.0", "--yes")).code == 0
+        for device in devices:
+            await device.until(lambda device: device.items["hello"].target == one)
 
 
 @pytest.mark.asyncio
