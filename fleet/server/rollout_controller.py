@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from datetime import datetime
@@ -202,6 +202,9 @@ class RolloutController:
             settles = (row.value.target is None or row.plan.allow_empty) and not drawn.unguarded
             progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), row.plan.limits)
             reason = drawn.unguarded or refusal(drawn.left_out)
+        under_way = self._store.rollouts.open_on(group=row.group, device=row.device, instance=row.instance)
+        if row.plan.where and under_way:
+            progress, reason = Rollout(RolloutState.REFUSED, (), row.plan.limits), beside_open(under_way)
         if progress.state is not RolloutState.REFUSED:
             self.supersede(row)
         self._store.rollouts.add_members(row.number, drawn.members)
@@ -574,6 +577,16 @@ def _differs(old: Member, new: Member) -> bool:
     """Tell whether a member changed beside what is known anew in each round."""
     again = replace(new, heard_at=old.heard_at, online_since=old.online_since, busy=old.busy)
     return new is not old and again != old
+
+
+def beside_open(rows: Sequence[RolloutRow]) -> str:
+    """Say why a rollout to some devices of a group does not take the place of open ones; empty for none.
+
+    Devices that it leaves out would lose what the open rollout has brought them, with nobody's word.
+    """
+    if not rows:
+        return ""
+    return f"rollout {rows[0].number} of {rows[0].instance} is {rows[0].state}, also on devices that --where leaves out"
 
 
 def approvers(row: RolloutRow) -> str:

@@ -34,7 +34,7 @@ from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
 from fleet.server.facts import read_selector
 from fleet.server.retries import nothing_to_retry
-from fleet.server.rollout_controller import RolloutController, approvers
+from fleet.server.rollout_controller import RolloutController, approvers, beside_open
 from fleet.server.rollout_members import Change, Drawn, Membership, refusal
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rollouts import NewRollout
@@ -180,6 +180,9 @@ class RolloutPlanner:
         self._check_frozen(request)
         value = self._value(request)
         self._check_open(request, value)
+        at_once = request.starts_at is None  # of a scheduled one it is judged when it begins
+        if request.where and at_once and (reason := beside_open(self._superseded(request))):
+            raise Refusal(409, "open-rollout", reason, action="wait for its end, or abort it")
         if group is not None and value.target is not None:
             self._check_room(group, request.instance)
             self._check_conflict(group, request.instance, value)
@@ -634,6 +637,9 @@ class RolloutPlanner:
         Raises:
             Refusal: the rollout is over, or does not have the device.
         """
+        if row.state is RolloutState.SCHEDULED:
+            title = f"rollout {row.number} has not begun: its devices are chosen then"
+            raise Refusal(409, "not-begun", title, action=f"or end it: fleet rollout abort {row.number}")
         if row.state not in OPEN_STATES:
             raise Refusal(409, "rollout-over", f"rollout {row.number} is over: it {_was(row.state)}")
         for each in self._conductor.set_of(row):
