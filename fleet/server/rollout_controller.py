@@ -147,7 +147,8 @@ class RolloutController:
         for row in (*rollouts.open(), *rollouts.scheduled(), *rollouts.queues()):
             if row.state in OPEN_STATES or row.reason:
                 reason = f": {row.reason}" if row.reason else ""
-                if PauseCause.APPROVAL in row.progress.causes:
+                early = row.state is RolloutState.SCHEDULED and row.progress.unapproved
+                if PauseCause.APPROVAL in row.progress.causes or early:
                     reason += f"; {approvers(row)}"
                 said.append(f"rollout {row.number} ({row.instance} to {row.group or row.device}) {row.state}{reason}")
         return said[:_WAITING_MAX]

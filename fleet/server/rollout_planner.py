@@ -357,7 +357,8 @@ class RolloutPlanner:
         if not reason and not drawn.progress.gates:
             reason = drawn.unguarded or refusal(drawn.left_out)
         if plan.starts_at is not None:
-            progress, reason = Rollout(RolloutState.SCHEDULED, (), plan.limits, approval=plan.approval), ""
+            progress = Rollout(RolloutState.SCHEDULED, (), plan.limits, approval=plan.approval)
+            reason = "it wants the approval of a second person" if plan.approval else ""
         elif reason:
             progress = Rollout(RolloutState.SUCCEEDED if settles else RolloutState.REFUSED, (), plan.limits)
         now = self._clock().timestamp()

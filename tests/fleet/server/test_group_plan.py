@@ -47,6 +47,8 @@ async def test_a_plan_is_set_shown_tried_and_cleared(new_fleet):
         ]
         assert (await operator.get(GroupPolicy, PATH)).plan is None
         assert await set_plan(operator, plan) == tried == await operator.get(GroupPolicy, PATH)
+        (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
+        assert group.planned
         ((by, subject, detail),) = await audit(operator, "group-policy")
         assert (by, subject, '"ring":"canary"' in detail) == ("admin", "edge", True)
         assert (await set_plan(operator, None)).plan is None

@@ -70,9 +70,14 @@ async def test_an_approval_before_the_time_of_a_scheduled_rollout_lets_it_begin(
         target = await operator.publish("1.0.0")
         await set_plan(operator, GroupPlan(approval=True))
         bob = await headers_of(operator, "bob")
-        view = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(seconds=3))
+        view = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(seconds=5))
+        waiting = (await operator.get(operator_api.Status, "/v1/status")).waiting
+        said = f"scheduled: {view.reason}; somebody other than admin: fleet rollout approve {view.number}"
+        assert any(each.endswith(said) for each in waiting), waiting
+        assert view.reason == "it wants the approval of a second person"
         assert await approve(operator, view, {}) == 403
         assert await approve(operator, view, bob) == 200
+        assert not (await operator.get(operator_api.Status, "/v1/status")).waiting
         assert (await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")).state is RolloutState.SCHEDULED
         await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
 

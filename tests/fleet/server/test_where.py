@@ -1,9 +1,14 @@
 """`--where`: only the chosen devices of a group get a version, and the others keep what the group had before."""
 
+from datetime import UTC, datetime
+
+import msgspec
 import pytest
 
 from fleet.protocol import operator_api
-from fleet.protocol.codes import Outcome, RolloutState
+from fleet.protocol.codes import InstanceState, Outcome, RolloutState
+from fleet.protocol.messages import DeviceResources, Health, InstanceHealth
+from fleet.protocol.topics import Up
 
 EDGE = ("--group", "edge")
 
@@ -120,6 +125,20 @@ async def test_devices_are_listed_by_the_same_grammar(new_fleet):
         assert await listed("not online") == {away.id}
         assert await listed("group=edge and not site") == {away.id}
         assert await listed(f"id={paris.id} or online and site!=paris") == {paris.id, berlin.id}
+        resources = DeviceResources(memory_total_bytes=512 << 20, cpus=4, disk_total_bytes=8 << 30)
+        item = berlin.items["hello"]
+        runs = InstanceHealth(instance="hello", target=item.target, generation=1, state=InstanceState.RUNNING)
+        health = Health(device=berlin.id, boot_id="boot", at=datetime.now(UTC), resources=resources, instances=(runs,))
+        berlin.publish(Up.HEALTH, health)
+        bell = fleet.server._conductor._watch
+        await bell.until(lambda: fleet.server._store.devices.get(berlin.id).health, timeout_s=60)
+        assert await listed("memory>=512MiB and cpus>2 and disk<1TB and healthy") == {berlin.id}
+        assert await listed("runs in (hello@1.0.0) and runs=main/hello and not memory>512MiB") == {berlin.id}
+        assert await listed("memory>512MiB or runs=hello@2.0.0") == set()
+        unwell = msgspec.structs.replace(health, problems=("the disk is full",))
+        berlin.publish(Up.HEALTH, unwell)
+        await bell.until(lambda: b"full" in fleet.server._store.devices.get(berlin.id).health, timeout_s=60)
+        assert await listed("memory and not healthy") == {berlin.id}
         assert "No such device" in (await fleet.command("devices", "--where", "site=oslo")).stdout
 
 
