@@ -163,7 +163,7 @@ class Uplink:
         welcome = self._host.welcome
         if welcome is None:
             return device_info.versions()
-        return device_info.versions(host=welcome.version, engine=welcome.engine)
+        return device_info.versions(host=welcome.version, engine=welcome.engine, interfaces=welcome.interfaces)
 
     async def health(self) -> Health:
         """Return the health of device and instances as it is now."""

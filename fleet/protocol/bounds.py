@@ -100,6 +100,8 @@ NAMES_MAX: Final = 64
 """Members of a dictionary whose names are of a closed vocabulary: several times the longest of them."""
 
 PROBLEMS_MAX: Final = 1000
+INTERFACES_MAX: Final = 64
+"""Most packages of interfaces that a host says it serves."""
 INSTANCES_MAX: Final = 1000
 """Far more than an assignment has (`ITEMS_MAX`): a bound for readers, not for devices."""
 

@@ -26,7 +26,12 @@ from fleet.protocol.wire import Message
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """Versions of a device's software. `engine` is wasmtime's version, empty where the device has none."""
+    """Versions of a device's software.
+
+    Attributes:
+        engine: wasmtime's version, empty where the device has none.
+        interfaces: packages that its host serves to components, such as `wasi:clocks@0.2`; empty for an earlier host.
+    """
 
     agent: str = ""
     host: str = ""
@@ -35,6 +40,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str = ""
     os: str = ""
     machine: str = ""
+    interfaces: Annotated[tuple[str, ...], Meta(max_length=bounds.INTERFACES_MAX)] = ()
 
 
 class Hello(Message, frozen=True, kw_only=True):

@@ -26,7 +26,18 @@ from fleet.cli import trust_store
 from fleet.cli.base import Exit
 from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
-from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
+from fleet.protocol import (
+    assignment,
+    codes,
+    component_check,
+    manifest,
+    messages,
+    names,
+    operator_api,
+    topics,
+    trust_api,
+    wire,
+)
 from fleet.protocol import names as bundle_layout
 from fleet.rollout import decide, effective, members, model, selector, steady
 from fleet.server import director as server_director
@@ -138,6 +149,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "rollouts": operator_api.Rollouts,
         "excluded": operator_api.Excluded,
         "preflight": operator_api.Preflight,
+        "component-check-request": component_check.ComponentCheckRequest,
+        "component-check-reply": component_check.ComponentCheckReply,
         "withdrawn-device": operator_api.WithdrawnDevice,
         "withdrawal": operator_api.WithdrawalView,
         "audit-entry": operator_api.AuditEntry,
@@ -265,6 +278,7 @@ BASES: frozenset[type] = frozenset({wire.Message, assignment.Verb, operator_api.
 VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "reject-code": (codes.RejectCode,),
     "phase": (codes.Phase,),
+    "component-check-step": (component_check.Step,),
     "call-outcome": (codes.CallOutcome,),
     "instance-state": (codes.InstanceState,),
     "alert-kind": (codes.AlertKind,),

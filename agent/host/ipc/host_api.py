@@ -184,6 +184,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         containment: isolation layer -> whether it holds.
         runs_as: which of the ways of running a host this is, as `fleet-host check` names them.
         ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
+        interfaces: packages that the host serves to components.
         more: whether there are more instances than fit; ask again, after the last of these.
     """
 
@@ -196,6 +197,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     running: tuple[Running, ...]
     more: bool = False
     runs_as: str = ""
+    interfaces: tuple[str, ...] = ()
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):

@@ -32,6 +32,7 @@ from agent.host.supervisor.resources import BACKLOG, HostResources
 from agent.host.supervisor.swap import SwapBarrier
 from agent.host.supervisor.worker_handle import WorkerGoneError
 from agent.host.supervisor.worker_pool import WorkerPool, ZygotePool
+from fleet.component.wasi import SERVED
 from fleet.protocol.codes import InstanceState, RejectCode
 
 VERSION: Final = "0.2.0"
@@ -325,6 +326,7 @@ class Supervisor:
             ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
             running=running,
             more=more,
+            interfaces=SERVED if self._engine else (),
         )
 
     async def _stats(self, request: host_api.Status) -> host_api.HostStats:

@@ -9,7 +9,7 @@ import support
 from wasmtime import wat2wasm
 
 from agent.host.ipc import host_api
-from fleet.component import reader
+from fleet.component import reader, wasi
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest, Step
 from fleet.protocol.manifest import ConfigKey, Grants, Health, Http, Limits, Manifest, Schedule
 from tests import odd_components
@@ -134,9 +134,9 @@ def test_an_export_of_another_type_shows_the_expected_wit(host, saved):
 def test_a_trigger_or_a_health_check_that_it_does_not_export(saved):
     data = odd_components.server()
     reply = check(saved(data), manifest(data, trigger=Schedule(every_ms=1000)))
-    assert reply.problem == "it exports no wasmfleet:schedule/task, which its trigger calls"
+    assert reply.problem == "it exports no wasmfleet:schedule/task, which its trigger asks for"
     reply = check(saved(data), manifest(data, health=Health(check=True)))
-    assert reply.problem == "it exports no wasmfleet:http/health, which its manifest promises"
+    assert reply.problem == "it exports no wasmfleet:http/health, which its manifest asks for"
 
 
 def test_a_grant_that_its_manifest_lacks(saved):
@@ -183,3 +183,8 @@ def test_one_line_for_each_component_in_order_whatever_became_of_the_one_before(
     status, (missing,) = ask(tmp_path / "missing.wasm")
     assert (status, missing.code) == (1, "not-found")
     assert ask(stdin=b"{}\n")[0] == 2
+
+
+def test_a_host_says_which_packages_it_serves(host):
+    welcome = host.ask(host_api.Hello)
+    assert welcome.interfaces == wasi.SERVED
