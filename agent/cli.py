@@ -38,6 +38,7 @@ EXAMPLES: Final = """examples:
   fleet-agent enroll --token-file /run/credentials/enroll-token
   fleet-agent status                 show what runs on this device
   fleet-agent why hello              show what happened to the instance hello, and what to do
+  fleet-agent routes                 show which instance answers at which address, host and path
   fleet-agent check                  test disk, network, certificate, engine and host, in order
   fleet-agent apply /media/usb/fleet.bundle
                                      update without a network
@@ -68,6 +69,12 @@ The package does so at every start of the host: fleet-restore.service.
     "why": """examples:
   fleet-agent why                    all instances
   fleet-agent why hello              only the instance hello
+""",
+    "routes": """examples:
+  fleet-agent routes
+  fleet-agent routes --json | jq '.routes[] | select(.answers | not)'
+The device's owner writes routes, limits and certificates in /etc/wasmfleet/ingress.toml; they are in effect after
+systemctl reload fleet-host.
 """,
     "check": """examples:
   fleet-agent check
@@ -161,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("status", _status, "show what runs on this device", json=True)
     reason = add("why", _why, "show what happened on this device, why, and what to do", json=True)
     reason.add_argument("instance", nargs="?", default="", help="only this instance")
+    add("routes", _routes, "show which instance answers at which address, host and path", json=True)
     add("check", _check, "test what the agent needs, in order; exit with status 1 if a test fails", json=True)
     return parser
 
@@ -409,6 +417,29 @@ def _why(options: argparse.Namespace) -> int:
         _print_json(found)
     else:
         _print_lines([*status.format_status(found), "history, oldest first:", *status.format_timeline(found)])
+    return 0
+
+
+def _routes(options: argparse.Namespace) -> int:
+    places = _places(options)
+    _become_owner(options.state)
+
+    async def ask() -> host_api.RouteList:
+        link = HostClient(places.host_socket)
+        try:
+            await link.connect()
+            return await link.ask(host_api.ListRoutes, host_api.RouteList)
+        finally:
+            link.close()
+
+    try:
+        found = asyncio.run(ask())
+    except HostGoneError as error:
+        raise UsageError(f"{error}: does fleet-host run, in this version? See systemctl status fleet-host") from error
+    if options.json:
+        _print_json({name: getattr(found, name) for name in ("ingress", "tls", "names", "routes")})
+    else:
+        _print_lines(status.format_routes(found))
     return 0
 
 

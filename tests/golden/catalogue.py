@@ -13,7 +13,7 @@ from agent import config
 from agent.host import cli
 from agent.host.compiler import __main__
 from agent.host.engine import runtime
-from agent.host.http import routing
+from agent.host.http import ingress_config, routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import enrolment, identity
@@ -184,10 +184,20 @@ MESSAGES: dict[str, dict[str, type]] = {
         **_tagged(host_api.EarlierPutSecrets, host_api.EarlierHostStats),
         "what-to-run": host_api.Run,
         "what-runs": host_api.Running,
+        "route-to-an-instance": host_api.RouteView,
     },
     "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
     "router-and-egress": {
         **_tagged(helper_api.RouteUpdate, helper_api.RouteRemove, helper_api.DrainRouter, helper_api.RegisterWorker),
+        **_tagged(helper_api.IngressRules),
+        "route-rule": helper_api.RouteRule,
+        "forwarded-policy": helper_api.ForwardedPolicy,
+        "tls-client": helper_api.TlsClient,
+        "ingress-toml": ingress_config._File,
+        "ingress-toml-route": ingress_config._Route,
+        "ingress-toml-forwarded": ingress_config._Forwarded,
+        "ingress-toml-tls": ingress_config.Tls,
+        "ingress-toml-certificate": ingress_config.Certificate,
         "route acknowledged": helper_api.RouteAcknowledged,
         "ask": helper_api.ConnectRequest,
         "told": helper_api.ConnectReply,

@@ -30,7 +30,7 @@ import httptools
 
 from agent.host.http import connection
 from agent.host.http.parser import Fields, RequestHead, RequestParser
-from agent.host.http.routing import Known, RouteTable, forwarded_head
+from agent.host.http.routing import Known, Peer, Route, RouteTable, forwarded_head, plain_address
 
 KEPT_MAX: Final = 4
 """Connections of one instance; few, since a slot in a shared worker takes few in all, and these must not be all."""
@@ -76,6 +76,8 @@ class Exchange:
         self.sent_body = False
         self.answering = False
         self.retried = False
+        self.received = 0  # bytes of its body
+        self.request_max: int | None = None
 
     @property
     def repeatable(self) -> bool:
@@ -292,7 +294,10 @@ _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 class ClientConnection(asyncio.Protocol):
     """Connection of a client of the device."""
 
-    def __init__(self, routes: RouteTable, pool: UpstreamPool, all_clients: "set[ClientConnection]") -> None:
+    def __init__(
+        self, routes: RouteTable, pool: UpstreamPool, all_clients: "set[ClientConnection]", peer: Peer | None = None
+    ) -> None:
+        self._peer = peer
         self.last_s = time.monotonic()
         self._routes = routes
         self._pool = pool
@@ -350,7 +355,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._queue or self._reader.within:
             self._reader.feed(data)
-        elif (known := self._pool.known.get(data)) is not None:
+        elif not self._routes.forwarding.by_client and (known := self._pool.known.get(data)) is not None:
             exchange = Exchange(known.request)
             exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
             self._queue.append(exchange)
@@ -369,13 +374,14 @@ class ClientConnection(asyncio.Protocol):
         exchange = self._queue[0]
         request = exchange.request
         whole = exchange.complete and exchange.keep_alive and not exchange.refusal
+        whole = whole and not self._routes.forwarding.by_client
         if not whole or request.chunked or request.length is not None or request.expects:
             return
-        route = self._routes.find(request.host, request.target)
+        route = self._routes.route(request)
         if not route.status:
             if len(self._pool.known) >= _KNOWN_MAX:
                 self._pool.known.clear()
-            exchange.instance, exchange.head = route.instance, forwarded_head(request, route)
+            exchange.instance, exchange.head = route.instance, self._forwarded(request, route)
             self._pool.known[data] = Known(request, exchange.instance, exchange.head)
 
     def eof_received(self) -> bool:
@@ -393,7 +399,11 @@ class ClientConnection(asyncio.Protocol):
 
     def body(self, data: bytes) -> None:
         """Add a piece of the request's body."""
-        self._queue[-1].body.append(data)
+        exchange = self._queue[-1]
+        exchange.body.append(data)
+        exchange.received += len(data)
+        if exchange.request_max is not None and exchange.received > exchange.request_max:
+            self._reader.refuse(413)
 
     def end(self, trailers: Fields, *, keep_alive: bool) -> None:
         """End the request, which is complete."""
@@ -436,13 +446,23 @@ class ClientConnection(asyncio.Protocol):
             self._reply(exchange, exchange.refusal, connection.REFUSALS[exchange.refusal])
             return False
         request = exchange.request
-        route = self._routes.find(request.host, request.target)
+        route = self._routes.route(request)
         if route.status:
             self._reply(exchange, route.status, route.why)
             return False
-        exchange.instance = route.instance
-        exchange.head = forwarded_head(request, route)
+        if route.request_max is not None and exchange.received > route.request_max:
+            self._reply(exchange, 413, connection.REFUSALS[413])
+            return False
+        exchange.instance, exchange.request_max = route.instance, route.request_max
+        exchange.head = self._forwarded(request, route)
         return True
+
+    def _forwarded(self, request: RequestHead, route: Route) -> bytes:
+        """Return the head for the instance, with what it is told of this client."""
+        if self._peer is None and self._routes.forwarding.by_client:
+            name = self._transport.get_extra_info("peername")
+            self._peer = Peer(plain_address(name[0]) if name else "")
+        return forwarded_head(request, route, self._routes.forwarding, self._peer)
 
     def _reach(self, exchange: Exchange) -> bool:
         """Find an upstream connection; send a refusal if there is none."""

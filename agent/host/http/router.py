@@ -18,9 +18,16 @@ from typing import Final
 import msgspec
 
 from agent.host.http.proxy import ClientConnection, UpstreamPool
-from agent.host.http.routing import RouteTable
+from agent.host.http.routing import Peer, RouteTable
 from agent.host.ipc import framing
-from agent.host.ipc.helper_api import DrainRouter, RouteAcknowledged, RouteRemove, RouteUpdate
+from agent.host.ipc.helper_api import (
+    DrainRouter,
+    IngressRules,
+    RouteAcknowledged,
+    RouteRemove,
+    RouteUpdate,
+    TlsClient,
+)
 from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.sandbox import sandbox
 
@@ -32,9 +39,10 @@ _CLIENTS_MAX: Final = 1024
 _COUNT: Final = struct.Struct("=I")
 
 
-_decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | DrainRouter]] = msgspec.json.Decoder(
-    RouteUpdate | RouteRemove | DrainRouter
+_decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | IngressRules | DrainRouter]] = msgspec.json.Decoder(
+    RouteUpdate | RouteRemove | IngressRules | DrainRouter
 )
+_tls_decoder: Final[msgspec.json.Decoder[TlsClient]] = msgspec.json.Decoder(TlsClient)
 
 
 class Clients(set[ClientConnection]):
@@ -65,9 +73,19 @@ def clients_of(page: mmap.mmap) -> int:
 
 
 def run_router(
-    listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
+    listener: socket.socket,
+    sock: socket.socket,
+    directory: Path,
+    keep: tuple[int, ...],
+    page: mmap.mmap,
+    decrypted: socket.socket | None = None,
 ) -> None:
-    """Run the router in a process just forked from the supervisor, confined before it accepts a client."""
+    """Run the router in a process just forked from the supervisor, confined before it accepts a client.
+
+    `decrypted`: on which clients arrive that came over TLS, see `agent.host.http.tls`.
+    """
+    if decrypted is not None:
+        keep = (*keep, decrypted.fileno())
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
@@ -78,13 +96,21 @@ def run_router(
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
     where = "" if layers["mount"] else "."  # an address as short as possible, see `sandbox.apply`
-    loop.run_until_complete(Router(listener, sock, where, Clients(page)).run())
+    loop.run_until_complete(Router(listener, sock, where, Clients(page), decrypted).run())
 
 
 class Router:
     """Router process: accepts clients and passes their requests to the instances."""
 
-    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: Clients) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        sock: socket.socket,
+        directory: str,
+        clients: Clients,
+        decrypted: socket.socket | None = None,
+    ) -> None:
+        self._decrypted = decrypted
         self._listener = listener
         self._sock = sock
         self._routes = RouteTable()
@@ -111,21 +137,45 @@ class Router:
         if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
             self._accepting = True
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
+            if self._decrypted is not None:
+                asyncio.get_running_loop().add_reader(self._decrypted, self._accept_decrypted)
 
     def _accept(self) -> None:
         if len(self._clients) >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
-            self._accepting = False
-            asyncio.get_running_loop().remove_reader(self._listener)
+            self._pause()
             return
         try:
             sock, _ = self._listener.accept()
         except OSError:
             return
-        sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._serve(sock)
+
+    def _accept_decrypted(self) -> None:
+        """Take a client over from the process that speaks TLS with it."""
+        assert self._decrypted is not None
+        if len(self._clients) >= _CLIENTS_MAX:
+            self._pause()
+            return
+        try:
+            data, fds = framing.receive_packet(self._decrypted)
+        except (BlockingIOError, framing.GoneError):
+            return
+        for fd in fds:
+            self._serve(socket.socket(fileno=fd), Peer(_tls_decoder.decode(data).address, b"https"))
+
+    def _pause(self) -> None:
+        """Accept nobody for want of room: whoever comes waits."""
+        self._accepting = False
+        for sock in (self._listener, self._decrypted):
+            if sock is not None:
+                asyncio.get_running_loop().remove_reader(sock)
+
+    def _serve(self, sock: socket.socket, peer: Peer | None = None) -> None:
+        sock.setblocking(False)
         loop = asyncio.get_running_loop()
         # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
-        loop._make_socket_transport(sock, ClientConnection(self._routes, self._pool, self._clients))  # type: ignore[attr-defined]  # noqa: SLF001
+        loop._make_socket_transport(sock, ClientConnection(self._routes, self._pool, self._clients, peer))  # type: ignore[attr-defined]  # noqa: SLF001
 
     def _obey(self) -> None:
         try:
@@ -142,7 +192,7 @@ class Router:
         self._heed(message)
         self._writer.send(msgspec.json.encode(RouteAcknowledged(message.id)))
 
-    def _heed(self, message: RouteUpdate | RouteRemove) -> None:
+    def _heed(self, message: RouteUpdate | RouteRemove | IngressRules) -> None:
         self._pool.known.clear()
         match message:
             case RouteUpdate(instance=instance, up=up, spread=spread):
@@ -150,6 +200,8 @@ class Router:
                 (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
                 if spread or not up:
                     self._pool.forget(instance)
+            case IngressRules():
+                self._routes.configure(message)
             case RouteRemove(instance=instance):
                 self._routes.up.pop(instance, None)
                 self._pool.spread.discard(instance)
@@ -157,7 +209,7 @@ class Router:
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._listener)
+        self._pause()
         self._listener.close()
         for client in list(self._clients):
             client.end_when_idle()

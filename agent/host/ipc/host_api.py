@@ -162,7 +162,13 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
     instance: str
 
 
-Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs
+class ListRoutes(msgspec.Struct, frozen=True, kw_only=True, tag="list-routes"):
+    """Ask what answers where. Answered with `RouteList`."""
+
+    id: Count
+
+
+Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs | ListRoutes
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,7 +284,49 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
     log: tuple[str, ...] = ()
 
 
-Reply = Welcome | Started | Failed | Done | HostStats | Lines
+ROUTES_MAX: Final = 300
+
+
+class RouteView(msgspec.Struct, frozen=True, kw_only=True):
+    """Route to an instance.
+
+    Attributes:
+        host: name in the Host field; empty for any.
+        path: prefix of the path; empty for an instance with a port of its own.
+        strip: the prefix is taken off.
+        by_name: the instance's name is the route; otherwise the device's owner wrote it.
+        port: the instance's own; 0 on the shared port.
+        request_bytes, head_bytes: limits of the route; None for the instance's own.
+        answers: None where no such instance runs.
+    """
+
+    instance: str
+    host: str = ""
+    path: str = ""
+    strip: bool = False
+    by_name: bool = False
+    port: Count = 0
+    request_bytes: Count | None = None
+    head_bytes: Count | None = None
+    answers: bool | None = None
+
+
+class RouteList(msgspec.Struct, frozen=True, kw_only=True, tag="route-list"):
+    """Reply to `ListRoutes`, in the order in which routes are looked for.
+
+    Attributes:
+        ingress, tls: addresses of the shared port, without and with TLS; empty for none.
+        names: of the certificates.
+    """
+
+    id: Count
+    ingress: str = ""
+    tls: str = ""
+    names: tuple[str, ...] = ()
+    routes: tuple[RouteView, ...] = ()
+
+
+Reply = Welcome | Started | Failed | Done | HostStats | Lines | RouteList
 Event = Trapped | Changed
 FromHost = Reply | Event
 

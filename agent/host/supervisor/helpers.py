@@ -159,12 +159,32 @@ class _Route(NamedTuple):
     spread: bool
 
 
+NO_RULES: Final = helper_api.IngressRules()
+"""Routes by name alone."""
+
+
 class RouterHandle(HelperProcess):
     """Handle of the router, which always runs."""
 
-    def __init__(self, ingress: socket.socket, directory: Path) -> None:
-        """Fork a router for the listening socket `ingress`; `directory` holds the instances' sockets."""
+    def __init__(
+        self,
+        ingress: socket.socket,
+        directory: Path,
+        *,
+        decrypted: socket.socket | None = None,
+        rules: helper_api.IngressRules = NO_RULES,
+    ) -> None:
+        """Fork a router for the listening socket `ingress`.
+
+        Args:
+            ingress: listening socket.
+            directory: holds the instances' sockets.
+            decrypted: router's end of the socket on which clients arrive that came over TLS.
+            rules: the device owner's.
+        """
         super().__init__("router")
+        self._decrypted = decrypted
+        self._rules = rules
         self._ingress = ingress
         self._directory = directory
         self._routes: dict[str, _Route] = {}
@@ -174,11 +194,12 @@ class RouterHandle(HelperProcess):
         self._fork()
 
     def _spawn(self) -> tuple[int, socket.socket]:
-        forked = fork_router(self._ingress, self._directory)
+        forked = fork_router(self._ingress, self._directory, decrypted=self._decrypted)
         self._page = forked.page
         return forked.pid, forked.sock
 
     def _tell_everything(self) -> None:
+        self._tell(self._rules)
         for instance, route in self._routes.items():
             self._tell(helper_api.RouteUpdate(instance, route.up, route.spread))
 
@@ -208,6 +229,20 @@ class RouterHandle(HelperProcess):
         else:
             self._routes[instance] = route
             self._tell(helper_api.RouteUpdate(instance, route.up, route.spread, number))
+        await self._acknowledged(number)
+
+    def up(self) -> dict[str, bool]:
+        """Return whether each instance behind the shared port answers."""
+        return {instance: route.up for instance, route in self._routes.items()}
+
+    async def configure(self, rules: helper_api.IngressRules) -> None:
+        """Tell the router the owner's rules, and wait until it follows them."""
+        self._rules = rules
+        number = next(self._ids)
+        self._tell(msgspec.structs.replace(rules, id=number))
+        await self._acknowledged(number)
+
+    async def _acknowledged(self, number: int) -> None:
         if not self.running:
             return
         future = self._acks[number] = asyncio.get_running_loop().create_future()
@@ -329,10 +364,19 @@ class ForkedRouter(NamedTuple):
     page: mmap.mmap
 
 
-def fork_router(listener: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> ForkedRouter:
-    """Fork a router on a listener; `keep`: further descriptors that the child may hold."""
+def fork_router(
+    listener: socket.socket, directory: Path, keep: tuple[int, ...] = (), decrypted: socket.socket | None = None
+) -> ForkedRouter:
+    """Fork a router on a listener.
+
+    Args:
+        listener: of the shared port.
+        directory: holds the instances' sockets.
+        keep: further descriptors that the child may hold.
+        decrypted: socket on which clients arrive that came over TLS.
+    """
     page = mmap.mmap(-1, mmap.PAGESIZE)
-    pid, sock = _fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page))
+    pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page, decrypted))
     return ForkedRouter(pid, sock, page)
 
 
@@ -341,10 +385,10 @@ def fork_egress(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socke
 
     `directory` holds the instances' sockets. `keep`: further descriptors that the child may hold.
     """
-    return _fork_child("egress", lambda theirs: run_egress(theirs, directory, keep))
+    return fork_child("egress", lambda theirs: run_egress(theirs, directory, keep))
 
 
-def _fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
+def fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
     """Fork a process that runs `run` on its end of a socket pair, and is killed when this process ends."""
     ours, theirs = framing.socket_pair()
     parent = os.getpid()
