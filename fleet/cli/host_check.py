@@ -32,7 +32,7 @@ TABLE: Final = "the table of interfaces that devices serve"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """What is known of a component before any device has it.
+    """Findings about a component before any device has it.
 
     Attributes:
         checked_by: the host of this machine with its engine, or the table and why it had to do.

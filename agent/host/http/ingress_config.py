@@ -63,7 +63,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the shared port is served over TLS."""
+    """Address at which the shared port is served over TLS, and the certificates."""
 
     listen: str
     certificates: Annotated[tuple[Certificate, ...], Meta(min_length=1, max_length=CERTIFICATES_MAX)]
@@ -92,7 +92,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """What the owner allows; without a file, routes by name alone and no TLS."""
+    """Rules and TLS as the owner allows them; without a file, routes by name alone and no TLS."""
 
     rules: IngressRules = field(default_factory=IngressRules)
     tls: Tls | None = None

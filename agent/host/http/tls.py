@@ -174,7 +174,7 @@ class Terminator:
 
 
 class _Side(asyncio.Protocol):
-    """One side of a client's connection: what it reads, the other sends."""
+    """Side of a client's connection: what it reads, the other sends."""
 
     def __init__(self) -> None:
         self.transport: Any = None

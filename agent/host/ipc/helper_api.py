@@ -50,7 +50,7 @@ class RouteRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ForwardedPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What instances are told of a client in `x-forwarded-*`.
+    """Policy of what instances are told of a client in `x-forwarded-*`.
 
     Attributes:
         mode: `pass`: what the client sent; `set`: what the host knows, in place of what clients say that are not

@@ -212,21 +212,16 @@ class Supervisor:
         """Close the secrets that wait for a start, which no client can request any more."""
         self._resources.secrets.clear()
 
-    async def _handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:  # noqa: PLR0911, C901 - a table
+    async def _handle(self, request: host_api.Request, fd: int | None) -> host_api.Reply:
         if fd is not None and not isinstance(request, host_api.Start | host_api.PutSecrets):
             os.close(fd)
         match request:
-            case host_api.Hello():
-                return self._welcome(request)
+            case host_api.Hello() | host_api.ListRoutes() | host_api.Logs():
+                return self._told(request)
             case host_api.Start():
                 return await self._start(request, fd)
             case host_api.Status():
                 return await self._stats(request)
-            case host_api.ListRoutes():
-                return self._routes(request)
-            case host_api.Logs():
-                found = self._instances.get(request.instance)
-                return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
             case host_api.Revert():
                 return await self._revert(request)
             case host_api.PutSecrets():
@@ -237,6 +232,17 @@ class Supervisor:
                     async with instance.lock:
                         await self._change(instance, request)
         return host_api.Done(id=request.id)
+
+    def _told(self, request: host_api.Hello | host_api.ListRoutes | host_api.Logs) -> host_api.Reply:
+        """Answer what changes nothing and waits for nobody."""
+        match request:
+            case host_api.Hello():
+                return self._welcome(request)
+            case host_api.ListRoutes():
+                return self._routes(request)
+            case host_api.Logs():
+                found = self._instances.get(request.instance)
+                return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
 
     async def _change(self, instance: Instance, request: host_api.Commit | host_api.Stop | host_api.Restart) -> None:
         match request:
