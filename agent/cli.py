@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from agent import config, systemd
+from agent import clock, config, starts, systemd
 from agent.arguments import parse
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
@@ -308,7 +308,13 @@ def _run(options: argparse.Namespace) -> int:
             db = Database(Store.renewed(places.database, version=device_info.agent_version()))
             if taken := await db(restore.take_over, places.runset, mac_key, now=reference.now()):
                 logging.getLogger("agent").warning("the store was lost; took over %d instances from runset.json", taken)
-            return await build(enrolled, db, reference, Links.of(enrolled, reference)).run()
+            record = starts.Starts(places.starts, boot_id=clock.boot_id(), clock=clock.boot_clock)
+            pause_s = starts.PAUSE_S if record.begin() else 0.0
+            links = Links.of(enrolled, reference, broker_after_s=pause_s)
+            code = await build(enrolled, db, reference, links).run()
+            if code == 0:
+                record.end()
+            return code
 
     return asyncio.run(main())
 

@@ -312,6 +312,11 @@ class Paths:
         return self.state / "lock"
 
     @property
+    def starts(self) -> Path:
+        """Record of the agent's starts since it last ended in order."""
+        return self.state / "starts.json"
+
+    @property
     def artifacts(self) -> Path:
         """Directory of fetched components, named by sha256."""
         return self.state / "artifacts"

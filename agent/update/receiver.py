@@ -122,7 +122,11 @@ class Presence(Protocol):
 
     @property
     def connected(self) -> bool:
-        """True while the broker is connected."""
+        """True while messages reach the fleet."""
+
+    @property
+    def broker_connected(self) -> bool:
+        """True while they go through the broker."""
 
     async def hello(self, nonce: str) -> bool:
         """Ask for a freshness statement; return False without a connection."""
@@ -350,7 +354,7 @@ class AssignmentReceiver:
     def _suspect_broker(self, envelope: bytes) -> None:
         """Report a problem if the connected broker should have delivered an assignment long before HTTPS did."""
         found = remembered_assignment(envelope)
-        if found is None or not self._presence.connected or self._clock.now() - found.issued < BROKER_SLACK:
+        if found is None or not self._presence.broker_connected or self._clock.now() - found.issued < BROKER_SLACK:
             return
         text = (
             f"the broker withheld assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this device: "

@@ -156,6 +156,10 @@ class Hello:
     def __init__(self, case):
         self.case, self.connected, self.reachable = case, False, True
 
+    @property
+    def broker_connected(self):
+        return self.connected
+
     async def hello(self, nonce):
         if not self.reachable:
             return False

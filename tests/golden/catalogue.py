@@ -9,15 +9,15 @@ from typing import get_args
 
 import msgspec
 
-from agent import config
+from agent import config, starts
 from agent.host import cli
 from agent.host.compiler import __main__
 from agent.host.engine import runtime
 from agent.host.http import ingress_config, routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
-from agent.identity import enrolment, identity
-from agent.link import bundle
+from agent.identity import identity
+from agent.link import bundle, https
 from agent.report import check, status
 from agent.update import images, machine, plan, probation, restore, state
 from fleet.admin import signing_host
@@ -91,6 +91,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "report": messages.Report,
         "desired-reply": messages.DesiredReply,
         "ack": messages.Ack,
+        "packet": messages.Packet,
+        "exchange": messages.Exchange,
+        "exchange-reply": messages.ExchangeReply,
         "poke": messages.Poke,
         "token": messages.Token,
         "enrol-request": messages.EnrolRequest,
@@ -214,6 +217,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "failed": state.FailedItem,
         "doubt": state.Violation,
         "runset": restore._Runset,
+        "starts": starts.StartLog,
         "identity": identity.Identity,
         "verifier-state": verifier_state.VerifierState,
         "verifier-state-role": verifier_state.Remembered,
@@ -265,7 +269,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     "read-in-part": {
         "schema-version": wire._Version,
         "bundle-head": bundle._Head,
-        "problem": enrolment._Problem,
+        "problem": https.Problem,
         "role": server_repository._File,
         "role-signed": server_repository._Signed,
         "wanted": server_director._Wanted,
