@@ -45,6 +45,7 @@ from fleet.protocol.files import atomic_write, sync_directory
 from fleet.protocol.messages import (
     EXPIRED,
     OUTDATED,
+    REVOKED,
     BadTokenError,
     Enrolled,
     EnrolRequest,
@@ -368,6 +369,19 @@ def wants_renewal(error: FetchError) -> bool:
 def problem_of(error: FetchError) -> str:
     """Return the type of the problem that the server answered with; empty where the answer is none."""
     return Problem.read(error.body).type
+
+
+def exclusion(error: FetchError) -> str:
+    """Return why the fleet's server takes this device for none of its own, and what to do; empty where it does not."""
+    problem = Problem.read(error.body)
+    if error.status not in {http.client.UNAUTHORIZED, http.client.FORBIDDEN} or wants_renewal(error):
+        return ""
+    if problem.type == REVOKED:
+        return (
+            "the fleet has revoked this device: it gets no updates, commands or secrets, and what runs here goes on; "
+            "if that is a mistake, ask for a new token and run 'fleet-agent enroll --force'"
+        )
+    return f"the fleet's server refuses this device: {problem.words or error.message}"
 
 
 def install_certificate(identity: Path, pem: str) -> None:

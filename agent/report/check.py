@@ -86,8 +86,8 @@ def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Itera
     yield "proxy", lambda: _proxy(proxy, host, port)
     yield "TLS", lambda: _tls(places, who, url, proxy)
     yield "clock", lambda: _clock(who)
+    yield "HTTP", lambda: _http(places, settings, who)  # before MQTT: the server says why it refuses, a broker does not
     yield "MQTT", lambda: _mqtt(places, settings, who)
-    yield "HTTP", lambda: _http(places, settings, who)
     yield "engine", _engine
     yield "host", lambda: _host(places)
 
@@ -262,7 +262,7 @@ def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
         https.request("GET", "/v1/desired", max_bytes=bounds.DESIRED_MAX_BYTES)
     except FetchError as error:
         if error.code is not RejectCode.NOT_FOUND:
-            raise _FailedError(error.message) from error
+            raise _FailedError(enrolment.exclusion(error) or error.message) from error
     return f"{who.devices_url} accepts this device's certificate"
 
 

@@ -22,10 +22,10 @@ import msgspec
 
 from agent.clock import ReferenceClock
 from agent.config import Policy, Settings
-from agent.identity.enrolment import CertificateRenewal, problem_of, wants_renewal
+from agent.identity.enrolment import CertificateRenewal, exclusion, problem_of, wants_renewal
 from agent.link import bundle
 from agent.link.bundle import BundleSource, BundleVerdict
-from agent.link.https import FetchError
+from agent.link.https import FetchError, spread
 from agent.update import state
 from agent.update.problems import Problems, ReportSink
 from agent.update.reconciler import Reconciler
@@ -196,6 +196,7 @@ class AssignmentReceiver:
         self._sink = sink
         self.inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._due = asyncio.Event()
+        self._asked_s = 0.0
         self._nonce = ""
         self._unvouched: _Unvouched | None = None
         self._acted_on = (b"", 0.0)
@@ -301,8 +302,12 @@ class AssignmentReceiver:
             backoff_s = AWAY_FIRST_S if reached else backoff_s * 2
             regular_s = self._settings.recheck_s if self._presence.connected else self._settings.refresh_s
             seconds = regular_s if reached else min(regular_s, backoff_s)
+            jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
+            asked_s, self._asked_s = self._asked_s, 0.0
+            if asked_s:
+                await asyncio.sleep(spread(0.0, asked_s))  # whoever calls: the server is busy
+                continue
             with contextlib.suppress(TimeoutError):
-                jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
 
@@ -323,14 +328,23 @@ class AssignmentReceiver:
         except FetchError as error:
             if wants_renewal(error):
                 self._renewal.request()
+            if reason := exclusion(error):
+                if self._problems.text("server") != reason:
+                    log.error("%s", reason)  # noqa: TRY400 - the reason is the server's word
+                self._problems.set("server", reason)
+                self._sink.changed()
+            elif error.status:
+                self._problems.clear("server")
+            self._asked_s = min(error.retry_after_s, self._settings.recheck_s)
             if problem_of(error) == AHEAD:
                 await self._show_assignment()
-            elif error.code is not RejectCode.NOT_FOUND:
+            elif error.code is not RejectCode.NOT_FOUND and not reason:
                 log.info("cannot fetch the assignment: %s", error.message)
             return error.status != 0
         except wire.WireError as error:
             log.warning("cannot read the server's reply: %s", error)
         else:
+            self._problems.clear("server")
             self.post(PollAnswered(reply.assignment.encode(), reply.fresh.encode(), nonce))
         return True
 

@@ -372,6 +372,9 @@ EXPIRED: Final = "certificate-expired"
 OUTDATED: Final = "certificate-outdated"
 """Problem types that a new certificate solves: the old one has expired, or its issuing CA is no longer accepted."""
 
+REVOKED: Final = "revoked"
+"""Type of the problem that an operator has revoked the device."""
+
 AHEAD: Final = "ahead"
 """Type of the problem that a device's assignment is newer than any that its server knows: the device shows it."""
 

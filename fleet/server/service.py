@@ -24,6 +24,7 @@ from typing import Any, Final
 from fleet import ca
 from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import operator_api, wire
+from fleet.protocol.assignment import CheckIn
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Down, Topic
@@ -66,6 +67,9 @@ from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
+LAST_COMMAND_S: Final = 1.0
+"""Longest wait for the broker to pass on the last command to a device that is revoked."""
+
 END_S: Final = 30.0
 """Longest end after SIGTERM: below the 90 s of systemd, above the waits for requests and the broker."""
 
@@ -386,8 +390,13 @@ class Server:
         self._certificates.renew()
         await self._broker.start_again(self._denied())
 
-    def _on_revoked(self, device: str) -> None:
-        """Shut a device out of the broker, and clear what the broker retains for it and of it."""
+    async def _on_revoked(self, device: str) -> None:
+        """Shut a device out of the broker, and clear what the broker retains for it and of it.
+
+        Its last command makes it ask over HTTPS, where it is told that it is revoked: a broker gives no reason.
+        """
+        self._director.command(device, CheckIn())
+        await self._bus.acknowledged(LAST_COMMAND_S)
         self._exchanges.forget(device)
         self._broker.shut_out(self._denied())
         self._budget.clear(device, Topic(device, Down.DESIRED))

@@ -134,7 +134,7 @@ _NAMED_MAX: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """What devices and the server say to each other over HTTPS."""
+    """Ways by which devices and the server talk over HTTPS, beside requests for files."""
 
     logs: LogRelay
     exchanges: Exchanges

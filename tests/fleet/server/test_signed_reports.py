@@ -41,7 +41,7 @@ def report(device, sequence, previous="", **more):
 async def test_reports_are_heard_from_the_devices_own_key_only(new_fleet):
     async with new_fleet() as fleet:
         crane, lift = await fleet.device("crane"), await fleet.device("lift")
-        ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.id, Up.REPORT))
+        ingest, topic = fleet.server._ingest, str(Topic(crane.id, Up.REPORT))
 
         def stored():
             ingest.flush()
@@ -93,7 +93,7 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
     """A time without a zone, numbers beyond 64 bits, and rows that a power cut filled with zeros."""
     async with new_fleet() as fleet:
         crane, lift = await fleet.device("crane"), await fleet.device("lift")
-        ingest = fleet.server._bus._on_message.__self__
+        ingest = fleet.server._ingest
         for device in (crane, lift):
             ingest.on_message(str(Topic(device.id, Up.REPORT)), voice(device).sign(report(device, 1)))
         no_zone = report(crane, 2).replace(b'Z"', b'"')
