@@ -53,6 +53,10 @@ RETRY_S: Final = (5.0, 30.0)
 BROKER_SLACK: Final = timedelta(minutes=2)
 """Delay of the broker behind HTTPS after which it is suspected of withholding an assignment."""
 
+REORDERED_S: Final = 120.0
+"""Time after a connection, or after HTTPS was faster, in which the broker may honestly deliver what is older: a session
+keeps what was published while the device was away."""
+
 AWAY_FIRST_S: Final = 5.0
 """Delay before the first retry after a server did not answer; doubled each time."""
 
@@ -197,6 +201,7 @@ class AssignmentReceiver:
         self.inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._due = asyncio.Event()
         self._asked_s = 0.0
+        self._reordered_until = 0.0
         self._nonce = ""
         self._unvouched: _Unvouched | None = None
         self._acted_on = (b"", 0.0)
@@ -226,6 +231,7 @@ class AssignmentReceiver:
     async def new_nonce(self) -> str:
         """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)
+        self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
         await self._db(_use_nonce, self._nonce)
         return self._nonce
 
@@ -280,16 +286,40 @@ class AssignmentReceiver:
         match item:
             case AssignmentArrived(envelope):
                 self._problems.clear("broker")  # even if the message is refused, the broker is not silent
-                await self._judge(envelope)
+                if not await self._is_late(envelope):
+                    await self._judge(envelope)
             case FreshnessArrived(envelope):
                 await self._judge_freshness(envelope)
             case PollAnswered(envelope, statement, nonce):
                 before = await self._db(Store.envelope)
                 await self._judge(envelope, statement=statement, nonce=nonce)
                 if envelope != before and envelope == await self._db(Store.envelope):
+                    self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
                     self._suspect_broker(envelope)
             case BundleArrived():
                 await self._judge_bundle()
+
+    async def _is_late(self, envelope: bytes) -> bool:
+        """Tell whether an assignment of the director's is older than the accepted one only since it came another way.
+
+        Replayed later, the same is refused and reported: nothing honest explains it then.
+        """
+        claimed = remembered_assignment(envelope)
+        if claimed is None or asyncio.get_running_loop().time() >= self._reordered_until:
+            return False
+        if claimed.version >= await self._db(Store.counter, "accepted"):
+            return False
+        try:
+            await self._db.run(self._trust.accept, envelope)
+        except Rejected as error:
+            late = error.code is RejectCode.ROLLBACK  # the last check: signature, fleet and device are right
+        except StoreError:
+            return False
+        else:
+            return False
+        if late:
+            log.info("assignment %d came after a newer one, by another way", claimed.version)
+        return late
 
     # HTTPS
 

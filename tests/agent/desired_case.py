@@ -45,9 +45,13 @@ class Server:
         self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
         self.replay, self.behind, self.shown = "", False, []
 
+    failure = None
+
     def request(self, method, path, *, max_bytes, body=None, headers=None):
         if not self.reachable:
             raise FetchError(RejectCode.UNREACHABLE, "no route")
+        if self.failure is not None:
+            raise self.failure
         if method == "POST":
             self.shown.append((path, body))
             return b""
