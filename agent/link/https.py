@@ -33,6 +33,7 @@ import msgspec
 from agent.clock import ReferenceClock
 from agent.happy_eyeballs import NoAnswerError
 from agent.link import dialer
+from agent.link.partial_file import PartialFile
 from agent.proxy import authority
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
@@ -335,8 +336,8 @@ class HttpsClient:
     ) -> None:
         """Fetch a file of known length and hash to `into`, resuming `<into>.part` from an earlier attempt.
 
-        A power cut may leave a partial file with stale blocks. So a file that was resumed and has another hash is
-        fetched once more from its start, before a mismatch says anything of the server.
+        A power cut may leave a partial file with stale blocks: it is resumed from its last checkpoint. A file that was
+        resumed and has another hash is fetched once more from its start, before that says anything of the server.
 
         Args:
             path: below the base URL.
@@ -354,19 +355,20 @@ class HttpsClient:
         part = into.with_name(into.name + ".part")
         try:
             into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
+            partial = PartialFile(part)
+            have = partial.proven()
             if have > length:
-                part.unlink()
+                partial.remove()
                 have = 0
             self._check_space(into.parent, length - have)
-            start = self._continue(path, part, have, length, progress, cancelled) if have < length else have
+            start = self._continue(path, partial, have, length, progress, cancelled) if have < length else have
             try:
                 finish(part, into, length, sha256)
             except FetchError as error:
                 if not start:
                     raise
                 log.warning("%s: resumed after %d bytes, and starts over: %s", path, start, error.message)
-                self._continue(path, part, 0, length, progress, cancelled)
+                self._continue(path, partial, 0, length, progress, cancelled)
                 finish(part, into, length, sha256)
         except OSError as error:
             code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
@@ -384,7 +386,7 @@ class HttpsClient:
     def _continue(
         self,
         path: str,
-        part: Path,
+        part: PartialFile,
         have: int,
         length: int,
         progress: Callable[[int], None],
@@ -400,12 +402,11 @@ class HttpsClient:
                 answer.getheader("Content-Range") or ""
             ).startswith(f"bytes {have}-"):
                 if answer.status in {http.client.PARTIAL_CONTENT, http.client.REQUESTED_RANGE_NOT_SATISFIABLE}:
-                    part.unlink(missing_ok=True)
+                    part.remove()
                     raise FetchError(RejectCode.UNREACHABLE, f"{path}: the server does not resume; starting over")
                 raise _refusal(answer, path, answer.read1(CHUNK_BYTES))
             start = have
-            with part.open("r+b" if have else "wb") as file:
-                file.seek(have)
+            with part.open(have) as file:
                 rate = _Rate(self._min_rate)
                 while have < length + 1:
                     if cancelled is not None and cancelled.is_set():
@@ -416,7 +417,7 @@ class HttpsClient:
                         break
                     have += len(chunk)
                     if have > length:
-                        part.unlink()
+                        part.remove()
                         raise FetchError(RejectCode.LENGTH_MISMATCH, f"{path}: more than the signed {length} bytes")
                     file.write(chunk)
                     rate.received(len(chunk))
@@ -516,6 +517,7 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
     with part.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         found = hashlib.file_digest(file, "sha256").hexdigest()
+        PartialFile(part).forget()
         if size != length or found != sha256:
             part.unlink()
             raise FetchError(

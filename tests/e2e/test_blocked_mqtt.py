@@ -15,28 +15,28 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 NOWHERE = ["mqtts://127.0.0.1:1"]
 
 
-async def with_brokers(stage, board, addresses):
-    """Start a board's agent again with other addresses of brokers; return the board and the earlier addresses."""
-    file = stage.state(board) / "identity" / "enrolled.json"
-    if board.agent.process.returncode is None:
-        await stage.stop(board.agent)
+async def with_brokers(stage, device, addresses):
+    """Start a device's agent again with other addresses of brokers; return the device and the earlier addresses."""
+    file = stage.state(device) / "identity" / "enrolled.json"
+    if device.agent.process.returncode is None:
+        await stage.stop(device.agent)
     who = json.loads(file.read_text())
     before, who["mqtt"] = who["mqtt"], addresses
     file.write_text(json.dumps(who))
-    return await stage.start_agent(board), before
+    return await stage.start_agent(device), before
 
 
-async def presence(stage, board, *, online):
+async def presence(stage, device, *, online):
     def seen():
-        row = next(each for each in stage.scene.client.devices().devices if each.id == board.device)
+        row = next(each for each in stage.scene.client.devices().devices if each.id == device.device)
         return row.online is online
 
-    await eventually_async(lambda: asyncio.to_thread(seen), f"the board is {'online' if online else 'offline'}")
+    await eventually_async(lambda: asyncio.to_thread(seen), f"the device is {'online' if online else 'offline'}")
 
 
-def test_reports_health_presence_logs_and_commands_go_over_https(stage, board):
+def test_reports_health_presence_logs_and_commands_go_over_https(stage, device):
     async def story():
-        here, brokers = await with_brokers(stage, board, NOWHERE)
+        here, brokers = await with_brokers(stage, device, NOWHERE)
         began = datetime.now(UTC)
         await presence(stage, here, online=True)
 

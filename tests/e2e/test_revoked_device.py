@@ -10,11 +10,11 @@ from tests.eventually import eventually_async
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
-def test_the_owner_of_a_revoked_device_is_told(stage, board):
+def test_the_owner_of_a_revoked_device_is_told(stage, device):
     async def story():
-        code, output, errors = await stage.fleet("revoke", board.device, "--yes")
+        code, output, errors = await stage.fleet("revoke", device.device, "--yes")
         assert code == 0, output + errors
-        places = board.agent.command[board.agent.command.index("--state") :]
+        places = device.agent.command[device.agent.command.index("--state") :]
 
         async def told():
             _, output, _ = await stage.scene.processes.run(module(AGENT, "status", *places))
@@ -22,11 +22,11 @@ def test_the_owner_of_a_revoked_device_is_told(stage, board):
 
         status = await eventually_async(told, "status says so")
         assert "enroll --force" in status
-        assert "the fleet has revoked this device" in board.agent.log.read_text()
+        assert "the fleet has revoked this device" in device.agent.log.read_text()
         _, output, _ = await stage.scene.processes.run(module(AGENT, "check", "--json", *places))
         failed = [each for each in json.loads(output) if not each["ok"]]
         assert "revoked this device" in failed[0]["text"], output
         assert not [each for each in json.loads(output) if "{" in each["text"]], "no JSON in a sentence"
-        assert await stage.version(board) == "1", "what runs goes on"
+        assert await stage.version(device) == "1", "what runs goes on"
 
     stage.do(story())

@@ -17,7 +17,7 @@ from agent.host.http import ingress_config, routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import identity
-from agent.link import bundle, https
+from agent.link import bundle, https, partial_file
 from agent.report import check, status
 from agent.update import images, machine, plan, probation, restore, state
 from fleet.admin import signing_host
@@ -218,6 +218,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "doubt": state.Violation,
         "runset": restore._Runset,
         "starts": starts.StartLog,
+        "checkpoint-of-a-partial-file": partial_file.Checkpoint,
         "identity": identity.Identity,
         "verifier-state": verifier_state.VerifierState,
         "verifier-state-role": verifier_state.Remembered,

@@ -1,6 +1,7 @@
 """HTTPS client against a real server: limits, deadlines, resuming, and the fleet's CA."""
 
 import hashlib
+import json
 import os
 import random
 import ssl
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.clock import ReferenceClock
 from agent.identity import enrolment
-from agent.link import dialer
+from agent.link import dialer, partial_file
 from agent.link import https as https_module
 from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
 from fleet.ca import CertificateAuthority
@@ -177,6 +178,65 @@ def test_a_server_error_may_pass(https, server):
     with pytest.raises(FetchError) as caught:
         https.request("GET", "/v1/desired", max_bytes=100)
     assert (caught.value.code, caught.value.status) == (RejectCode.UNREACHABLE, 503)
+
+
+def mark(path, have, sha256):
+    (path / "a.wasm.part.mark").write_text(json.dumps({"bytes": have, "sha256": sha256}))
+
+
+def test_after_a_power_cut_a_download_goes_on_from_its_checkpoint(https, server, tmp_path):
+    """The file has its length, and blocks at its end that were never written."""
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:200_000] + bytes(50_000))
+    mark(tmp_path, 200_000, hashlib.sha256(DATA[:200_000]).hexdigest())
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert [asked for _, asked in server.seen] == ["bytes=200000-"]
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert [path.name for path in tmp_path.glob("a.wasm*")] == ["a.wasm"]
+
+
+CHECKPOINTS = {
+    "of other bytes": (200_000, "0" * 64),
+    "beyond the file": (290_000, hashlib.sha256(DATA[:290_000]).hexdigest()),
+    "of more than there is": (10**12, SHA),
+}
+
+
+@pytest.mark.parametrize(("have", "sha256"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_that_does_not_hold_starts_from_zero_at_once(https, server, tmp_path, have, sha256):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:250_000])
+    mark(tmp_path, have, sha256)
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert [asked for _, asked in server.seen] == [None]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\0" * 40, '{"bytes": -1, "sha256": ""}'])
+def test_a_damaged_checkpoint_is_none(https, server, tmp_path, content):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
+    (tmp_path / "a.wasm.part.mark").write_text(content)
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+
+
+def test_checkpoints_are_made_on_the_way_and_at_the_end_of_an_attempt(https, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_file, "STEP_BYTES", 50_000)
+    made, write = [], partial_file.atomic_write
+
+    def record(path, data, *, mode):
+        made.append(json.loads(data)["bytes"])
+        write(path, data, mode=mode)
+
+    monkeypatch.setattr(partial_file, "atomic_write", record)
+    server.answer = lambda handler: handler.send_file(DATA, stop_after=180_000)
+    with pytest.raises(FetchError):
+        download(https, tmp_path / "a.wasm")
+    assert len(made) >= 3
+    assert made[-1] == 180_000
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert server.seen[-1][1] == "bytes=180000-"
 
 
 STATUSES = {

@@ -187,43 +187,43 @@ async def test_a_channel_that_is_no_devices_is_refused_and_nothing_is_taken(chan
 # A whole server
 
 
-async def post(board, said):
+async def post(device, said):
     def send():
-        with board.http() as http:
+        with device.http() as http:
             return http.post("/v1/exchange", content=wire.encode(said))
 
     return await asyncio.to_thread(send)
 
 
-async def exchange(board, **said):
-    reply = await post(board, Exchange(**said))
+async def exchange(device, **said):
+    reply = await post(device, Exchange(**said))
     assert reply.is_success, reply.text
     return wire.decode(ExchangeReply, reply.content)
 
 
 @contextlib.asynccontextmanager
-async def silent_board(fleet):
-    """Yield a board that has no connection to the broker."""
-    board = await fleet.board("a")
-    await board.disconnect()
-    yield board
+async def silent_device(fleet):
+    """Yield a device that has no connection to the broker."""
+    device = await fleet.device("a")
+    await device.disconnect()
+    yield device
 
 
 @pytest.mark.asyncio
 async def test_a_device_without_mqtt_is_heard_answered_and_commanded(new_fleet):
-    async with new_fleet() as fleet, silent_board(fleet) as board:
+    async with new_fleet() as fleet, silent_device(fleet) as device:
         target = await fleet.operator.publish("1.0.0")
-        hello = Hello(device=board.device, nonce="0" * 32, boot_id="boot")
-        online = State(device=board.device, online=True, boot_id="boot")
+        hello = Hello(device=device.id, nonce="0" * 32, boot_id="boot")
+        online = State(device=device.id, online=True, boot_id="boot")
         up = (
             Packet(channel=Up.STATE, payload=wire.encode(online).decode()),
             Packet(channel=Up.HELLO, payload=wire.encode(hello).decode()),
         )
-        session = (await exchange(board, up=up)).session
+        session = (await exchange(device, up=up)).session
         await fleet.operator.deploy(target)
         received, found = 0, {}
         while Down.DESIRED not in found:
-            reply = await exchange(board, session=session, received=received, wait_s=50)
+            reply = await exchange(device, session=session, received=received, wait_s=50)
             found |= {each.channel: each.payload for each in reply.down}
             received = max([received, *(each.number for each in reply.down)])
         assignment = wire.decode(Assignment, dsse.parse(found[Down.DESIRED].encode()).payload)
@@ -232,12 +232,12 @@ async def test_a_device_without_mqtt_is_heard_answered_and_commanded(new_fleet):
         (row,) = (await fleet.operator.get(operator_api.Devices, "/v1/devices")).devices
         assert row.online
 
-        report = Report(device=board.device, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
-        signed = board.signer.sign(wire.encode(report)).decode()
-        await exchange(board, session=session, up=(Packet(channel=Up.REPORT, payload=signed),), received=received)
-        fleet.server._director.command(board.device, CheckIn())
+        report = Report(device=device.id, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
+        signed = device.signer.sign(wire.encode(report)).decode()
+        await exchange(device, session=session, up=(Packet(channel=Up.REPORT, payload=signed),), received=received)
+        fleet.server._director.command(device.id, CheckIn())
         while not {Down.ACK, Down.COMMAND} <= found.keys():
-            reply = await exchange(board, session=session, received=received, wait_s=50)
+            reply = await exchange(device, session=session, received=received, wait_s=50)
             found |= {each.channel: each.payload for each in reply.down}
             received = max([received, *(each.number for each in reply.down)])
         assert wire.decode(Ack, found[Down.ACK].encode()).sequence == 1
@@ -246,10 +246,10 @@ async def test_a_device_without_mqtt_is_heard_answered_and_commanded(new_fleet):
 @pytest.mark.parametrize("body", [b"", b"{", b'{"v": 1, "up": 3}', b'{"v": 99}', b'{"v": 1, "wait_s": -1}'])
 @pytest.mark.asyncio
 async def test_what_is_no_exchange_is_refused_with_a_problem(new_fleet, body):
-    async with new_fleet() as fleet, silent_board(fleet) as board:
+    async with new_fleet() as fleet, silent_device(fleet) as device:
 
         def send():
-            with board.http() as http:
+            with device.http() as http:
                 return http.post("/v1/exchange", content=body)
 
         reply = await asyncio.to_thread(send)
@@ -259,7 +259,7 @@ async def test_what_is_no_exchange_is_refused_with_a_problem(new_fleet, body):
 
 @pytest.mark.asyncio
 async def test_a_device_cannot_speak_for_another_over_https(new_fleet):
-    async with new_fleet() as fleet, silent_board(fleet) as board:
+    async with new_fleet() as fleet, silent_device(fleet) as device:
         foreign = wire.encode(State(device="other-01234567", online=True)).decode()
-        await exchange(board, up=(Packet(channel=Up.STATE, payload=foreign),))
+        await exchange(device, up=(Packet(channel=Up.STATE, payload=foreign),))
         assert fleet.server._ingest.counts["foreign"] == 1
