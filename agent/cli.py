@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from agent import clock, config, starts, systemd
-from agent.arguments import parse
+from agent.arguments import leave_first_process, parse, until_closed
 from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
 from agent.identity import enrolment, identity
@@ -279,6 +279,7 @@ def _run(options: argparse.Namespace) -> int:
     from agent.clock import ReferenceClock  # noqa: PLC0415
     from agent.service import Enrolled, Links, build  # noqa: PLC0415 - only the service needs MQTT and TUF
 
+    leave_first_process()
     places, settings = _places(options), options.settings
     who = _identity(places)
     if identity.is_copied_disk(who):
@@ -462,6 +463,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `fleet-agent`; return its exit code."""
+    return until_closed(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     options = parse(_parser(), COMMAND_EXAMPLES, arguments)
     try:
         # before a command becomes another user; the default alone may be missing
@@ -470,6 +475,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(printable(f"fleet-agent {options.command}: {error}"), file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"fleet-agent {options.command}: {where}{error.strerror or error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from agent.arguments import parse
+from agent.arguments import leave_first_process, parse, until_closed
 from agent.host.http.ingress_config import DEFAULT_FILE
 from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
@@ -163,11 +163,16 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    return until_closed(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     options = parse(_parser(), COMMANDS, arguments)
     if options.command == "check":
         return check()
     if options.command == "check-component":
         return check_components(options.file)
+    leave_first_process()
     try:
         _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
         _own_directory(options.state, "state", 0o700)
