@@ -157,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         help="take the token from the boot partition or the kernel's command line, and erase it",
     )
     join.add_argument("--name", default="", help="name of this device (default: its host name)")
+    join.add_argument(
+        "--same-device",
+        action="store_true",
+        help="keep the identity where the ids of this machine have changed, and record the new ones",
+    )
     join.add_argument("--force", action="store_true", help="discard an existing identity and state")
     apply = add("apply", _apply, "apply a bundle that 'fleet bundle create' made, without a network")
     apply.add_argument("file", type=Path, metavar="FILE", help="bundle to apply")
@@ -179,6 +184,8 @@ def _places(options: argparse.Namespace) -> Paths:
 
 def _enroll(options: argparse.Namespace) -> int:
     settings = options.settings
+    if options.same_device:
+        return _same_device(options)
     if options.first_boot:
         return _first_boot(options, settings)
     if options.token_file is not None:
@@ -192,11 +199,21 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, enrolment.device_name(options.name or settings.name), text, identity.machine())
+    _join(options, enrolment.device_name(options.name or settings.name), text)
     return 0
 
 
-def _join(options: argparse.Namespace, name: str, text: str, machine: str) -> None:
+def _same_device(options: argparse.Namespace) -> int:
+    """Record that this machine, whatever its ids, is the device that enrolled."""
+    found = identity.evidence()  # as root, who may read them all
+    who = _identity(_places(options))
+    identity.note_machine(_places(options).identity, found)
+    print(f"this machine is {who.device}")
+    return 0
+
+
+def _join(options: argparse.Namespace, name: str, text: str) -> None:
+    found, machine = identity.evidence(), identity.machine()  # as root, who may read them all
     _become_owner(options.state)
     joined = enrolment.enrol(
         text,
@@ -207,6 +224,7 @@ def _join(options: argparse.Namespace, name: str, text: str, machine: str) -> No
         machine=machine,
         proxy=options.settings.network.proxy,
     )
+    identity.note_machine(_places(options).identity, found)
     print(f"{joined.device} has joined the fleet {joined.fleet}" + (f", group {joined.group}" if joined.group else ""))
 
 
@@ -216,7 +234,7 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     if (directory / "enrolled.json").exists():
         who = identity.load(directory)
         if not identity.is_copied_disk(who):
-            print(f"{who.device} is already enrolled")
+            print(identity.doubt(who) or f"{who.device} is already enrolled")
             return 0
         print(f"this disk was copied from device {who.device}: discarding its identity and state")
         options.force = True
@@ -231,7 +249,7 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     name = enrolment.device_name(named) if named else identity.name_of(enrolment.device_name(), machine)
     pid = os.fork()  # root erases the token, but the identity is written by the agent's user
     if pid == 0:
-        os._exit(_guarded(lambda: _join(options, name, found.text, machine)))
+        os._exit(_guarded(lambda: _join(options, name, found.text)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 0 and not identity.erase(found):
         print(f"the used token could not be erased from {found.where}; it does not work a second time", file=sys.stderr)

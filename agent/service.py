@@ -17,7 +17,7 @@ from agent.clock import ReferenceClock
 from agent.commands import Commands, LogFollower
 from agent.config import Paths, Settings
 from agent.identity.enrolment import CertificateRenewal
-from agent.identity.identity import Identity
+from agent.identity.identity import Identity, doubt
 from agent.link.bundle import BundleSource
 from agent.link.conversation import Conversation, HttpsConversation
 from agent.link.host_client import HostClient
@@ -218,6 +218,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     secrets = SecretStore(places.secrets, places.identity / "sealing.key", identity)
     problems = Problems(db)
+    if question := doubt(identity):
+        problems.set("machine", question)
     if db.store.replaced:
         problems.set("store", db.store.replaced)
     state = DeploymentState()

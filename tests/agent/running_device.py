@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from agent.host.ipc import host_api
 from agent.update import restore
 from agent.update.state import Committed
@@ -103,6 +105,12 @@ class RunningDevice:
         """What a process has written to standard error, over all its starts."""
         log = self.directory / f"{name}.log"
         return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+    def enrolled_on(self, machine, **evidence):
+        """Let the identity come from a machine with these ids."""
+        path = self.state / "identity" / "enrolled.json"
+        who = msgspec.json.decode(path.read_bytes()) | {"machine": machine, "evidence": evidence}
+        path.write_bytes(msgspec.json.encode(who))
 
     def answers(self, instance="web"):
         """Status of a request to an instance through the router; 0 without an answer."""
