@@ -273,8 +273,10 @@ def _host(places: Paths) -> str:
         sock.settimeout(CONNECT_S)
         try:
             sock.connect(str(places.host_socket))
-            host_api.send(sock, host_api.Hello(id=1))
+            host_api.send(sock, host_api.Hello(id=1, protocol=host_api.PROTOCOL))
             welcome = host_api.receive_from_host(sock)
+        except host_api.UnreadableError as error:
+            raise _FailedError(f"the host answers what this agent cannot read ({error}): restart fleet-host") from error
         except (OSError, host_api.IpcError) as error:
             reason = host_api.why_not(places.runtime)
             if reason:
@@ -282,6 +284,8 @@ def _host(places: Paths) -> str:
             raise _FailedError(f"no host listens at {places.host_socket}: {error}: start fleet-host") from error
     if not isinstance(welcome, host_api.Welcome):
         raise _FailedError("the host gave an unexpected answer: install the same version of host and agent")
+    if mismatch := host_api.compatibility("fleet-host", welcome.version, welcome.protocol):
+        raise _FailedError(mismatch)
     layers = sorted(welcome.containment.items())
     missing = ", ".join(name for name, there in layers if not there)
     present = ", ".join(name for name, there in layers if there) or "none"

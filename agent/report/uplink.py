@@ -176,7 +176,7 @@ class Uplink:
         except (HostGoneError, HostRefusedError):
             why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)
             reason = f"; it did not start: {why}" if why else ""
-            problems.insert(0, f"the host does not run, so no instance answers{reason}")
+            problems.insert(0, self._host.mismatch or f"the host does not run, so no instance answers{reason}")
         resources = await asyncio.to_thread(
             device_info.device_resources, self._device.places.state, host_written_bytes=written
         )

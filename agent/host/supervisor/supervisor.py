@@ -359,6 +359,7 @@ class Supervisor:
             running=running,
             more=more,
             interfaces=SERVED if self._engine else (),
+            protocol=host_api.PROTOCOL,
         )
 
     async def _stats(self, request: host_api.Status) -> host_api.HostStats:
