@@ -8,7 +8,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,14 +17,14 @@ import msgspec
 
 from agent import clock, config, starts, systemd
 from agent.arguments import leave_first_process, parse, until_closed
-from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
+from agent.config import CONFIG_FILE, HOST_STATE_DIR, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
 from agent.identity import enrolment, identity
 from agent.link.host_client import HostClient, HostGoneError
 from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
-from agent.update.store import Database, NotAloneError, Store, StoreError, alone
+from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.files import is_read_only, remove_leftovers
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
@@ -75,6 +76,10 @@ The package does so at every start of the host: fleet-restore.service.
   fleet-agent routes --json | jq '.routes[] | select(.answers | not)'
 The device's owner writes routes, limits and certificates in /etc/wasmfleet/ingress.toml; they are in effect after
 systemctl reload fleet-host.
+""",
+    "diagnose": """example:
+  sudo fleet-agent diagnose -o device.tar.gz
+                                     status, history, checks, logs, kernel messages and configuration
 """,
     "check": """examples:
   fleet-agent check
@@ -174,6 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     reason = add("why", _why, "show what happened on this device, why, and what to do", json=True)
     reason.add_argument("instance", nargs="?", default="", help="only this instance")
     add("routes", _routes, "show which instance answers at which address, host and path", json=True)
+    bundle = add("diagnose", _diagnose, "write an archive about this device for whoever helps, without any secret")
+    bundle.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="archive to write (.tar.gz)")
+    bundle.add_argument(
+        "--host-state",
+        type=Path,
+        default=HOST_STATE_DIR,
+        metavar="DIR",
+        help=f"state directory of the host, for its logs (default: {HOST_STATE_DIR})",
+    )
     add("check", _check, "test what the agent needs, in order; exit with status 1 if a test fails", json=True)
     return parser
 
@@ -281,6 +295,25 @@ def _become_owner(state: Path) -> None:
         os.environ["HOME"] = str(state)
 
 
+@contextlib.contextmanager
+def _as_owner(state: Path) -> Iterator[None]:
+    """As root, be the owner of the state directory for a while."""
+    owner = state.stat() if state.exists() else None
+    if os.geteuid() != 0 or owner is None or owner.st_uid == 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
 def _identity(places: Paths, *, reads: bool = False) -> identity.Identity:
     """Become the owner of the state directory, and return the device's identity; `reads`: without writing there."""
     _become_owner(places.state)
@@ -305,7 +338,9 @@ def _run(options: argparse.Namespace) -> int:
             f"this disk was copied from device {who.device}, and two devices must not share an identity: "
             "run 'fleet-agent enroll --force' with a new token"
         )
-    systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO, device=who.device, fleet=who.fleet)
+    systemd.log_to_journal(
+        logging.DEBUG if options.verbose else logging.INFO, places.log, device=who.device, fleet=who.fleet
+    )
     if settings.production and not who.production:
         logging.getLogger("agent").warning(
             "the fleet is for development, but this device is in production mode: it accepts no assignment until the "
@@ -396,12 +431,13 @@ def _restore(options: argparse.Namespace) -> int:
     return int(any(each.problem for each in restored))
 
 
-def _read_status(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
+def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int = 0) -> status.StatusReport:
+    """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
     store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
     try:
-        found = status.read_status(who, store, instance)
+        found = status.read_status(who, store, instance, rows=rows or status.TIMELINE_ROWS)
         problems = []
         if reason := host_api.why_not(places.runtime):
             problems.append(f"the host did not start: {reason}")
@@ -477,6 +513,25 @@ def _check(options: argparse.Namespace) -> int:
     else:
         _print_lines(f"{'ok  ' if each.ok else 'FAIL'} {each.name}: {each.text}" for each in results)
     return int(not all(each.ok for each in results))
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from agent.report import diagnose  # noqa: PLC0415 - only this command needs it
+
+    places = _places(options)
+    as_owner = partial(_as_owner, places.state)
+    with as_owner():
+        found = _read_status(options, rows=HISTORY_ROWS)
+    subject = diagnose.Subject(places, options.host_state, options.settings, found, as_owner)
+    try:
+        members = diagnose.write(subject, options.output)
+    except OSError as error:
+        raise UsageError(f"cannot write {options.output}: {error.strerror}; give another file with -o") from error
+    _print_lines(members)
+    if os.geteuid() != 0:
+        print("run as root, the archive also has the kernel's log and all lines of the instances")
+    print(f"wrote {options.output}: it holds names, addresses and log lines, and no key; read it before you pass it on")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -68,8 +68,8 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[Report, ...] = ()
 
 
-def read_status(identity: Identity, store: Store, instance: str = "") -> StatusReport:
-    """Read the device's status; with an instance's name, only what concerns that instance."""
+def read_status(identity: Identity, store: Store, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
+    """Read the device's status with `rows` of its history; with an instance's name, only what concerns it."""
 
     def about(name: str) -> bool:
         return instance in {"", name}
@@ -119,7 +119,7 @@ def read_status(identity: Identity, store: Store, instance: str = "") -> StatusR
         ),
         doubts=tuple(each for each in store.doubts() if about(each.instance)),
         problems=store.problems(),
-        timeline=tuple(each for each in store.history() if about(each.instance))[-TIMELINE_ROWS:],
+        timeline=tuple(each for each in store.history() if about(each.instance))[-rows:],
     )
 
 

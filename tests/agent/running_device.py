@@ -48,7 +48,10 @@ class RunningDevice:
     Attributes:
         state, runtime: directories of the agent.
         prefix: of every command line.
+        guests: directory of components for tests, as text.
     """
+
+    guests = ROOT / "components" / "guests"
 
     def __init__(self, directory: Path, *instances: str, prefix=(), python=(sys.executable,)):
         device, store = enrolled(directory)

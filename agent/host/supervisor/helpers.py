@@ -120,9 +120,9 @@ class HelperProcess(ABC):
         self._gone.set_result(None)
         if self._is_needed() and not self._closing:
             pause_s = self._next_pause(loop.time())
+            later = f" in {pause_s:g} s" if pause_s > _PAUSE_S else ""
             sys.stderr.write(
-                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), "
-                f"starting another in {pause_s:g} s\n"
+                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), starting another{later}\n"
             )
             sys.stderr.flush()
             loop.call_later(pause_s, self._again)
