@@ -1,6 +1,9 @@
 """Small simulated broker, over TCP or TLS on loopback."""
 
 import asyncio
+import base64
+import contextlib
+import hashlib
 import struct
 
 
@@ -77,3 +80,62 @@ class Broker:
     async def stop(self):
         self.drop()
         self.server.close()
+
+
+class WebSocketBroker(Broker):
+    """The same over WebSocket (RFC 6455); `answer` replaces the answer to the handshake."""
+
+    answer = b""
+
+    async def _serve(self, reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+            self.heads.append(head)
+            self.changed.set()
+            if self.answer:
+                writer.write(self.answer)
+                writer.close()
+                return
+            key = fields["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+            writer.write(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                + f"Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n".encode()
+            )
+            inner = asyncio.StreamReader()
+            serving = asyncio.ensure_future(super()._serve(inner, _Framed(writer)))
+            try:
+                while True:
+                    inner.feed_data(await self._frame(reader))
+            finally:
+                inner.feed_eof()
+                await serving
+
+    @staticmethod
+    async def _frame(reader):
+        _, length = await reader.readexactly(2)
+        length &= 127
+        if length == 126:
+            length = struct.unpack(">H", await reader.readexactly(2))[0]
+        mask = await reader.readexactly(4)
+        body = await reader.readexactly(length)
+        return bytes(byte ^ mask[index % 4] for index, byte in enumerate(body))
+
+    def __init__(self):
+        super().__init__()
+        self.heads = []
+
+
+class _Framed:
+    """Writer whose pieces are binary frames."""
+
+    def __init__(self, writer):
+        self._writer, self.transport = writer, writer.transport
+
+    def write(self, data):
+        assert len(data) < 126
+        self._writer.write(bytes([0x82, len(data)]) + data)
+
+    def close(self):
+        self._writer.close()
