@@ -94,11 +94,15 @@ CONNECT_MAX_S: Final = 30.0
 
 
 class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
-    """Admit a worker of an instance with these grants; its requests come on the attached socket."""
+    """Admit a worker of an instance with these grants; its requests come on the attached socket.
+
+    `again`: an egress before this one had the worker and ended, and with it the requests that it had read.
+    """
 
     instance: str
     outbound: tuple[str, ...]
     instances: tuple[str, ...]
+    again: bool = False
 
 
 class ConnectRequest(msgspec.Struct, frozen=True):
@@ -110,10 +114,15 @@ class ConnectRequest(msgspec.Struct, frozen=True):
     timeout_ms: Count
 
 
+RESTARTED: Final = 0
+"""The id of no request: in a reply, it says that requests sent before may be lost and have to be sent again."""
+
+
 class ConnectReply(msgspec.Struct, frozen=True):
     """Reply to `ConnectRequest`, with the connected socket attached unless there is an error.
 
     Attributes:
+        id: of the request; or RESTARTED.
         error: name of a case of `wasi:http/types.error-code`; empty if a socket is attached.
         why: reason, for the instance's log.
     """

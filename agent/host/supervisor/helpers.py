@@ -312,13 +312,14 @@ class EgressHandle(HelperProcess):
         self._directory = directory
         self._workers: dict[int, _Admitted] = {}
         self._numbers = itertools.count(1)
+        self._known: set[int] = set()  # workers that an egress has had
 
     def _spawn(self) -> tuple[int, socket.socket]:
         return fork_egress(self._directory)
 
     def _tell_everything(self) -> None:
-        for worker in self._workers.values():
-            self._admit(worker)
+        for number in self._workers:
+            self._admit(number)
 
     def _is_needed(self) -> bool:
         return bool(self._workers)
@@ -328,21 +329,25 @@ class EgressHandle(HelperProcess):
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
         message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
-        worker = self._workers[number] = _Admitted(ours, message)
+        self._workers[number] = _Admitted(ours, message)
         if self._sock is not None:
-            self._admit(worker)
+            self._admit(number)
         elif not self.running:
             self._fork()
         # Otherwise the last process is ending, and its end starts the next.
         return EgressTicket(number, theirs)
 
-    def _admit(self, worker: _Admitted) -> None:
+    def _admit(self, number: int) -> None:
+        worker = self._workers[number]
+        message = msgspec.structs.replace(worker.message, again=number in self._known)
+        self._known.add(number)
         with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
-            self._tell(worker.message, worker.sock.fileno())
+            self._tell(message, worker.sock.fileno())
 
     def release(self, number: int) -> None:
         """Remove a worker that has ended; with the last worker, the process ends."""
         worker = self._workers.pop(number, None)
+        self._known.discard(number)
         if worker is not None:
             worker.sock.close()
         if not self._workers:
