@@ -251,7 +251,8 @@ def forwarded_head(
     if route.prefix:
         lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
     if request.old:
-        lines.append(b"connection: keep-alive\r\n")
+        asked = b"keep-alive" in tokens(request.fields, b"connection")  # the instance's answer tells the client so
+        lines.append(b"connection: keep-alive\r\n" if asked else b"")
     elif b"trailers" in tokens(request.fields, b"te"):
         lines.append(b"te: trailers\r\nconnection: te\r\n")
     if request.chunked:

@@ -144,7 +144,12 @@ class StreamingResponse:
         if length is None and self.request.old:
             self.request.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
         self.out += connection.answer_head(
-            status, fields, length=length, chunked=self._chunked, keep_alive=self.request.keep_alive
+            status,
+            fields,
+            length=length,
+            chunked=self._chunked,
+            keep_alive=self.request.keep_alive,
+            old=self.request.old,
         )
         self.begun = True
         self._frame(body)
