@@ -61,6 +61,17 @@ def test_middleware_with_what_it_calls_composed_runs(saved):
     assert check(saved(odd_components.middleware_composed())).problem == ""
 
 
+def test_a_composition_that_imports_after_it_has_made_an_instance_runs(saved):
+    data = odd_components.composed_with_late_import()
+    assert check(saved(data), manifest(data)).problem == ""
+
+
+def test_a_composition_whose_import_has_a_type_of_its_own_is_refused_in_words(saved):
+    reply = check(saved(odd_components.composed_with_late_import(foreign=True)))
+    assert (reply.ok, reply.step) == (False, Step.COMPILE)
+    assert "the type t of an import is an instance's of its own" in reply.problem
+
+
 @pytest.mark.parametrize("kind", odd_components.UNSERVED)
 def test_an_import_that_no_device_serves(saved, kind):
     text, sentence = odd_components.UNSERVED[kind]
