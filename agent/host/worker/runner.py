@@ -29,6 +29,8 @@ from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
 from agent.host.worker.streaming import StreamingResponse
 from agent.host.worker.watchdog import LINE_MAX_CHARS, Call, CallWatchdog, SendToSupervisor, do_nothing
+from fleet.component.reader import bare
+from fleet.component.wasi import CONFIG, ENVIRONMENT
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits
 
@@ -112,6 +114,18 @@ class GuestRunner:
             self._page.rest()
         self._kinds = self._guest.kinds
         return self._kinds
+
+    def configure(self, config: dict[str, str]) -> str | None:
+        """Let the guest read this configuration from its next look on; None for done, else a sentence.
+
+        An environment is fixed when the guest is instantiated.
+        """
+        names = {bare(name) for name, functions in self._image.imports.items() if functions}
+        if ENVIRONMENT in names and not names & set(CONFIG):
+            return "it reads its configuration from its environment, which stays as it was at its start"
+        self._config.clear()
+        self._config.update(config)
+        return None
 
     def _lacks(self, kind: str) -> str | None:
         """Return a sentence for a call to what the guest does not export; None where it does."""
