@@ -31,11 +31,13 @@ from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
 PROTOCOL: Final = 3
-"""Version of this protocol: 2 names its version, and answers requests that it cannot read; 3 knows `Configure`."""
+"""Version of this protocol.
+
+2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`.
+"""
 
 CONFIGURES: Final = 3
 """Version from which on `Configure` is known."""
-
 
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
