@@ -495,7 +495,7 @@ def holds(layer: str, in_way: str, here: str, layers: Mapping[str, bool]) -> boo
     if in_way == here or layer not in _BY_NAMESPACES:
         return layers[layer]
     if in_way == USER and here == ROOT and not layers["mount"]:
-        return False  # a user may no more here than root
+        return False  # a user may do no more than root here
     return in_way != BARE
 
 
