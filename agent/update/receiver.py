@@ -272,7 +272,7 @@ class AssignmentReceiver:
             try:
                 await self._handle(item)
             except Exception as error:
-                # What comes once comes at each start: retained by a broker, at the server, or on the disk.
+                # An input that comes once comes at each start: retained by a broker, at the server, or on the disk.
                 log.exception("dropped %s", _NAMES[type(item)])
                 if isinstance(item, BundleArrived):  # whoever applied it waits for a verdict
                     verdict = BundleVerdict(code=RejectCode.INTERNAL, message=f"internal error: {type(error).__name__}")
