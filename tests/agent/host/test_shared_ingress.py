@@ -22,10 +22,13 @@ from agent.host.ipc import host_api
 from tests.eventually import eventually
 
 TARGET = ECHO.replace(
+    "(i32.store (i32.const 68) (local.get 4)) (i32.store (i32.const 72) (local.get 5))",
+    "(i32.store (i32.const 68) (i32.const 0)) (i32.store (i32.const 72) (i32.const 0))",
+).replace(
     "(i32.store (i32.const 76) (local.get 6)) (i32.store (i32.const 80) (local.get 7))",
     "(i32.store (i32.const 76) (local.get 2)) (i32.store (i32.const 80) (local.get 3))",
 )
-"""Component that answers with the target of the request as its body."""
+"""Component that answers with the target of the request as its body, and no fields."""
 
 ROUTES = """
 [[routes]]
