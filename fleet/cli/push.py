@@ -30,6 +30,7 @@ from fleet.client import Client
 from fleet.component import reader, served
 from fleet.protocol import bounds, operator_api, outbound
 from fleet.protocol.codes import OnBreach
+from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
 from fleet.protocol.operator_api import DeviceRow, Excluded, Preflight, RolloutRequest
@@ -381,7 +382,7 @@ def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Pr
         raise Fault(f"the server's {target} is not what its publisher signed", code=Exit.REFUSED)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, f"{target.name}.wasm")
-        file.write_bytes(data)
+        create_exclusive(file, data, mode=0o600)
         try:
             component = reader.read(data, file_name=file.name)
         except reader.NotAComponentError as error:
