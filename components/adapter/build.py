@@ -37,7 +37,7 @@ SHIMS = ["clock-instant", "clock-duration", "files-read", "files-write", "files-
 SHIMS += ["tcp-connect", "tcp-accept", "tcp-subscribe", "udp-subscribe", "udp-incoming", "udp-outgoing"]
 SHIMS += ["lookup-subscribe"]
 SOURCES = {
-    "adapter": ["abi.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
+    "adapter": ["abi.c", "channel.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
     "driver": ["driver.c"],
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],

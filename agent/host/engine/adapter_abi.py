@@ -62,12 +62,10 @@ def request_head(method: bytes, target: bytes, headers: bytes, trailers: bytes =
 
 
 class Requests(Protocol):
-    """Outgoing requests as the adapter asks for them: its interface `host`, and what stands around a call."""
+    """Outgoing requests as the adapter asks for them: functions of its interface `host`."""
 
-    hops: int
-
-    def begin(self) -> int:
-        """Begin a request and return its number."""
+    def begin(self, hops: int) -> int:
+        """Begin a request of a call that came through `hops` neighbours on this device, and return its number."""
 
     def write(self, number: int, data: str) -> int:
         """Send a piece of its body."""
@@ -91,13 +89,11 @@ class Requests(Protocol):
 class DenyOutgoing:
     """The requests of an instance that may send none."""
 
-    hops = 0
-
     def __init__(self, log: Callable[[str], None], denied: Callable[[], None] = lambda: None) -> None:
         self._log = log
         self._denied = denied
 
-    def begin(self) -> int:
+    def begin(self, _hops: int) -> int:
         """See `Requests`."""
         return 1
 

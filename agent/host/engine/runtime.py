@@ -104,6 +104,7 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "load-state"): codec.LOAD_STATE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
+    (compose.BRIDGE, "serve"): codec.SERVE,
     (wasi.LOGGING, "log"): codec.LOG,
     **{(config, "get"): codec.GET for config in wasi.CONFIG},
     **{(config, "get-all"): codec.GET_ALL for config in wasi.CONFIG},

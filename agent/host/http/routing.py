@@ -71,16 +71,7 @@ def _origin_form(target: bytes) -> bytes:
 
 
 HOPS_HEADER: Final = b"x-wasmfleet-hops"
-"""The field that tells a neighbour on the device how many others a request has come through."""
-
-
-def hops(headers: bytes) -> int:
-    """Return the depth of a request's field lines, names in lower case; 0 for one that came from outside."""
-    at = 0 if headers.startswith(HOPS_HEADER + b":") else headers.find(b"\r\n" + HOPS_HEADER + b":") + 2
-    if not headers.startswith(HOPS_HEADER + b":", at):
-        return 0
-    said = headers[at + len(HOPS_HEADER) + 1 :].partition(b"\r\n")[0].strip()
-    return int(said) if said.isdigit() and len(said) < 3 else 99  # noqa: PLR2004 - as many as nobody may have
+"""The field that tells a neighbour on the device how many others a request has come through; the adapter reads it."""
 
 
 _HOP: Final = frozenset(

@@ -18,9 +18,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests
-from agent.host.engine.guest import Guest, start
+from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
-from agent.host.http import routing
 from agent.host.http.connection import Request
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
@@ -58,8 +57,11 @@ class GuestRunner:
         redact: Callable[[str], str] = str,
         writes: WriteMeter | None = None,
         outgoing: Callable[[Callable[[str], None]], Requests] | None = None,
+        channel: bool = False,
     ) -> None:
-        """`outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
+        """`channel`: calls come as frames on standard input, and `serve` takes them.
+
+        `outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
 
         `ticker`: that of the process, where there are other callers; None to start one.
 
@@ -74,6 +76,7 @@ class GuestRunner:
         self._config = config
         self._page = page
         self._data = data
+        self._channel = channel
         self.say = say
         self.relieve: Callable[[], None] = lambda: None
         """Called by the ticker once a call takes its time: nobody should wait behind it."""
@@ -98,20 +101,59 @@ class GuestRunner:
         """
         self._begin(self.limits.start_ms)
         try:
-            self._guest = start(
-                self._image,
-                limits=self.limits,
-                grants=self._grants,
-                config=self._config,
-                log=self.log,
-                data=self._data,
-                outgoing=self._outgoing,
-            )
+            self._guest = self._instantiate()
         finally:
             self._ticker.end()
             self._page.rest()
         self._kinds = self._guest.kinds
         return self._kinds
+
+    def _instantiate(self) -> Guest:
+        return start(
+            self._image,
+            limits=self.limits,
+            grants=self._grants,
+            config=self._config,
+            log=self.log,
+            data=self._data,
+            outgoing=self._outgoing,
+            channel=self._channel,
+        )
+
+    def serve(self, token: str = "") -> Turn:
+        """Serve calls of the channel until there is a reason not to, and have the next instance ready then.
+
+        `token`: discard what the channel has before it.
+
+        Raises:
+            EngineError: there is no next instance.
+            GuestError: the call in flight ended in a trap or a limit.
+        """
+        had_ns = time.thread_time_ns()
+        guest = self._guest
+        assert isinstance(guest, ChannelGuest)
+        try:
+            if guest.ended:
+                guest.renew()
+            turn = guest.serve(token)
+            if turn is Turn.MISPLACED or guest.spent:
+                guest.renew()
+        except GuestError as error:
+            if not isinstance(error, CancelledCallError):
+                self._report(str(error))
+            raise
+        finally:
+            self._page.spent(time.thread_time_ns() - had_ns)
+        return turn
+
+    def restore(self) -> None:
+        """Have an instance again, if a control message has cost the last one.
+
+        Raises:
+            EngineError, GuestError: it cannot be started.
+        """
+        if self._guest is None:
+            self.start()
 
     def _lacks(self, kind: str) -> str | None:
         """Return a sentence for a call to what the guest does not export; None where it does."""
@@ -123,7 +165,6 @@ class GuestRunner:
         Where the guest can, its answer goes out on `way` while it is written.
         """
         method, target, headers = request.method, request.target, request.headers
-        self._outgoing.hops = routing.hops(headers)
         return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
 
     def check(self) -> str | None:
@@ -227,6 +268,9 @@ class GuestRunner:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+        self._report(message)
+
+    def _report(self, message: str) -> None:
         if message and self._faults.take():
             self.say(worker_api.Fault(message=message))
 
