@@ -383,10 +383,24 @@ class WorkerProcess:
             self.pidfd = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Router's end of a worker's channel, and the worker's page of figures; its owner closes both."""
+
+    sock: socket.socket
+    page_fd: int
+
+    def close(self) -> None:
+        """Close both."""
+        self.sock.close()
+        os.close(self.page_fd)
+
+
 class WorkerHandle:
     """A slot of a worker process: where one instance runs.
 
     Attributes:
+        channel: for the router to take, of a worker that is ready and takes frames.
         page: figures of its calls, in memory shared with the worker.
         ready: the worker's `Ready`; None until it is set up.
         since_s: when it became ready, on the monotonic clock.
@@ -403,6 +417,7 @@ class WorkerHandle:
         self.process = process
         self.page_fd = stats_page.create_page(name)
         self.page = stats_page.StatsPage(self.page_fd)
+        self.channel: Channel | None = None
         self.ready: worker_api.Ready | None = None
         self.since_s = time.monotonic()
         self.killed_because = ""
@@ -441,13 +456,28 @@ class WorkerHandle:
         """Send a request and return its reply; see `ControlSocket.request`."""
         return await self.control.request(message, *fds, reply=reply, timeout_s=timeout_s)
 
-    def set_ready(self, ready: worker_api.Ready, *, log_lines_a_minute: int) -> None:
-        """Take note that the worker is set up: it has its page of figures, and from now on its end is reported."""
+    def set_ready(
+        self, ready: worker_api.Ready, *, log_lines_a_minute: int, channel: socket.socket | None = None
+    ) -> None:
+        """Take note that the worker is set up: it has its page of figures, and from now on its end is reported.
+
+        `channel`: the router's end, which is closed unless the worker takes frames.
+        """
         self.ready = ready
         self.since_s = time.monotonic()
         self.control.allow(log_lines_a_minute=log_lines_a_minute)
-        os.close(self.page_fd)
+        if channel is not None and ready.frames:
+            self.channel = Channel(channel, self.page_fd)
+        else:
+            os.close(self.page_fd)
+            if channel is not None:
+                channel.close()
         self.page_fd = -1
+
+    def take_channel(self) -> Channel | None:
+        """Return the channel, which the caller then owns; None without one, or if it has been taken."""
+        channel, self.channel = self.channel, None
+        return channel
 
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Pass a message on."""
@@ -502,6 +532,8 @@ class WorkerHandle:
         """Close its descriptors, once it has ended."""
         self.control.unplug()
         self.page.close()
+        if (channel := self.take_channel()) is not None:
+            channel.close()
         if self.page_fd >= 0:
             os.close(self.page_fd)
             self.page_fd = -1

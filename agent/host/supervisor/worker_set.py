@@ -6,12 +6,14 @@ connections without losing any, but not the instance's memory.
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from agent.host.ipc import framing, worker_api
+from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
@@ -21,6 +23,7 @@ from agent.host.supervisor.resources import HostResources
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerRefusedError
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Http
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
@@ -53,8 +56,11 @@ class Tasks:
 
 
 class _SetupPacket(NamedTuple):
+    """First message to a worker; `channel`: the router's end, open as long as the packet."""
+
     message: worker_api.Setup
     fds: tuple[int, ...]
+    channel: socket.socket | None
 
 
 class WorkerSet:
@@ -110,7 +116,8 @@ class WorkerSet:
                 ready = await worker.request(
                     setup.message, *setup.fds, reply=worker_api.Ready, timeout_s=limits.start_ms / 1000 + GRACE_S
                 )
-            worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute)
+                channel = None if setup.channel is None else setup.channel.dup()
+            worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute, channel=channel)
         except WorkerRefusedError as error:
             raise StartError(error.refusal.code, f"{self._name}: {error}") from error
         except WorkerGoneError as error:
@@ -151,6 +158,10 @@ class WorkerSet:
                 fds.append(stack.enter_context(ticket.worker_end).fileno())
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
+            channel = None
+            if self._takes_frames(generation) and not shared:
+                channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
+                fds.append(theirs.fileno())
             message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -162,8 +173,13 @@ class WorkerSet:
                 image=generation.image_sha256 if shared else "",
                 secrets=generation.secrets_fd >= 0,
                 egress=egress,
+                channel=channel is not None,
             )
-            yield _SetupPacket(message, tuple(fds))
+            yield _SetupPacket(message, tuple(fds), channel)
+
+    def _takes_frames(self, generation: Generation) -> bool:
+        frames = self._resources.request_path is RequestPath.FRAMES
+        return frames and isinstance(generation.run.manifest.trigger, Http)
 
     def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run
