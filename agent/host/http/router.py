@@ -1,7 +1,8 @@
 """Router: the process that owns the device's shared HTTP port and proxies to instances. A fork of the supervisor.
 
 It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
-directory with the instances' sockets; no wasm, no configuration, no other file.
+directory with the instances' sockets; no wasm, no configuration, no other file. Of workers that get frames it holds the
+channels and the listeners of their instances as well.
 """
 
 import asyncio
@@ -17,11 +18,27 @@ from typing import Final
 
 import msgspec
 
+from agent.host.http.channel import Channel, InstanceCalls
 from agent.host.http.proxy import ClientConnection, UpstreamPool
-from agent.host.http.routing import RouteTable
+from agent.host.http.routing import OwnRoute, RouteTable
 from agent.host.ipc import framing
-from agent.host.ipc.helper_api import DrainRouter, RouteAcknowledged, RouteRemove, RouteUpdate
+from agent.host.ipc.helper_api import (
+    AddChannel,
+    AddListener,
+    ChannelDrained,
+    DrainChannel,
+    DrainRouter,
+    FromRouter,
+    RemoveListener,
+    RouteAcknowledged,
+    RouteRemove,
+    RouteUpdate,
+    ServeChannel,
+    ToRouter,
+    YieldChannel,
+)
 from agent.host.ipc.packet_writer import PacketWriter
+from agent.host.ipc.stats_page import StatsPage
 from agent.host.sandbox import sandbox
 
 IDLE_S: Final = 75
@@ -29,12 +46,16 @@ STALL_S: Final = 60
 _SWEEP_S: Final = 15
 _DRAIN_S: Final = 5
 _CLIENTS_MAX: Final = 1024
+OWN_CLIENTS_MAX: Final = 512
+"""Clients of one instance's own listener."""
+
+_ALL_OWN_CLIENTS_MAX: Final = 1536
+"""Clients of all of those: with the shared port's, no more than the router has descriptors for (`router_spec`)."""
+
 _COUNT: Final = struct.Struct("=I")
 
 
-_decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | DrainRouter]] = msgspec.json.Decoder(
-    RouteUpdate | RouteRemove | DrainRouter
-)
+_decoder: Final[msgspec.json.Decoder[ToRouter]] = msgspec.json.Decoder(ToRouter)
 
 
 class Clients(set[ClientConnection]):
@@ -65,7 +86,7 @@ def clients_of(page: mmap.mmap) -> int:
 
 
 def run_router(
-    listener: socket.socket, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
+    listener: socket.socket | None, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
 ) -> None:
     """Run the router in a process just forked from the supervisor, confined before it accepts a client."""
     signal.set_wakeup_fd(-1)
@@ -73,7 +94,7 @@ def run_router(
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.freeze()
-    sandbox.close_all_but({0, 1, 2, listener.fileno(), sock.fileno(), *keep})
+    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
@@ -81,91 +102,248 @@ def run_router(
     loop.run_until_complete(Router(listener, sock, where, Clients(page)).run())
 
 
-class Router:
-    """Router process: accepts clients and passes their requests to the instances."""
+class Acceptor:
+    """Listening socket whose clients are accepted while there is room for them."""
 
-    def __init__(self, listener: socket.socket, sock: socket.socket, directory: str, clients: Clients) -> None:
+    def __init__(
+        self, listener: socket.socket, protocol: Callable[[], ClientConnection], has_room: Callable[[], bool]
+    ) -> None:
+        """Make each client a `protocol`."""
         self._listener = listener
-        self._sock = sock
-        self._routes = RouteTable()
-        self._pool = UpstreamPool(directory)
-        self._clients = clients
+        self._protocol = protocol
+        self._has_room = has_room
         self._accepting = False
-        self._ended = asyncio.Event()
-        self._writer = PacketWriter(sock, lambda _: self._ended.set())
+        listener.setblocking(False)
+        self.go_on()
 
-    async def run(self) -> None:
-        """Serve until the supervisor closes its end of the socket."""
-        loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
-        self._sock.setblocking(False)
-        loop.add_reader(self._sock, self._obey)
-        self._clients.left = self._accept_again
-        self._accept_again()
-        sweep = asyncio.ensure_future(self._sweep())
-        await self._ended.wait()
-        sweep.cancel()
-
-    def _accept_again(self) -> None:
-        """Accept clients again, if there is room."""
-        if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
+    def go_on(self) -> None:
+        """Accept again if there is room: whoever waits may come."""
+        if not self._accepting and self._listener.fileno() >= 0 and self._has_room():
             self._accepting = True
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        if len(self._clients) >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
-            self._accepting = False
-            asyncio.get_running_loop().remove_reader(self._listener)
+        if not self._has_room():  # the others wait at the listener until one has gone
+            self._pause()
             return
         try:
             sock, _ = self._listener.accept()
         except OSError:
             return
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
         # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
-        loop._make_socket_transport(sock, ClientConnection(self._routes, self._pool, self._clients))  # type: ignore[attr-defined]  # noqa: SLF001
+        loop._make_socket_transport(sock, self._protocol())  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _pause(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+
+    def close(self) -> None:
+        """Close the listener; its clients stay."""
+        if self._listener.fileno() >= 0:
+            self._pause()
+            self._listener.close()
+
+
+class OwnListener:
+    """Listener of one instance's own, and the clients that came by it."""
+
+    def __init__(self, instance: str, listener: socket.socket, pool: UpstreamPool, router: "Router") -> None:
+        self.route = OwnRoute(instance)
+        self.clients = _OwnClients(router.own_left)
+        is_trusted = listener.family == socket.AF_UNIX
+        self._acceptor = Acceptor(
+            listener,
+            lambda: ClientConnection(self.route, pool, self.clients, is_trusted=is_trusted),
+            lambda: len(self.clients) < OWN_CLIENTS_MAX and router.has_room,
+        )
+
+    def go_on(self) -> None:
+        """Accept again if there is room."""
+        self._acceptor.go_on()
+
+    def close(self) -> None:
+        """Accept nobody any more, and end each client once it is answered."""
+        self._acceptor.close()
+        for client in list(self.clients):
+            client.end_when_idle()
+
+
+class _OwnClients(set[ClientConnection]):
+    """Clients of an own listener."""
+
+    def __init__(self, left: Callable[[], None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def discard(self, client: object) -> None:
+        """Forget a client that has gone."""
+        super().discard(client)
+        self._left()
+
+
+class Router:
+    """Router process: accepts clients and passes their requests to the instances."""
+
+    def __init__(self, listener: socket.socket | None, sock: socket.socket, directory: str, clients: Clients) -> None:
+        """Serve the shared port on `listener`, or no shared port for None."""
+        self._listener = listener
+        self._sock = sock
+        self._routes = RouteTable()
+        self._pool = UpstreamPool(directory)
+        self._clients = clients
+        self._shared: Acceptor | None = None
+        self._calls: dict[str, InstanceCalls] = {}  # also of instances that take no calls by channels at present
+        self._own: dict[str, OwnListener] = {}
+        self._closed_own: set[OwnListener] = set()
+        self._channels: dict[int, Channel] = {}
+        self._ended = asyncio.Event()
+        self._writer = PacketWriter(sock, lambda _: self._ended.set())
+
+    async def run(self) -> None:
+        """Serve until the supervisor closes its end of the socket."""
+        loop = asyncio.get_running_loop()
+        self._sock.setblocking(False)
+        loop.add_reader(self._sock, self._obey)
+        if self._listener is not None:
+            self._shared = Acceptor(
+                self._listener,
+                lambda: ClientConnection(self._routes, self._pool, self._clients),
+                lambda: len(self._clients) < _CLIENTS_MAX,
+            )
+            self._clients.left = self._shared.go_on
+        sweep = asyncio.ensure_future(self._sweep())
+        await self._ended.wait()
+        sweep.cancel()
+
+    def report(self, message: FromRouter) -> None:
+        """Send a message to the supervisor."""
+        self._writer.send(msgspec.json.encode(message))
 
     def _obey(self) -> None:
         try:
-            data, _ = framing.receive_packet(self._sock)
+            data, fds = framing.receive_packet(self._sock)
         except BlockingIOError:
             return
         except framing.GoneError:
             self._ended.set()
             return
         message = _decoder.decode(data)
-        if isinstance(message, DrainRouter):
-            self._drain()
-            return
-        self._heed(message)
-        self._writer.send(msgspec.json.encode(RouteAcknowledged(message.id)))
+        match message:
+            case DrainRouter():
+                self._drain()
+            case RouteUpdate() | RouteRemove():
+                self._heed(message)
+                self.report(RouteAcknowledged(message.id))
+            case AddListener() | RemoveListener():
+                self._heed_listener(message, fds)
+            case AddChannel():
+                self._add_channel(message, fds)
+            case _:
+                self._heed_channel(message)
+
+    def _forget_known(self) -> None:
+        self._pool.known.clear()
+        for own in self._own.values():
+            own.route.known.clear()
 
     def _heed(self, message: RouteUpdate | RouteRemove) -> None:
-        self._pool.known.clear()
+        self._forget_known()
         match message:
             case RouteUpdate(instance=instance, up=up, spread=spread):
                 self._routes.up[instance] = up
                 (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
                 if spread or not up:
                     self._pool.forget(instance)
+                if not up and (calls := self._pool.calls.get(instance)) is not None:
+                    calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
             case RouteRemove(instance=instance):
                 self._routes.up.pop(instance, None)
                 self._pool.spread.discard(instance)
                 self._pool.forget(instance)
 
+    def _heed_listener(self, message: AddListener | RemoveListener, fds: tuple[int, ...]) -> None:
+        self._forget_known()
+        instance = message.instance
+        own = self._own.pop(instance, None)
+        if own is not None:
+            own.close()
+            self._closed_own.add(own)  # until its last client has gone
+        match message:
+            case AddListener():
+                self._pool.forget(instance)  # connections to workers that have none of this
+                self._pool.calls[instance] = self._calls_of(instance)
+                self._own[instance] = OwnListener(instance, socket.socket(fileno=fds[0]), self._pool, self)
+            case RemoveListener():
+                calls = self._pool.calls.pop(instance, None)
+                if calls is not None:
+                    calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
+                    if not calls.channels:
+                        del self._calls[instance]
+
+    @property
+    def has_room(self) -> bool:
+        """True while a further client of an instance's own listener may come."""
+        return sum(len(own.clients) for own in self._own.values()) < _ALL_OWN_CLIENTS_MAX
+
+    def own_left(self) -> None:
+        """Take note that a client of an instance's own listener has gone."""
+        self._closed_own = {own for own in self._closed_own if own.clients}
+        for own in self._own.values():
+            own.go_on()
+
+    def _calls_of(self, instance: str) -> InstanceCalls:
+        calls = self._calls.get(instance)
+        if calls is None:
+            calls = self._calls[instance] = InstanceCalls(instance, self)
+        return calls
+
+    def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
+        channel_fd, page_fd = fds
+        page = StatsPage(page_fd)
+        framing.close_all([page_fd])
+        calls = self._calls_of(message.instance)
+        calls.limits, calls.reuses = message.limits, message.reuses
+        self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}
+        self._channels[message.worker] = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
+
+    def _heed_channel(self, message: ServeChannel | DrainChannel | YieldChannel) -> None:
+        channel = self._channels.get(message.worker)
+        if channel is None or not channel.is_open:
+            if isinstance(message, DrainChannel):
+                self.report(ChannelDrained(message.worker))
+            return
+        match message:
+            case ServeChannel():
+                channel.serve()
+            case DrainChannel():
+                channel.drain()
+            case YieldChannel():
+                channel.leave_loop()
+
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._listener)
-        self._listener.close()
+        if self._shared is not None:
+            self._shared.close()
+        for instance in list(self._own):
+            own = self._own.pop(instance)
+            own.close()
+            self._closed_own.add(own)
         for client in list(self._clients):
             client.end_when_idle()
         loop.call_later(_DRAIN_S, self._ended.set)
         self._when_empty()
 
+    def _all_clients(self) -> list[ClientConnection]:
+        owns = [*self._own.values(), *self._closed_own]
+        return [*self._clients, *(client for own in owns for client in own.clients)]
+
     def _when_empty(self) -> None:
-        if self._clients:
+        if self._all_clients():
             asyncio.get_running_loop().call_later(0.02, self._when_empty)
         else:
             self._ended.set()
@@ -175,6 +353,8 @@ class Router:
             await asyncio.sleep(_SWEEP_S)
             self._pool.sweep()
             now = time.monotonic()
-            for client in list(self._clients):
+            for client in self._all_clients():
+                if client.is_trusted or client.waits_for_guest:
+                    continue
                 if now - client.last_s > (IDLE_S if client.idle else STALL_S):
                     client.close()

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from agent.host.engine import adapter_abi
 from agent.host.http.parser import RequestHead, tokens
 
 _IPV4: Final = re.compile(rb"\d+\.\d+\.\d+\.\d+(:\d+)?")
@@ -19,14 +20,39 @@ _LISTED_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Reading of a whole request without a body, and where it went."""
+
+    request: RequestHead
+    instance: str
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: an instance and its target there, or a status with a sentence."""
+    """Where a request goes: an instance and its target there, or a status with a sentence.
+
+    `own`: it came by a listener of the instance's own, and stays as it is.
+    """
 
     instance: str = ""
     target: bytes = b""
     prefix: bytes = b""
     status: int = 0
     why: str = ""
+    own: bool = False
+
+
+class OwnRoute:
+    """Route of every request at a listener that is one instance's own."""
+
+    def __init__(self, instance: str) -> None:
+        self.known: dict[bytes, Known] = {}
+        self._instance = instance
+
+    def find(self, _host: bytes, target: bytes) -> Route:
+        """Return the route, on which a request stays as it is."""
+        return Route(instance=self._instance, target=target, own=True)
 
 
 class RouteTable:
@@ -80,22 +106,32 @@ _HOP: Final = frozenset(
 ) | {HOPS_HEADER}
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Reading of a whole request without a body, and where it went."""
+def guest_head(request: RequestHead, route: Route) -> bytes:
+    """Return the head as a guest gets it in a frame."""
+    if route.own:
+        lines = [b"%b: %b\r\n" % each for each in request.fields]
+    else:
+        lines = _forwarded_lines(request, route)
+        if request.chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif request.length is not None:
+            lines.append(b"content-length: %d\r\n" % request.length)
+    return adapter_abi.request_head(request.method, route.target, b"".join(lines))
 
-    request: RequestHead
-    instance: str
-    head: bytes
+
+def _forwarded_lines(request: RequestHead, route: Route) -> list[bytes]:
+    """Return field lines without those of the client's connection (RFC 9110, section 7.6.1)."""
+    named = tokens(request.fields, b"connection") - {b"host"}
+    lines = [b"%b: %b\r\n" % each for each in request.fields if each[0] not in _HOP and each[0] not in named]
+    if route.prefix:
+        lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
+    return lines
 
 
 def forwarded_head(request: RequestHead, route: Route) -> bytes:
-    """Return the head as an instance gets it, without fields of the client's connection (RFC 9110, section 7.6.1)."""
-    named = tokens(request.fields, b"connection") - {b"host"}
+    """Return the head as an instance gets it on a connection."""
     lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
-    lines += [b"%b: %b\r\n" % each for each in request.fields if each[0] not in _HOP and each[0] not in named]
-    if route.prefix:
-        lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
+    lines += _forwarded_lines(request, route)
     if request.old:
         lines.append(b"connection: keep-alive\r\n")
     elif b"trailers" in tokens(request.fields, b"te"):

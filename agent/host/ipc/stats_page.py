@@ -1,7 +1,8 @@
 """Page of a worker's figures in shared memory: the worker writes, the supervisor reads without waking it.
 
-A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). It
-has a single writer; a reader may see a call that is only partly counted, which statistics tolerate.
+A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). Each
+figure in it has a single writer: of a worker with a channel, the router writes the calls and the worker the rest. A
+reader may see a call that is only partly counted, which statistics tolerate.
 """
 
 import bisect
@@ -113,6 +114,10 @@ class StatsPage:
         if us is not None:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
+
+    def count(self, outcome: CallOutcome) -> None:
+        """Count a call that was answered without the guest, whatever is in flight."""
+        self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))
 
     def sent(self, denied: bool) -> None:  # noqa: FBT001 - selects the counter
         """Count a request of the guest: attempted, or `denied`."""

@@ -115,7 +115,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         self._engine = await _ask_engine()
-        if ingress is not None:
+        if ingress is not None or self._settings.request_path is RequestPath.FRAMES:
             self._router = RouterHandle(ingress, self._settings.runtime / "in")
         server.start()
         background = [asyncio.ensure_future(self._tick()), asyncio.ensure_future(_pet_watchdog(self._status))]

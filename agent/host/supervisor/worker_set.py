@@ -9,7 +9,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Coroutine, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from agent.host.ipc import framing, worker_api
@@ -17,9 +17,9 @@ from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
-from agent.host.supervisor.helpers import EgressHandle, needs_egress
+from agent.host.supervisor.helpers import ChannelHandle, EgressHandle, RouterHandle, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources
+from agent.host.supervisor.resources import HostResources, Listener
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerRefusedError
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
@@ -67,17 +67,26 @@ class WorkerSet:
     """Workers of an instance, of all its generations. `events` receives their reports."""
 
     def __init__(
-        self, name: str, resources: HostResources, pool: WorkerPool, egress: EgressHandle, events: WorkerEvents
+        self,
+        name: str,
+        resources: HostResources,
+        pool: WorkerPool,
+        *,
+        egress: EgressHandle,
+        events: WorkerEvents,
+        router: RouterHandle | None = None,
     ) -> None:
         self.tasks = Tasks()
         self._name = name
         self._resources = resources
         self._pool = pool
         self._egress = egress
+        self._router = router
         self._events = events
         self._ledger = QuotaLedger(name, resources.quotas)
         self._ending: set[asyncio.Future[int]] = set()
         self._generations: WeakKeyDictionary[WorkerHandle, Generation] = WeakKeyDictionary()
+        self._channels: WeakKeyDictionary[WorkerHandle, ChannelHandle] = WeakKeyDictionary()
 
     def generation_of(self, worker: WorkerHandle) -> Generation:
         """Return the generation of a worker of this set."""
@@ -206,13 +215,33 @@ class WorkerSet:
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
     def serve(self, generation: Generation, worker: WorkerHandle) -> None:
-        """Let a worker accept connections. Raises `WorkerGoneError`."""
+        """Let a worker accept connections, or take calls from its channel. Raises `WorkerGoneError`."""
         assert generation.listener is not None
+        if worker in self._channels or worker.channel is not None:
+            self._serve_by_router(generation, generation.listener, worker)
+            return
         if generation.queue is None and generation.run.limits.concurrency > 1:
             generation.queue = ConnectionQueue(*framing.socket_pair())
         worker.notify(
             worker_api.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ())
         )
+
+    def _serve_by_router(self, generation: Generation, listener: Listener, worker: WorkerHandle) -> None:
+        assert self._router is not None
+        self._router.listen(self._name, listener)
+        channel = self._channels.get(worker)
+        if channel is None:
+            limits = generation.run.limits
+            reuses = limits.requests_per_instance > 1 and not limits.fuel
+            channel = self._channels[worker] = self._router.attach(self._name, worker, limits, reuses=reuses)
+            worker.route = channel
+            worker.notify(worker_api.Serve())
+        channel.serve()
+
+    def stop_listening(self) -> None:
+        """Close the listener that the router has, if it has one."""
+        if self._router is not None:
+            self._router.stop_listening(self._name)
 
     def serve_all(self, generation: Generation) -> None:
         """Make all workers of a generation accept connections. Raises `WorkerGoneError` if none is left."""
@@ -232,10 +261,21 @@ class WorkerSet:
     async def hand_over(
         self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S
     ) -> None:
-        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them."""
-        waits = []
+        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them.
+
+        Of workers with channels the router has the connections: they end the calls that they have.
+        """
+        waits: list[asyncio.Future[Any]] = []
+        by_router = [worker for worker in new if worker in self._channels]
+        if new and not by_router:
+            self.stop_listening()  # the new ones accept by themselves
+        new = [worker for worker in new if worker not in by_router]
         for number, worker in enumerate(old):
             if not worker.alive:
+                continue
+            if worker in self._channels:
+                waits.append(asyncio.ensure_future(self._drain_channel(worker, wait_s)))
+                await asyncio.sleep(0)
                 continue
             fds: tuple[int, ...] = ()
             pair = None
@@ -255,6 +295,11 @@ class WorkerSet:
                 for sock in pair or ():
                     sock.close()
         await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _drain_channel(self, worker: WorkerHandle, wait_s: float) -> None:
+        await self._channels[worker].drain(wait_s)
+        with contextlib.suppress(WorkerGoneError):
+            worker.notify(worker_api.Resume())  # from `SaveState`; the worker may serve again later
 
     async def replace(self, generation: Generation, old: list[WorkerHandle], new: list[WorkerHandle]) -> None:
         """Hand the connections of `old` workers over to `new` ones, and retire the old."""
