@@ -68,6 +68,7 @@ _CREDIT: Final = struct.Struct("<I")
 _ABANDON_S: Final = 0.1  # from CANCEL, which ends a guest that waits, to the interrupt, which ends one that computes
 _TOTAL_MARGIN_S: Final = 0.25  # a call that its client delays ends before the supervisor would blame the guest
 _NOTES_A_MINUTE: Final = 60
+_FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with their length in one piece
 _SERVER_ERROR: Final = 500
 _BODILESS: Final = frozenset({204, 304})
 
@@ -128,6 +129,7 @@ class Call:
         self._paused = False
         self._waits_since_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
 
     # Calls of the client's connection.
 
@@ -307,8 +309,14 @@ class Call:
         else:
             self._out.append(data)
 
-    def flush(self) -> None:
-        """Give out what has come of the answer: more comes later."""
+    def flush_soon(self) -> None:
+        """Give out what has come of the answer; the first piece of a small one a little later, in case it ends."""
+        if self._begun or self._client is None or self._spool_bytes >= _CREDIT_STEP_BYTES:
+            self._flush()
+        elif self._status and self._flush_timer is None:
+            self._flush_timer = asyncio.get_running_loop().call_later(_FIRST_FLUSH_S, self._flush)
+
+    def _flush(self) -> None:
         if self._client is None:
             if self._owed and self._abandoned is None:  # the guest writes on, for nobody
                 self._abandon(CallOutcome.CLIENT_GONE)
@@ -363,7 +371,7 @@ class Call:
 
     def settle(self, payload: bytes) -> Settled:
         """Take the guest's end of the answer."""
-        self._cancel_timer()
+        self._cancel_timers()
         end = adapter_abi.answer_head(payload)
         if self._abandoned is not None:
             return Settled(self._abandoned, error=False, deliver=_nothing)
@@ -430,7 +438,7 @@ class Call:
 
     def fail(self, outcome: CallOutcome, why: str) -> Settled:
         """Take the end of a call that ended without an answer."""
-        self._cancel_timer()
+        self._cancel_timers()
         client, exchange = self._client, self._exchange
         if self._abandoned is not None or client is None:
             return Settled(self._abandoned or outcome, error=self._abandoned is None, deliver=_nothing)
@@ -441,7 +449,7 @@ class Call:
 
     def lose(self, *, may_repeat: bool) -> None:
         """Take note that the worker ended in this call, which nobody has counted."""
-        self._cancel_timer()
+        self._cancel_timers()
         client, self._client = self._client, None
         if client is not None:
             self._exchange.retried = self._exchange.retried or not may_repeat
@@ -455,7 +463,7 @@ class Call:
         if self._abandoned is not None or self.channel is None:
             return
         self._abandoned = outcome
-        self._cancel_timer()
+        self._cancel_timers()
         self.channel.cancel(self)
 
     @property
@@ -489,10 +497,11 @@ class Call:
         if client is not None:
             client.close()
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _cancel_timers(self) -> None:
+        for timer in (self._timer, self._flush_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._flush_timer = None
 
 
 class Channel:
@@ -690,7 +699,7 @@ class Channel:
             self._lose()
             return
         if self.flight:
-            self.flight[0].flush()
+            self.flight[0].flush_soon()
         self._go_on()
         self._calls.pump()
 

@@ -19,12 +19,14 @@ from typing import Final
 import msgspec
 
 from agent.host.http.channel import Channel, InstanceCalls
+from agent.host.http.connection import PASSED
 from agent.host.http.proxy import ClientConnection, UpstreamPool
 from agent.host.http.routing import OwnRoute, RouteTable
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     AddChannel,
     AddListener,
+    AdoptConnections,
     ChannelDrained,
     DrainChannel,
     DrainRouter,
@@ -130,12 +132,17 @@ class Acceptor:
             sock, _ = self._listener.accept()
         except OSError:
             return
+        self.welcome(sock)
+
+    def welcome(self, sock: socket.socket) -> ClientConnection:
+        """Make a connected socket a client."""
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop = asyncio.get_running_loop()
+        loop, client = asyncio.get_running_loop(), self._protocol()
         # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
-        loop._make_socket_transport(sock, self._protocol())  # type: ignore[attr-defined]  # noqa: SLF001
+        loop._make_socket_transport(sock, client)  # type: ignore[attr-defined]  # noqa: SLF001
+        return client
 
     def _pause(self) -> None:
         if self._accepting:
@@ -154,6 +161,7 @@ class OwnListener:
 
     def __init__(self, instance: str, listener: socket.socket, pool: UpstreamPool, router: "Router") -> None:
         self.route = OwnRoute(instance)
+        self._sources: list[socket.socket] = []
         self.clients = _OwnClients(router.own_left)
         is_trusted = listener.family == socket.AF_UNIX
         self._acceptor = Acceptor(
@@ -165,6 +173,28 @@ class OwnListener:
     def go_on(self) -> None:
         """Accept again if there is room."""
         self._acceptor.go_on()
+
+    def adopt(self, source: socket.socket) -> None:
+        """Take over the connections that arrive on `source`."""
+        source.setblocking(False)
+        self._sources.append(source)
+        asyncio.get_running_loop().add_reader(source, self._receive, source)
+
+    def _receive(self, source: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            data, fds = framing.receive_packet(source)
+        except BlockingIOError:
+            return
+        except framing.GoneError:
+            loop.remove_reader(source)
+            source.close()
+            self._sources.remove(source)
+            return
+        for fd in fds:
+            client = self._acceptor.welcome(socket.socket(fileno=fd))
+            if prefix := data.removeprefix(PASSED):
+                loop.call_soon(client.data_received, prefix)  # once it is connected, and before anything else is read
 
     def close(self) -> None:
         """Accept nobody any more, and end each client once it is answered."""
@@ -239,6 +269,8 @@ class Router:
             case RouteUpdate() | RouteRemove():
                 self._heed(message)
                 self.report(RouteAcknowledged(message.id))
+            case AdoptConnections(instance=instance):
+                self._own[instance].adopt(socket.socket(fileno=fds[0]))
             case AddListener() | RemoveListener():
                 self._heed_listener(message, fds)
             case AddChannel():

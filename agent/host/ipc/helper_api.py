@@ -46,6 +46,15 @@ class RemoveListener(msgspec.Struct, frozen=True, tag="remove-listener"):
     instance: str
 
 
+class AdoptConnections(msgspec.Struct, frozen=True, tag="adopt-connections"):
+    """Take over the connections of an instance's clients that arrive on the socket that comes along.
+
+    A worker with an HTTP server hands them over, each with what has come of its next message.
+    """
+
+    instance: str
+
+
 class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     """Add a worker's channel, which takes no calls until `ServeChannel`. Its page of figures comes along behind it.
 
@@ -86,6 +95,7 @@ ToRouter = (
     | DrainRouter
     | AddListener
     | RemoveListener
+    | AdoptConnections
     | AddChannel
     | ServeChannel
     | DrainChannel

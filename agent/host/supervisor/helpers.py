@@ -273,6 +273,10 @@ class RouterHandle(HelperProcess):
             self._listeners[instance] = listener
             self._tell(helper_api.AddListener(instance), listener.sock.fileno())
 
+    def adopt(self, instance: str, source: socket.socket) -> None:
+        """Have the router take over the connections that a worker passes to `source`, after `listen`."""
+        self._tell(helper_api.AdoptConnections(instance), source.fileno())
+
     def stop_listening(self, instance: str) -> None:
         """Have the router close an instance's listener."""
         if self._listeners.pop(instance, None) is not None:

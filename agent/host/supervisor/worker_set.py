@@ -280,7 +280,12 @@ class WorkerSet:
             fds: tuple[int, ...] = ()
             pair = None
             try:
-                if new:
+                if by_router:
+                    assert self._router is not None
+                    pair = framing.socket_pair()
+                    self._router.adopt(self._name, pair[1])
+                    fds = (pair[0].fileno(),)
+                elif new:
                     pair = framing.socket_pair()
                     new[number % len(new)].notify(worker_api.AcceptConnections(), pair[1].fileno())
                     fds = (pair[0].fileno(),)

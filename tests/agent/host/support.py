@@ -22,6 +22,8 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
+REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of every host that tests start
+
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -151,6 +153,7 @@ class Host:
                 *("--runtime", str(self.runtime)),
                 *("--state", str(self.state)),
                 *("--ingress", f"127.0.0.1:{self.port}"),
+                *("--request-path", REQUEST_PATH),
                 *arguments,
             ],
             cwd=ROOT,
