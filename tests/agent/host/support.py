@@ -22,7 +22,7 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
-REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of every host that tests start
+REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of hosts that tests start without another
 
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -137,7 +137,17 @@ STARTED = []  # hosts that nobody has closed yet
 class Host:
     """A running fleet-host and a connection to it."""
 
-    def __init__(self, directory: Path, *, ingress=None, arguments=(), env=None, prefix=(), python=sys.executable):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        ingress=None,
+        arguments=(),
+        env=None,
+        prefix=(),
+        python=sys.executable,
+        request_path=None,
+    ):
         self.runtime = directory / "run"
         self.state = directory / "state"
         self.port = ingress or free_port()
@@ -145,6 +155,7 @@ class Host:
         self.shared = False
         self._id = 0
         self.stderr = (directory / "host.log").open("ab")
+        way = () if (request_path or REQUEST_PATH) == "http" else ("--request-path", request_path or REQUEST_PATH)
         self.process = subprocess.Popen(
             [
                 *prefix,
@@ -153,7 +164,7 @@ class Host:
                 *("--runtime", str(self.runtime)),
                 *("--state", str(self.state)),
                 *("--ingress", f"127.0.0.1:{self.port}"),
-                *("--request-path", REQUEST_PATH),
+                *way,
                 *arguments,
             ],
             cwd=ROOT,
