@@ -285,16 +285,25 @@ def read_answer(sock):
     return int(lines[0].split()[1]), headers, body
 
 
-def read_chunks(sock, data):
-    """The body of an answer in chunks, of which `data` has come."""
+def read_chunks(sock, data, pause=lambda: None):
+    """The body of an answer in chunks, of which `data` has come; with a pause after each piece that is read."""
     body = b""
+
+    def more():
+        nonlocal data
+        came = sock.recv(65536)
+        if not came:
+            raise ConnectionError("closed in the body")
+        data += came
+        pause()
+
     while True:
-        while b"\r\n" not in data or len(data) < (need := int(data.partition(b"\r\n")[0], 16) + 4):
-            more = sock.recv(65536)
-            if not more:
-                raise ConnectionError("closed in the body")
-            data += more
-        size, _, data = data.partition(b"\r\n")
-        if need == 4:
+        while b"\r\n" not in data:
+            more()
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        while len(data) < size + 2:
+            more()
+        if not size:
             return body
-        body, data = body + data[: int(size, 16)], data[int(size, 16) + 2 :]
+        body, data = body + data[:size], data[size + 2 :]
