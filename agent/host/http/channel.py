@@ -474,9 +474,12 @@ class Call:
     def watch_client(self) -> None:
         """Note since when the client is waited for; no longer than a guest may wait for others."""
         if self.channel is None or not self.waits_for_client:
+            if self._waits_since_s is not None and self.channel is not None:
+                self.channel.page.wait(False)
             self._waits_since_s = None
         elif self._waits_since_s is None:
             self._waits_since_s = time.monotonic()
+            self.channel.page.wait(True)
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(self._calls.idle_s, self._judge_client)
 
@@ -556,7 +559,6 @@ class Channel:
         self.flight.append(call)
         call.channel = self
         self._write_call(call)
-        call.watch_client()
         if len(self.flight) == 1:
             self._begin()
 
@@ -570,6 +572,7 @@ class Channel:
         call = self.flight[0]
         call.began_ns = time.monotonic_ns()
         self.page.begin(call.began_ns, call.number)
+        call.watch_client()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(LONG_CALL_S, self._look)
 
@@ -586,7 +589,8 @@ class Channel:
         if self._told != call.number:
             self._told = call.number
             self._calls.reports.report(LongCall(self.worker, call.number))
-        left_s = self._calls.limits.total_ms / 1000 - _TOTAL_MARGIN_S - age_s
+        total_s = self._calls.limits.total_ms / 1000
+        left_s = total_s - min(_TOTAL_MARGIN_S, total_s / 4) - age_s
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._look)
         elif call.waits_for_client:

@@ -4,7 +4,8 @@ The router reports a call once it has taken `LONG_CALL_S`; most end before, and 
 worker's processor clock is read when a limit can be reached at the earliest: a few looks in a call of many seconds.
 
     limits.call    the guest's own time, by the processor clock: the guest is interrupted, and killed after a grace
-    limits.idle    time without any: the guest is blocked in the host, where no interrupt reaches it, and is killed
+    limits.idle    time without any: the guest is blocked in the host, where no interrupt reaches it, and is killed;
+                   waiting for its client does not count, which the router times
     limits.total   time that has passed: killed
 
 The number in the worker's page of figures says whether the call still runs. The router writes it; a router that writes
@@ -85,7 +86,7 @@ class CallWatch:
         if not self.runs or self._interrupted is not None:
             return
         now_s, used_ns = time.monotonic(), self._processor_ns()
-        if used_ns != self._used_ns:
+        if used_ns != self._used_ns or self._worker.page.waits():
             self._used_ns, self._changed_s = used_ns, now_s
         total_ms = (time.monotonic_ns() - self._worker.page.began_ns()) // 1_000_000
         own_ms, idle_ms = (used_ns - self._first_ns) // 1_000_000, int((now_s - self._changed_s) * 1000)

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
-from weakref import WeakKeyDictionary
 
 from agent.host.ipc import helper_api, host_api, worker_api
 from agent.host.ipc.host_api import StartError, plain
@@ -104,7 +103,7 @@ class Instance:
         self._autoscaler = Autoscaler(self._workers, self.lock, self._log)
         self._parts = swap.SwapParts(name, self._workers, self._timers, resources.listeners, self._log)
         self._reverted: _Reverted | None = None
-        self._watches: WeakKeyDictionary[WorkerHandle, CallWatch] = WeakKeyDictionary()
+        self._watches: dict[WorkerHandle, CallWatch] = {}
 
     # Requests of the agent; the caller holds the lock.
 
@@ -344,10 +343,14 @@ class Instance:
 
     def _watch(self, generation: Generation, worker: WorkerHandle, call: int, *, abandoned: bool) -> None:
         """Watch a call; `abandoned`: end it now."""
+        if not worker.alive:
+            return
         watch = self._watches.get(worker)
         if watch is None or watch.call != call:
             if watch is not None:
                 watch.close()
+            else:
+                worker.ended.add_done_callback(lambda _: self._watches.pop(worker, None))
             watch = self._watches[worker] = CallWatch(worker, call, generation.run.limits, self)
         if abandoned:
             watch.abandon()

@@ -70,6 +70,12 @@ class WorkerChannel(Protocol):
 
     drained: asyncio.Future[None] | None
 
+    def serve(self) -> None:
+        """Give calls to the worker."""
+
+    async def drain(self, wait_s: float) -> None:
+        """Give no more calls to the worker, and wait until those that it has are over, at most `wait_s`."""
+
     def leave_loop(self) -> None:
         """Have the worker read its control socket, in which a request waits."""
 

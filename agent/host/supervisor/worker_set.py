@@ -17,10 +17,16 @@ from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
-from agent.host.supervisor.helpers import ChannelHandle, EgressHandle, RouterHandle, needs_egress
+from agent.host.supervisor.helpers import EgressHandle, RouterHandle, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.resources import HostResources, Listener
-from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerRefusedError
+from agent.host.supervisor.worker_handle import (
+    WorkerChannel,
+    WorkerEvents,
+    WorkerGoneError,
+    WorkerHandle,
+    WorkerRefusedError,
+)
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Http
@@ -86,7 +92,6 @@ class WorkerSet:
         self._ledger = QuotaLedger(name, resources.quotas)
         self._ending: set[asyncio.Future[int]] = set()
         self._generations: WeakKeyDictionary[WorkerHandle, Generation] = WeakKeyDictionary()
-        self._channels: WeakKeyDictionary[WorkerHandle, ChannelHandle] = WeakKeyDictionary()
 
     def generation_of(self, worker: WorkerHandle) -> Generation:
         """Return the generation of a worker of this set."""
@@ -217,7 +222,7 @@ class WorkerSet:
     def serve(self, generation: Generation, worker: WorkerHandle) -> None:
         """Let a worker accept connections, or take calls from its channel. Raises `WorkerGoneError`."""
         assert generation.listener is not None
-        if worker in self._channels or worker.channel is not None:
+        if worker.route is not None or worker.channel is not None:
             self._serve_by_router(generation, generation.listener, worker)
             return
         if generation.queue is None and generation.run.limits.concurrency > 1:
@@ -229,14 +234,12 @@ class WorkerSet:
     def _serve_by_router(self, generation: Generation, listener: Listener, worker: WorkerHandle) -> None:
         assert self._router is not None
         self._router.listen(self._name, listener)
-        channel = self._channels.get(worker)
-        if channel is None:
+        if worker.route is None:
             limits = generation.run.limits
             reuses = limits.requests_per_instance > 1 and not limits.fuel
-            channel = self._channels[worker] = self._router.attach(self._name, worker, limits, reuses=reuses)
-            worker.route = channel
+            worker.route = self._router.attach(self._name, worker, limits, reuses=reuses)
             worker.notify(worker_api.Serve())
-        channel.serve()
+        worker.route.serve()
 
     def stop_listening(self) -> None:
         """Close the listener that the router has, if it has one."""
@@ -266,15 +269,15 @@ class WorkerSet:
         Of workers with channels the router has the connections: they end the calls that they have.
         """
         waits: list[asyncio.Future[Any]] = []
-        by_router = [worker for worker in new if worker in self._channels]
+        by_router = [worker for worker in new if worker.route is not None]
         if new and not by_router:
             self.stop_listening()  # the new ones accept by themselves
         new = [worker for worker in new if worker not in by_router]
         for number, worker in enumerate(old):
             if not worker.alive:
                 continue
-            if worker in self._channels:
-                waits.append(asyncio.ensure_future(self._drain_channel(worker, wait_s)))
+            if worker.route is not None:
+                waits.append(asyncio.ensure_future(self._drain_channel(worker, worker.route, wait_s)))
                 await asyncio.sleep(0)
                 continue
             fds: tuple[int, ...] = ()
@@ -301,8 +304,8 @@ class WorkerSet:
                     sock.close()
         await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _drain_channel(self, worker: WorkerHandle, wait_s: float) -> None:
-        await self._channels[worker].drain(wait_s)
+    async def _drain_channel(self, worker: WorkerHandle, channel: WorkerChannel, wait_s: float) -> None:
+        await channel.drain(wait_s)
         with contextlib.suppress(WorkerGoneError):
             worker.notify(worker_api.Resume())  # from `SaveState`; the worker may serve again later
 
