@@ -40,7 +40,7 @@ static char body[INITIAL_CREDIT];                   // a ring: what the router h
 static uint32_t body_at, body_size, body_taken;
 static char trailers[PAYLOAD_MAX];
 static uint32_t trailers_size;
-static uint32_t call, credit;
+static uint32_t call, credit, last_ended;
 static int body_open;
 
 // Nobody waits for this call any more: its guest ends here.
@@ -311,5 +311,8 @@ enum turn channel_end(text outcome, int last) {
     put_frame(END, outcome.size > PAYLOAD_MAX ? TOO_LARGE : outcome);
     channel_flush();
     body_open = body_size = 0;
+    last_ended = call;
     return last && (ahead_at != ahead_end || in_at != in_end) ? MISPLACED : CALL;
 }
+
+uint32_t channel_ended(void) { return last_ended; }

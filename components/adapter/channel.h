@@ -32,5 +32,7 @@ void channel_write(const char *data, size_t size);
 int channel_head(text head);
 // End the answer, and say what follows: CALL, or MISPLACED where this store has read what is another's.
 enum turn channel_end(text outcome, int last);
+// The number of the last call that has ended, 0 for none.
+uint32_t channel_ended(void);
 // Let out what is written.
 void channel_flush(void);

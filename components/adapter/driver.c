@@ -30,6 +30,7 @@ typedef struct {
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "align") int32_t align(const char *data, size_t size);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "next") void next(int32_t exact, next_call *it);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "reply") uint32_t reply(int32_t last);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "replied") uint32_t replied(void);
 IMPORT("wasi:http/incoming-handler@0.2.12", "handle") void handle(int32_t request, int32_t outparam);
 
 extern uint8_t __heap_base;
@@ -69,10 +70,10 @@ EXPORT("wasmfleet:adapter/bridge@0.1.0#flush") void bridge_flush(void) { flush()
 #define NEAR_THE_END 4
 #define CHANNEL_ENDED 1
 
-static uint32_t served(uint32_t calls, uint32_t turn) { return calls << 2 | turn; }
+static uint64_t served(uint32_t calls, uint32_t turn) { return (uint64_t)replied() << 32 | calls << 2 | turn; }
 
 EXPORT("wasmfleet:adapter/bridge@0.1.0#serve")
-uint32_t bridge_serve(uint32_t calls, int32_t last, const char *token, size_t size) {
+uint64_t bridge_serve(uint32_t calls, int32_t last, const char *token, size_t size) {
     top = 0;
     if (size && !align(token, size)) return served(0, CHANNEL_ENDED);
     for (uint32_t done = 0; done < calls; done++) {

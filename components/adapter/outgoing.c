@@ -247,3 +247,5 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
     finish_post(NULL);
     return turn;
 }
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#replied") uint32_t replied(void) { return channel_ended(); }

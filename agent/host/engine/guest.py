@@ -336,7 +336,7 @@ def start(
 class WasiHttpGuest(Guest):
     """A guest of wasi:http. The process's standard output must have been caught (`adapter_abi.catch_stdout`)."""
 
-    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"), (BRIDGE, "serve"))
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
     _left = 0  # number of requests that this instance may answer
     # False while an earlier store that ended in a trap may have left something unwritten, whoever's store it was.
     _clean: ClassVar[bool] = False
@@ -390,6 +390,9 @@ class WasiHttpGuest(Guest):
             return 0, b"", b""
 
 
+_LOWER_HALF: Final = 2**32 - 1
+
+
 class Turn(enum.IntEnum):
     """Reason why a guest's loop returned; numbers of `serve` in components/adapter/wit/adapter.wit."""
 
@@ -409,6 +412,8 @@ class ChannelGuest(Guest):
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "serve"))
     ended = False
     """True once a call has ended in a trap, a limit or a cancellation: the instance takes no further call."""
+    last_call = 0
+    """Number of the last call that this instance has answered."""
     _STEP: Final = 256
     """Calls after which the loop returns, so that processor time is counted now and then."""
 
@@ -434,11 +439,12 @@ class ChannelGuest(Guest):
             self._open()
         except GuestError as error:
             raise EngineError(RejectCode.START_FAILED, str(error)) from error
-        self.ended = False
+        self.ended, self.last_call = False, 0
 
-    def serve(self, token: str = "") -> Turn:
+    def serve(self, token: str, armed: Callable[[], None]) -> Turn:
         """Serve calls until the loop has a reason to return.
 
+        `armed` is called once the next epoch would end a call; those that passed before would not.
         `token`: discard what the channel has before it. Renew the instance after `MISPLACED`, and once it is `spent` or
         has `ended`.
 
@@ -448,6 +454,7 @@ class ChannelGuest(Guest):
         assert self._serve is not None
         calls = min(self._left, self._STEP)
         self._arm(0)
+        armed()
         try:
             said: int = self._serve(self._store, calls, calls == self._left, token)
         except WasmtimeError as error:
@@ -456,7 +463,8 @@ class ChannelGuest(Guest):
         except CancelledCallError:
             self.ended = True
             raise
-        self._left -= said >> 2
+        self._left -= (said & _LOWER_HALF) >> 2
+        self.last_call = said >> 32
         return Turn(said & 3)
 
     @property

@@ -203,6 +203,11 @@ class Image:
         """True for a guest of wasi:http in its adapter."""
         return any(bare(name) == compose.BRIDGE for name in self.exports)
 
+    @property
+    def loops(self) -> bool:
+        """True for a guest of wasi:http whose adapter can serve calls from a channel."""
+        return self.adapted and self.export(compose.BRIDGE, "serve") is not None
+
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""
         free = _ADAPTERS_OWN if self.adapted else frozenset()

@@ -42,9 +42,14 @@ class ControlThread:
         self._page = page
         self._tick = tick
         self._say = say
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._more = (
+            select.poll()
+        )  # under the lock; the thread has one of its own, as no two threads may use one at once
+        self._more.register(sock, select.POLLIN)
         self._messages: deque[ControlMessage] = deque()
+        self._calls = threading.Lock()
+        self._interrupted = 0  # number of the call that was interrupted and has not ended
+        self._ended = 0
         self._reading = threading.Lock()
         self._arrived = threading.Event()
         threading.stack_size(_STACK_BYTES)
@@ -64,10 +69,31 @@ class ControlThread:
         self._arrived.wait()
         return self.take()
 
+    def armed(self) -> None:
+        """Let an epoch pass again for a call that was interrupted before its deadline was set."""
+        with self._calls:
+            if self._interrupted:
+                self._tick()
+
+    def ended(self, call: int) -> None:
+        """Take note that calls up to this number have ended: whoever interrupts one of them comes too late."""
+        with self._calls:
+            self._ended = max(self._ended, call)
+            if self._interrupted <= self._ended:
+                self._interrupted = 0
+
+    def _interrupt(self, call: int) -> None:
+        with self._calls:
+            if call > self._ended and call == self._page.number():
+                self._interrupted = call
+                self._tick()
+
     def _run(self) -> None:
+        arrival = select.poll()
+        arrival.register(self._sock, select.POLLIN)
         try:
             while True:
-                self._poll.poll()
+                arrival.poll()
                 self._read()
         except framing.GoneError:
             os._exit(0)  # the supervisor has ended this worker, or itself
@@ -77,14 +103,13 @@ class ControlThread:
     def _read(self) -> None:
         """Read what has come. Raises `framing.GoneError`."""
         with self._reading:
-            while self._poll.poll(0):
+            while self._more.poll(0):
                 self._sort(ControlMessage(*worker_api.receive_to_worker(self._sock)))
 
     def _sort(self, received: ControlMessage) -> None:
         match received.message:
             case worker_api.Interrupt(call=call):
-                if self._page.number() == call:  # otherwise it has ended meanwhile
-                    self._tick()
+                self._interrupt(call)
             case worker_api.Drain(id=number):
                 self._say(worker_api.HandedOver(passed=0, id=number))  # connections are the router's
                 framing.close_all(received.fds)

@@ -26,6 +26,7 @@ from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
 from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
+from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.streaming import StreamingResponse
 from agent.host.worker.watchdog import LINE_MAX_CHARS, Call, CallWatchdog, SendToSupervisor, do_nothing
 from fleet.protocol.codes import CallOutcome
@@ -120,10 +121,10 @@ class GuestRunner:
             channel=self._channel,
         )
 
-    def serve(self, token: str = "") -> Turn:
+    def serve(self, token: str, control: ControlThread) -> Turn:
         """Serve calls of the channel until there is a reason not to, and have the next instance ready then.
 
-        `token`: discard what the channel has before it.
+        `token`: discard what the channel has before it. `control` interrupts calls.
 
         Raises:
             EngineError: there is no next instance.
@@ -135,10 +136,12 @@ class GuestRunner:
         try:
             if guest.ended:
                 guest.renew()
-            turn = guest.serve(token)
+            turn = guest.serve(token, control.armed)
+            control.ended(guest.last_call)
             if turn is Turn.MISPLACED or guest.spent:
                 guest.renew()
         except GuestError as error:
+            control.ended(self._page.number())
             if not isinstance(error, CancelledCallError):
                 self._report(str(error))
             raise

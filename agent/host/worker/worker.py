@@ -99,7 +99,7 @@ class Worker:
             self._outgoing = _outgoing(setup, ask_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
-            self._channel = setup.channel and image.adapted and not setup.data
+            self._channel = setup.channel and image.loops and not setup.data
             if channel_fd >= 0:
                 _plug_in(channel_fd, used=self._channel)
             if image.adapted and not self._channel:
@@ -226,7 +226,7 @@ class Worker:
         token = ""
         while True:
             try:
-                turn = self._caller.serve(token)
+                turn = self._caller.serve(token, control)
             except GuestError as error:
                 token = _say_failed(error.outcome, self._redactor.text(str(error)))
                 continue

@@ -17,7 +17,7 @@ from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.supervisor import worker_pool
 from fleet.protocol.manifest import Grants, Limits
 
-WAIT_S = 60
+WAIT_S = 20
 HTTP = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 
@@ -75,6 +75,7 @@ class Answer:
     body: bytes = b""
     pieces: int = 0
     end: bytes | None = None
+    credits: list[int] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -163,14 +164,20 @@ class ChannelWorker:
         self.page.begin(time.monotonic_ns(), self.number)
         return self.number
 
-    def answer(self, call, *, credit=True) -> Answer:
-        """Collect the frames of a call up to its end or its failure; give credit for what comes."""
+    def answer(self, call, *, credit=True, upload=(), may=0) -> Answer:
+        """Collect the frames of a call up to its end or its failure; give credit for what comes.
+
+        `upload`: frames of the request's body that wait for credit; `may`: bytes of it that are left.
+        """
         answer, owed = Answer(), 0
         while (frame := self.frame()) is not None:
             if frame.kind is Kind.FAILED:
                 answer.failed = frame.payload.decode().split("\r\n")
                 break
             assert frame.call == call
+            if frame.kind is Kind.CREDIT:
+                answer.credits.append(int.from_bytes(frame.payload, "little"))
+                may = self.upload(upload, may + answer.credits[-1])
             if frame.kind is Kind.RESPONSE:
                 answer.heads.append(frame.payload)
             elif frame.kind is Kind.BODY:
@@ -185,6 +192,22 @@ class ChannelWorker:
                 break
         self.page.rest()
         return answer
+
+    def upload(self, waiting: deque[Frame], may: int) -> int:
+        """Send the frames of a body that `may` bytes cover; what is left of them."""
+        while waiting and (waiting[0].kind is Kind.END or len(waiting[0].payload) <= may):
+            may -= len(waiting[0].payload) if waiting[0].kind is Kind.BODY else 0
+            self.write(waiting.popleft())
+        return may
+
+    def post(self, path, body, *, trailers=b"") -> Answer:
+        """Send a request with a body of any length, within its credit."""
+        head, *rest = self.request(path, method=b"POST", body=body, trailers=trailers)
+        self.write(head)
+        self.page.begin(time.monotonic_ns(), self.number)
+        waiting = deque(rest)
+        may = self.upload(waiting, frames.INITIAL_CREDIT_BYTES)
+        return self.answer(self.number, upload=waiting, may=may)
 
     def get(self, path, **how) -> Answer:
         return self.answer(self.send(path, **how))
