@@ -111,7 +111,10 @@ class Guest:
         self._log = log
         self._outgoing = outgoing or DenyOutgoing(log)
         self._linker, self._wasi = _linker(image, config, log, self._outgoing)
-        self._start_budget_ms = limits.start_ms
+        self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
+        self._armed: Callable[[], None] = lambda: None
+        self.ended = False
+        """True once a call from a channel has ended in a trap or a limit: the instance takes no further call."""
         self._open()
 
     def _open(self, stdin: bytes | None = None) -> None:
@@ -128,6 +131,7 @@ class Guest:
         if self._wasi:
             self._store.set_wasi(self._streams(stdin))
         self._arm(self._start_budget_ms)
+        self._armed()
         try:
             self._instance = self._linker.instantiate(self._store, self._image.component)
         except WasmtimeError as error:
@@ -189,7 +193,8 @@ class Guest:
             self._open()
         self._served += 1
         assert self._handle is not None
-        self._arm(self._limits.call_ms)
+        self._arm(self._call_budget_ms)
+        self._armed()
         try:
             return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
         except WasmtimeError as error:
@@ -203,6 +208,27 @@ class Guest:
             return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
             raise guest_error(str(error)) from error
+
+    def await_interrupts(self, armed: Callable[[], None]) -> None:
+        """Let the next epoch end a request, or the start of a next instance: none comes but to interrupt it.
+
+        `armed` is called each time that a deadline was set: an epoch that passed before would end nothing.
+        """
+        self._start_budget_ms = self._call_budget_ms = 0
+        self._armed = armed
+
+    def renew(self) -> None:
+        """Replace the instance.
+
+        Raises:
+            EngineError: START_FAILED: it trapped in its start, or was interrupted.
+        """
+        self._store.close()
+        try:
+            self._open()
+        except GuestError as error:
+            raise EngineError(RejectCode.START_FAILED, str(error)) from error
+        self.ended = False
 
     def check(self) -> str | None:
         """Ask its health export: None for well, else its sentence. Raises `GuestError`."""
@@ -410,8 +436,6 @@ class ChannelGuest(Guest):
     """
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "serve"))
-    ended = False
-    """True once a call has ended in a trap, a limit or a cancellation: the instance takes no further call."""
     last_call = 0
     """Number of the last call that this instance has answered."""
     _STEP: Final = 256
@@ -424,27 +448,13 @@ class ChannelGuest(Guest):
 
     def _open(self, stdin: bytes | None = None) -> None:
         super()._open(stdin or b"")
+        self.last_call = 0
         self._serve = self._function(BRIDGE, "serve")
         self._left = 1 if self._limits.fuel else self._limits.requests_per_instance or 1
 
-    def renew(self) -> None:
-        """Replace the instance.
+    def serve(self, token: str) -> Turn:
+        """Serve calls until the loop has a reason to return; `await_interrupts` first.
 
-        Raises:
-            EngineError: START_FAILED: it trapped in its start, or was interrupted.
-        """
-        self._store.close()
-        self._start_budget_ms = 0
-        try:
-            self._open()
-        except GuestError as error:
-            raise EngineError(RejectCode.START_FAILED, str(error)) from error
-        self.ended, self.last_call = False, 0
-
-    def serve(self, token: str, armed: Callable[[], None]) -> Turn:
-        """Serve calls until the loop has a reason to return.
-
-        `armed` is called once the next epoch would end a call; those that passed before would not.
         `token`: discard what the channel has before it. Renew the instance after `MISPLACED`, and once it is `spent` or
         has `ended`.
 
@@ -454,7 +464,7 @@ class ChannelGuest(Guest):
         assert self._serve is not None
         calls = min(self._left, self._STEP)
         self._arm(0)
-        armed()
+        self._armed()
         try:
             said: int = self._serve(self._store, calls, calls == self._left, token)
         except WasmtimeError as error:

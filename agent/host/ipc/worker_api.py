@@ -222,11 +222,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         kinds: exports of the guest (`agent.host.engine.runtime.HANDLER` and so on).
         layers: isolation layer -> whether it holds in this worker.
         frames: its calls come over its channel, once it is told to serve.
+        whole: a body is kept until it is whole, so that none may be larger than `limits.request`.
     """
 
     kinds: tuple[str, ...]
     layers: dict[str, bool]
     frames: bool = False
+    whole: bool = False
     id: Count = 0
 
 

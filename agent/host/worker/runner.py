@@ -12,12 +12,14 @@ own limits; only the ticker writes the sums. A verdict carries the call's number
 statistics page, since the call may have ended meanwhile.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests
+from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
 from agent.host.http.connection import Request
@@ -130,16 +132,42 @@ class GuestRunner:
             EngineError: there is no next instance.
             GuestError: the call in flight ended in a trap or a limit.
         """
-        had_ns = time.thread_time_ns()
         guest = self._guest
         assert isinstance(guest, ChannelGuest)
-        try:
+        guest.await_interrupts(control.armed)
+        with self._counted(control):
             if guest.ended:
                 guest.renew()
-            turn = guest.serve(token, control.armed)
+            turn = guest.serve(token)
             control.ended(guest.last_call)
             if turn is Turn.MISPLACED or guest.spent:
                 guest.renew()
+        return turn
+
+    def answer(self, method: bytes, target: bytes, headers: bytes, body: bytes, control: ControlThread) -> Answer:
+        """Run an HTTP exchange of a native guest that came over the channel. Raises `GuestError`."""
+        guest = self._guest
+        assert guest is not None
+        guest.await_interrupts(control.armed)
+        with self._counted(control):
+            try:
+                if guest.ended:
+                    guest.renew()
+                return guest.handle(method, target, headers, body)
+            except EngineError as error:
+                guest.ended = True
+                raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
+            except GuestError:
+                guest.ended = True
+                guest.close()  # its memory may be large
+                raise
+
+    @contextlib.contextmanager
+    def _counted(self, control: ControlThread) -> Iterator[None]:
+        """Count processor time, and report what ends a call of the channel."""
+        had_ns = time.thread_time_ns()
+        try:
+            yield
         except GuestError as error:
             control.ended(self._page.number())
             if not isinstance(error, CancelledCallError):
@@ -147,7 +175,6 @@ class GuestRunner:
             raise
         finally:
             self._page.spent(time.thread_time_ns() - had_ns)
-        return turn
 
     def restore(self) -> None:
         """Have an instance again, if a control message has cost the last one.

@@ -47,6 +47,7 @@ from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.http_server import CLIENTS_MAX, HttpServer
+from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
 from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
 from fleet.protocol.codes import CallOutcome, RejectCode
@@ -99,7 +100,7 @@ class Worker:
             self._outgoing = _outgoing(setup, ask_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
-            self._channel = setup.channel and image.loops and not setup.data
+            self._channel = setup.channel and (image.loops or not image.adapted) and not setup.data
             if channel_fd >= 0:
                 _plug_in(channel_fd, used=self._channel)
             if image.adapted and not self._channel:
@@ -181,7 +182,13 @@ class Worker:
             self.clients = HttpServer(
                 self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max
             )
-        ready = worker_api.Ready(kinds=tuple(sorted(kinds)), layers=layers, frames=self._channel, id=setup.id)
+        ready = worker_api.Ready(
+            kinds=tuple(sorted(kinds)),
+            layers=layers,
+            frames=self._channel,
+            whole=not self._caller.streams,
+            id=setup.id,
+        )
         worker_api.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:
             os.close(figures_fd)
@@ -223,10 +230,11 @@ class Worker:
     def _serve_channel(self) -> NoReturn:
         """Serve calls of the channel until that ends, or the supervisor's socket closes."""
         control = ControlThread(self._sock, self._page, tick=self._tick, say=self.say)
+        native = None if self._caller.streams else NativeChannel(self._caller, control)
         token = ""
         while True:
             try:
-                turn = self._caller.serve(token, control)
+                turn = self._caller.serve(token, control) if native is None else native.serve(token)
             except GuestError as error:
                 token = _say_failed(error.outcome, self._redactor.text(str(error)))
                 continue
