@@ -10,7 +10,7 @@ import threading
 import pytest
 import support
 from host_processes import children, lanes_of
-from support import Grants, Limits
+from support import Grants, Health, Limits
 from traffic import Traffic
 from wire import Wire
 
@@ -171,3 +171,47 @@ def test_neighbours_reach_an_instance_that_takes_frames(host, port):
     host.start("probe", support.a_run("web", 1, port=port, grants=grants))
     body = ask(port, "/get?server.internal/")[2]
     assert b"hello over wasi:http" in body
+
+
+@pytest.mark.parametrize("side", ["answer", "body"])
+def test_a_client_that_stands_still_is_ended_and_the_guest_is_not_blamed(host, port, side):
+    start(host, port=port, idle_ms=300, request_bytes=1 << 20, response_bytes=64 << 20)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", port))
+        if side == "answer":
+            sock.sendall(b"GET /large/32 HTTP/1.1\r\nhost: x\r\n\r\n")
+        else:
+            sock.sendall(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\n" + b"x" * 100_000)
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        assert ask(port, "/")[0] == 200  # which had to wait for the end of that call
+    health = host.health("web")
+    assert (health.calls, health.errors, health.restarts) == ({"ok": 1, "client-slow": 1}, 0, 0)
+
+
+def test_health_is_asked_between_two_calls_while_the_loop_runs(host, port):
+    run = support.a_run("web", 1, port=port, grants=GRANTS, health=Health(check=True))
+    assert isinstance(host.start("probe", run), host_api.Started)
+    for n in range(1, 4):
+        assert ask(port, "/")[0] == 200
+        host.ask(host_api.Status, check="web")
+        checks = host.health("web").checks
+        assert (checks.asked >= n, checks.missed, checks.well) == (True, 0, True)
+    assert host.health("web").calls == {"ok": 3}
+
+
+def test_an_instance_behind_the_shared_port_gets_what_the_router_forwards(host):
+    start(host)
+    request = b"PUT /web/describe?q=1 HTTP/1.1\r\nhost: device\r\nx-a: 1\r\nconnection: x-b\r\nx-b: 2\r\n\r\n"
+    assert support.http(host.port, request)[2] == b"put /describe?q=1 http device\nx-a=1\nx-forwarded-prefix=/web\n"
+
+
+def test_who_waits_for_an_instance_that_is_stopped_is_told(host, port):
+    start(host, port=port)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        assert ask(port, "/", sock=kept)[0] == 200
+        assert isinstance(host.ask(host_api.Stop, instance="web"), host_api.Done)
+        assert kept.recv(100) == b""
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/")
