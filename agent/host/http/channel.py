@@ -152,7 +152,8 @@ class Call:
     @property
     def full(self) -> bool:
         """True while the client should send no more."""
-        return self._pending_bytes >= INITIAL_CREDIT_BYTES
+        # Otherwise the body is at most `limits.request`, and is kept here until it is whole.
+        return self._pending_bytes >= INITIAL_CREDIT_BYTES and not (self._calls.whole and self.channel is None)
 
     def pause(self) -> None:
         """Take note that the client takes no more of the answer for now."""
@@ -236,7 +237,7 @@ class Call:
         if not self._submitted:
             if self.head_bytes > PAYLOAD_MAX_BYTES:  # field values that are no ASCII take more room in a frame
                 self.refuse(431, connection.REFUSALS[431])
-            elif self._ended or self._pending_bytes >= INITIAL_CREDIT_BYTES:
+            elif self._ended or self.full:
                 self._submitted = True
                 self._calls.submit(self)
         elif self.channel is not None and not self.is_whole:
@@ -782,7 +783,7 @@ class InstanceCalls:
         self.instance = instance
         self.reports = reports
         self.limits = Limits()
-        self.reuses = False
+        self.reuses = self.whole = False
         self.channels: list[Channel] = []
         self._waiting: deque[Call] = deque()
         self._notes = TokenBucket(_NOTES_A_MINUTE)

@@ -339,7 +339,7 @@ class Router:
         page = StatsPage(page_fd)
         framing.close_all([page_fd])
         calls = self._calls_of(message.instance)
-        calls.limits, calls.reuses = message.limits, message.reuses
+        calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
         self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}
         self._channels[message.worker] = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
 

@@ -63,12 +63,14 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     Attributes:
         worker: number of the worker in every message between supervisor and router.
         reuses: whether the worker's store answers several calls.
+        whole: whether the worker keeps a request's body until it is whole, so that it should not wait for one.
     """
 
     instance: str
     worker: Count
     limits: Limits
     reuses: bool
+    whole: bool = False
 
 
 class ServeChannel(msgspec.Struct, frozen=True, tag="serve-channel"):

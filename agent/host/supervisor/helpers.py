@@ -291,7 +291,8 @@ class RouterHandle(HelperProcess):
         channel = worker.take_channel()
         assert channel is not None, "once for each worker"
         with contextlib.closing(channel):
-            message = helper_api.AddChannel(instance, number, limits, reuses)
+            whole = worker.ready is not None and worker.ready.whole
+            message = helper_api.AddChannel(instance, number, limits, reuses, whole)
             self._tell(message, channel.sock.fileno(), channel.page_fd)
         handle = ChannelHandle(self, number, worker)
         if self.running:

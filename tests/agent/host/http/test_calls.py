@@ -98,11 +98,11 @@ class Board:
     def tell(self, message, *fds):
         framing.send_packet(self.sock, msgspec.json.encode(message), fds)
 
-    async def worker(self, *, serve=True, reuses=False, **limits):
+    async def worker(self, *, serve=True, reuses=False, whole=False, **limits):
         """A new worker with a channel."""
         ours, theirs = socket.socketpair()
         number, page_fd = next(self._numbers), stats_page.create_page("web")
-        message = helper_api.AddChannel("web", number, Limits(**limits), reuses)
+        message = helper_api.AddChannel("web", number, Limits(**limits), reuses, whole)
         with theirs:
             self.tell(message, theirs.fileno(), page_fd)
         worker = await Worker(number, ours, stats_page.StatsPage(page_fd)).open()
@@ -551,3 +551,18 @@ async def test_calls_that_wait_are_refused_when_their_instance_goes(tmp_path):
         await the_board.client()  # its connection shows that the router has read what came before
         the_board.tell(helper_api.RemoveListener("web"))
         assert (await client.answer())[0] == 503
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_takes_whole_bodies_waits_for_none(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, slow, other = await the_board.worker(whole=True), await the_board.client(), await the_board.client()
+        slow.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 200_000)
+        other.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
+        slow.ask(b"x" * 100_000)
+        call = (await worker.next(Kind.REQUEST)).call
+        assert len(await worker.body()) == 300_000
+        worker.answer(call)
+        assert (await slow.answer())[0] == 200
