@@ -75,7 +75,7 @@ class Worker:
         """Tell the supervisor; a line of log is dropped rather than waited for. No value of a secret leaves here."""
         message = self._redactor.message(message)
         try:
-            if isinstance(message, worker_api.Line | worker_api.Fault | worker_api.Busy | worker_api.Overdue):
+            if isinstance(message, worker_api.Line | worker_api.Busy | worker_api.Overdue):
                 self._sock.sendmsg([worker_api.encode(message)], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             else:
                 worker_api.send(self._sock, message)
