@@ -75,8 +75,7 @@ def whole(scratch: Path) -> Path:
     """Return the WIT with the interfaces of this project that the tests' guest exports."""
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
-    for name in ("http", "state"):
-        shutil.copytree(OWN_WIT / name, copy / "deps" / f"own-{name}")
+    shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
     return copy
 
 

@@ -12,7 +12,7 @@ import msgspec
 from agent import config
 from agent.host import cli
 from agent.host.compiler import __main__
-from agent.host.engine import runtime
+from agent.host.engine import guest, runtime
 from agent.host.http import routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
@@ -282,6 +282,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "affected-answer": (query.Answer,),
     "kind-of-a-frame": (frames.Kind,),
     "way-of-requests": (frames.RequestPath,),
+    "turn-of-a-loop": (guest.Turn,),
     "fleet-exit-code": (Exit,),
 }
 

@@ -88,6 +88,8 @@ class NativeChannel:
         return bytes(body) if len(body) <= most else None
 
     def _answer(self, call: int, status: int, fields: bytes, body: memoryview) -> None:
+        if b"content-length:" not in fields.lower():  # the router need not wait then to refuse a large body
+            fields = b"content-length: %d\r\n%b" % (len(body), fields)
         head = b"%d\r\n%b" % (status, fields if fields.isascii() else fields.decode("latin-1").encode())
         if len(head) > frames.PAYLOAD_MAX_BYTES:
             self._write(Frame(Kind.END, call, _HEAD_TOO_LARGE))

@@ -313,37 +313,11 @@ def test_a_worker_that_is_asked_to_leave_the_loop_for_nothing_goes_on(probe):
     assert probe.get("/").body == HELLO
 
 
-def memfd(size):
-    fd = os.memfd_create("state", os.MFD_CLOEXEC)
-    os.ftruncate(fd, size)
-    return fd
-
-
-def test_state_goes_from_one_worker_to_the_next(worker):
-    old, new = worker(limits=REUSED), worker(limits=REUSED, serve=False)
-    for _ in range(41):
-        old.get("/")
-    fd = memfd(4096)
-    saved = old.ask(worker_api.SaveState(id=1), worker_api.StateSaved, fd)
-    assert (saved.length, saved.problem) == (2, None)
-    loaded = new.ask(worker_api.LoadState(length=saved.length, id=2), worker_api.StateLoaded, fd, leave=False)
-    assert loaded.problem is None
-    worker_api.send(new.control, worker_api.Serve())
-    assert new.get("/count").body == b"42\n"
-    old.send("/count")  # held until it is told to go on
-    worker_api.send(old.control, worker_api.Resume())
-    assert old.frame() == Frame(Kind.END, 0)
-    assert old.answer(old.number).body == b"42\n"
-    os.close(fd)
-
-
 def test_an_instance_that_traps_in_a_control_message_is_replaced_before_the_next_call(reused):
     assert reused.get("/poison").body == b"poisoned\n"
-    fd = memfd(4096)
-    saved = left(reused, worker_api.SaveState(id=1), worker_api.StateSaved, fd)
-    os.close(fd)
-    assert "unreachable" in saved.problem
+    assert "unreachable" in left(reused, worker_api.Check(id=1), worker_api.Checked).problem
     assert reused.get("/count").body == b"1\n"
+    assert left(reused, worker_api.Check(id=2), worker_api.Checked).problem is None
 
 
 def test_processor_time_of_calls_is_counted(worker):

@@ -47,7 +47,7 @@ def test_a_body_goes_through_the_guest_within_its_credit(native, size):
 def test_field_values_of_any_bytes_arrive_and_come_back_as_the_adapters_do(native):
     answer = native(ECHO).get("/", headers=b"x: caf\xe9\r\n")
     (head,) = answer.heads
-    assert head.startswith(b"200\r\nhost: test\r\nx: caf")
+    assert head.startswith(b"200\r\ncontent-length: 0\r\nhost: test\r\nx: caf")
     assert head.decode().encode("latin-1").decode().endswith("x: caf\u00e9\r\n"), (
         "UTF-8 for the guest, each byte a character"
     )
@@ -100,11 +100,47 @@ def test_a_call_whose_client_is_gone_is_dropped(native):
     assert it.post("/", b"next").body == b"next"
 
 
-def test_health_and_state_are_asked_while_calls_are_taken(native):
+def left(worker, message, reply, *fds):
+    """Have a message carried out between two calls."""
+    answer = worker.ask(message, reply, *fds)
+    assert worker.frame() == Frame(Kind.END, 0)
+    return answer
+
+
+def test_health_is_asked_while_calls_are_taken(native):
     it = native("unhealthy")
-    assert it.ask(worker_api.Check(id=1), worker_api.Checked).problem == "the sensor does not answer"
-    assert it.frame() == Frame(Kind.END, 0)
+    assert left(it, worker_api.Check(id=1), worker_api.Checked).problem == "the sensor does not answer"
     assert it.get("/").body == b"hello\n"
+
+
+@pytest.fixture
+def memfd():
+    fd = os.memfd_create("state", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 4096)
+    yield fd
+    os.close(fd)
+
+
+def test_state_goes_from_one_worker_to_the_next_and_the_first_answers_nothing_before_it_is_told_to(native, memfd):
+    old, new = native("remembers"), native("remembers", serve=False)
+    for _ in range(41):
+        old.get("/")
+    saved = old.ask(worker_api.SaveState(id=1), worker_api.StateSaved, memfd)
+    assert (saved.length > 0, saved.problem) == (True, None)
+    loaded = new.ask(worker_api.LoadState(length=saved.length, id=2), worker_api.StateLoaded, memfd, leave=False)
+    assert loaded.problem is None
+    worker_api.send(new.control, worker_api.Serve())
+    assert int(new.get("/").body) == 42
+    old.send("/")
+    worker_api.send(old.control, worker_api.Resume())
+    assert old.frame() == Frame(Kind.END, 0)
+    assert int(old.answer(old.number).body) == 42
+
+
+def test_an_instance_that_traps_in_a_control_message_is_replaced_before_the_next_call(native, memfd):
+    it = native("trap-in-save")
+    assert "unreachable" in left(it, worker_api.SaveState(id=1), worker_api.StateSaved, memfd).problem
+    assert it.get("/").heads[0].startswith(b"200")
 
 
 def test_a_worker_whose_channel_ends_asks_for_another(native, zygote):
