@@ -291,8 +291,10 @@ class Call:
 
     def _set_head(self, status: int, headers: bytes) -> None:
         try:
-            self._fields = connection.guest_fields(status, headers, 0, 0)
             self._length = connection.declared_length(headers)
+            has_body = self._exchange.request.method != b"HEAD" and status not in _BODILESS
+            most = self._calls.limits.response_bytes
+            self._fields = connection.guest_fields(status, headers, (self._length or 0) if has_body else 0, most)
         except BadAnswerError as error:
             self._problem = self._problem or str(error)
         else:
@@ -603,11 +605,11 @@ class Channel:
         call.channel = None
         self.page.end(settled.outcome, (time.monotonic_ns() - call.began_ns) // 1000, error=settled.error)
         self.page.rest()
-        if self.flight:
-            self._begin()
-        elif self._timer is not None and self._told == call.number:
+        if self._timer is not None and self._told == call.number:
             self._timer.cancel()  # set for the end of this call
             self._timer = None
+        if self.flight:
+            self._begin()
         settled.deliver()
 
     def cancel(self, call: Call) -> None:
@@ -830,7 +832,12 @@ class InstanceCalls:
             if channel.is_free:
                 return channel
         # With several workers a call would wait behind one of them while another becomes free.
-        if len(serving) == 1 and serving[0].flight and serving[0].may_write_ahead(call):
+        if (
+            len(serving) == 1
+            and self.limits.concurrency == 1
+            and serving[0].flight
+            and serving[0].may_write_ahead(call)
+        ):
             return serving[0]
         return None
 

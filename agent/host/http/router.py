@@ -6,6 +6,7 @@ channels and the listeners of their instances as well.
 """
 
 import asyncio
+import contextlib
 import gc
 import mmap
 import signal
@@ -255,14 +256,17 @@ class Router:
         self._writer.send(msgspec.json.encode(message))
 
     def _obey(self) -> None:
-        try:
-            data, fds = framing.receive_packet(self._sock)
-        except BlockingIOError:
-            return
-        except framing.GoneError:
-            self._ended.set()
-            return
-        message = _decoder.decode(data)
+        """Do all that the supervisor says before any client is read: a new router is told every route at once."""
+        with contextlib.suppress(BlockingIOError):
+            while not self._ended.is_set():
+                try:
+                    data, fds = framing.receive_packet(self._sock)
+                except framing.GoneError:
+                    self._ended.set()
+                else:
+                    self._take(_decoder.decode(data), fds)
+
+    def _take(self, message: ToRouter, fds: tuple[int, ...]) -> None:
         match message:
             case DrainRouter():
                 self._drain()

@@ -15,7 +15,6 @@ nonsense delays no limit but its own calls', and `Instance.tick` kills what is l
 import asyncio
 import contextlib
 import time
-from enum import Enum, auto
 from typing import Final, Protocol
 
 from agent.host.ipc import worker_api
@@ -32,18 +31,11 @@ def processor_ns(pid: int) -> int:
     return time.clock_gettime_ns((~pid << 3) | _CLOCK_PROCESS)
 
 
-class Verdict(Enum):
-    """Why a call has to end: over a limit, or since nobody wants its answer any more."""
-
-    OVERDUE = auto()
-    ABANDONED = auto()
-
-
 class CallJudge(Protocol):
     """Receiver of verdicts."""
 
-    def call_must_end(self, worker: WorkerHandle, verdict: Verdict, reason: str) -> None:
-        """End the worker, as its call has not ended otherwise."""
+    def call_must_end(self, worker: WorkerHandle, reason: str, *, at_fault: bool) -> None:
+        """End the worker, as its call has not ended otherwise; not `at_fault`: nobody wanted its answer any more."""
 
 
 class CallWatch:
@@ -61,7 +53,7 @@ class CallWatch:
         self._used_ns = self._first_ns = self._processor_ns()
         self._changed_s = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
-        self._interrupted: Verdict | None = None
+        self._interrupted = False
         if self.runs:
             self._look()
 
@@ -73,7 +65,7 @@ class CallWatch:
     def abandon(self) -> None:
         """End the call, whose answer nobody wants."""
         if self.runs:
-            self._interrupt(Verdict.ABANDONED, "its client had gone, and its call did not end")
+            self._interrupt("its client had gone, and its call did not end", at_fault=False)
 
     def _processor_ns(self) -> int:
         try:
@@ -83,7 +75,7 @@ class CallWatch:
 
     def _look(self) -> None:
         self._timer = None
-        if not self.runs or self._interrupted is not None:
+        if not self.runs or self._interrupted:
             return
         now_s, used_ns = time.monotonic(), self._processor_ns()
         if used_ns != self._used_ns or self._worker.page.waits():
@@ -93,8 +85,7 @@ class CallWatch:
         limits = self._limits
         if own_ms >= limits.call_ms:
             self._interrupt(
-                Verdict.OVERDUE,
-                f"a call had {own_ms} ms of its own time, {limits.call_ms} are allowed, and did not end",
+                f"a call had {own_ms} ms of its own time, {limits.call_ms} are allowed, and did not end", at_fault=True
             )
         elif idle_ms > limits.idle_ms:
             self._kill(f"a call was blocked for {idle_ms} ms in one piece, {limits.idle_ms} are allowed")
@@ -105,20 +96,19 @@ class CallWatch:
             self._timer = asyncio.get_running_loop().call_later(max(_LOOK_MIN_S, left_ms / 1000), self._look)
 
     def _kill(self, reason: str) -> None:
-        self._judge.call_must_end(self._worker, Verdict.OVERDUE, reason)
+        self._judge.call_must_end(self._worker, reason, at_fault=True)
 
-    def _interrupt(self, verdict: Verdict, reason: str) -> None:
-        if self._interrupted is not None:
+    def _interrupt(self, reason: str, *, at_fault: bool) -> None:
+        if self._interrupted:
             return
-        self._interrupted = verdict
+        self._interrupted = True
         with contextlib.suppress(WorkerGoneError):
             self._worker.notify(worker_api.Interrupt(call=self.call))
-        asyncio.get_running_loop().call_later(_GRACE_S, self._after_grace, reason)
+        asyncio.get_running_loop().call_later(_GRACE_S, self._after_grace, reason, at_fault)
 
-    def _after_grace(self, reason: str) -> None:
-        assert self._interrupted is not None
+    def _after_grace(self, reason: str, at_fault: bool) -> None:  # noqa: FBT001 - the loop passes no keywords
         if self.runs:
-            self._judge.call_must_end(self._worker, self._interrupted, reason)
+            self._judge.call_must_end(self._worker, reason, at_fault=at_fault)
 
     def close(self) -> None:
         """Watch no longer."""

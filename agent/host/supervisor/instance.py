@@ -22,7 +22,7 @@ from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import CallStats, count_of
 from agent.host.supervisor import swap
 from agent.host.supervisor.agent_server import EventQueue
-from agent.host.supervisor.call_watch import CallWatch, Verdict
+from agent.host.supervisor.call_watch import CallWatch
 from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace, Restart
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
@@ -355,9 +355,9 @@ class Instance:
         if abandoned:
             watch.abandon()
 
-    def call_must_end(self, worker: WorkerHandle, verdict: Verdict, reason: str) -> None:
+    def call_must_end(self, worker: WorkerHandle, reason: str, *, at_fault: bool) -> None:
         """End a worker whose call has not ended otherwise."""
-        if verdict is Verdict.OVERDUE:
+        if at_fault:
             self._kill_for_call(self._workers.generation_of(worker), worker, reason)
         else:
             worker.excused = True

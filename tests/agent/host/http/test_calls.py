@@ -293,6 +293,7 @@ async def test_a_guest_without_an_answer_is_said_to_its_client_and_in_its_log(tm
 @pytest.mark.parametrize(
     ("head", "why"),
     [
+        (HEAD + b"content-length: 101\r\n", "a body of 101 bytes, at most 100 are allowed"),
         (b"99\r\n", "status 99"),
         (b"200\r\nbad name: x\r\n", "header line"),
         (b"no head\r\n", "begins with no status"),
@@ -302,7 +303,7 @@ async def test_a_guest_without_an_answer_is_said_to_its_client_and_in_its_log(tm
 @pytest.mark.asyncio
 async def test_an_answer_that_is_not_http_is_refused(tmp_path, head, why):
     async with board(tmp_path) as the_board:
-        worker, client = await the_board.worker(), await the_board.client()
+        worker, client = await the_board.worker(response_bytes=100), await the_board.client()
         client.ask()
         worker.answer((await worker.next()).call, head=head)
         assert (await client.answer())[::2] == (502, b"the component's answer is not one\n")
@@ -461,14 +462,16 @@ async def test_a_worker_leaves_its_loop_between_two_calls_and_is_given_none_mean
 
 
 @pytest.mark.asyncio
-async def test_a_call_that_takes_long_is_reported_once(tmp_path):
+async def test_each_call_that_takes_long_is_reported_also_if_it_was_written_ahead(tmp_path):
     async with board(tmp_path) as the_board:
-        worker, client = await the_board.worker(), await the_board.client()
-        client.ask()
-        call = (await worker.next()).call
-        assert await the_board.report(helper_api.LongCall) == helper_api.LongCall(worker.number, call)
-        worker.answer(call)
-        assert (await client.answer())[0] == 200
+        worker, clients = await the_board.worker(), [await the_board.client() for _ in range(3)]
+        for client in clients:
+            client.ask()
+        for client in clients:
+            call = (await worker.next()).call
+            assert await the_board.report(helper_api.LongCall) == helper_api.LongCall(worker.number, call)
+            worker.answer(call)
+            assert (await client.answer())[0] == 200
 
 
 @pytest.mark.parametrize("streams", [False, True])

@@ -10,7 +10,7 @@ import pytest
 
 from agent.host.ipc import stats_page, worker_api
 from agent.host.supervisor import call_watch
-from agent.host.supervisor.call_watch import CallWatch, Verdict
+from agent.host.supervisor.call_watch import CallWatch
 from fleet.protocol.manifest import Limits
 
 SPINS, SLEEPS = "while True: pass", "import time; time.sleep(3600)"
@@ -37,8 +37,8 @@ class Judge:
     def __init__(self):
         self.verdicts = asyncio.Queue()
 
-    def call_must_end(self, worker, verdict, reason):
-        self.verdicts.put_nowait((worker, verdict, reason))
+    def call_must_end(self, worker, reason, *, at_fault):
+        self.verdicts.put_nowait((worker, at_fault, reason))
 
 
 @contextlib.contextmanager
@@ -64,8 +64,8 @@ async def test_a_guest_that_computes_past_its_time_is_interrupted_and_ended_if_t
         with a_worker(SPINS) as worker:
             CallWatch(worker, 7, Limits(call_ms=100), judge)
             assert await worker.messages.get() == worker_api.Interrupt(call=7)
-            ended, verdict, reason = await judge.verdicts.get()
-            assert (ended, verdict) == (worker, Verdict.OVERDUE)
+            ended, at_fault, reason = await judge.verdicts.get()
+            assert (ended, at_fault) == (worker, True)
             assert "ms of its own time, 100 are allowed" in reason
 
 
@@ -97,8 +97,8 @@ async def test_a_guest_that_stands_still_is_ended_unless_it_waits_for_its_client
         with a_worker(SLEEPS) as worker:
             worker.page.wait(client)
             CallWatch(worker, 7, limits, judge)
-            _, verdict, reason = await judge.verdicts.get()
-            assert (verdict, words in reason) == (Verdict.OVERDUE, True), reason
+            _, at_fault, reason = await judge.verdicts.get()
+            assert (at_fault, words in reason) == (True, True), reason
             assert worker.messages.empty()
 
 
@@ -122,4 +122,4 @@ async def test_a_call_that_nobody_waits_for_is_ended_without_blame():
         with a_worker(SLEEPS) as worker:
             CallWatch(worker, 7, Limits(), judge).abandon()
             assert await worker.messages.get() == worker_api.Interrupt(call=7)
-            assert (await judge.verdicts.get())[1] is Verdict.ABANDONED
+            assert (await judge.verdicts.get())[1] is False
