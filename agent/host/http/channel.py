@@ -16,6 +16,7 @@ token, which is sent back to it, and then every call that had not begun (`Kind.F
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 import time
@@ -69,6 +70,8 @@ _ABANDON_S: Final = 0.1  # from CANCEL, which ends a guest that waits, to the in
 _TOTAL_MARGIN_S: Final = 0.25  # a call that its client delays ends before the supervisor would blame the guest
 _NOTES_A_MINUTE: Final = 60
 _FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with their length in one piece
+_QUEUE_SAID_EVERY_S: Final = 60
+_QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 _SERVER_ERROR: Final = 500
 _BODILESS: Final = frozenset({204, 304})
 
@@ -592,6 +595,7 @@ class Channel:
         if self._told != call.number:
             self._told = call.number
             self._calls.reports.report(LongCall(self.worker, call.number))
+            self._calls.note_queue()
         total_s = self._calls.limits.total_ms / 1000
         left_s = total_s - min(_TOTAL_MARGIN_S, total_s / 4) - age_s
         if left_s > 0:
@@ -623,6 +627,11 @@ class Channel:
             self._calls.reports.report(CallAbandoned(self.worker, call.number))
 
     # Orders of the supervisor's.
+
+    @property
+    def is_in_long_call(self) -> bool:
+        """True while the call that runs has been reported as long."""
+        return bool(self.flight) and self.flight[0].number == self._told
 
     def leave_loop(self) -> None:
         """Have the worker read its control socket, once no call is in the channel."""
@@ -789,6 +798,7 @@ class InstanceCalls:
         self.channels: list[Channel] = []
         self._waiting: deque[Call] = deque()
         self._notes = TokenBucket(_NOTES_A_MINUTE)
+        self._queue_said_s = -math.inf
 
     @property
     def idle_s(self) -> float:
@@ -812,6 +822,18 @@ class InstanceCalls:
             return
         self._waiting.append(call)
         self.pump()
+        self.note_queue()
+
+    def note_queue(self) -> None:
+        """Log, once in a while, that calls wait for others that take long, with as many workers as there may be."""
+        serving = [channel for channel in self.channels if channel.serves]
+        if len(serving) < self.limits.concurrency or not all(channel.is_in_long_call for channel in serving):
+            return
+        waits = self._waiting or any(len(channel.flight) > 1 for channel in serving)
+        now_s = time.monotonic()
+        if waits and now_s - self._queue_said_s > _QUEUE_SAID_EVERY_S:
+            self._queue_said_s = now_s
+            self.note(_QUEUED.format(self.limits.concurrency))
 
     def withdraw(self, call: Call) -> None:
         """Forget a call that waits."""
@@ -843,8 +865,7 @@ class InstanceCalls:
 
     def lose(self, channel: Channel, flight: list[Call]) -> None:
         """Give up the call that ran in a channel that has ended; the calls behind it had not begun."""
-        if channel in self.channels:
-            self.channels.remove(channel)
+        self.channels.remove(channel)
         running, behind = flight[:1], flight[1:]
         for call in reversed(behind):
             call.channel = None
@@ -861,6 +882,10 @@ class InstanceCalls:
         for call in waiting:
             call.refuse(status, why)
 
+    def rest(self) -> None:
+        """Take note that no calls come any more; what is logged once in a while may be logged again."""
+        self._queue_said_s = -math.inf
+
     def count(self, outcome: CallOutcome) -> None:
         """Count a request that was answered without the guest."""
         if self.channels:
@@ -870,9 +895,3 @@ class InstanceCalls:
         """Write a line to the instance's log, as far as there is room for it."""
         if self.channels and self._notes.take():
             self.reports.report(ChannelNote(self.channels[-1].worker, text))
-
-    def close(self) -> None:
-        """Close every channel."""
-        for channel in self.channels:
-            channel.close()
-        self.channels.clear()

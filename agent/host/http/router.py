@@ -318,8 +318,7 @@ class Router:
                 calls = self._pool.calls.pop(instance, None)
                 if calls is not None:
                     calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
-                    if not calls.channels:
-                        del self._calls[instance]
+                    calls.rest()
 
     @property
     def has_room(self) -> bool:
@@ -333,10 +332,9 @@ class Router:
             own.go_on()
 
     def _calls_of(self, instance: str) -> InstanceCalls:
-        calls = self._calls.get(instance)
-        if calls is None:
-            calls = self._calls[instance] = InstanceCalls(instance, self)
-        return calls
+        kept = self._pool.calls
+        self._calls = {name: calls for name, calls in self._calls.items() if calls.channels or name in kept}
+        return self._calls.setdefault(instance, InstanceCalls(instance, self))
 
     def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
         channel_fd, page_fd = fds

@@ -474,6 +474,21 @@ async def test_each_call_that_takes_long_is_reported_also_if_it_was_written_ahea
             assert (await client.answer())[0] == 200
 
 
+@pytest.mark.asyncio
+async def test_the_log_says_that_requests_wait_for_one_that_takes_long(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, clients = await the_board.worker(), [await the_board.client() for _ in range(2)]
+        clients[0].ask()
+        call = (await worker.next()).call
+        await the_board.report(helper_api.LongCall)
+        clients[1].ask()
+        assert "limits.concurrency allows 1 at a time" in (await the_board.report(helper_api.ChannelNote)).text
+        worker.answer(call)
+        worker.answer((await worker.next()).call)
+        for client in clients:
+            assert (await client.answer())[0] == 200
+
+
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.asyncio
 async def test_a_guest_that_streams_for_nobody_is_ended_and_one_that_answers_is_not(tmp_path, streams):
