@@ -174,7 +174,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
     "router-and-egress": {
-        **_tagged(helper_api.RouteUpdate, helper_api.RouteRemove, helper_api.DrainRouter, helper_api.RegisterWorker),
+        **_tagged(*get_args(helper_api.ToRouter), helper_api.RegisterWorker),
+        **_tagged(*(each for each in get_args(helper_api.FromRouter) if each is not helper_api.RouteAcknowledged)),
         "route acknowledged": helper_api.RouteAcknowledged,
         "ask": helper_api.ConnectRequest,
         "told": helper_api.ConnectReply,
