@@ -375,10 +375,9 @@ class Call:
 
     # The end.
 
-    def settle(self, payload: bytes) -> Settled:
+    def settle(self, end: adapter_abi.ResponseHead) -> Settled:
         """Take the guest's end of the answer."""
         self._cancel_timers()
-        end = adapter_abi.answer_head(payload)
         if self._abandoned is not None:
             return Settled(self._abandoned, error=False, deliver=_nothing)
         if self._client is None:
@@ -737,9 +736,9 @@ class Channel:
             case Kind.CREDIT:
                 call.credited(_CREDIT.unpack(frame.payload)[0])
             case _:
-                said = adapter_abi.answer_head(frame.payload)
-                self._lost_place = self._calls.reuses and said.problem is not None
-                self._end(call.settle(frame.payload))
+                end = adapter_abi.answer_head(frame.payload)
+                self._lost_place = self._calls.reuses and end.problem is not None
+                self._end(call.settle(end))
 
     def _resume_after_failure(self, payload: bytes) -> None:
         """End the call that failed, if one did, and write everything else anew for the next store."""
@@ -822,7 +821,8 @@ class InstanceCalls:
             return
         self._waiting.append(call)
         self.pump()
-        self.note_queue()
+        if call.channel is None or call.channel.flight[0] is not call:
+            self.note_queue()
 
     def note_queue(self) -> None:
         """Log, once in a while, that calls wait for others that take long, with as many workers as there may be."""
