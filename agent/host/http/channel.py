@@ -24,11 +24,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from agent.host.engine import adapter_abi
 from agent.host.http import connection
 from agent.host.http.connection import BadAnswerError
 from agent.host.http.exchange import Asker, Exchange
 from agent.host.http.parser import Fields, tokens
+from agent.host.ipc import heads
 from agent.host.ipc.frames import (
     FROM_GUEST,
     INITIAL_CREDIT_BYTES,
@@ -287,7 +287,7 @@ class Call:
 
     def _take_head(self, payload: bytes) -> None:
         try:
-            status, headers, _ = adapter_abi.split_head(payload + b"\r\n")
+            status, headers, _ = heads.split_head(payload + b"\r\n")
             self._set_head(status, headers)
         except ValueError as error:
             self._problem = self._problem or str(error)
@@ -375,7 +375,7 @@ class Call:
 
     # The end.
 
-    def settle(self, end: adapter_abi.ResponseHead) -> Settled:
+    def settle(self, end: heads.ResponseHead) -> Settled:
         """Take the guest's end of the answer."""
         self._cancel_timers()
         if self._abandoned is not None:
@@ -736,7 +736,7 @@ class Channel:
             case Kind.CREDIT:
                 call.credited(_CREDIT.unpack(frame.payload)[0])
             case _:
-                end = adapter_abi.answer_head(frame.payload)
+                end = heads.answer_head(frame.payload)
                 self._lost_place = self._calls.reuses and end.problem is not None
                 self._end(call.settle(end))
 

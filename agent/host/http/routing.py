@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from agent.host.engine import adapter_abi
 from agent.host.http.parser import RequestHead, tokens
+from agent.host.ipc import heads
 
 _IPV4: Final = re.compile(rb"\d+\.\d+\.\d+\.\d+(:\d+)?")
 _LISTED_MAX: Final = 100
@@ -116,7 +116,7 @@ def guest_head(request: RequestHead, route: Route) -> bytes:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif request.length is not None:
             lines.append(b"content-length: %d\r\n" % request.length)
-    return adapter_abi.request_head(request.method, route.target, b"".join(lines))
+    return heads.request_head(request.method, route.target, b"".join(lines))
 
 
 def _forwarded_lines(request: RequestHead, route: Route) -> list[bytes]:

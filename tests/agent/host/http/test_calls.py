@@ -91,8 +91,9 @@ class Board:
 
     async def report(self, kind):
         """The router's next report of this kind."""
-        while not isinstance(report := await self._reports.get(), kind):
-            pass
+        report = None
+        while not isinstance(report, kind):
+            report = await self._reports.get()
         return report
 
     def tell(self, message, *fds):
