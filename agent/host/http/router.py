@@ -274,7 +274,11 @@ class Router:
                 self._heed(message)
                 self.report(RouteAcknowledged(message.id))
             case AdoptConnections(instance=instance):
-                self._own[instance].adopt(socket.socket(fileno=fds[0]))
+                own = self._own.get(instance)
+                if own is None:  # closed meanwhile: nobody serves them any more
+                    framing.close_all(fds)
+                else:
+                    own.adopt(socket.socket(fileno=fds[0]))
             case AddListener() | RemoveListener():
                 self._heed_listener(message, fds)
             case AddChannel():

@@ -9,7 +9,7 @@ import struct
 import msgspec
 import pytest
 
-from agent.host.http import channel, router
+from agent.host.http import channel, connection, router
 from agent.host.ipc import frames, framing, helper_api, stats_page
 from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, Kind
 from fleet.protocol.codes import CallOutcome
@@ -138,6 +138,9 @@ class Client:
         else:
             body = await self.reader.readexactly(int(fields.get(b"content-length", b"0")))
         return int(status.split()[1]), fields, body
+
+    def close(self):
+        self.writer.close()
 
     def reset(self):
         """Go away so that the router notices: an end of what is sent could be half of a conversation."""
@@ -560,6 +563,31 @@ async def test_what_is_no_frame_ends_the_channel_and_the_supervisor_hears_of_it(
         assert (await client.answer())[0] == 502
         assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
         assert await worker.next() is None
+
+
+@pytest.mark.parametrize("instance", ["web", "closed meanwhile"])
+@pytest.mark.asyncio
+async def test_the_router_takes_over_connections_with_what_has_come_of_their_next_request(tmp_path, instance):
+    async with board(tmp_path) as the_board:
+        worker = await the_board.worker()
+        ours, theirs = framing.socket_pair()
+        the_board.tell(helper_api.AdoptConnections(instance), theirs.fileno())
+        theirs.close()
+        there, here = socket.socketpair()
+        with ours, here:
+            framing.send_packet(ours, connection.PASSED + GET[:20], (here.fileno(),))
+        client = Client(*await asyncio.open_unix_connection(sock=there))
+        if instance == "web":
+            client.ask(GET[20:])
+            worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+            assert (await client.answer())[0] == 200
+        else:
+            assert await client.reader.read() == b""
+        client.close()
+        other = await the_board.client()
+        other.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
 
 
 @pytest.mark.asyncio
