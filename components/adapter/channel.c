@@ -19,6 +19,7 @@ IMPORT(ENGINE_STREAMS, "[method]output-stream.check-write") void check_write(int
 IMPORT(ENGINE_STREAMS, "[method]output-stream.write")
 void write_now(int32_t stream, const char *data, size_t size, nothing_result *to);
 IMPORT(HOST, "cancelled") void host_cancelled(void);
+IMPORT(HOST, "wrote") void host_wrote(uint32_t size);
 
 typedef struct {
     uint32_t size;
@@ -26,7 +27,7 @@ typedef struct {
     uint32_t call;
 } frame;
 
-int looping;
+int looping, metered;
 
 static int32_t in = -1, out = -1;
 static int exact;                                   // the next store reads on where this one stops
@@ -159,6 +160,7 @@ void channel_flush(void) {
     if (out < 0) out = channel_stdout();
     count_result room;
     nothing_result done;
+    if (metered) host_wrote(out_end);
     check_write(out, &room);
     if (room.failed) give_up();
     if (room.count < out_end) __builtin_trap();
@@ -200,6 +202,7 @@ static void begin_call(uint32_t number, int with_body) {
     credit = INITIAL_CREDIT;
     body_at = body_size = body_taken = trailers_size = 0;
     body_open = with_body;
+    if (metered) host_wrote(0);
 }
 
 static int next_ahead(text *head) {

@@ -7,6 +7,9 @@
 // True from the loop's first turn on: bodies are frames then, not the store's standard input and output.
 extern int looping;
 
+// True where the host is told of calls and of bytes, see `host.wrote`.
+extern int metered;
+
 // What the guest has in place of the engine's streams, see `OURS`: the bodies of the call in hand, and an empty one.
 #define REQUEST_BODY 0x7ffffff0u
 #define RESPONSE_BODY 0x7ffffff1u

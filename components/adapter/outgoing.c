@@ -249,3 +249,5 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
 }
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#replied") uint32_t replied(void) { return channel_ended(); }
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#meter") void meter(void) { metered = 1; }

@@ -90,8 +90,11 @@ class Guest:
         log: Log,
         data: str = "",
         outgoing: Requests | None = None,
+        wrote: Callable[[int], None] | None = None,
     ) -> None:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
+
+        `wrote`: called when a call of a channel begins (0), and before so many bytes are written to the channel.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
@@ -110,7 +113,8 @@ class Guest:
         self._config = config
         self._log = log
         self._outgoing = outgoing or DenyOutgoing(log)
-        self._linker, self._wasi = _linker(image, config, log, self._outgoing)
+        self._metered = wrote is not None
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing, wrote or (lambda _bytes: None))
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -270,7 +274,9 @@ class Guest:
         self._store.close()
 
 
-def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) -> tuple[wc.Linker, bool]:
+def _linker(
+    image: Image, config: dict[str, str], log: Log, outgoing: Requests, wrote: Callable[[int], None]
+) -> tuple[wc.Linker, bool]:
     """Return a linker with what the component imports and was granted, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
@@ -287,6 +293,7 @@ def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) 
                     for function in ("begin", "write", "send", "head", "read", "close", "reset"):
                         instance.add_func(function, _asking(getattr(outgoing, function)))
                     instance.add_func("cancelled", _cancelled)
+                    instance.add_func("wrote", _asking(wrote))
                 else:
                     instance.add_func("get", lambda _store, key: config.get(key))
                     instance.add_func("get-all", lambda _store: list(config.items()))
@@ -350,13 +357,14 @@ def start(
     data: str = "",
     outgoing: adapter_abi.Requests | None = None,
     channel: bool = False,
+    wrote: Callable[[int], None] | None = None,
 ) -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises.
 
-    `channel`: one of wasi:http gets its calls from standard input, see `ChannelGuest`.
+    `channel`: one of wasi:http gets its calls from standard input, see `ChannelGuest`. `wrote`: see `Guest`.
     """
     kind = (ChannelGuest if channel else WasiHttpGuest) if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing, wrote=wrote)
 
 
 class WasiHttpGuest(Guest):
@@ -439,7 +447,7 @@ class ChannelGuest(Guest):
     last_call = 0
     """Number of the last call that this instance has answered."""
     _STEP: Final = 256
-    """Calls after which the loop returns, so that processor time is counted now and then."""
+    """Calls after which the loop returns, so that processor time is counted now and then; metered, after each."""
 
     def _streams(self, stdin: bytes | None) -> WasiConfig:
         wasi = super()._streams(stdin)
@@ -462,11 +470,11 @@ class ChannelGuest(Guest):
             GuestError: the call in flight ended in a trap or a limit; a `CancelledCallError` is no fault of the guest.
         """
         assert self._serve is not None
-        calls = min(self._left, self._STEP)
+        calls = min(self._left, 1 if self._metered else self._STEP)
         self._arm(0)
         self._armed()
         try:
-            said: int = self._serve(self._store, calls, calls == self._left, token)
+            said: int = self._serve(self._store, calls, calls == self._left, self._metered, token)
         except WasmtimeError as error:
             self.ended = True
             raise guest_error(str(error)) from error

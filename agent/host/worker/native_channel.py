@@ -5,7 +5,7 @@ components/adapter/channel.c: one call in hand, whole requests written ahead beh
 find the place in the stream again after a call that failed.
 """
 
-import os
+import socket
 from collections import deque
 from typing import Final
 
@@ -33,12 +33,13 @@ class _CancelledError(Exception):
 
 
 class NativeChannel:
-    """Calls of one guest over the process's standard input and output."""
+    """Calls of one guest over the socket that is the process's standard input and output."""
 
-    def __init__(self, runner: GuestRunner, control: ControlThread) -> None:
-        """`control` interrupts calls."""
+    def __init__(self, runner: GuestRunner, control: ControlThread, sock: socket.socket) -> None:
+        """`control` interrupts calls; `sock` is the channel."""
         self._runner = runner
         self._control = control
+        self._sock = sock
         self._decoder = FrameDecoder(TO_GUEST)
         self._frames: deque[Frame] = deque()
 
@@ -135,9 +136,8 @@ class NativeChannel:
             data = data[-len(token) :] + self._read()
         self._frames.extend(self._decoder.feed(data.partition(token)[2]))
 
-    @staticmethod
-    def _read() -> bytes:
-        data = os.read(0, _READ_BYTES)
+    def _read(self) -> bytes:
+        data = self._sock.recv(_READ_BYTES)
         if not data:
             raise _ChannelEndedError
         return data
@@ -145,11 +145,9 @@ class NativeChannel:
     def _write(self, frame: Frame) -> None:
         self._send(frames.encode(frame))
 
-    @staticmethod
-    def _send(data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         try:
-            while data:
-                data = data[os.write(1, data) :]
+            self._sock.sendall(data)
         except OSError as error:
             raise _ChannelEndedError from error
 

@@ -30,7 +30,14 @@ from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.streaming import StreamingResponse
-from agent.host.worker.watchdog import LINE_MAX_CHARS, Call, CallWatchdog, SendToSupervisor, do_nothing
+from agent.host.worker.watchdog import (
+    LINE_MAX_CHARS,
+    Call,
+    CallWatchdog,
+    SendToSupervisor,
+    WriteTicker,
+    do_nothing,
+)
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits
 
@@ -94,6 +101,8 @@ class GuestRunner:
         self._counting = threading.Lock()
         self._way: StreamingResponse | None = None
         self._answered = 0
+        self._sent_bytes = 0
+        self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
         self._ticker = ticker or CallWatchdog(image.engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
 
     def start(self) -> frozenset[str]:
@@ -121,7 +130,17 @@ class GuestRunner:
             data=self._data,
             outgoing=self._outgoing,
             channel=self._channel,
+            wrote=None if self._meter is None else self._wrote,
         )
+
+    def _wrote(self, size: int) -> None:
+        """Take note of a call that begins (0), or of bytes that are about to go to the channel, and not to a file."""
+        assert self._meter is not None
+        if size:
+            with self._counting:
+                self._sent_bytes += size
+        else:
+            self._meter.begin()
 
     def serve(self, token: str, control: ControlThread) -> Turn:
         """Serve calls of the channel until there is a reason not to, and have the next instance ready then.
@@ -153,6 +172,8 @@ class GuestRunner:
             try:
                 if guest.ended:
                     guest.renew()
+                if self._meter is not None:
+                    self._meter.begin()
                 return guest.handle(method, target, headers, body)
             except EngineError as error:
                 guest.ended = True
@@ -175,6 +196,9 @@ class GuestRunner:
             raise
         finally:
             self._page.spent(time.thread_time_ns() - had_ns)
+            if self._meter is not None:
+                self._meter.end()
+                self._count_writes()
 
     def restore(self) -> None:
         """Have an instance again, if a control message has cost the last one.
@@ -256,7 +280,7 @@ class GuestRunner:
                 self.start()
             assert self._guest is not None
             self._count_writes()
-            self._way, self._answered = way, 0
+            self._way = way
             self._begin(own_ms or self.limits.call_ms, way)
             had_ns = time.thread_time_ns()
             try:
@@ -266,7 +290,7 @@ class GuestRunner:
                 self._ticker.end()
                 self._page.rest()
                 self._count_writes()
-                self._way = None
+                self._way, self._answered = None, self._sent_bytes
         except GuestError as error:
             self._spend("" if way is not None and way.ended else str(error))
             raise
@@ -279,7 +303,8 @@ class GuestRunner:
         if self._writes is None:
             return
         with self._counting:
-            answered = 0 if self._way is None else self._way.read_bytes  # by the pipe in place of standard output
+            # By the pipe in place of standard output, or to the channel.
+            answered = self._sent_bytes if self._way is None else self._way.read_bytes
             too_much = self._writes.look(answered=answered - self._answered)
             self._answered = answered
         if too_much:

@@ -5,8 +5,7 @@ sandbox, instantiates the guest and says `Ready`. From then on it has its client
 and nothing else. When that socket closes, it ends.
 
 With a channel (decision 15) it has no clients: its standard input and output are one end of a socket to the router,
-from which the guest itself reads calls as frames, in a loop on the main thread. A guest that has no such loop, or has
-files, gets connections as without a channel.
+from which the guest itself reads calls as frames, in a loop on the main thread; for a native guest the worker does.
 
 A worker that instances of one publisher share, because the device's owner lets them, begins with `OpenShared` instead.
 It maps every image before it enters the sandbox, since nothing in a worker may map machine code afterwards; an instance
@@ -100,7 +99,7 @@ class Worker:
             self._outgoing = _outgoing(setup, ask_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
-            self._channel = setup.channel and (image.loops or not image.adapted) and not setup.data
+            self._channel = setup.channel and (image.loops or not image.adapted)
             if channel_fd >= 0:
                 _plug_in(channel_fd, used=self._channel)
             if image.adapted and not self._channel:
@@ -230,15 +229,17 @@ class Worker:
     def _serve_channel(self) -> NoReturn:
         """Serve calls of the channel until that ends, or the supervisor's socket closes."""
         control = ControlThread(self._sock, self._page, tick=self._tick, say=self.say)
-        native = None if self._caller.streams else NativeChannel(self._caller, control)
+        sock = socket.socket(fileno=1)
+        output = _ChannelOutput(sock)
+        native = None if self._caller.streams else NativeChannel(self._caller, control, sock)
         token = ""
         while True:
             try:
                 turn = self._caller.serve(token, control) if native is None else native.serve(token)
             except GuestError as error:
-                token = _say_failed(error.outcome, self._redactor.text(str(error)))
+                token = output.failed(error.outcome, self._redactor.text(str(error)))
                 continue
-            token = _say_failed() if turn is Turn.MISPLACED else ""
+            token = output.failed() if turn is Turn.MISPLACED else ""
             if turn is Turn.CHANNEL_ENDED:
                 os._exit(worker_api.RENEW)
             if turn is Turn.LEAVE:
@@ -248,7 +249,7 @@ class Worker:
                     for received in control.wait():
                         self.obey(*received)
                 self._caller.restore()
-                _write_frame(Frame(Kind.END, 0))
+                output.write(Frame(Kind.END, 0))
 
     def close(self) -> None:
         """End this instance, and not the process."""
@@ -326,26 +327,32 @@ def _plug_in(channel_fd: int, *, used: bool) -> None:
     os.close(channel_fd)
 
 
-def _say_failed(outcome: CallOutcome | None = None, why: str = "") -> str:
-    """Tell the router that the store has ended early, and return the token behind which the next one reads on.
+class _ChannelOutput:
+    """Writes of the worker itself to the channel, while no guest runs: each write of a guest's ends with a whole frame.
 
-    `outcome`: of the call in flight, if that has failed; `why`: a text whose first line says so.
+    Sent as to a socket, since the kernel counts bytes that are written as to a file, and a guest has a quota of those.
     """
-    token = os.urandom(frames.TOKEN_BYTES // 2).hex()
-    sentence = (why.splitlines() or [""])[0][:LINE_MAX_CHARS]
-    text = f"{'' if outcome is None else outcome.value}\r\n{sentence}\r\n{token}"
-    _write_frame(Frame(Kind.FAILED, 0, text.encode()))
-    return token
 
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
 
-def _write_frame(frame: Frame) -> None:
-    """Write a frame to the channel; only while no guest runs. Each write of a guest's ends with a whole frame."""
-    data = frames.encode(frame)
-    try:
-        while data:
-            data = data[os.write(1, data) :]
-    except OSError:
-        os._exit(worker_api.RENEW)
+    def failed(self, outcome: CallOutcome | None = None, why: str = "") -> str:
+        """Tell the router that the store has ended early, and return the token behind which the next one reads on.
+
+        `outcome`: of the call in flight, if that has failed; `why`: a text whose first line says so.
+        """
+        token = os.urandom(frames.TOKEN_BYTES // 2).hex()
+        sentence = (why.splitlines() or [""])[0][:LINE_MAX_CHARS]
+        text = f"{'' if outcome is None else outcome.value}\r\n{sentence}\r\n{token}"
+        self.write(Frame(Kind.FAILED, 0, text.encode()))
+        return token
+
+    def write(self, frame: Frame) -> None:
+        """Write a frame; without a router the worker ends."""
+        try:
+            self._sock.sendall(frames.encode(frame))
+        except OSError:
+            os._exit(worker_api.RENEW)
 
 
 def _read_secrets(fd: int) -> dict[str, str]:
