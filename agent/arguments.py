@@ -1,9 +1,16 @@
-"""Arguments of the commands on a device: a mistyped command is one line, with the command like it."""
+"""Base of the commands on a device: their arguments, their end at a closed pipe, their place in a container."""
 
 import argparse
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, NoReturn
+
+_FORWARDED: Final = frozenset(
+    {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+)
 
 
 def parse(
@@ -16,3 +23,45 @@ def parse(
         guess = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
         parser.exit(2, f"{parser.prog}: no such command {words[0]!r}; {guess} See '{parser.prog} --help'\n")
     return parser.parse_args(words)
+
+
+def until_closed(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; as after SIGPIPE where its output was closed, as by `| head`."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python writes the rest when it ends
+        os.close(nowhere)
+        return 128 + signal.SIGPIPE
+
+
+def leave_first_process() -> None:
+    """Go on in a child where this is the first process of a container; the first one then only does its duties.
+
+    The first process (PID 1) inherits every orphan and has to wait for it, lest zombies fill the table of processes.
+    """
+    if os.getpid() != 1:
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    child = os.fork()
+    if child:
+        _be_first(child)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _be_first(child: int) -> NoReturn:
+    """Forward signals to the child and wait for every orphan, until the child ends; end with its status."""
+    while True:
+        number = signal.sigwait({*_FORWARDED, signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            pid, status = ended
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
+                os._exit(code if code >= 0 else 128 - code)

@@ -8,22 +8,23 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from agent import config, systemd
-from agent.arguments import parse
-from agent.config import CONFIG_FILE, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
+from agent import clock, config, starts, systemd
+from agent.arguments import leave_first_process, parse, until_closed
+from agent.config import CONFIG_FILE, HOST_STATE_DIR, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
 from agent.identity import enrolment, identity
 from agent.link.host_client import HostClient, HostGoneError
 from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
-from agent.update.store import Database, NotAloneError, Store, StoreError, alone
+from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
 from fleet.protocol.files import is_read_only, remove_leftovers
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
@@ -38,6 +39,7 @@ EXAMPLES: Final = """examples:
   fleet-agent enroll --token-file /run/credentials/enroll-token
   fleet-agent status                 show what runs on this device
   fleet-agent why hello              show what happened to the instance hello, and what to do
+  fleet-agent routes                 show which instance answers at which address, host and path
   fleet-agent check                  test disk, network, certificate, engine and host, in order
   fleet-agent apply /media/usb/fleet.bundle
                                      update without a network
@@ -68,6 +70,16 @@ The package does so at every start of the host: fleet-restore.service.
     "why": """examples:
   fleet-agent why                    all instances
   fleet-agent why hello              only the instance hello
+""",
+    "routes": """examples:
+  fleet-agent routes
+  fleet-agent routes --json | jq '.routes[] | select(.answers | not)'
+The device's owner writes routes, limits and certificates in /etc/wasmfleet/ingress.toml; they are in effect after
+systemctl reload fleet-host.
+""",
+    "diagnose": """example:
+  sudo fleet-agent diagnose -o device.tar.gz
+                                     status, history, checks, logs, kernel messages and configuration
 """,
     "check": """examples:
   fleet-agent check
@@ -150,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         help="take the token from the boot partition or the kernel's command line, and erase it",
     )
     join.add_argument("--name", default="", help="name of this device (default: its host name)")
+    join.add_argument(
+        "--same-device",
+        action="store_true",
+        help="keep the identity where the ids of this machine have changed, and record the new ones",
+    )
     join.add_argument("--force", action="store_true", help="discard an existing identity and state")
     apply = add("apply", _apply, "apply a bundle that 'fleet bundle create' made, without a network")
     apply.add_argument("file", type=Path, metavar="FILE", help="bundle to apply")
@@ -161,6 +178,16 @@ def _parser() -> argparse.ArgumentParser:
     add("status", _status, "show what runs on this device", json=True)
     reason = add("why", _why, "show what happened on this device, why, and what to do", json=True)
     reason.add_argument("instance", nargs="?", default="", help="only this instance")
+    add("routes", _routes, "show which instance answers at which address, host and path", json=True)
+    bundle = add("diagnose", _diagnose, "write an archive about this device for whoever helps, without any secret")
+    bundle.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="archive to write (.tar.gz)")
+    bundle.add_argument(
+        "--host-state",
+        type=Path,
+        default=HOST_STATE_DIR,
+        metavar="DIR",
+        help=f"state directory of the host, for its logs (default: {HOST_STATE_DIR})",
+    )
     add("check", _check, "test what the agent needs, in order; exit with status 1 if a test fails", json=True)
     return parser
 
@@ -171,6 +198,8 @@ def _places(options: argparse.Namespace) -> Paths:
 
 def _enroll(options: argparse.Namespace) -> int:
     settings = options.settings
+    if options.same_device:
+        return _same_device(options)
     if options.first_boot:
         return _first_boot(options, settings)
     if options.token_file is not None:
@@ -184,11 +213,21 @@ def _enroll(options: argparse.Namespace) -> int:
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)
         read = sys.stdin.buffer.readline(TOKEN_MAX_BYTES)
     text = read.decode("ascii", errors="replace")
-    _join(options, enrolment.device_name(options.name or settings.name), text, identity.machine())
+    _join(options, enrolment.device_name(options.name or settings.name), text)
     return 0
 
 
-def _join(options: argparse.Namespace, name: str, text: str, machine: str) -> None:
+def _same_device(options: argparse.Namespace) -> int:
+    """Record that this machine, whatever its ids, is the device that enrolled."""
+    found = identity.evidence()  # as root, who may read them all
+    who = _identity(_places(options))
+    identity.note_machine(_places(options).identity, found)
+    print(f"this machine is {who.device}")
+    return 0
+
+
+def _join(options: argparse.Namespace, name: str, text: str) -> None:
+    found, machine = identity.evidence(), identity.machine()  # as root, who may read them all
     _become_owner(options.state)
     joined = enrolment.enrol(
         text,
@@ -199,6 +238,7 @@ def _join(options: argparse.Namespace, name: str, text: str, machine: str) -> No
         machine=machine,
         proxy=options.settings.network.proxy,
     )
+    identity.note_machine(_places(options).identity, found)
     print(f"{joined.device} has joined the fleet {joined.fleet}" + (f", group {joined.group}" if joined.group else ""))
 
 
@@ -208,7 +248,7 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     if (directory / "enrolled.json").exists():
         who = identity.load(directory)
         if not identity.is_copied_disk(who):
-            print(f"{who.device} is already enrolled")
+            print(identity.doubt(who) or f"{who.device} is already enrolled")
             return 0
         print(f"this disk was copied from device {who.device}: discarding its identity and state")
         options.force = True
@@ -223,7 +263,7 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
     name = enrolment.device_name(named) if named else identity.name_of(enrolment.device_name(), machine)
     pid = os.fork()  # root erases the token, but the identity is written by the agent's user
     if pid == 0:
-        os._exit(_guarded(lambda: _join(options, name, found.text, machine)))
+        os._exit(_guarded(lambda: _join(options, name, found.text)))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 0 and not identity.erase(found):
         print(f"the used token could not be erased from {found.where}; it does not work a second time", file=sys.stderr)
@@ -255,6 +295,25 @@ def _become_owner(state: Path) -> None:
         os.environ["HOME"] = str(state)
 
 
+@contextlib.contextmanager
+def _as_owner(state: Path) -> Iterator[None]:
+    """As root, be the owner of the state directory for a while."""
+    owner = state.stat() if state.exists() else None
+    if os.geteuid() != 0 or owner is None or owner.st_uid == 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
 def _identity(places: Paths, *, reads: bool = False) -> identity.Identity:
     """Become the owner of the state directory, and return the device's identity; `reads`: without writing there."""
     _become_owner(places.state)
@@ -271,6 +330,7 @@ def _run(options: argparse.Namespace) -> int:
     from agent.clock import ReferenceClock  # noqa: PLC0415
     from agent.service import Enrolled, Links, build  # noqa: PLC0415 - only the service needs MQTT and TUF
 
+    leave_first_process()
     places, settings = _places(options), options.settings
     who = _identity(places)
     if identity.is_copied_disk(who):
@@ -278,7 +338,9 @@ def _run(options: argparse.Namespace) -> int:
             f"this disk was copied from device {who.device}, and two devices must not share an identity: "
             "run 'fleet-agent enroll --force' with a new token"
         )
-    systemd.log_to_journal(logging.DEBUG if options.verbose else logging.INFO, device=who.device, fleet=who.fleet)
+    systemd.log_to_journal(
+        logging.DEBUG if options.verbose else logging.INFO, places.log, device=who.device, fleet=who.fleet
+    )
     if settings.production and not who.production:
         logging.getLogger("agent").warning(
             "the fleet is for development, but this device is in production mode: it accepts no assignment until the "
@@ -300,7 +362,13 @@ def _run(options: argparse.Namespace) -> int:
             db = Database(Store.renewed(places.database, version=device_info.agent_version()))
             if taken := await db(restore.take_over, places.runset, mac_key, now=reference.now()):
                 logging.getLogger("agent").warning("the store was lost; took over %d instances from runset.json", taken)
-            return await build(enrolled, db, reference, Links.of(enrolled, reference)).run()
+            record = starts.Starts(places.starts, boot_id=clock.boot_id(), clock=clock.boot_clock)
+            pause_s = starts.PAUSE_S if record.begin() else 0.0
+            links = Links.of(enrolled, reference, broker_after_s=pause_s)
+            code = await build(enrolled, db, reference, links).run()
+            if code == 0:
+                record.end()
+            return code
 
     return asyncio.run(main())
 
@@ -363,12 +431,13 @@ def _restore(options: argparse.Namespace) -> int:
     return int(any(each.problem for each in restored))
 
 
-def _read_status(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
+def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int = 0) -> status.StatusReport:
+    """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
     store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
     try:
-        found = status.read_status(who, store, instance)
+        found = status.read_status(who, store, instance, rows=rows or status.TIMELINE_ROWS)
         problems = []
         if reason := host_api.why_not(places.runtime):
             problems.append(f"the host did not start: {reason}")
@@ -412,6 +481,29 @@ def _why(options: argparse.Namespace) -> int:
     return 0
 
 
+def _routes(options: argparse.Namespace) -> int:
+    places = _places(options)
+    _become_owner(options.state)
+
+    async def ask() -> host_api.RouteList:
+        link = HostClient(places.host_socket)
+        try:
+            await link.connect()
+            return await link.ask(host_api.ListRoutes, host_api.RouteList)
+        finally:
+            link.close()
+
+    try:
+        found = asyncio.run(ask())
+    except HostGoneError as error:
+        raise UsageError(f"{error}: does fleet-host run, in this version? See systemctl status fleet-host") from error
+    if options.json:
+        _print_json({name: getattr(found, name) for name in ("ingress", "tls", "names", "routes")})
+    else:
+        _print_lines(status.format_routes(found))
+    return 0
+
+
 def _check(options: argparse.Namespace) -> int:
     settings = options.settings
     _become_owner(options.state)
@@ -423,8 +515,31 @@ def _check(options: argparse.Namespace) -> int:
     return int(not all(each.ok for each in results))
 
 
+def _diagnose(options: argparse.Namespace) -> int:
+    from agent.report import diagnose  # noqa: PLC0415 - only this command needs it
+
+    places = _places(options)
+    as_owner = partial(_as_owner, places.state)
+    with as_owner():
+        found = _read_status(options, rows=HISTORY_ROWS)
+    subject = diagnose.Subject(places, options.host_state, options.settings, found, as_owner)
+    try:
+        members = diagnose.write(subject, options.output)
+    except OSError as error:
+        raise UsageError(f"cannot write {options.output}: {error.strerror}; give another file with -o") from error
+    _print_lines(members)
+    if os.geteuid() != 0:
+        print("run as root, the archive also has the kernel's log and all lines of the instances")
+    print(f"wrote {options.output}: it holds names, addresses and log lines, and no key; read it before you pass it on")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run `fleet-agent`; return its exit code."""
+    return until_closed(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     options = parse(_parser(), COMMAND_EXAMPLES, arguments)
     try:
         # before a command becomes another user; the default alone may be missing
@@ -433,6 +548,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ERRORS as error:
         print(printable(f"fleet-agent {options.command}: {error}"), file=sys.stderr)
         return 1
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"fleet-agent {options.command}: {where}{error.strerror or error}", file=sys.stderr)

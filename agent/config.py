@@ -20,6 +20,7 @@ from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEME
 from fleet.protocol.toml_lines import line_of
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
+HOST_STATE_DIR: Final = Path("/var/lib/wasmfleet-host")
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
 CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 
@@ -312,6 +313,11 @@ class Paths:
         return self.state / "lock"
 
     @property
+    def starts(self) -> Path:
+        """Record of the agent's starts since it last ended in order."""
+        return self.state / "starts.json"
+
+    @property
     def artifacts(self) -> Path:
         """Directory of fetched components, named by sha256."""
         return self.state / "artifacts"
@@ -340,6 +346,11 @@ class Paths:
     def wake(self) -> Path:
         """FIFO that notifies the agent of a bundle."""
         return self.state / "wake"
+
+    @property
+    def log(self) -> Path:
+        """Log of the agent, kept over boots; an older one beside it."""
+        return self.state / "log" / "agent.log"
 
     @property
     def host_socket(self) -> Path:

@@ -17,13 +17,15 @@ from agent.clock import ReferenceClock
 from agent.commands import Commands, LogFollower
 from agent.config import Paths, Settings
 from agent.identity.enrolment import CertificateRenewal
-from agent.identity.identity import Identity
+from agent.identity.identity import Identity, doubt
 from agent.link.bundle import BundleSource
+from agent.link.conversation import Conversation, HttpsConversation
 from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
 from agent.report.uplink import HealthSources, Uplink
 from agent.session import FleetSession, Presence
+from agent.starts import ENDS_MAX
 from agent.update import effects
 from agent.update.effects import EffectRunner
 from agent.update.images import ImageStore
@@ -62,18 +64,29 @@ class Enrolled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Connections of the agent: to the server, to the broker, and to the host."""
+    """Connections of the agent: to the server for files, to the fleet for messages, and to the host."""
 
     https: HttpsClient
-    mqtt: MqttClient
+    conversation: Conversation
     host: HostClient
 
     @classmethod
-    def of(cls, enrolled: Enrolled, reference: ReferenceClock) -> "Links":
-        """Prepare the connections of a device; none is opened yet."""
+    def of(cls, enrolled: Enrolled, reference: ReferenceClock, *, broker_after_s: float = 0.0) -> "Links":
+        """Prepare the connections of a device, with the broker left alone at first; none is opened yet."""
         identity, places, settings = enrolled.identity, enrolled.places, enrolled.settings
         network = settings.network
         tls = DeviceTls(places.identity, reference)
+        mqtt = None
+        if identity.mqtt:
+            mqtt = MqttClient(
+                device=identity.device,
+                addresses=identity.mqtt,
+                tls=tls,
+                will=wire.encode(State(device=identity.device, online=False)),
+                keepalive_s=network.keepalive_s,
+                proxy=network.proxy,
+            )
+        exchange = HttpsClient(identity.devices_url, tls, proxy=network.proxy)
         return cls(
             https=HttpsClient(
                 identity.devices_url,
@@ -84,13 +97,8 @@ class Links:
                 min_rate_bytes_s=network.min_rate_bytes_s,
                 reserve_bytes=settings.disk.reserve_bytes,
             ),
-            mqtt=MqttClient(
-                device=identity.device,
-                addresses=identity.mqtt,
-                tls=tls,
-                will=wire.encode(State(device=identity.device, online=False)),
-                keepalive_s=network.keepalive_s,
-                proxy=network.proxy,
+            conversation=Conversation(
+                mqtt=mqtt, https=HttpsConversation(identity.device, exchange), broker_after_s=broker_after_s
             ),
             host=HostClient(places.host_socket),
         )
@@ -210,12 +218,14 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     )
     secrets = SecretStore(places.secrets, places.identity / "sealing.key", identity)
     problems = Problems(db)
+    if question := doubt(identity):
+        problems.set("machine", question)
     if db.store.replaced:
         problems.set("store", db.store.replaced)
     state = DeploymentState()
     uplink = Uplink(
         device=device,
-        mqtt=links.mqtt,
+        mqtt=links.conversation,
         db=db,
         sources=HealthSources(links.host, state, problems),
         signer=DeviceSigner((places.identity / "device.key").read_bytes()),
@@ -252,8 +262,10 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         problems=problems,
         sink=sink,
     )
-    presence = Presence(device=device, mqtt=links.mqtt, db=db, software=uplink)
-    renewal = CertificateRenewal(places=places, identity=identity, https=links.https, clock=reference, mqtt=links.mqtt)
+    presence = Presence(device=device, mqtt=links.conversation, db=db, software=uplink)
+    renewal = CertificateRenewal(
+        places=places, identity=identity, https=links.https, clock=reference, mqtt=links.conversation
+    )
     receiver = AssignmentReceiver(
         device=device,
         settings=settings,
@@ -277,7 +289,9 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         problems=problems,
         sink=sink,
     )
-    session = FleetSession(mqtt=links.mqtt, receiver=receiver, commands=commands, uplink=uplink, presence=presence)
+    session = FleetSession(
+        mqtt=links.conversation, receiver=receiver, commands=commands, uplink=uplink, presence=presence
+    )
     parts: tuple[Part, ...] = (
         reconciler,
         receiver,
@@ -287,7 +301,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         StoreGuard(db),
         eviction,
         BundleListener(places.wake, receiver),
-        links.mqtt,
+        links.conversation,
+        BrokerPause(links.conversation, problems),
         session,
         commands,
         follower,
@@ -306,6 +321,30 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         effects=runner,
         db=db,
     )
+
+
+class BrokerPause:
+    """Announcer of a broker that is left alone at first, after three ends of the agent within a minute."""
+
+    name = "broker pause"
+
+    def __init__(self, conversation: Conversation, problems: Problems) -> None:
+        self._conversation = conversation
+        self._problems = problems
+
+    async def run(self) -> None:
+        """Say so until the broker is used."""
+        minutes = round(self._conversation.broker_after_s / 60)
+        if not minutes:
+            return
+        text = (
+            f"the agent ended {ENDS_MAX} times within a minute: it leaves the broker (MQTT) alone for {minutes} "
+            "minutes and talks to the fleet over HTTPS; the journal says why it ended"
+        )
+        log.warning("%s", text)
+        self._problems.set("starts", text)
+        await self._conversation.broker_used.wait()
+        self._problems.clear("starts")
 
 
 class DamagedImages:
@@ -403,7 +442,7 @@ class Watchdog:
             await asyncio.sleep(interval)
 
     def _status(self) -> str:
-        where = "connected" if self._presence.connected else "not connected to the broker"
+        where = "connected" if self._presence.connected else "not connected to the fleet"
         changing = len(self._state.active)
         text = f"{where}; {systemd.instances(len(self._state.committed))}"
         return f"{text}, {changing} changing" if changing else text

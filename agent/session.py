@@ -32,11 +32,15 @@ GOODBYE_S: Final = 0.05
 
 
 class Broker(Protocol):
-    """Connection to the broker (`agent.link.mqtt.MqttClient`)."""
+    """Connection to the fleet (`agent.link.conversation.Conversation`)."""
 
     @property
     def connected(self) -> bool:
         """True while messages can be published."""
+
+    @property
+    def broker_connected(self) -> bool:
+        """True while they go through the broker, rather than over HTTPS."""
 
     def publish(self, channel: Up, payload: bytes, *, retain: bool = False) -> bool:
         """Hand over a message; return false when there is no connection."""
@@ -66,8 +70,13 @@ class Presence:
 
     @property
     def connected(self) -> bool:
-        """True while the broker is connected."""
+        """True while messages reach the fleet."""
         return self._mqtt.connected
+
+    @property
+    def broker_connected(self) -> bool:
+        """True while the broker is connected."""
+        return self._mqtt.broker_connected
 
     def announce(self) -> bool:
         """Publish that the device is online; return False without a connection."""
@@ -130,19 +139,26 @@ class FleetSession:
         self._poked_at = -POKES_MIN_S
 
     async def run(self) -> None:
-        """Handle the broker's events, forever."""
+        """Handle the events of the conversation, forever; one that fails is dropped, and does not end the agent."""
         async for event in self._mqtt.events():
-            match event:
-                case Connected():
-                    await self._connected()
-                case Disconnected(reason):
-                    log.info("the connection to the broker ended: %s", reason)
-                    self._receiver.refresh_later(random.uniform(*RECONNECT_POLL_S))  # noqa: S311 - jitter, not a secret
-                case Message(topic, payload):
-                    await self._message(topic, payload)
+            try:
+                await self._handle(event)
+            except Exception:
+                # A broker can bring the same event again at each start: the agent must survive it.
+                log.exception("dropped an event of the connection to the fleet")
+
+    async def _handle(self, event: Event) -> None:
+        match event:
+            case Connected():
+                await self._connected()
+            case Disconnected(reason):
+                log.info("the connection to the fleet ended: %s", reason)
+                self._receiver.refresh_later(random.uniform(*RECONNECT_POLL_S))  # noqa: S311 - jitter, not a secret
+            case Message(topic, payload):
+                await self._message(topic, payload)
 
     async def _connected(self) -> None:
-        log.info("connected to the broker")
+        log.info("connected to the %s", "broker" if self._mqtt.broker_connected else "server, over HTTPS")
         self._presence.announce()
         await self._presence.hello(await self._receiver.new_nonce())
         self._uplink.reconnected()

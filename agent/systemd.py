@@ -6,14 +6,19 @@ systemd-python installed, log records go to the journal with structured fields.
 
 import contextlib
 import logging
+import logging.handlers
 import os
 import socket
+import time
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Final
 
 from fleet.protocol.printable import PrintableFormatter
 
 WATCHDOG_SHARE: Final = 3
 FIELD: Final = "WASMFLEET_"
+KEPT_BYTES: Final = 4 << 20
 
 
 def notify(**fields: str) -> bool:
@@ -50,11 +55,33 @@ def fields(**values: object) -> dict[str, str]:
     return {f"{FIELD}{name.upper()}": str(value) for name, value in values.items() if value}
 
 
-def log_to_journal(level: int, **always: object) -> None:
+class KeptLog(logging.handlers.RotatingFileHandler):
+    """Log on the disk, over boots, as a journal may be lost at each: the newest records, in two files of 2 MiB.
+
+    No record is waited for: on a full or broken disk it is lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Append to a file, opened at the first record."""
+        super().__init__(path, maxBytes=KEPT_BYTES // 2, backupCount=1, encoding="utf-8", errors="replace", delay=True)
+        formatter = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        formatter.converter = time.gmtime
+        self.setFormatter(formatter)
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(mode=0o700, exist_ok=True)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of the standard library
+        """Lose a record that cannot be written."""
+
+
+def log_to_journal(level: int, kept: Path | None = None, **always: object) -> None:
     """Log to the journal if systemd-python is installed and stderr is the journal, otherwise as lines on stderr.
 
     Args:
         level: minimum level of the records.
+        kept: file that keeps the newest records too, over boots; None for none.
         always: fields that every record in the journal gets.
     """
     handler: logging.Handler = logging.StreamHandler()
@@ -65,4 +92,4 @@ def log_to_journal(level: int, **always: object) -> None:
 
             handler = journal.JournalHandler(SYSLOG_IDENTIFIER="fleet-agent", **fields(**always))
             handler.setFormatter(PrintableFormatter("%(message)s"))  # level and logger are fields
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler, *([KeptLog(kept)] if kept else [])])

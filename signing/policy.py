@@ -7,6 +7,7 @@ policy; a security epoch never falls.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, assert_never
 
 from tuf.api.metadata import TargetFile
@@ -20,7 +21,7 @@ from signing.errors import Rejected
 from signing.state import VerifierState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Release:
     """Published component: its artifact and manifest, as a publisher signed them.
 
@@ -38,7 +39,7 @@ class Release:
     sha256: str
     evidence: tuple[Evidence, ...] = ()
 
-    @property
+    @cached_property
     def manifest_sha256(self) -> str:
         """Digest by which assignments, image keys and reports refer to the manifest."""
         return self.manifest.digest()

@@ -71,6 +71,35 @@ def middleware_composed() -> bytes:
     return bytes(wat2wasm(text))
 
 
+def composed_with_late_import(*, foreign: bool = False) -> bytes:
+    """Server composed with a library, which imports something after it has made the library's instance.
+
+    `foreign`: that import has a type of the library's, which no device can know.
+    """
+    wasi = '(with "wasi:io/error@0.2.0" (instance $error)) (with "wasi:http/types@0.2.12" (instance $types))'
+    random = instance("wasi:random/random@0.2.0", "get-random-u64", "(result u64)")
+    library = """
+      (type $t' (record (field "a" u32)))
+      (core module $m (func (export "f"))) (core instance $i (instantiate $m))
+      (func $f (canon lift (core func $i "f")))
+      (export $t "t" (type $t')) (export "ask" (func $f))"""
+    late = (
+        '(import "wasi:random/insecure@0.2.0" (instance (alias outer 1 $t (type $t\')) (export "t" (type (eq $t\')))))'
+    )
+    text = f"""(component {_TYPES.format(types="")}
+      (component $library {library})
+      (instance $l (instantiate $library))
+      (alias export $l "t" (type $t))
+      {late if foreign else ""}
+      (import "wasi:random/random@0.2.0" (instance $random (export "get-random-u64" (func (result u64)))))
+      (component $server {_TYPES.format(types="")} {OWN} {random} {_HANDLER.format(pages=1)})
+      (instance $s (instantiate $server {wasi}
+        (with "acme:db/api@1.0.0" (instance $l)) (with "wasi:random/random@0.2.0" (instance $random))))
+      (alias export $s "wasi:http/incoming-handler@0.2.12" (instance $h))
+      (export "wasi:http/incoming-handler@0.2.12" (instance $h)))"""
+    return bytes(wat2wasm(text))
+
+
 KEYVALUE = instance("wasi:keyvalue/store@0.2.0-draft", "open", '(param "identifier" string)')
 MESSAGING = instance("wasi:messaging/producer@0.2.0-draft", "send", '(param "topic" string)')
 I2C = instance("wasi:i2c/delay@0.2.0-draft", "delay-ns", '(param "ns" u32)')

@@ -15,7 +15,8 @@ from typing import Final
 
 import msgspec
 
-from agent.arguments import parse
+from agent.arguments import leave_first_process, parse, until_closed
+from agent.host.http.ingress_config import DEFAULT_FILE
 from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
 from agent.host.sandbox import sandbox
@@ -82,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         default=_DEFAULT_INGRESS,
         metavar="ADDRESS:PORT",
         help="shared HTTP port, or none (default: %(default)s)",
+    )
+    run.add_argument(
+        "--ingress-config",
+        type=Path,
+        metavar="FILE",
+        help="routes, limits and certificates of the shared port; read again on SIGHUP (default: "
+        f"{DEFAULT_FILE}, if it exists)",
     )
     run.add_argument(
         "--require",
@@ -155,11 +163,16 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    return until_closed(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     options = parse(_parser(), COMMANDS, arguments)
     if options.command == "check":
         return check()
     if options.command == "check-component":
         return check_components(options.file)
+    leave_first_process()
     try:
         _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
         _own_directory(options.state, "state", 0o700)
@@ -171,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
             minimum=options.minimum,
             agent_group=options.agent_group,
             request_path=options.request_path,
+            ingress_config=options.ingress_config,
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory of instances must not get into core files
         asyncio.run(_run(settings))

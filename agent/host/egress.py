@@ -16,6 +16,7 @@ import gc
 import ipaddress
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,7 @@ from agent import happy_eyeballs
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     CONNECT_MAX_S,
+    RESTARTED,
     ConnectReply,
     ConnectRequest,
     RefusedError,
@@ -140,9 +142,20 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
     with contextlib.suppress(OSError):
         socket.getaddrinfo("localhost", 80)  # makes the resolver load its libraries before the sandbox closes
     loop = asyncio.SelectorEventLoop()
+    loop.set_exception_handler(lambda _loop, context: report(str(context["message"]), context.get("exception")))
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.egress_spec(str(directory)))
     loop.run_until_complete(Egress(sock, sandbox.NEIGHBOURS if layers["mount"] else ".").run())
+
+
+def report(what: str, error: BaseException | None) -> None:
+    """Write a line to standard error, which is the host's log."""
+    where, trace = "", None if error is None else error.__traceback__
+    while trace is not None:  # the traceback module would read source files, which are out of reach here
+        where, trace = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})", trace.tb_next
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"egress: {what}: {type(error).__name__}: {error}{where}\n")
+        sys.stderr.flush()
 
 
 class Egress:
@@ -176,6 +189,9 @@ class Egress:
         admitted = _admits.decode(data)
         worker = socket.socket(fileno=fds[0])
         worker.setblocking(False)
+        if admitted.again:
+            with contextlib.suppress(OSError):  # the worker has ended, or has as many replies unread as fit
+                framing.send_packet(worker, msgspec.json.encode(ConnectReply(id=RESTARTED)))
         grants = Grants(outbound=admitted.outbound, instances=admitted.instances)
         asyncio.get_running_loop().add_reader(worker, self._asked, worker, grants, asyncio.Semaphore(_AT_ONCE))
 
@@ -207,6 +223,10 @@ class Egress:
                     found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
                 except RefusedError as error:
                     reply = ConnectReply(id=ask.id, error=error.error, why=str(error))
+                except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not wait for a reply in vain
+                    report(f"cannot connect to {ask.authority}", error)
+                    why = f"the egress failed: {type(error).__name__}: {error}"
+                    reply = ConnectReply(id=ask.id, error="internal-error", why=why)
         with contextlib.suppress(OSError):  # the worker has ended, or does not read
             framing.send_packet(worker, msgspec.json.encode(reply), () if found is None else (found.fileno(),))
         if found is not None:

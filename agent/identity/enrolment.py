@@ -37,7 +37,7 @@ from agent.clock import ReferenceClock
 from agent.config import Paths
 from agent.identity.identity import Identity
 from agent.link import dialer, https
-from agent.link.https import FetchError, FixedTls, HttpsClient
+from agent.link.https import FetchError, FixedTls, HttpsClient, Problem
 from agent.proxy import ProxyError
 from fleet.protocol import bounds, names, wire
 from fleet.protocol.codes import RejectCode
@@ -45,6 +45,7 @@ from fleet.protocol.files import atomic_write, sync_directory
 from fleet.protocol.messages import (
     EXPIRED,
     OUTDATED,
+    REVOKED,
     BadTokenError,
     Enrolled,
     EnrolRequest,
@@ -232,21 +233,11 @@ def _ask(
         raise EnrolError(f"the server's answer cannot be read: {error}") from error
 
 
-class _Problem(msgspec.Struct):
-    type: str = ""
-    title: str = ""
-    detail: str = ""
-    action: str = ""
-
-
 def _refusal(error: FetchError, token: Token) -> str:
     if error.code is RejectCode.NOT_FOUND:
         return f"{token.url} offers no enrolment: check the address in the token"
-    with contextlib.suppress(*wire.JSON_ERRORS):
-        problem = msgspec.json.decode(error.body, type=_Problem)
-        if problem.title or problem.detail:
-            sentence = ": ".join(filter(None, (problem.title, problem.detail)))
-            return sentence + (f" ({problem.action})" if problem.action else "")
+    if words := Problem.read(error.body).words:
+        return words
     return f"the server refused: {error.message}"
 
 
@@ -377,9 +368,20 @@ def wants_renewal(error: FetchError) -> bool:
 
 def problem_of(error: FetchError) -> str:
     """Return the type of the problem that the server answered with; empty where the answer is none."""
-    with contextlib.suppress(*wire.JSON_ERRORS):
-        return msgspec.json.decode(error.body, type=_Problem).type
-    return ""
+    return Problem.read(error.body).type
+
+
+def exclusion(error: FetchError) -> str:
+    """Return why the fleet's server takes this device for none of its own, and what to do; empty where it does not."""
+    problem = Problem.read(error.body)
+    if error.status not in {http.client.UNAUTHORIZED, http.client.FORBIDDEN} or wants_renewal(error):
+        return ""
+    if problem.type == REVOKED:
+        return (
+            "the fleet has revoked this device: it gets no updates, commands or secrets, and what runs here goes on; "
+            "if that is a mistake, ask for a new token and run 'fleet-agent enroll --force'"
+        )
+    return f"the fleet's server refuses this device: {problem.words or error.message}"
 
 
 def install_certificate(identity: Path, pem: str) -> None:

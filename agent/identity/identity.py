@@ -4,9 +4,14 @@ At its first boot, a device enrols with a token that was put on its disk: in a s
 `wasmfleet.token` on the boot partition, or as `wasmfleet.token=` on the kernel's command line. A token works only once,
 and is still erased after use. A copied disk holds the key of the device that it was copied from. As two devices must
 not share a key, the copy discards that identity and enrols by itself.
+
+A copy is proved by an id of the hardware that differs: a serial number or a DMI id. /etc/machine-id proves nothing: it
+may be on a tmpfs, `uninitialized` at the first boot, or new in each container. Where it differs, the device keeps its
+identity and asks.
 """
 
 import contextlib
+import enum
 import logging
 import os
 import stat
@@ -46,10 +51,33 @@ NAME_CHARS: Final = 54  # a device id is a name and nine more characters, and mu
 SERIAL_CHARS: Final = 8
 MACHINE_SOURCES: Final = {
     "serial": Path("/sys/firmware/devicetree/base/serial-number"),
+    "soc": Path("/sys/devices/soc0/serial_number"),
     "dmi": Path("/sys/class/dmi/id/product_uuid"),
+    "product": Path("/sys/class/dmi/id/product_serial"),
+    "board": Path("/sys/class/dmi/id/board_serial"),
     "id": Path("/etc/machine-id"),
 }
 """Files with an id of the machine, best first; some users may not read all of them."""
+
+_WEAK: Final = frozenset({"id"})
+"""Sources that differ on one machine from boot to boot, or from container to container."""
+
+_MEANINGLESS: Final = frozenset(
+    {
+        *("none", "n/a", "unknown", "uninitialized", "not specified", "not applicable", "default string", "123456789"),
+        *("to be filled by o.e.m.", "system serial number", "chassis serial number", "0123456789", "invalid"),
+        "03000200-0400-0500-0006-000700080009",  # product_uuid of many boards whose maker left the default
+    }
+)
+"""Values, in lower case, that machines share whose maker has set none; and those of only one digit or letter."""
+
+
+class Origin(enum.Enum):
+    """Relation of an identity to the machine on which it is found."""
+
+    SAME = "same"
+    DOUBTFUL = "doubtful"  # only /etc/machine-id differs, or ids of the hardware contradict each other
+    COPIED = "copied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +97,13 @@ class Found:
 
 def machine(sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
     """Return an id of this machine as `source:value`, to detect a copied disk; empty if it has none."""
-    for name in sources:
-        value = _machine_value(sources[name])
-        if value:
-            return f"{name}:{value}"
-    return ""
+    return next((f"{name}:{value}" for name, value in evidence(sources).items()), "")
+
+
+def evidence(sources: Mapping[str, Path] = MACHINE_SOURCES) -> dict[str, str]:
+    """Return every id of this machine that means anything, by source, best first."""
+    found = {name: _machine_value(path) for name, path in sources.items()}
+    return {name: value for name, value in found.items() if value}
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +116,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         production: whether the fleet is for production, according to the newest signed root seen.
         floor: time floor at enrolment.
         machine: `source:value` of the machine that enrolled, to detect a copied disk; empty if it has none.
+        evidence: every id of the machine that enrolled, by source; empty in identities from before 0.3.
     """
 
     device: str
@@ -96,6 +127,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     production: bool
     floor: datetime
     machine: str = ""
+    evidence: dict[str, str] = {}
 
 
 def load(directory: Path) -> Identity:
@@ -148,16 +180,57 @@ def name_of(host: str, machine: str) -> str:
 
 
 def _machine_value(path: Path) -> str:
+    """Read an id; empty if it cannot be read, means nothing, or does not outlive a boot (on a tmpfs)."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_bytes().strip(b"\0\n ").decode()
+        value = path.read_bytes().strip(b"\0\n ").decode()
+        meant = value.lower() not in _MEANINGLESS and len(set(value) - set("-. ")) > 1
+        return value if meant and not _is_transient(path) else ""
     return ""
 
 
-def is_copied_disk(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> bool:
-    """Return whether an identity was made on another machine: the id's source is readable and differs."""
+def _is_transient(path: Path) -> bool:
+    """Return whether a file lies in memory, as /etc/machine-id does that systemd made up at this boot."""
+    with contextlib.suppress(OSError, IndexError):
+        place = path.stat().st_dev
+        here = f"{os.major(place)}:{os.minor(place)}"
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
+        return any(each[2] == here and each[each.index("-") + 1] in {"tmpfs", "ramfs"} for each in mounts)
+    return False
+
+
+def origin(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> Origin:
+    """Compare the ids of the machine that enrolled with those here, where both are known."""
     name, _, value = who.machine.partition(":")
-    here = _machine_value(sources[name]) if name in sources else ""
-    return bool(value and here and here != value)
+    before = who.evidence or ({name: value} if value else {})
+    here = evidence(sources)
+    alike = {name: before[name] == here[name] for name in before if name in here}
+    strong = [same for name, same in alike.items() if name not in _WEAK]
+    if strong:
+        return Origin.SAME if all(strong) else Origin.DOUBTFUL if any(strong) else Origin.COPIED
+    return Origin.SAME if all(alike.values()) else Origin.DOUBTFUL
+
+
+def is_copied_disk(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> bool:
+    """Return whether an identity was certainly made on another machine: by every id of the hardware that is known."""
+    return origin(who, sources) is Origin.COPIED
+
+
+def doubt(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
+    """Return a question to the device's owner where it is not certain that this machine enrolled; empty for none."""
+    if origin(who, sources) is not Origin.DOUBTFUL:
+        return ""
+    return (
+        f"this may be another machine than the one that enrolled as {who.device}, and goes on as that device: run "
+        "'fleet-agent enroll --same-device' if it is the same, or 'fleet-agent enroll --force' with a new token if "
+        "this disk was copied"
+    )
+
+
+def note_machine(directory: Path, found: Mapping[str, str]) -> None:
+    """Record the ids of the machine that has this identity; raises `OSError` and `IdentityError`."""
+    machine = next((f"{name}:{value}" for name, value in found.items()), "")
+    who = msgspec.structs.replace(load(directory), machine=machine, evidence=dict(found))
+    atomic_write(directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
 
 
 def find_token(

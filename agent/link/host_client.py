@@ -8,6 +8,7 @@ remembered.
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from agent.host.ipc import host_api
 from agent.host.ipc.packet_writer import PacketWriter
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
+
+log = logging.getLogger("agent.link.host_client")
 
 RETRY_FIRST_S: Final = 0.1
 RETRY_MAX_S: Final = 5.0
@@ -65,6 +68,7 @@ class HostClient:
         welcome: of the latest connection, even after its end; None before the first.
         nudges: instance -> event that is set when something happens to the instance.
         faults: (instance, generation) -> latest event that reports a fault.
+        mismatch: sentence on a host whose version is too far from this agent's; empty for none.
     """
 
     name = "host connection"
@@ -73,6 +77,7 @@ class HostClient:
         self._path = path
         self.ready = asyncio.Event()
         self.welcome: host_api.Welcome | None = None
+        self.mismatch = ""
         self.nudges: dict[str, asyncio.Event] = {}
         self.faults: dict[tuple[str, int], host_api.Event] = {}
         self._events: asyncio.Queue[HostEvent] = asyncio.Queue()
@@ -109,8 +114,20 @@ class HostClient:
         self._sock, self._writer = sock, PacketWriter(sock, lambda _: self.close())
         self._lost.clear()
         asyncio.get_running_loop().add_reader(sock, self._readable)
-        self.welcome = await self.hello()
-        return self.welcome
+        try:
+            welcome = await self.hello()
+        except HostRefusedError as error:
+            self.close()
+            raise HostGoneError(f"the host cannot be understood: {error}") from error
+        mismatch = host_api.compatibility("fleet-host", welcome.version, welcome.protocol)
+        if mismatch != self.mismatch:
+            self.mismatch = mismatch
+            log.error("%s", mismatch) if mismatch else log.info("agent and host understand each other again")
+        if mismatch:
+            self.close()
+            raise HostGoneError(mismatch)
+        self.welcome = welcome
+        return welcome
 
     async def wait(self) -> None:
         """Wait until all committed instances run on a host; raises `HostGoneError` after READY_S."""
@@ -126,7 +143,7 @@ class HostClient:
         Raises:
             HostGoneError, HostRefusedError: see `ask`.
         """
-        welcome = await self.ask(host_api.Hello, host_api.Welcome)
+        welcome = await self.ask(host_api.Hello, host_api.Welcome, protocol=host_api.PROTOCOL)
         while welcome.more and (last := welcome.running[-1:]):
             page = await self.ask(host_api.Hello, host_api.Welcome, after=last[0].instance)
             more = page.more and page.running != ()
@@ -186,6 +203,9 @@ class HostClient:
                 message = host_api.receive_from_host(self._sock)
             except BlockingIOError:
                 return
+            except host_api.UnreadableError as error:
+                self._unread(error)
+                continue
             except host_api.IpcError:
                 self.close()
                 return
@@ -196,6 +216,14 @@ class HostClient:
             future = self._waiting.pop(message.id, None)
             if future is not None and not future.done():
                 future.set_result(message)
+
+    def _unread(self, error: host_api.UnreadableError) -> None:
+        """Drop a message of another version of the host; whoever waits for it learns that it cannot be read."""
+        log.warning("the host said something that this agent cannot read: %s", error)
+        future = None if error.id is None else self._waiting.pop(error.id, None)
+        if error.id is not None and future is not None and not future.done():
+            message = f"the host answered what this agent cannot read ({error}): upgrade both to one version"
+            future.set_result(host_api.Failed(id=error.id, code=RejectCode.INTERNAL, message=message))
 
     def _note(self, event: host_api.Event) -> None:
         """Remember a generation's latest fault, and wake the effect that waits for the instance."""

@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import logging
 import os
+import random
 import socket
 import ssl
 import threading
@@ -23,13 +24,18 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Final, Protocol
+
+import msgspec
 
 from agent.clock import ReferenceClock
 from agent.happy_eyeballs import NoAnswerError
 from agent.link import dialer
+from agent.link.partial_file import PartialFile
 from agent.proxy import authority
+from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import sync_directory
 
@@ -38,6 +44,55 @@ log = logging.getLogger("agent.link.https")
 CHUNK_BYTES: Final = 64 * 1024
 RATE_WINDOW_S: Final = 30.0
 USER_AGENT: Final = "wasmfleet-agent"
+CONNECT_S: Final = 20.0
+RETRY_AFTER_MAX_S: Final = 86_400
+_SLACK_S: Final = 0.1
+"""Delay of the last measure after a deadline, which is usually noticed between two pieces."""
+
+_WORDS_MAX: Final = 500
+_LOGIN_PAGE: Final = (
+    "something on the way answers in place of the server, such as the login page of a network: log in there, or let "
+    "this device through"
+)
+_NO_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"})
+"""OpenSSL's reasons where the peer does not speak TLS."""
+
+_MEANINGS: Final = {
+    http.client.UNAUTHORIZED: "it asks for a certificate, which something on the way may have taken off",
+    http.client.FORBIDDEN: "it refuses this device",
+    http.client.METHOD_NOT_ALLOWED: "it does not know this request: it may be of an earlier version",
+    http.client.REQUEST_TIMEOUT: "the request took too long",
+    http.client.REQUEST_ENTITY_TOO_LARGE: "the request is too large",
+    http.client.TOO_MANY_REQUESTS: "this device asks too often",
+    http.client.INTERNAL_SERVER_ERROR: "it has a problem of its own, which its log describes",
+    http.client.BAD_GATEWAY: "what stands before the server cannot reach it",
+    http.client.SERVICE_UNAVAILABLE: "it is starting, stopping or busy",
+    http.client.GATEWAY_TIMEOUT: "the server does not answer what stands before it",
+    http.client.NETWORK_AUTHENTICATION_REQUIRED: _LOGIN_PAGE,
+}
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Problem that a server answers with (RFC 9457), as far as an agent reads it; empty where an answer is none."""
+
+    type: str = ""
+    title: str = ""
+    detail: str = ""
+    action: str = ""
+
+    @classmethod
+    def read(cls, body: bytes) -> "Problem":
+        """Return the problem in the body of an answer."""
+        try:
+            return msgspec.json.decode(body, type=cls)
+        except wire.JSON_ERRORS:
+            return cls()
+
+    @property
+    def words(self) -> str:
+        """Sentence for people, of bounded length; empty for none."""
+        sentence = ": ".join(filter(None, (self.title, self.detail)))
+        return (sentence + (f" ({self.action})" if self.action else ""))[:_WORDS_MAX]
 
 
 class FetchError(Exception):
@@ -47,10 +102,14 @@ class FetchError(Exception):
         code: reason, from the vocabulary of reports.
         message: a sentence for people.
         status, body: of the HTTP response; 0 and empty without a response.
+        retry_after_s: time before which the server does not want to be asked again; 0 for none.
     """
 
-    def __init__(self, code: RejectCode, message: str, *, status: int = 0, body: bytes = b"") -> None:
+    def __init__(
+        self, code: RejectCode, message: str, *, status: int = 0, body: bytes = b"", retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
         self.code = code
         self.message = message
         self.status = status
@@ -153,6 +212,16 @@ class HttpsClient:
         self._download_s = download_s
         self._min_rate = min_rate_bytes_s
         self._reserve = reserve_bytes
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closed = 0
+
+    def close(self) -> None:
+        """End all requests under way, which fail; later ones work."""
+        with self._lock:
+            self._closed += 1
+            for sock in self._open:
+                _shut(sock)
 
     @contextlib.contextmanager
     def _exchange(
@@ -166,38 +235,54 @@ class HttpsClient:
             reason = why(error) if isinstance(error, ssl.SSLError) else str(error)
             raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {reason}") from error
         connection = http.client.HTTPSConnection(host, port, context=tls.context)
+        closed = self._closed
         try:
-            timeout_s = max(0.1, deadline - time.monotonic())
-            plain = dialer.connect(host, port, timeout_s=timeout_s, proxy=dialer.proxy_for(host, self._proxy))
-            try:
-                secured = tls.context.wrap_socket(plain, server_hostname=host)
-            except BaseException:
-                plain.close()
-                raise
-            connection.sock = secured
-            tls.check(secured)
-            base = self._url.path.rstrip("/")
-            connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
-            yield connection.getresponse(), connection
-        except ssl.SSLError as error:
-            raise FetchError(RejectCode.UNREACHABLE, f"{where}: TLS: {why(error)}") from error
-        except TimeoutError as error:
-            raise FetchError(RejectCode.TOO_SLOW, f"{where}: no answer in time") from error
-        except NoAnswerError as error:
-            code = RejectCode.TOO_SLOW if error.timed_out else RejectCode.UNREACHABLE
-            raise FetchError(code, f"{where}: {error}") from error
-        except socket.gaierror as error:
-            raise FetchError(RejectCode.UNREACHABLE, str(error.strerror)) from error
-        except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                raise FetchError(
-                    RejectCode.NO_SPACE, f"no space left on the disk ({error.filename or path})"
-                ) from error
-            raise FetchError(RejectCode.UNREACHABLE, f"{where}: {error.strerror or error}") from error
-        except http.client.HTTPException as error:
-            raise FetchError(RejectCode.UNREACHABLE, f"{where}: not HTTP: {type(error).__name__}") from error
+            connection.sock = secured = self._connect(host, port, tls, deadline)
+            with self._watched(secured, closed, deadline):
+                secured.do_handshake()
+                tls.check(secured)
+                base = self._url.path.rstrip("/")
+                connection.request(method, base + path, body, {"User-Agent": USER_AGENT, **headers})
+                yield connection.getresponse(), connection
+        except (OSError, http.client.HTTPException) as error:
+            raise _failure(error, where, path, late=time.monotonic() >= deadline) from error
         finally:
             connection.close()
+
+    def _connect(self, host: str, port: int, tls: ConnectionTls, deadline: float) -> ssl.SSLSocket:
+        """Return a connected socket, before its handshake."""
+        left = max(0.1, deadline - time.monotonic())
+        proxy = dialer.proxy_for(host, self._proxy)
+        plain = dialer.connect(host, port, timeout_s=min(left, CONNECT_S), proxy=proxy)
+        try:
+            plain.settimeout(max(0.1, deadline - time.monotonic()))
+            return tls.context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+        except BaseException:
+            plain.close()
+            raise
+
+    @contextlib.contextmanager
+    def _watched(self, sock: socket.socket, closed: int, deadline: float) -> Iterator[None]:
+        """Shut the connection at the deadline, however steadily the peer sends single bytes, or when `close` says so.
+
+        Args:
+            sock: the connection.
+            closed: number of calls of `close` before this request began.
+            deadline: of the whole exchange.
+        """
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()) + _SLACK_S, _shut, (sock,))
+        timer.daemon = True
+        with self._lock:
+            self._open.add(sock)
+            if self._closed != closed:
+                _shut(sock)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._lock:
+                self._open.discard(sock)
 
     def request(
         self,
@@ -207,13 +292,14 @@ class HttpsClient:
         max_bytes: int,
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
+        within_s: float | None = None,
     ) -> bytes:
-        """Send a small request and return the body of the response.
+        """Send a small request and return the body of the response; it takes `within_s`, or `request_s`, at most.
 
         Raises:
             FetchError: NOT_FOUND (404 or 410), TOO_LARGE, TOO_SLOW, UNREACHABLE (also for any other status).
         """
-        deadline = time.monotonic() + self._request_s
+        deadline = time.monotonic() + (self._request_s if within_s is None else within_s)
         with self._exchange(method, path, body, headers or {}, deadline) as (answer, connection):
             data = bytearray()
             while chunk := self._read(answer, connection, deadline):
@@ -221,7 +307,7 @@ class HttpsClient:
                 if len(data) > max_bytes:
                     raise FetchError(RejectCode.TOO_LARGE, f"{path}: more than {max_bytes} bytes")
             if answer.status not in {http.client.OK, http.client.CREATED}:
-                raise _refusal(answer.status, path, bytes(data))
+                raise _refusal(answer, path, bytes(data))
             if answer.length:
                 raise FetchError(RejectCode.UNREACHABLE, f"{path}: the response ended early")
             return bytes(data)
@@ -233,7 +319,10 @@ class HttpsClient:
             raise TimeoutError
         if connection.sock is not None:
             connection.sock.settimeout(left)
-        return answer.read1(CHUNK_BYTES)
+        chunk = answer.read1(CHUNK_BYTES)
+        if not chunk and time.monotonic() >= deadline:
+            raise TimeoutError
+        return chunk
 
     def download(
         self,
@@ -247,8 +336,8 @@ class HttpsClient:
     ) -> None:
         """Fetch a file of known length and hash to `into`, resuming `<into>.part` from an earlier attempt.
 
-        A power cut may leave a partial file with stale blocks. So a file that was resumed and has another hash is
-        fetched once more from its start, before a mismatch says anything of the server.
+        A power cut may leave a partial file with stale blocks: it is resumed from its last checkpoint. A file that was
+        resumed and has another hash is fetched once more from its start, before that says anything of the server.
 
         Args:
             path: below the base URL.
@@ -266,19 +355,20 @@ class HttpsClient:
         part = into.with_name(into.name + ".part")
         try:
             into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
+            partial = PartialFile(part)
+            have = partial.proven()
             if have > length:
-                part.unlink()
+                partial.remove()
                 have = 0
             self._check_space(into.parent, length - have)
-            start = self._continue(path, part, have, length, progress, cancelled) if have < length else have
+            start = self._continue(path, partial, have, length, progress, cancelled) if have < length else have
             try:
                 finish(part, into, length, sha256)
             except FetchError as error:
                 if not start:
                     raise
                 log.warning("%s: resumed after %d bytes, and starts over: %s", path, start, error.message)
-                self._continue(path, part, 0, length, progress, cancelled)
+                self._continue(path, partial, 0, length, progress, cancelled)
                 finish(part, into, length, sha256)
         except OSError as error:
             code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
@@ -296,7 +386,7 @@ class HttpsClient:
     def _continue(
         self,
         path: str,
-        part: Path,
+        part: PartialFile,
         have: int,
         length: int,
         progress: Callable[[int], None],
@@ -312,12 +402,11 @@ class HttpsClient:
                 answer.getheader("Content-Range") or ""
             ).startswith(f"bytes {have}-"):
                 if answer.status in {http.client.PARTIAL_CONTENT, http.client.REQUESTED_RANGE_NOT_SATISFIABLE}:
-                    part.unlink(missing_ok=True)
+                    part.remove()
                     raise FetchError(RejectCode.UNREACHABLE, f"{path}: the server does not resume; starting over")
-                raise _refusal(answer.status, path, answer.read1(CHUNK_BYTES))
+                raise _refusal(answer, path, answer.read1(CHUNK_BYTES))
             start = have
-            with part.open("r+b" if have else "wb") as file:
-                file.seek(have)
+            with part.open(have) as file:
                 rate = _Rate(self._min_rate)
                 while have < length + 1:
                     if cancelled is not None and cancelled.is_set():
@@ -328,7 +417,7 @@ class HttpsClient:
                         break
                     have += len(chunk)
                     if have > length:
-                        part.unlink()
+                        part.remove()
                         raise FetchError(RejectCode.LENGTH_MISMATCH, f"{path}: more than the signed {length} bytes")
                     file.write(chunk)
                     rate.received(len(chunk))
@@ -356,11 +445,71 @@ class _Rate:
             self._since, self._bytes = time.monotonic(), 0
 
 
-def _refusal(status: int, path: str, body: bytes) -> FetchError:
-    text = body[:200].decode(errors="replace")
+def _shut(sock: socket.socket) -> None:
+    """End a connection under the thread that uses it."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # an SSLSocket's own would change it under that thread
+
+
+def _failure(error: OSError | http.client.HTTPException, where: str, path: str, *, late: bool) -> FetchError:
+    """Return the error for a transfer that failed without an answer; `late`: its time was over."""
+    code = RejectCode.UNREACHABLE
+    match error:
+        case NoAnswerError():
+            text = f"{where}: {error}"
+            code = RejectCode.TOO_SLOW if error.timed_out else code
+        case OSError() if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            code, text = RejectCode.NO_SPACE, f"no space left on the disk ({error.filename or path})"
+        case _ if late or isinstance(error, TimeoutError):
+            code, text = RejectCode.TOO_SLOW, f"{where}: no answer in time"
+        case ssl.SSLError():
+            hint = f" ({_LOGIN_PAGE})" if getattr(error, "reason", "") in _NO_TLS else ""
+            text = f"{where}: TLS: {why(error)}{hint}"
+        case socket.gaierror():
+            text = str(error.strerror)
+        case OSError():
+            text = f"{where}: {error.strerror or error}"
+        case _:
+            text = f"{where}: not HTTP: {type(error).__name__}"
+    return FetchError(code, text)
+
+
+def _refusal(answer: http.client.HTTPResponse, path: str, body: bytes) -> FetchError:
+    """Return the error for a status other than success, in the server's words if it has any."""
+    status = answer.status
+    after_s = _retry_after(answer.getheader("Retry-After") or "")
     if status in {http.client.NOT_FOUND, http.client.GONE}:
-        return FetchError(RejectCode.NOT_FOUND, f"{path}: the server does not have it", status=status, body=body)
-    return FetchError(RejectCode.UNREACHABLE, f"{path}: the server answered {status}: {text}", status=status, body=body)
+        text = f"{path}: the server does not have it"
+        return FetchError(RejectCode.NOT_FOUND, text, status=status, body=body, retry_after_s=after_s)
+    text = f"{path}: the server answered {status}: {Problem.read(body).words or meaning(status)}"
+    return FetchError(RejectCode.UNREACHABLE, text, status=status, body=body, retry_after_s=after_s)
+
+
+def meaning(status: int) -> str:
+    """Return what a status other than success means for a device, for people."""
+    if status in _MEANINGS:
+        return _MEANINGS[status]
+    if status < http.client.MULTIPLE_CHOICES:
+        return "that is no answer to this request: something on the way may answer in place of the server"
+    if status < http.client.BAD_REQUEST:
+        return _LOGIN_PAGE
+    return "it refuses this request" if status < http.client.INTERNAL_SERVER_ERROR else "it has a problem of its own"
+
+
+def _retry_after(value: str) -> float:
+    """Return the seconds of a header Retry-After (RFC 9110, section 10.2.3), at most a day; 0 for none."""
+    seconds = bounds.parse_number(value.strip().encode())
+    if seconds is None:
+        try:
+            seconds = int((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        except (TypeError, ValueError):
+            return 0.0
+    return float(min(max(seconds, 0), RETRY_AFTER_MAX_S))
+
+
+def spread(window_s: float, at_least_s: float = 0.0) -> float:
+    """Return a random delay within a window that begins at `at_least_s`, so that devices do not come at once."""
+    return at_least_s + random.uniform(0, max(window_s, at_least_s))  # noqa: S311 - jitter, not a secret
 
 
 def finish(part: Path, into: Path, length: int, sha256: str) -> None:
@@ -368,6 +517,7 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
     with part.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         found = hashlib.file_digest(file, "sha256").hexdigest()
+        PartialFile(part).forget()
         if size != length or found != sha256:
             part.unlink()
             raise FetchError(

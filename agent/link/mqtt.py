@@ -179,12 +179,20 @@ class _PahoClient(mqtt.Client):
 
     def __init__(self, proxy: str, scheme: str, *arguments: Any, **more: Any) -> None:
         self._configured_proxy, self._scheme = proxy, scheme
+        self.tls: ConnectionTls | None = None
         super().__init__(*arguments, **more)
 
     def _create_socket_connection(self) -> socket.socket:
         return connect_broker(
             self._scheme, self.host, self.port, timeout_s=self.connect_timeout, configured_proxy=self._configured_proxy
         )
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        """Make the handshake, and check what it does not, before anything is said: over WebSocket too."""
+        secured: ssl.SSLSocket = super()._ssl_wrap_socket(tcp_sock)
+        if self.tls is not None:
+            self.tls.check(secured)
+        return secured
 
 
 class _Connection:
@@ -197,7 +205,6 @@ class _Connection:
         self._over: asyncio.Future[str] = loop.create_future()
         self._misc: asyncio.TimerHandle | None = None
         self._sock: Any = None
-        self._tls: ConnectionTls | None = None
         self.established = False
         self._client = _PahoClient(
             owner._proxy,  # noqa: SLF001
@@ -226,8 +233,8 @@ class _Connection:
         client.on_socket_unregister_write = self._no_write
         try:
             if self._address.scheme != "mqtt":
-                self._tls = owner._tls.for_connection()  # noqa: SLF001
-                client.tls_set_context(self._tls.context)
+                client.tls = owner._tls.for_connection()  # noqa: SLF001
+                client.tls_set_context(client.tls.context)
             async with asyncio.timeout(CONNECT_S):
                 await self._loop.run_in_executor(None, self._connect)
             self._attach()
@@ -239,14 +246,15 @@ class _Connection:
             return f"TLS: {why(error)}"
         except OSError as error:
             return error.strerror or str(error)
+        except Exception as error:
+            # Whatever a broker answers, it answers the same at each start: it must not end the agent.
+            log.exception("the connection to the broker failed with an internal error")
+            return f"{type(error).__name__}: {error}"
 
     def _connect(self) -> None:
         port = self._address.port or BROKER_PORTS[self._address.scheme]
         self._client.connect_timeout = CONNECT_S / 2  # the rest is for TLS
         self._client.connect(self._address.hostname or "", port, self._owner._keepalive_s)  # noqa: SLF001
-        sock = self._client.socket()
-        if isinstance(sock, ssl.SSLSocket) and self._tls is not None:
-            self._tls.check(sock)
 
     def close(self) -> None:
         """Close the socket, after an MQTT disconnect if the device leaves cleanly."""
@@ -272,8 +280,6 @@ class _Connection:
         if sock is None:
             self._end("the connection ended immediately")
             return
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._loop.add_reader(sock, self._readable)
         if self._client.want_write():

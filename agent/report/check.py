@@ -86,8 +86,8 @@ def _checks(places: Paths, settings: Settings, machine: str, bits: int) -> Itera
     yield "proxy", lambda: _proxy(proxy, host, port)
     yield "TLS", lambda: _tls(places, who, url, proxy)
     yield "clock", lambda: _clock(who)
+    yield "HTTP", lambda: _http(places, settings, who)  # before MQTT: the server says why it refuses, a broker does not
     yield "MQTT", lambda: _mqtt(places, settings, who)
-    yield "HTTP", lambda: _http(places, settings, who)
     yield "engine", _engine
     yield "host", lambda: _host(places)
 
@@ -262,7 +262,7 @@ def _http(places: Paths, settings: Settings, who: identity.Identity) -> str:
         https.request("GET", "/v1/desired", max_bytes=bounds.DESIRED_MAX_BYTES)
     except FetchError as error:
         if error.code is not RejectCode.NOT_FOUND:
-            raise _FailedError(error.message) from error
+            raise _FailedError(enrolment.exclusion(error) or error.message) from error
     return f"{who.devices_url} accepts this device's certificate"
 
 
@@ -273,8 +273,10 @@ def _host(places: Paths) -> str:
         sock.settimeout(CONNECT_S)
         try:
             sock.connect(str(places.host_socket))
-            host_api.send(sock, host_api.Hello(id=1))
+            host_api.send(sock, host_api.Hello(id=1, protocol=host_api.PROTOCOL))
             welcome = host_api.receive_from_host(sock)
+        except host_api.UnreadableError as error:
+            raise _FailedError(f"the host answers what this agent cannot read ({error}): restart fleet-host") from error
         except (OSError, host_api.IpcError) as error:
             reason = host_api.why_not(places.runtime)
             if reason:
@@ -282,6 +284,8 @@ def _host(places: Paths) -> str:
             raise _FailedError(f"no host listens at {places.host_socket}: {error}: start fleet-host") from error
     if not isinstance(welcome, host_api.Welcome):
         raise _FailedError("the host gave an unexpected answer: install the same version of host and agent")
+    if mismatch := host_api.compatibility("fleet-host", welcome.version, welcome.protocol):
+        raise _FailedError(mismatch)
     layers = sorted(welcome.containment.items())
     missing = ", ".join(name for name, there in layers if not there)
     present = ", ".join(name for name, there in layers if there) or "none"

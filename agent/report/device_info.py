@@ -27,8 +27,8 @@ def agent_version() -> str:
     return ""
 
 
-def versions(*, host: str = "", engine: str = "") -> Versions:
-    """Return the versions of the device's software; `host` and `engine` are those that the host reports."""
+def versions(*, host: str = "", engine: str = "", interfaces: tuple[str, ...] = ()) -> Versions:
+    """Return the versions of the device's software; the arguments are as the host reports them."""
     return Versions(
         agent=agent_version(),
         host=host,
@@ -37,6 +37,7 @@ def versions(*, host: str = "", engine: str = "") -> Versions:
         kernel=platform.release(),
         os=_os_name(),
         machine=platform.machine(),
+        interfaces=interfaces[: bounds.INTERFACES_MAX],
     )
 
 

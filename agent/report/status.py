@@ -6,10 +6,12 @@ from typing import Final
 
 import msgspec
 
+from agent.host.ipc import host_api
 from agent.identity.identity import Identity
 from agent.update.problems import NOT_STARTED
 from agent.update.state import Violation
 from agent.update.store import Store
+from fleet.component.toml_fields import format_size
 from fleet.protocol.codes import Phase, RejectCode, remediation
 from fleet.protocol.messages import Report
 
@@ -66,8 +68,8 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[Report, ...] = ()
 
 
-def read_status(identity: Identity, store: Store, instance: str = "") -> StatusReport:
-    """Read the device's status; with an instance's name, only what concerns that instance."""
+def read_status(identity: Identity, store: Store, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
+    """Read the device's status with `rows` of its history; with an instance's name, only what concerns it."""
 
     def about(name: str) -> bool:
         return instance in {"", name}
@@ -117,7 +119,7 @@ def read_status(identity: Identity, store: Store, instance: str = "") -> StatusR
         ),
         doubts=tuple(each for each in store.doubts() if about(each.instance)),
         problems=store.problems(),
-        timeline=tuple(each for each in store.history() if about(each.instance))[-TIMELINE_ROWS:],
+        timeline=tuple(each for each in store.history() if about(each.instance))[-rows:],
     )
 
 
@@ -177,3 +179,31 @@ def format_timeline(found: StatusReport) -> Iterable[str]:
         yield line
         for text in report.log:
             yield f"      | {text}"
+
+
+def format_routes(found: host_api.RouteList) -> list[str]:
+    """Format what answers where, one line for each route, in the order in which the host looks for them."""
+    lines = [f"shared port   http://{found.ingress}" if found.ingress else "shared port   none"]
+    if found.tls:
+        names = f" for {', '.join(found.names)}" if found.names else ""
+        lines.append(f"with TLS      https://{found.tls}{names}")
+    rows = [_route_row(each) for each in found.routes]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)] if rows else []
+    for where, instance, more in rows:
+        lines.append(f"{where:<{widths[0]}}  {instance:<{widths[1]}}  {more}")
+    return lines if rows else [*lines, "no instance answers on this device"]
+
+
+def _route_row(route: host_api.RouteView) -> tuple[str, str, str]:
+    where = f":{route.port}" if route.port else f"{route.host}{route.path}"
+    state = {True: "answers", False: "does not answer at present", None: "no such instance runs behind this port"}
+    notes = [state[route.answers]]
+    if route.by_name:
+        notes.append(f"by its name, also as {route.instance}.ANYTHING")
+    elif route.strip and route.path != "/":
+        notes.append(f"without {route.path}")
+    if route.request_bytes is not None:
+        notes.append(f"bodies up to {format_size(route.request_bytes)}")
+    if route.head_bytes is not None:
+        notes.append(f"heads up to {format_size(route.head_bytes)}")
+    return where, route.instance, "; ".join(notes)

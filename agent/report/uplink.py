@@ -163,7 +163,7 @@ class Uplink:
         welcome = self._host.welcome
         if welcome is None:
             return device_info.versions()
-        return device_info.versions(host=welcome.version, engine=welcome.engine)
+        return device_info.versions(host=welcome.version, engine=welcome.engine, interfaces=welcome.interfaces)
 
     async def health(self) -> Health:
         """Return the health of device and instances as it is now."""
@@ -176,7 +176,7 @@ class Uplink:
         except (HostGoneError, HostRefusedError):
             why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)
             reason = f"; it did not start: {why}" if why else ""
-            problems.insert(0, f"the host does not run, so no instance answers{reason}")
+            problems.insert(0, self._host.mismatch or f"the host does not run, so no instance answers{reason}")
         resources = await asyncio.to_thread(
             device_info.device_resources, self._device.places.state, host_written_bytes=written
         )

@@ -22,10 +22,10 @@ import msgspec
 
 from agent.clock import ReferenceClock
 from agent.config import Policy, Settings
-from agent.identity.enrolment import CertificateRenewal, problem_of, wants_renewal
+from agent.identity.enrolment import CertificateRenewal, exclusion, problem_of, wants_renewal
 from agent.link import bundle
 from agent.link.bundle import BundleSource, BundleVerdict
-from agent.link.https import FetchError
+from agent.link.https import FetchError, spread
 from agent.update import state
 from agent.update.problems import Problems, ReportSink
 from agent.update.reconciler import Reconciler
@@ -52,6 +52,10 @@ SAME_S: Final = 30.0
 RETRY_S: Final = (5.0, 30.0)
 BROKER_SLACK: Final = timedelta(minutes=2)
 """Delay of the broker behind HTTPS after which it is suspected of withholding an assignment."""
+
+REORDERED_S: Final = 120.0
+"""Time after a connection, or after HTTPS was faster, in which the broker may honestly deliver what is older: a session
+keeps what was published while the device was away."""
 
 AWAY_FIRST_S: Final = 5.0
 """Delay before the first retry after a server did not answer; doubled each time."""
@@ -122,7 +126,11 @@ class Presence(Protocol):
 
     @property
     def connected(self) -> bool:
-        """True while the broker is connected."""
+        """True while messages reach the fleet."""
+
+    @property
+    def broker_connected(self) -> bool:
+        """True while they go through the broker."""
 
     async def hello(self, nonce: str) -> bool:
         """Ask for a freshness statement; return False without a connection."""
@@ -192,6 +200,8 @@ class AssignmentReceiver:
         self._sink = sink
         self.inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._due = asyncio.Event()
+        self._asked_s = 0.0
+        self._reordered_until = 0.0
         self._nonce = ""
         self._unvouched: _Unvouched | None = None
         self._acted_on = (b"", 0.0)
@@ -221,6 +231,7 @@ class AssignmentReceiver:
     async def new_nonce(self) -> str:
         """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)
+        self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
         await self._db(_use_nonce, self._nonce)
         return self._nonce
 
@@ -275,16 +286,40 @@ class AssignmentReceiver:
         match item:
             case AssignmentArrived(envelope):
                 self._problems.clear("broker")  # even if the message is refused, the broker is not silent
-                await self._judge(envelope)
+                if not await self._is_late(envelope):
+                    await self._judge(envelope)
             case FreshnessArrived(envelope):
                 await self._judge_freshness(envelope)
             case PollAnswered(envelope, statement, nonce):
                 before = await self._db(Store.envelope)
                 await self._judge(envelope, statement=statement, nonce=nonce)
                 if envelope != before and envelope == await self._db(Store.envelope):
+                    self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
                     self._suspect_broker(envelope)
             case BundleArrived():
                 await self._judge_bundle()
+
+    async def _is_late(self, envelope: bytes) -> bool:
+        """Tell whether an assignment of the director's is older than the accepted one only since it came another way.
+
+        Replayed later, the same is refused and reported: nothing honest explains it then.
+        """
+        claimed = remembered_assignment(envelope)
+        if claimed is None or asyncio.get_running_loop().time() >= self._reordered_until:
+            return False
+        if claimed.version >= await self._db(Store.counter, "accepted"):
+            return False
+        try:
+            await self._db.run(self._trust.accept, envelope)
+        except Rejected as error:
+            late = error.code is RejectCode.ROLLBACK  # the last check: signature, fleet and device are right
+        except StoreError:
+            return False
+        else:
+            return False
+        if late:
+            log.info("assignment %d came after a newer one, by another way", claimed.version)
+        return late
 
     # HTTPS
 
@@ -297,8 +332,12 @@ class AssignmentReceiver:
             backoff_s = AWAY_FIRST_S if reached else backoff_s * 2
             regular_s = self._settings.recheck_s if self._presence.connected else self._settings.refresh_s
             seconds = regular_s if reached else min(regular_s, backoff_s)
+            jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
+            asked_s, self._asked_s = self._asked_s, 0.0
+            if asked_s:
+                await asyncio.sleep(spread(0.0, asked_s))  # whoever calls: the server is busy
+                continue
             with contextlib.suppress(TimeoutError):
-                jitter = random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not a secret
                 async with asyncio.timeout(seconds * jitter):
                     await self._due.wait()
 
@@ -319,14 +358,23 @@ class AssignmentReceiver:
         except FetchError as error:
             if wants_renewal(error):
                 self._renewal.request()
+            if reason := exclusion(error):
+                if self._problems.text("server") != reason:
+                    log.error("%s", reason)  # noqa: TRY400 - the reason is the server's word
+                self._problems.set("server", reason)
+                self._sink.changed()
+            elif error.status:
+                self._problems.clear("server")
+            self._asked_s = min(error.retry_after_s, self._settings.recheck_s)
             if problem_of(error) == AHEAD:
                 await self._show_assignment()
-            elif error.code is not RejectCode.NOT_FOUND:
+            elif error.code is not RejectCode.NOT_FOUND and not reason:
                 log.info("cannot fetch the assignment: %s", error.message)
             return error.status != 0
         except wire.WireError as error:
             log.warning("cannot read the server's reply: %s", error)
         else:
+            self._problems.clear("server")
             self.post(PollAnswered(reply.assignment.encode(), reply.fresh.encode(), nonce))
         return True
 
@@ -350,7 +398,7 @@ class AssignmentReceiver:
     def _suspect_broker(self, envelope: bytes) -> None:
         """Report a problem if the connected broker should have delivered an assignment long before HTTPS did."""
         found = remembered_assignment(envelope)
-        if found is None or not self._presence.connected or self._clock.now() - found.issued < BROKER_SLACK:
+        if found is None or not self._presence.broker_connected or self._clock.now() - found.issued < BROKER_SLACK:
             return
         text = (
             f"the broker withheld assignment {found.version} of {found.issued:%Y-%m-%d %H:%M} UTC from this device: "

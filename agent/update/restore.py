@@ -42,7 +42,7 @@ from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import InstanceState, RejectCode
-from fleet.protocol.files import atomic_write
+from fleet.protocol.files import atomic_write, move_into_place
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
 from signing.state import VerifierState
@@ -519,7 +519,7 @@ class HostRestorer:
                     progress=lambda _received: None,
                     cancelled=cancelled,
                 )
-                beside.replace(self._materials.artifacts / f"{item.sha256}.wasm")
+                move_into_place(beside, self._materials.artifacts / f"{item.sha256}.wasm")
 
         try:
             await asyncio.to_thread(run)

@@ -9,7 +9,7 @@ from rich.text import Text
 from fleet.cli import operator, output
 from fleet.cli.base import Exit, Fault, Group, Options, command
 from fleet.cli.operator import load_operator
-from fleet.cli.trust_store import Place, load_devices, save_devices
+from fleet.cli.trust_store import DeviceMemory, Place, remembering_devices
 from fleet.client import Client, ClientError, UnreachableError
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import Phase
@@ -57,40 +57,44 @@ def verify(options: Options, *, device: str, forget: bool) -> Exit:
     who = load_operator(options)
     if forget and not device:
         raise Fault("--forget names no device", action="add the device: fleet audit verify DEVICE --forget")
-    memory = load_devices(who.trust)
-    shown = []
-    with who.client() as client:
-        rows = client.devices().devices
-        memory.places |= {row.id: Place(groups=row.groups, revoked=row.revoked) for row in rows}
-        if device and device not in memory.places and device not in memory.devices:
-            raise Fault(f"there is no device {device}", action="'fleet devices' lists them", code=Exit.REFUSED)
-        devices = [device] if device else [row.id for row in rows]
-        for each in devices:
-            seen = None if forget else memory.devices.get(each)
-            verdict = _examine(client, each, seen)
-            if verdict.seen.key:
-                memory.devices[each] = verdict.seen
-            found = _Shown(
-                device=each,
-                key=verdict.seen.key,
-                findings=verdict.findings,
-                notes=verdict.notes,
-                ran=verdict.ran(),
-                good=len(verdict.reports),
-                bad=verdict.bad,
-            )
-            shown.append(found)
-        if not device:
-            gone = sorted(memory.devices.keys() - set(devices))
-            shown += [
-                _Shown(device=each, key=memory.devices[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
-            ]
-    save_devices(who.trust, memory)
+    with remembering_devices(who.trust) as memory, who.client() as client:
+        shown = _look(client, memory, device, forget=forget)
     if options.json:
         output.show_json({"devices": shown})
     else:
         _tell(shown)
     return Exit.FAILED if any(each.findings for each in shown) else Exit.OK
+
+
+def _look(client: Client, memory: DeviceMemory, device: str, *, forget: bool) -> list[_Shown]:
+    """Judge a device, or every device where none is named, and remember what was seen."""
+    shown = []
+    rows = client.devices().devices
+    memory.places |= {row.id: Place(groups=row.groups, revoked=row.revoked) for row in rows}
+    if device and device not in memory.places and device not in memory.devices:
+        raise Fault(f"there is no device {device}", action="'fleet devices' lists them", code=Exit.REFUSED)
+    devices = [device] if device else [row.id for row in rows]
+    for each in devices:
+        seen = None if forget else memory.devices.get(each)
+        verdict = _examine(client, each, seen)
+        if verdict.seen.key:
+            memory.devices[each] = verdict.seen
+        found = _Shown(
+            device=each,
+            key=verdict.seen.key,
+            findings=verdict.findings,
+            notes=verdict.notes,
+            ran=verdict.ran(),
+            good=len(verdict.reports),
+            bad=verdict.bad,
+        )
+        shown.append(found)
+    if not device:
+        gone = sorted(memory.devices.keys() - set(devices))
+        shown += [
+            _Shown(device=each, key=memory.devices[each].key, findings=(_GONE,), notes=(), ran=()) for each in gone
+        ]
+    return shown
 
 
 def _examine(client: Client, device: str, seen: Seen | None) -> Verdict:

@@ -126,11 +126,18 @@ class Operator:
 
 
 def home(options: Options) -> Path:
-    """Return the fleet's directory: --home, $WASMFLEET_HOME or the user's data directory."""
-    if options.home is not None:
-        return options.home.expanduser().absolute()
+    """Return the fleet's directory: --home, $WASMFLEET_HOME or the user's data directory.
+
+    Raises:
+        Fault: the user has no home directory, as in a container that knows only the user's number.
+    """
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "wasmfleet"
+    path = Path(data) / "wasmfleet" if options.home is None else options.home
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        why = "HOME is not set, and the system knows no home directory of this user"
+        raise Fault(f"cannot find {path}", why, "name the fleet's directory with --home or WASMFLEET_HOME") from error
 
 
 def default_home() -> Path:

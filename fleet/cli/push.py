@@ -6,7 +6,9 @@ file, and the devices' properties from their reports.
 
 import contextlib
 import difflib
+import hashlib
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ import click
 import msgspec
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from fleet.cli import operator, output
+from fleet.cli import host_check, operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, share_worker_option
 from fleet.cli.operator import Operator, load_operator, where_option
 from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
@@ -25,6 +27,7 @@ from fleet.cli.rollout import amount, finish
 from fleet.cli.secret import check_needed
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
+from fleet.component import reader, served
 from fleet.protocol import bounds, operator_api, outbound
 from fleet.protocol.codes import OnBreach
 from fleet.protocol.manifest import Grants, Manifest
@@ -230,6 +233,8 @@ def push(
         if dry:
             return dry_run(who, client, prepared, _request(prepared.manifest.name, "", how), options)
         published = _publish(who, client, prepared, options)
+        if waits := served.serial(prepared.manifest):
+            output.say(options, f"Note: {waits}.")
         return _deploy(client, published.target, how, options)
 
 
@@ -293,7 +298,9 @@ def publish(
 @click.argument("targets", metavar="NAME@VERSION...", nargs=-1, required=True)
 @_deploy_options
 @click.option("--atomic", is_flag=True, help="Swap several components as one: each device swaps all of them, or none")
-@click.option("--dry-run", "dry", is_flag=True, help="Change nothing: show which devices would get it")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Change nothing: show which devices would get it, and could run it"
+)
 def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, dry: bool, **how: Any) -> Exit:
     """Offer a published component to a group or a device, and follow until the outcome is known.
 
@@ -309,12 +316,19 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, dry: boo
         raise click.UsageError("Name each component of a set once.")
     with who.client() as client:
         if dry:
-            return _foresee(client, msgspec.structs.replace(_request(first.name, first.path, how), also=also), options)
+            request = msgspec.structs.replace(_request(first.name, first.path, how), also=also)
+            return _foresee(who, client, [first, *others], request, options)
         return _deploy(client, first, how, options, also=also)
 
 
-def _foresee(client: Client, request: RolloutRequest, options: Options) -> Exit:
-    """Print what a rollout of a published component would do; return NOTHING_AFFECTED where it would be refused."""
+def _foresee(
+    who: Operator, client: Client, targets: Sequence[TargetName], request: RolloutRequest, options: Options
+) -> Exit:
+    """Print what a rollout of published components would do.
+
+    Returns:
+        NOTHING_AFFECTED where the server would refuse it; FAILED where no device could run one of them.
+    """
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
     waves = "" if request.device else request.waves
     preflight = client.preflight(msgspec.structs.replace(request, seed=seed, waves=waves))
@@ -322,14 +336,54 @@ def _foresee(client: Client, request: RolloutRequest, options: Options) -> Exit:
     if not refused:
         drawn = f"the waves are drawn: --seed {seed} draws these"
         preflight = msgspec.structs.replace(preflight, warnings=(*preflight.warnings, drawn))
+    if not refused:
+        preflight = _checked(who, client, targets, preflight)
     if options.json:
         output.show_json(preflight)
     else:
-        targets = ", ".join(output.target(target) for target in (request.target or "", *request.also.values()))
+        shown = ", ".join(map(str, targets))
         before = f"in place of {output.target(preflight.previous)}" if preflight.previous else "as a new instance"
-        output.facts([("would be", f"{targets}, {before}"), *_effect(preflight)])
+        output.facts([("would be", f"{shown}, {before}"), *_check_lines(preflight), *_effect(preflight)])
         click.echo("Nothing was changed.")
-    return Exit.NOTHING_AFFECTED if refused else Exit.OK
+    if refused:
+        return Exit.NOTHING_AFFECTED
+    return Exit.FAILED if preflight.problems else Exit.OK
+
+
+def _checked(who: Operator, client: Client, targets: Sequence[TargetName], preflight: Preflight) -> Preflight:
+    """Add to what the server foresees what this machine's host, or the table, says of the published components."""
+    rows = {row.id: row for row in client.devices().devices}
+    offered = [rows[device] for wave in preflight.waves for device in wave if device in rows]
+    checked_by, problems, warnings = "", [*preflight.problems], [*preflight.warnings]
+    for target in targets:
+        with _published(who, client, target) as prepared:
+            if prepared is None:
+                warnings.append(f"{target} was not checked: this machine does not find it published")
+                continue
+            seen = host_check.judge(prepared.file, prepared.component, prepared.manifest)
+            seen = host_check.on_devices(seen, offered)
+        checked_by = seen.checked_by
+        problems += [f"{target}: {problem}" for problem in seen.problems]
+        warnings += [f"{each.device} could not run {target}: {each.reason}" for each in seen.excluded]
+        warnings += [note for note in seen.notes if note not in warnings]
+    return msgspec.structs.replace(preflight, checked_by=checked_by, problems=tuple(problems), warnings=tuple(warnings))
+
+
+@contextlib.contextmanager
+def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Prepared | None]:
+    """Fetch a published component into a file, for a check; None where it is not published. Raises `Fault`."""
+    release = TrustStore(who, client).release(target.path)
+    if release is None:
+        yield None
+        return
+    data = client.artifact(release.sha256)
+    if hashlib.sha256(data).hexdigest() != release.sha256:
+        raise Fault(f"the server's {target} is not what its publisher signed", code=Exit.REFUSED)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, f"{target.name}.wasm")
+        file.write_bytes(data)
+        component = reader.read(data, file_name=file.name)
+        yield Prepared(file, data, component, release.manifest, None)
 
 
 def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
@@ -464,18 +518,20 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     """Print the effect of pushing `prepared`; return FAILED when no device could run it."""
     trust = TrustStore(who, client)
     manifest = versioned(prepared, trust)
+    seen = host_check.judge(prepared.file, prepared.component, manifest)
     devices = _offered_devices(client, request)
     previous = _previous(client, devices, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
     lacking = _lacking(client, devices, manifest, request.instance)
-    excluded = tuple(
-        entry for device in devices if (entry := unfit(device, manifest) or lacking.get(device.id)) is not None
-    )
+    found = (host_check.unfit(device, prepared.component, manifest) or lacking.get(device.id) for device in devices)
+    excluded = tuple(entry for entry in found if entry is not None)
+    out = {entry.device for entry in excluded}
+    fit = [device for device in devices if device.id not in out]
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
     waves, unguarded = _waves(
-        _stages(client, request, len(devices) - len(excluded)),
+        _stages(client, request, len(fit)),
         seed,
-        [device for device in devices if device.id not in {each.device for each in excluded}],
+        fit,
     )
     preflight = Preflight(
         waves=waves,
@@ -486,13 +542,16 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
             *((f"it is refused: {unguarded}",) if unguarded else ()),
             *(f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online),
             f"the waves are drawn: --seed {seed} draws these",
+            *host_check.on_devices(seen, fit).notes,
         ),
+        checked_by=seen.checked_by,
+        problems=seen.problems,
     )
     if options.json:
         output.show_json(preflight)
     else:
         _show_preflight(prepared, manifest, who, preflight)
-    return Exit.OK if any(preflight.waves) or not devices else Exit.FAILED
+    return Exit.OK if not seen.problems and (any(preflight.waves) or not devices) else Exit.FAILED
 
 
 def _offered_devices(client: Client, request: RolloutRequest) -> list[DeviceRow]:
@@ -509,19 +568,6 @@ def _previous(client: Client, devices: Sequence[DeviceRow], request: RolloutRequ
         if group.name == request.group:
             return next((each.target for each in group.settled if each.instance == request.instance), "")
     return ""
-
-
-def unfit(device: DeviceRow, manifest: Manifest) -> Excluded | None:
-    """Explain why a device could not run the component; None when nothing speaks against it."""
-    if device.revoked:
-        return Excluded(device=device.id, reason="it is revoked")
-    if manifest.arch and device.machine and device.machine not in manifest.arch:
-        return Excluded(
-            device=device.id, reason=f"it is {device.machine}, the component is for {', '.join(manifest.arch)}"
-        )
-    if device.versions.host and not device.versions.engine:
-        return Excluded(device=device.id, reason="it has no engine")
-    return None
 
 
 def _lacking(client: Client, devices: Sequence[DeviceRow], manifest: Manifest, instance: str) -> dict[str, Excluded]:
@@ -582,10 +628,16 @@ def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, prefl
         ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
         ("imports", ", ".join(shape.imports) or "nothing"),
         ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
+        *_check_lines(preflight),
         ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
     ]
     output.facts(rows + _effect(preflight))
     click.echo("Nothing was changed.")
+
+
+def _check_lines(preflight: Preflight) -> list[tuple[str, str]]:
+    """Return the lines of a dry run about the component itself."""
+    return [("checked by", preflight.checked_by), *(("problem", problem) for problem in preflight.problems)]
 
 
 def _effect(preflight: Preflight) -> list[tuple[str, str]]:

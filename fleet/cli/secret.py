@@ -182,32 +182,34 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[tuple[Box, ..
         raise Fault(
             f"the server serves the fleet {keys.fleet!r}, this machine belongs to {who.fleet!r}", code=Exit.REFUSED
         )
-    memory = trust_store.load_devices(who.trust)
-    boxes: list[Box] = []
-    unproved: dict[str, str] = {}
-    for entry in keys.devices:
-        try:
-            key, fingerprint = proved(
-                entry.proof.encode(), certificate=entry.certificate_pem.encode(), fleet=who.fleet, device=entry.device
+    with trust_store.remembering_devices(who.trust) as memory:
+        boxes: list[Box] = []
+        unproved: dict[str, str] = {}
+        for entry in keys.devices:
+            try:
+                key, fingerprint = proved(
+                    entry.proof.encode(),
+                    certificate=entry.certificate_pem.encode(),
+                    fleet=who.fleet,
+                    device=entry.device,
+                )
+            except Rejected as error:  # a device's own word, or a server's lie: it gets no box, and holds up no other
+                unproved[entry.device] = error.message
+                continue
+            trust_store.check_device_key(memory, entry.device, fingerprint)
+            purpose = Purpose(
+                fleet=who.fleet, device=entry.device, instance=keys.instance, name=keys.name, version=keys.version
             )
-        except Rejected as error:  # a device's own word, or a server's lie: it gets no box, and holds up no other
-            unproved[entry.device] = error.message
-            continue
-        trust_store.check_device_key(memory, entry.device, fingerprint)
-        purpose = Purpose(
-            fleet=who.fleet, device=entry.device, instance=keys.instance, name=keys.name, version=keys.version
-        )
-        box = sealing.seal(value, recipient=key, purpose=purpose)
-        boxes.append(Box(device=entry.device, box=base64.b64encode(box).decode()))
-    if unproved and not boxes:
-        device, reason = next(iter(unproved.items()))
-        raise Fault(
-            f"cannot seal for {device}: its sealing key is not proved",
-            reason,
-            "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
-            code=Exit.REFUSED,
-        )
-    trust_store.save_devices(who.trust, memory)
+            box = sealing.seal(value, recipient=key, purpose=purpose)
+            boxes.append(Box(device=entry.device, box=base64.b64encode(box).decode()))
+        if unproved and not boxes:
+            device, reason = next(iter(unproved.items()))
+            raise Fault(
+                f"cannot seal for {device}: its sealing key is not proved",
+                reason,
+                "enrol it anew if it enrolled with an older agent; otherwise do not trust this server",
+                code=Exit.REFUSED,
+            )
     if not boxes:
         raise Fault("cannot seal the secret", "no device is there yet", "run fleet secret set once one has joined")
     return tuple(boxes), unproved

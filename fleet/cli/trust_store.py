@@ -5,11 +5,13 @@ devices as first and last seen, so that a server cannot change them unnoticed.
 """
 
 import contextlib
+import fcntl
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
+import click
 import msgspec
 from tuf.api.metadata import Targets
 
@@ -32,6 +34,7 @@ _LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """Reference time before any expiry, to read metadata that has expired."""
 
 DEVICES_FILE: Final = "devices.json"
+_DEVICES_LOCK: Final = "devices.lock"
 _DEVICES_FILE_BEFORE: Final = "boards.json"
 """Older name of that file: read where there is no newer one, removed after the next write."""
 
@@ -260,6 +263,33 @@ def save_devices(trust: Path, memory: DeviceMemory) -> None:
         (trust / _DEVICES_FILE_BEFORE).unlink(missing_ok=True)
     except OSError as error:
         raise Fault(f"cannot write {path}", reason(error), "check its owner, and the space left there") from None
+
+
+@contextlib.contextmanager
+def remembering_devices(trust: Path) -> Iterator[DeviceMemory]:
+    """Give the memory of devices to one command at a time, and write it back unless the command fails.
+
+    Without the lock, of two commands the later would write back what it read before the other did, and a key first seen
+    or a newest report would be forgotten.
+
+    Raises:
+        Fault: the file cannot be read or written.
+    """
+    path = trust / _DEVICES_LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            trust.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                click.echo("Waiting for another fleet command that looks at devices.", err=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise Fault(f"cannot lock {path}", reason(error), "check its owner, and the space left there") from None
+        memory = load_devices(trust)
+        yield memory
+        save_devices(trust, memory)
 
 
 def check_device_key(memory: DeviceMemory, device: str, fingerprint: str) -> None:

@@ -178,6 +178,9 @@ class _Imports:
         wanted = {}
         served = dict(self._engine)
         for at, (name, kind) in enumerate(zip(self._inner.instances, self._inner.kinds, strict=True)):
+            if kind < 0:  # of the guest's own
+                self._instances.append(-1)
+                continue
             key = _key(name)
             own = self._adapted.get(key)
             if own is not None:
@@ -231,6 +234,8 @@ class _Imports:
             if isinstance(found, Alias):
                 if found.instance >= len(self._instances):
                     raise binary.DamagedError(f"instance {found.instance} of a type is not there")
+                if self._instances[found.instance] < 0:
+                    raise types.ForeignTypeError(f"the type {found.name} of an import is an instance's of its own")
                 self._types[number] = self._out.type_of(self._instances[found.instance], found.name)
                 self._met_io = self._inner.instances[found.instance].startswith(_IO)
             else:

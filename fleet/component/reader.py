@@ -289,7 +289,8 @@ class ComponentIndex:
     """Index of a component's items, as far as composing needs it.
 
     Attributes:
-        instances, kinds: the name and the type's index of each imported instance, in order.
+        instances, kinds: the name and the type's index of each imported instance, in order; empty and -1 for an
+            instance that the component makes itself between its imports, as compositions do.
         exports: of instances; functions: of functions.
         type_imports: the names of imported types, which no guest has.
         components: nested components.
@@ -307,6 +308,8 @@ class ComponentIndex:
 
     def kind(self, instance: int) -> tuple[int, int]:
         """Return where the type of an imported instance is defined."""
+        if self.kinds[instance] < 0:
+            raise types.ForeignTypeError("a type of an import is that of an instance of its own")
         found = self.types[self.kinds[instance]]
         if isinstance(found, Alias):
             raise types.ForeignTypeError(f"{self.instances[instance]} has a type of another's")
@@ -325,7 +328,8 @@ def read_index(data: bytes) -> ComponentIndex:
         if section.id == NESTED:
             out.components.append(data[section.start : section.end])
         elif section.id == _INSTANCES and at < last_import:
-            raise types.ForeignTypeError(f"an instance before an import at offset {section.start}")
+            for _ in range(section.cursor(data, budget).count()):
+                _own_instance(out)
         elif section.id in _ENTRIES and (at <= last_import or section.id == EXPORT):
             cursor = section.cursor(data, budget)
             for _ in range(cursor.count()):
@@ -353,6 +357,12 @@ def _import(out: ComponentIndex, cursor: binary.Cursor) -> None:
     out.kinds.append(cursor.u32())
 
 
+def _own_instance(out: ComponentIndex) -> None:
+    """Count an instance that is not imported, whose types no import may have."""
+    out.instances.append("")
+    out.kinds.append(-1)
+
+
 def _export(out: ComponentIndex, cursor: binary.Cursor) -> None:
     name = binary.extern_name(cursor)
     sort = cursor.byte()
@@ -377,6 +387,8 @@ def _alias(out: ComponentIndex, cursor: binary.Cursor) -> None:
             instance, name = cursor.u32(), cursor.name()
             if sort == _SORT_TYPE:
                 out.types.append(Alias(instance, name))
+            elif sort == _INSTANCE:
+                _own_instance(out)
         case _:
             raise types.ForeignTypeError(f"an alias of form {target} at offset {cursor.at}")
 

@@ -41,7 +41,7 @@ IMPORTS: Final[dict[str, str]] = dict.fromkeys(WASI, _RELEASES) | dict.fromkeys(
 """Interface -> versions in which a component may import it."""
 
 ADAPTED: Final[dict[str, str]] = dict.fromkeys((wasi.HTTP_TYPES, wasi.OUTGOING_HANDLER), _RELEASES)
-"""What a guest of `wasi:http` may import besides, by its adapter."""
+"""Imports that a guest of `wasi:http` may have besides, by its adapter."""
 
 INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-zA-Z][a-zA-Z0-9-]*)?")
 """Name of an interface or a package, without its version."""
@@ -49,7 +49,7 @@ INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-
 _MEMORY_MAX_BYTES: Final = 4 << 30
 """Memory that a component can address, with 32 bits."""
 
-# What other platforms serve, by the namespace or package of an import
+# Other platforms that serve an import, by the namespace or package of an import
 _PLATFORMS: Final = {
     "fermyon": "Spin",
     "spin": "Spin",
@@ -133,11 +133,9 @@ def _fits(version: str, allowed: str) -> bool:
     return version == allowed or re.fullmatch(re.escape(allowed) + r"(\.\d+)+(\+.*)?", version) is not None
 
 
-def reason(name: str, file_name: str = "component.wasm") -> str:  # noqa: PLR0911 - a table of kinds
+def reason(name: str, file_name: str = "component.wasm") -> str:
     """Say why no device serves an import, and what to do."""
     interface = bare(name)
-    of = package(name)
-    namespace = of.partition(":")[0]
     if INTERFACE.fullmatch(interface) is None:
         return (
             f"{name[:80]!r} belongs to no package, so that no device serves it: move it into an interface of a "
@@ -152,6 +150,13 @@ def reason(name: str, file_name: str = "component.wasm") -> str:  # noqa: PLR091
         return f"{name} is served to components that export {wasi.HTTP_HANDLER} alone: export that handler"
     if interface in IMPORTS:
         return f"{name} is of a version that no device serves; devices serve its releases of 0.2: build against those"
+    return _foreign(name, file_name)
+
+
+def _foreign(name: str, file_name: str) -> str:
+    """Say what to do about an interface that devices do not know."""
+    of = package(name)
+    namespace = of.partition(":")[0]
     if platform := _PLATFORMS.get(namespace):
         return (
             f"{name} is an interface of {platform}, which no device serves: build without its SDK, "

@@ -46,6 +46,11 @@ LOG_MAX_BYTES: Final = 16 * KIB
 LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
 LOGS_MINUTES_MAX: Final = 60
 
+# Messages that travel over HTTPS at once where a network blocks MQTT, each way
+EXCHANGE_MESSAGES_MAX: Final = 64
+EXCHANGE_MAX_BYTES: Final = 512 * KIB  # of their payloads; as text in JSON they may be twice as long
+EXCHANGE_WAIT_MAX_S: Final = 55
+
 # JSON that people and machines post to the HTTP API
 API_BODY_MAX_BYTES: Final = 1 * MIB
 
@@ -100,6 +105,8 @@ NAMES_MAX: Final = 64
 """Members of a dictionary whose names are of a closed vocabulary: several times the longest of them."""
 
 PROBLEMS_MAX: Final = 1000
+INTERFACES_MAX: Final = 64
+"""Most packages of interfaces that a host says it serves."""
 INSTANCES_MAX: Final = 1000
 """Far more than an assignment has (`ITEMS_MAX`): a bound for readers, not for devices."""
 

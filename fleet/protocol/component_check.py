@@ -35,7 +35,7 @@ class ComponentCheckRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ComponentCheckReply(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine's host says of a component.
+    """Verdict of this machine's host on a component.
 
     Attributes:
         ok: a device of this kind could start it.

@@ -424,9 +424,16 @@ LATER_OF_KEYS: Final = ("type", "min", "max", "enum", "pattern")
 """The same, in each configuration key."""
 
 
+_DEFAULTS: Final[dict[tuple[type[msgspec.Struct], str], object]] = {}
+"""Defaults of later fields; to find one takes longer than to convert a manifest."""
+
+
 def _default(struct: msgspec.Struct, name: str) -> object:
-    field = next(each for each in msgspec.structs.fields(struct) if each.name == name)
-    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    key = (type(struct), name)
+    if key not in _DEFAULTS:
+        field = next(each for each in msgspec.structs.fields(struct) if each.name == name)
+        _DEFAULTS[key] = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    return _DEFAULTS[key]
 
 
 class BadManifestError(ValueError):

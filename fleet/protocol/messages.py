@@ -1,8 +1,9 @@
 """Messages between device and server: reports, health, hello, acknowledgements, logs, enrolment.
 
 MQTT carries them, except for enrolment, renewal and logs (HTTPS): `up/*` from a device to the server, `down/*` the
-other way; `fleet.protocol.assignment` has what the director signs. Times are UTC. Every handler is idempotent: a
-report is identified by (device, boot id, sequence), and the server acknowledges what it has stored.
+other way; where a network blocks MQTT, an `Exchange` over HTTPS does. `fleet.protocol.assignment` has what the director
+signs. Times are UTC. Every handler is idempotent: a report is identified by (device, boot id, sequence), and the server
+acknowledges what it has stored.
 
 Logs: a device posts `LogChunk`s to `/v1/logs` on the devices' listener, with its certificate, as long as the reply
 says that an operator reads them. The server stores none of them.
@@ -20,13 +21,18 @@ import msgspec
 from msgspec import Meta
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.bounds import Count, Counts, Figure, Percent, Stored, Utc
+from fleet.protocol.bounds import Count, Counts, Figure, Percent, Stored, Utc, Word
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.wire import Message
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """Versions of a device's software. `engine` is wasmtime's version, empty where the device has none."""
+    """Versions of a device's software.
+
+    Attributes:
+        engine: wasmtime's version, empty where the device has none.
+        interfaces: packages that its host serves to components, such as `wasi:clocks@0.2`; empty for an earlier host.
+    """
 
     agent: str = ""
     host: str = ""
@@ -35,6 +41,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str = ""
     os: str = ""
     machine: str = ""
+    interfaces: Annotated[tuple[str, ...], Meta(max_length=bounds.INTERFACES_MAX)] = ()
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -271,6 +278,54 @@ class Poke(Message, frozen=True, kw_only=True):
     jitter_s: Count = 60
 
 
+class Packet(msgspec.Struct, frozen=True, kw_only=True):
+    """Message in an `Exchange`: what MQTT carries on the topic of this channel.
+
+    Attributes:
+        number: of a message to the device, growing within a session; 0 of one from it.
+    """
+
+    channel: Word
+    payload: Annotated[str, Meta(max_length=bounds.DESIRED_MAX_BYTES)]
+    number: Count = 0
+
+
+class Exchange(Message, frozen=True, kw_only=True):
+    """`POST /v1/exchange`: the conversation of a device whose network blocks MQTT, both ways.
+
+    The server keeps messages to the device until it says that it has received them.
+
+    Attributes:
+        session: as the last reply called it; empty at first. Another one in the reply means that the server knows
+            nothing of this session any more, as after its restart.
+        up: messages to the server, oldest first.
+        received: number of the newest message that came in this session.
+        wait_s: time that the server may hold its reply for want of a message.
+        ends: the device says goodbye, or uses the broker again.
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.API_BODY_MAX_BYTES
+    session: Word = ""
+    up: Annotated[tuple[Packet, ...], Meta(max_length=bounds.EXCHANGE_MESSAGES_MAX)] = ()
+    received: Count = 0
+    wait_s: Count = 0
+    ends: bool = False
+
+
+class ExchangeReply(Message, frozen=True, kw_only=True):
+    """Reply to an `Exchange`.
+
+    Attributes:
+        down: messages to the device that it has not received yet, oldest first.
+        next_s: after which the device asks again; 0 for at once.
+    """
+
+    MAX_BYTES: ClassVar[int] = 2 * bounds.API_BODY_MAX_BYTES
+    session: Word
+    down: tuple[Packet, ...] = ()
+    next_s: Count = 0
+
+
 class LogChunk(Message, frozen=True, kw_only=True):
     """Some lines of one instance's log, oldest first, without any secret.
 
@@ -316,6 +371,9 @@ TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret
 EXPIRED: Final = "certificate-expired"
 OUTDATED: Final = "certificate-outdated"
 """Problem types that a new certificate solves: the old one has expired, or its issuing CA is no longer accepted."""
+
+REVOKED: Final = "revoked"
+"""Type of the problem that an operator has revoked the device."""
 
 AHEAD: Final = "ahead"
 """Type of the problem that a device's assignment is newer than any that its server knows: the device shows it."""

@@ -14,6 +14,7 @@ way.
     secrets/<sha256>        sealed boxes, each of which only its own device can open
 """
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -178,6 +179,7 @@ class TargetName:
         return cls(space, name, version) if slash else cls(namespace, head, version)
 
 
+@functools.lru_cache(maxsize=16_384)
 def shard(device: str) -> str:
     """Return the first two hex digits of sha256(device id), by which server processes divide the fleet."""
     return hashlib.sha256(device.encode()).hexdigest()[:2]

@@ -144,6 +144,7 @@ class DeviceRow(View, frozen=True, kw_only=True):
         assigned, accepted, committed: assignment versions: newest published, and as the device reports; 0 for none.
         instances: running instances, by the device's newest health.
         problem: the most urgent sentence of its health, empty for none.
+        memory_bytes: memory of the device; 0 where it has not reported it.
     """
 
     id: str
@@ -161,6 +162,7 @@ class DeviceRow(View, frozen=True, kw_only=True):
     pins: tuple[str, ...] = ()
     revoked: bool = False
     problem: str = ""
+    memory_bytes: Stored = 0
 
 
 class Devices(View, frozen=True, kw_only=True):
@@ -700,6 +702,8 @@ class Preflight(View, frozen=True, kw_only=True):
     Attributes:
         waves: device ids, wave by wave.
         new_grants: what this version may reach and the settled one may not: `interface wasi:clocks`, and so on.
+        checked_by: what judged the component itself: an engine, or the table of interfaces that devices serve.
+        problems: why no device could run the component.
     """
 
     waves: tuple[tuple[str, ...], ...] = ()
@@ -707,6 +711,8 @@ class Preflight(View, frozen=True, kw_only=True):
     new_grants: tuple[str, ...] = ()
     previous: str = ""
     warnings: tuple[str, ...] = ()
+    checked_by: str = ""
+    problems: tuple[str, ...] = ()
 
 
 class WithdrawnDevice(View, frozen=True, kw_only=True):

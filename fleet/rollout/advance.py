@@ -65,18 +65,18 @@ class Step:
         return last if isinstance(last, Wait) else Wait("")
 
 
-def advance(rollout: Rollout, members: Iterable[Member], now: float) -> Step:
-    """Decide and apply until the rollout waits or is over."""
-    return advance_set(rollout, [members], now)
+def advance(rollout: Rollout, members: Iterable[Member], now: float, *, besides: int = 0) -> Step:
+    """Decide and apply until the rollout waits or is over; `besides` as in `decide`."""
+    return advance_set(rollout, [members], now, besides=besides)
 
 
-def advance_set(rollout: Rollout, sets: Iterable[Iterable[Member]], now: float) -> Step:
+def advance_set(rollout: Rollout, sets: Iterable[Iterable[Member]], now: float, *, besides: int = 0) -> Step:
     """Decide and apply for an atomic set as for one rollout, until it waits or is over."""
     begun = [{each.device: each for each in members} for members in sets]
     standing = [dict(each) for each in begun]
     taken: list[Action] = []
     for _ in range(_MAX_STEPS):
-        actions = decide(rollout, merge_set([tuple(each.values()) for each in standing]), now)
+        actions = decide(rollout, merge_set([tuple(each.values()) for each in standing]), now, besides=besides)
         taken += actions
         moves = [each for each in actions if not isinstance(each, Wait)]
         if not moves:

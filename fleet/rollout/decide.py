@@ -33,6 +33,7 @@ REPLACED_MAX: Final = 2
 ARRIVALS_S: Final = 7 * 86_400.0
 """Arrivals that the limits of the catch-up queue count over."""
 
+_MAY_BE_SILENT: Final = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED})
 _NAMED_MAX: Final = 3
 _TENTH: Final = Amount(10, percent=True)
 _HUNDREDTH: Final = Amount(1, percent=True)
@@ -193,10 +194,18 @@ class Wait:
 Action = Open | Offer | Withdraw | Mark | Promote | Replace | Pause | Revert | Succeed | Close | Wait
 
 
-def decide(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
-    """Return the next step; apply it and call again. Every sequence ends in a `Wait` or a state that is over."""
+def decide(rollout: Rollout, members: Sequence[Member], now: float, *, besides: int = 0) -> tuple[Action, ...]:
+    """Return the next step; apply it and call again. Every sequence ends in a `Wait` or a state that is over.
+
+    Args:
+        rollout: as it is.
+        members: all of them, without those of `besides`.
+        now: the time.
+        besides: counted members of a rollout that succeeded, without a budget for its sites, which are not given: they
+            had an outcome by then, and are in the size of the catch-up queue alone.
+    """
     if rollout.state is RolloutState.SUCCEEDED:
-        return _catch_up(rollout, members, now)
+        return _catch_up(rollout, members, now, besides)
     if rollout.state not in OPEN_STATES:
         return ()
     return (
@@ -216,14 +225,14 @@ def _silences(rollout: Rollout, members: Iterable[Member], now: float) -> tuple[
     """Give an outcome to each offered device that says nothing; none of them is a verdict on the version."""
     found: dict[Outcome, list[str]] = {}
     for member in members:
-        outcome = _silence(rollout, member, now)
+        outcome = _silence(rollout, member, now) if member.outcome in _MAY_BE_SILENT else None
         if outcome is not None:
             found.setdefault(outcome, []).append(member.device)
     return tuple(Mark(outcome, tuple(devices)) for outcome, devices in found.items())
 
 
 def _silence(rollout: Rollout, member: Member, now: float) -> Outcome | None:
-    if member.outcome not in {Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED} or member.returning:
+    if member.returning:
         return None
     if member.outcome is not Outcome.WAITING and member.swapping:
         if now >= _lost_at(member):
@@ -461,10 +470,11 @@ def _holds(member: Member) -> bool:
 
 def _next_silence(rollout: Rollout, members: Iterable[Member], now: float) -> float | None:
     """Return when the next silence gets a name, or a canary is replaced."""
-    return min((time for time in _deadlines(rollout, members) if time > now), default=None)
+    return min((time for time in deadlines(rollout, members) if time > now), default=None)
 
 
-def _deadlines(rollout: Rollout, members: Iterable[Member]) -> Iterator[float]:
+def deadlines(rollout: Rollout, members: Iterable[Member]) -> Iterator[float]:
+    """Yield each time at which the silence of a member gets a name, or a canary is replaced, past ones too."""
     for member in members:
         if member.outcome not in OPEN or member.returning:
             continue
@@ -479,7 +489,7 @@ def _deadlines(rollout: Rollout, members: Iterable[Member]) -> Iterator[float]:
 # -- catch-up queue ----------------------------------------------------------------------------------------------------
 
 
-def _catch_up(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
+def _catch_up(rollout: Rollout, members: Sequence[Member], now: float, besides: int) -> tuple[Action, ...]:
     """Admit devices that come after the rollout succeeded, at most so many at once, until too many of them fail."""
     marks = _silences(rollout, members, now)
     if marks:
@@ -504,7 +514,7 @@ def _catch_up(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[
     queued = [each for each in due if each.online and not each.new]
     if not shut and queued:
         busy = {*UNDER_WAY, Outcome.LOST}
-        at_once = max(1, rollout.limits.catch_up.down(sum(each.counted for each in members)))
+        at_once = max(1, rollout.limits.catch_up.down(besides + sum(each.counted for each in members)))
         free = at_once - sum(each.arrival and not each.new and each.outcome in busy for each in members)
         admitted = _within_budget(rollout.limits, members, queued, free)
         if admitted:

@@ -14,6 +14,7 @@ import functools
 import ipaddress
 import socket
 import tomllib
+import urllib.parse
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -86,6 +87,7 @@ class ServerConfig:
         operators, devices, mqtt: where the listeners bind, `host:port`.
         broker: `auto` (Mosquitto when it is on PATH, else the embedded one in a development fleet), `mosquitto`,
             `embedded`, or `mqtts://host:port` of an external one.
+        mqtt_websocket: `wss://host:port/path` at which devices reach the same broker over WebSocket; empty for none.
         keep_days: days for which reports and events are kept.
         limits: the table `[limits]`.
     """
@@ -98,6 +100,7 @@ class ServerConfig:
     mqtt: str
     namespace: str = "main"
     broker: str = "auto"
+    mqtt_websocket: str = ""
     keep_days: int = 90
     format: int = FORMAT
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -120,9 +123,8 @@ class ServerConfig:
     @property
     def mqtt_urls(self) -> tuple[str, ...]:
         """URLs of the broker, in the order to try."""
-        if self.external_broker is not None:
-            return (f"mqtts://{self.external_broker}",)
-        return (f"mqtts://{self._reach(self.mqtt, 'mqtt')}",)
+        plain = self._reach(self.mqtt, "mqtt") if self.external_broker is None else self.external_broker
+        return (f"mqtts://{plain}", *((self.mqtt_websocket,) if self.mqtt_websocket else ()))
 
     @property
     def external_broker(self) -> Address | None:
@@ -141,7 +143,8 @@ class ServerConfig:
 
     def dump(self) -> str:
         """Render as TOML; of the limits only those that are not the default."""
-        lines = [f"{each.name} = {_toml(getattr(self, each.name))}" for each in fields(self) if each.name != "limits"]
+        unset = {"limits", *(() if self.mqtt_websocket else ("mqtt_websocket",))}
+        lines = [f"{each.name} = {_toml(getattr(self, each.name))}" for each in fields(self) if each.name not in unset]
         if changed := self.limits.changed:
             lines += ["", "[limits]", *(f"{key} = {value}" for key, value in changed.items())]
         return "# How this server runs. Restart `fleet serve` after a change.\n" + "\n".join(lines) + "\n"
@@ -188,6 +191,8 @@ class ServerConfig:
         for what in ("operators", "devices", "mqtt"):
             Address.parse(getattr(self, what), what)
         assert self.external_broker is None or self.external_broker.port
+        if self.mqtt_websocket and not _is_websocket(self.mqtt_websocket):
+            raise HomeError(f"mqtt_websocket {self.mqtt_websocket!r} is not an address: write wss://host:port/path")
         if not self.production and not is_loopback(self.host) and self.broker == "embedded":
             raise HomeError("the embedded broker serves this machine only: install mosquitto for devices elsewhere")
 
@@ -252,6 +257,14 @@ class ServerPaths:
     def database(self) -> Path:
         """File of the store."""
         return self.server / "fleet.db"
+
+
+def _is_websocket(url: str) -> bool:
+    try:
+        split = urllib.parse.urlsplit(url)
+        return split.scheme == "wss" and bool(split.hostname) and split.port != 0 and not split.username
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -23,7 +23,7 @@ from fleet.rollout.model import Member, Value, held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow, RolloutRow, SettledRow
-from fleet.store.store import Store
+from fleet.store.store import DeviceFacts, Store
 from signing import director, dsse
 from signing.policy import Release
 
@@ -83,7 +83,12 @@ class Director:
         self._heard: set[str] = set()
 
     def effective(
-        self, device: DeviceRow, assumed: Iterable[Overlay] = (), *, after: Withdrawal | None = None
+        self,
+        device: DeviceRow,
+        assumed: Iterable[Overlay] = (),
+        *,
+        after: Withdrawal | None = None,
+        facts: DeviceFacts | None = None,
     ) -> dict[str, Effective]:
         """Return the desired value of each instance of a device, also of removed ones, with its source.
 
@@ -91,15 +96,12 @@ class Director:
             device: of the fleet.
             assumed: rollouts that are not there yet, in force as if they had been offered.
             after: a withdrawal that is not there yet, as if it had been carried out.
+            facts: of the device, where the caller has read them; otherwise they are read now.
         """
-        rollouts = self._store.rollouts
-        unselected = rollouts.unselected(device.id)
-        groups = [
-            Group(group.name, group.priority, self._settled(group.name, unselected, after))
-            for group in self._store.devices.groups_of(device)
-        ]
-        pins = _values(rollouts.settled(device=device.id), after)
-        in_force = rollouts.overlays(device.id)
+        facts = facts or self._store.facts([device])[device.id]
+        groups = [Group(group.name, group.priority, self._settled(facts, group.name, after)) for group in facts.groups]
+        pins = _values(facts.settled[""], after)
+        in_force = facts.in_force
         if after is not None:
             in_force = _left(in_force, after.ended)
         overlays = [
@@ -107,15 +109,15 @@ class Director:
             for row, member in in_force
             if wants(row.state, member)
         ]
-        return effective(groups, pins, [*overlays, *assumed], own=rollouts.own_keys(device.id))
+        return effective(groups, pins, [*overlays, *assumed], own=facts.own)
 
-    def _settled(self, group: str, unselected: Collection[str], after: Withdrawal | None) -> dict[str, SettledValue]:
+    def _settled(self, facts: DeviceFacts, group: str, after: Withdrawal | None) -> dict[str, SettledValue]:
         """Return the settled values of a group for one device, by instance.
 
         A rollout whose selector left the device out settled nothing for it: the value before that one stands, if its
         release is still published.
         """
-        values = _values(self._store.rollouts.settled(group=group), after)
+        values, unselected = _values(facts.settled[group], after), facts.unselected
         for instance, held in list(values.items()):
             if held.rollout not in unselected:
                 continue
@@ -146,9 +148,9 @@ class Director:
 
     def targets_after(self, device: DeviceRow, withdrawal: Withdrawal) -> dict[str, str]:
         """Return the target of each instance that a device runs once a release is withdrawn."""
-        boxes, found = self._store.boxes.newest(device.id), {}
-        own = self._store.rollouts.own_keys(device.id)
-        for instance, each in self.effective(device, after=withdrawal).items():
+        facts, found = self._store.facts([device])[device.id], {}
+        boxes, own = facts.boxes, facts.own
+        for instance, each in self.effective(device, after=withdrawal, facts=facts).items():
             release = None if each.value.target is None else self._repository.release(each.value.target)
             if release is None or unfit(release, device):
                 continue
@@ -177,9 +179,12 @@ class Director:
             self.publish_assignment(row)
         return row
 
-    def is_ahead(self, device: DeviceRow, current: AssignmentRow | None = None) -> bool:
+    def is_ahead(self, device: DeviceRow) -> bool:
         """Tell whether a device has accepted a newer assignment than is stored here, or may have, unheard."""
-        newest = current or self._store.delivery.assignment(device.id)
+        return self.is_ahead_of(device, self._store.delivery.assignment(device.id))
+
+    def is_ahead_of(self, device: DeviceRow, newest: AssignmentRow | None) -> bool:
+        """Tell the same, given the newest assignment of the device."""
         if self.is_unheard(device, newest):
             return True
         # A larger version came from a stolen key of the director: devices forget it with that key, and so does this.
@@ -212,16 +217,23 @@ class Director:
             The newest assignment, and whether there is something to publish.
         """
         row = self._store.devices.get(device)
-        current = self._store.delivery.assignment(device)
-        if row is None or row.revoked:
+        if row is None:
+            return self._store.delivery.assignment(device), False
+        return self.prepare_by(self._store.facts([row])[device], renew=renew, above=above)
+
+    def prepare_by(
+        self, facts: DeviceFacts, *, renew: bool = False, above: bool = False
+    ) -> tuple[AssignmentRow | None, bool]:
+        """Do as `prepare` does, by facts that were read a moment ago."""
+        row, current, device = facts.device, facts.newest, facts.device.id
+        if row.revoked or (not above and self.is_ahead_of(row, current)):
             return current, False
-        if not above and self.is_ahead(row, current):
-            return current, False
-        wanted = self._wanted(row)
+        wanted = self._wanted(facts)
+        asked = _asked(wanted)
         if current is None and not wanted.items and not above:
             return None, False
         accepted = row.accepted if row.accepted <= _PLAUSIBLE else 0
-        stands = current is not None and current.wanted == _asked(wanted) and current.version >= accepted
+        stands = current is not None and current.wanted == asked and current.version >= accepted
         if stands and not (renew or above) and current is not None and self._is_signed(current.envelope):
             return current, False
         version = max(current.version if current is not None else 0, accepted) + 1
@@ -236,7 +248,7 @@ class Director:
             sha256=director.payload_sha256(envelope),
             issued=now.timestamp(),
             expires=assignment.expires.timestamp(),
-            wanted=_asked(wanted),
+            wanted=asked,
             envelope=envelope,
         )
         with self._store.atomic():
@@ -346,25 +358,12 @@ class Director:
         """Tell whether the newest assignment has an instance of this name that another rollout brought."""
         return any(item.rollout != rollout for item in self._assigned(device, instance))
 
-    def _forgotten(self, device: str, wanted: Mapping[str, Effective]) -> list[str]:
-        """Return instances of the newest assignment that nobody speaks of any more: nobody asked to delete their data.
-
-        A rollout that was taken back may have brought them, or a group that the device has left.
-        """
-        row = self._store.delivery.assignment(device)
-        if row is None:
-            return []
-        before = msgspec.json.decode(row.wanted, type=_Wanted)
-        known = {*(item.instance for item in before.items), *before.keep_data}
-        return [instance for instance in known if instance not in wanted]
-
-    def _wanted(self, device: DeviceRow) -> Assignment:
+    def _wanted(self, facts: DeviceFacts) -> Assignment:
         """Return the content of a device's assignment, without version and times."""
-        attempts = self._store.delivery.attempts(device.id)
-        boxes, own = self._store.boxes.newest(device.id), self._store.rollouts.own_keys(device.id)
+        device, attempts, boxes, own = facts.device, facts.attempts, facts.boxes, facts.own
         items: list[Item] = []
-        wanted = self.effective(device)
-        kept = self._forgotten(device.id, wanted)
+        wanted = self.effective(device, facts=facts)
+        kept = _forgotten(facts.newest, wanted)
         for instance, each in sorted(wanted.items()):
             release = None if each.value.target is None else self._repository.release(each.value.target)
             if release is None:
@@ -410,6 +409,18 @@ class Director:
             stop_all=not items,
             keep_data=tuple(sorted(kept)),
         )
+
+
+def _forgotten(newest: AssignmentRow | None, wanted: Mapping[str, Effective]) -> list[str]:
+    """Return instances of the newest assignment that nobody speaks of any more: nobody asked to delete their data.
+
+    A rollout that was taken back may have brought them, or a group that the device has left.
+    """
+    if newest is None:
+        return []
+    before = msgspec.json.decode(newest.wanted, type=_Wanted)
+    known = {*(item.instance for item in before.items), *before.keep_data}
+    return [instance for instance in known if instance not in wanted]
 
 
 def _values(rows: Iterable[SettledRow], after: Withdrawal | None) -> dict[str, SettledValue]:

@@ -10,7 +10,7 @@ from cryptography import x509
 
 from fleet.ca import BadRequestError, CertificateAuthority, DeviceKey, key_der, read_request, serial
 from fleet.protocol import names
-from fleet.protocol.messages import EXPIRED, OUTDATED, Enrolled, EnrolRequest, RenewReply, Token
+from fleet.protocol.messages import EXPIRED, OUTDATED, REVOKED, Enrolled, EnrolRequest, RenewReply, Token
 from fleet.protocol.operator_api import EnrollTokenReply, EnrollTokenRequest, Refusal
 from fleet.server.config import ServerConfig
 from fleet.server.device_budget import RequestBudget
@@ -178,7 +178,7 @@ class Enrolment:
                 403, "unknown-device", "this certificate belongs to no device", action="enrol the device again"
             )
         if device.revoked or (known is not None and known.revoked):
-            raise Refusal(403, "revoked", f"{device.id} is revoked")
+            raise Refusal(403, REVOKED, f"{device.id} is revoked")
         self._budget.check_request(device.id)
         if known is None or not self._ca.accepts(certificate):
             if renewing:  # the enrolled key suffices: an attacker with a stolen issuing CA does not have it

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Final
 
-import msgspec
+from msgspec.structs import replace
 
 from fleet.protocol import bounds, topics, wire
 from fleet.protocol.codes import OPEN_STATES, InstanceState, Outcome, Phase, RejectCode, RolloutState
@@ -57,6 +57,7 @@ _LATER_MAX: Final = 50
 _EXPECTING: Final = OPEN_STATES | {RolloutState.SUCCEEDED}
 """States of a rollout whose undecided devices are asked: those of any other are offered something else by now."""
 
+_OF_A_DEVICE: Final = (Hello, State, Health, Report)
 _KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
 
 
@@ -92,6 +93,11 @@ class Ingest:
             str, DeviceVerifier
         ] = {}  # a device's key never changes: renewing keeps it, and another is another device
         self._signing: set[str] = set()
+        self._new_signing: dict[str, None] = {}  # devices of `_signing` of which the store does not know it yet
+        self._rollouts: dict[str, RolloutRow | None] = {}  # by the name that reports of one batch use
+        self._members: dict[tuple[int, str], tuple[Member, Extra]] = {}  # that reports of one batch changed
+        self._moved: set[int] = set()  # rollouts whose devices went on by reports of one batch
+        self._seen: dict[str, None] = {}  # devices that reported in one batch
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -140,7 +146,11 @@ class Ingest:
         self._pending_bytes += len(payload)
         if len(self._pending) >= BATCH_MAX or self._pending_bytes >= BATCH_MAX_BYTES:
             self.flush()
-        elif self._timer is None:
+        else:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
 
     def problems(self) -> list[str]:
@@ -184,12 +194,13 @@ class Ingest:
         except RolledBackError:
             raise
         except Exception as error:  # noqa: BLE001 - logged with its traceback; no message stops the others
+            self._members.clear()
             self._drop("failed", device, what, error)
 
     def _heard(self, device: str, payload: bytes) -> bytes:
         """Return the report that this device signed; raises `Rejected` for anybody else's."""
         if not is_signed(payload):
-            if self._store.devices.signs(device):
+            if device in self._signing or self._store.devices.signs(device):
                 raise Rejected(RejectCode.UNSIGNED, "this device signs its reports, and this one is not signed")
             return payload
         ear = self._ears.get(device)
@@ -199,12 +210,13 @@ class Ingest:
                 raise Rejected(RejectCode.UNSIGNED, "no certificate was ever given to this device")
             if len(self._ears) >= EARS_MAX:
                 self._ears.clear()
-                self._signing.clear()
+                self._signing &= self._new_signing.keys()
             ear = self._ears[device] = DeviceVerifier(certificate.pem.encode())
         report = ear.verify(payload)
         if device not in self._signing:
-            self._store.devices.set_signs(device)
             self._signing.add(device)
+            self._new_signing[device] = None
+            self._flush_soon()
         return report
 
     def flush(self) -> None:
@@ -213,17 +225,11 @@ class Ingest:
             self._timer.cancel()
             self._timer = None
         batch, self._pending, self._pending_bytes = self._pending, [], 0
-        if not batch:
+        if not batch and not self._new_signing:
             return
         self._unproven.clear()
-        answers: dict[str, int | None] = {}
-        acks: dict[str, int] = {}
         try:
-            with self._store.atomic():
-                self._write(batch, answers)
-                for device, again in answers.items():
-                    with self._alone(device, "an acknowledgement"):
-                        acks[device] = self._store.delivery.acknowledge(device, again=again)
+            acks = self._store_batch(batch)
         except Exception:
             # nothing was acknowledged: devices keep their reports and send them again
             log.exception("%d messages could not be stored", len(batch))
@@ -242,6 +248,30 @@ class Ingest:
         for device in self._unproven:
             with self._answering(device, "a state, of which no proof can be asked for"):
                 self._check_ins.ask(device)
+
+    def _store_batch(self, batch: list[tuple[Message, bytes]]) -> dict[str, int]:
+        """Write a batch in one transaction, and with it which devices sign; return what to acknowledge."""
+        answers: dict[str, int | None] = {}
+        acks: dict[str, int] = {}
+        new_signing = list(self._new_signing)
+        self._rollouts.clear()
+        self._members.clear()
+        self._moved.clear()
+        self._seen.clear()
+        with self._store.atomic():
+            for device in new_signing:
+                self._store.devices.set_signs(device)
+            self._write(batch, answers)
+            self._store.devices.touch(self._seen, self._clock().timestamp())
+            for number in self._moved:
+                self._store.rollouts.moved(number)
+            acked = self._store.delivery.acked(answers)
+            for device, again in answers.items():
+                with self._alone(device, "an acknowledgement"):
+                    acks[device] = self._store.delivery.acknowledge(device, acked.get(device, 0), again=again)
+        for device in new_signing:
+            del self._new_signing[device]
+        return acks
 
     @contextlib.contextmanager
     def _answering(self, device: str, what: str) -> Iterator[None]:
@@ -311,14 +341,15 @@ class Ingest:
             self._doubt_succeeded(health.device, fallen)
 
     def _hear_report(self, report: Report, now: float, *, signed: bool) -> None:
-        self._store.devices.touch(report.device, now)
+        self._seen[report.device] = None
         if report.phase in _ENDED:
             if self._is_overtaken(report):
                 return
             if signed:
                 self._check_ins.answered(report.device)
         for rollout in self._meant(report):
-            found = self._store.rollouts.member(rollout.number, report.device)
+            key = (rollout.number, report.device)
+            found = self._members.get(key) or self._store.rollouts.member(*key)
             if found is not None and rollout.state in _EXPECTING:
                 self._apply(report, rollout, *found, signed=signed)
         if signed and report.phase is Phase.COMMITTED:
@@ -334,9 +365,10 @@ class Ingest:
             if report.phase is Phase.COMMITTED and member.outcome in OPEN:
                 self._unproven[report.device] = None  # of an assignment that is not this one's
             return
-        self._store.rollouts.set_members(rollout.number, [after], now=self._clock().timestamp())
-        timings, log = {**extra.timings_ms, **_timings(report)}, report.log or extra.log
-        self._store.rollouts.set_extra(rollout.number, report.device, timings_ms=timings, log=log)
+        timings, log, now = {**extra.timings_ms, **_timings(report)}, report.log or extra.log, self._clock().timestamp()
+        self._store.rollouts.hear(rollout.number, after, timings_ms=timings, log=log, now=now)
+        self._members[rollout.number, report.device] = (after, replace(extra, timings_ms=timings, log=log))
+        self._moved.add(rollout.number)
         if wants(rollout.state, after) is not wants(rollout.state, member):
             self._conductor.touch([report.device])
 
@@ -360,10 +392,11 @@ class Ingest:
 
     def _hear_return(self, report: Report, now: float) -> None:
         """Note that a device confirmed what it had before a rollout that ended."""
-        row = self._store.delivery.assignment_of(report.device, report.assignment_sha256)
+        going_back = self._store.rollouts.returning(report.device)
+        row = self._store.delivery.assignment_of(report.device, report.assignment_sha256) if going_back else None
         if row is None:
             return
-        for rollout in self._store.rollouts.returning(report.device):
+        for rollout in going_back:
             found = self._store.rollouts.member(rollout.number, report.device)
             item = next((each for each in items_of(row) if each.instance == rollout.instance), None)
             about = report.instance in {"", rollout.instance}
@@ -372,15 +405,18 @@ class Ingest:
             manifest = "" if item is None else item.manifest_sha256
             seen = self._observation(report, found[0], signed=True)
             if not report.instance:  # the whole assignment is committed, and this part with it
-                seen = msgspec.structs.replace(seen, manifest_sha256=manifest)
+                seen = replace(seen, manifest_sha256=manifest)
             after = returned(found[0], seen, Expected(frozenset({row.sha256}), manifest))
             if after is not found[0]:
                 self._store.rollouts.set_members(rollout.number, [after], now=now)
+                self._members.pop((rollout.number, report.device), None)
 
     def _meant(self, report: Report) -> list[RolloutRow]:
         """Return the rollouts that a report speaks of."""
         if report.rollout:
-            row = self._store.rollouts.get(report.rollout)
+            if report.rollout not in self._rollouts:
+                self._rollouts[report.rollout] = self._store.rollouts.get(report.rollout)
+            row = self._rollouts[report.rollout]
             return [] if row is None else [row]
         undecided = self._store.rollouts.offered(report.device, undecided=True)
         if report.instance:  # a removal is no item, and so names no rollout
@@ -469,7 +505,7 @@ class Ingest:
             log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)
             self._director.acknowledge(hello.device, Ack(sequence=device.acked, again=True))
         row = self._store.delivery.assignment(hello.device)
-        if device is not None and self._director.is_ahead(device, row):
+        if device is not None and self._director.is_ahead_of(device, row):
             log.warning("%s accepted version %s, which this server never signed", hello.device, hello.accepted)
             self._check_ins.ask(hello.device)  # after which the device polls, and shows its assignment
             return
@@ -499,5 +535,5 @@ def _channel(topic: str) -> Up | None:
 
 
 def _speaker(message: Message) -> str:
-    assert isinstance(message, Hello | State | Health | Report)
+    assert isinstance(message, _OF_A_DEVICE)
     return message.device

@@ -60,6 +60,8 @@ class MqttClient:
         self._down = asyncio.Event()
         self._up = asyncio.Event()
         self._closing = False
+        self._passed_on = asyncio.Event()
+        self._newest: mqtt.MQTTMessageInfo | None = None
         self._ca, self._certificate = ca, certificate
         self._client = self._make_client()
         self._task = asyncio.create_task(self._keep_connected(), name="bus")
@@ -77,7 +79,16 @@ class MqttClient:
         """Send a message with QoS 1; return False, and drop it, without a connection."""
         if not self.connected:
             return False
-        return self._client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
+        self._newest = self._client.publish(topic, payload, qos=1, retain=retain)
+        return self._newest.rc == mqtt.MQTT_ERR_SUCCESS
+
+    async def acknowledged(self, within_s: float) -> None:
+        """Wait until the broker has passed on the newest message, for at most `within_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._newest is not None and self.connected and not self._newest.is_published():
+                    self._passed_on.clear()
+                    await self._passed_on.wait()
 
     async def close(self) -> None:
         """Disconnect and stop; messages that come from now on stay with the broker."""
@@ -108,6 +119,7 @@ class MqttClient:
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
         client.on_message = self._received
+        client.on_publish = self._published
         client.on_socket_open = self._socket_open
         client.on_socket_close = self._socket_close
         client.on_socket_register_write = self._want_write
@@ -213,6 +225,9 @@ class MqttClient:
         if not self._closing:
             log.warning("the broker is gone (%s)", reason)
         self._down.set()
+
+    def _published(self, _client: mqtt.Client, _data: Any, _mid: int, _reason: Any, _properties: Any) -> None:
+        self._passed_on.set()
 
     def _received(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         try:

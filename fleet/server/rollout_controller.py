@@ -17,7 +17,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
+from fleet.protocol.codes import OPEN_STATES, PauseCause, RolloutState
 from fleet.rollout import advance
 from fleet.rollout.advance import Step, advance_set
 from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
@@ -28,12 +28,13 @@ from fleet.rollout.steady import Witness
 from fleet.server.check_ins import CheckIns
 from fleet.server.director import Director
 from fleet.server.rollout_members import Change, Drawn, Membership, refusal, with_presence
+from fleet.store.rollouts import Undecided
 from fleet.store.rows import AssignmentRow, RolloutRow, SettledRow
-from fleet.store.store import ChangeSignal, Store
+from fleet.store.store import ChangeSignal, DeviceFacts, Store
 from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
-_BATCH: Final = 25
+_BATCH: Final = 50
 """After so many devices the loop lets others run."""
 
 _REST: Final = 4
@@ -302,9 +303,10 @@ class RolloutController:
             await asyncio.sleep(0)
 
     def _note(self, rows: list[RolloutRow], devices: list[str]) -> None:
+        facts = self._store.facts(self._store.devices.some(devices)) if devices else {}
         for device in devices:
-            found = self._store.devices.get(device)
-            held = {} if found is None else self._director.effective(found)
+            found = facts.get(device)
+            held = {} if found is None else self._director.effective(found.device, facts=found)
             for row in rows:
                 before = held.get(row.instance)
                 self._store.rollouts.set_previous(row.number, device, (before and before.value.target) or "")
@@ -377,16 +379,20 @@ class RolloutController:
                 ended = [overtaken(each, "another value took its place") for each in waiting]
                 rollouts.set_members(old.number, ended, now=self._now())
 
-    def _overtake(self, row: RolloutRow, devices: Iterable[str]) -> None:
+    def _overtake(self, row: RolloutRow, devices: Sequence[str]) -> None:
         """Mark devices that are offered something else by now in the rollouts before."""
+        before = [
+            each
+            for each in (self._store.rollouts.in_force() if devices else ())
+            if each.number < row.number and each.instance == row.instance and (not row.group or each.group == row.group)
+        ]
+        word = f"rollout {row.number} offers it something else" if row.group else "it is pinned"
         for device in devices:
-            for earlier, member in self._store.rollouts.overlays(device):
-                same = earlier.instance == row.instance and (not row.group or earlier.group == row.group)
-                if same and earlier.number < row.number:
-                    word = f"rollout {row.number} offers it something else"
-                    after = overtaken(member, word if row.group else "it is pinned")
-                    if after is not member:
-                        self._store.rollouts.set_members(earlier.number, [after], now=self._now())
+            for earlier in before:
+                found = self._store.rollouts.member(earlier.number, device)
+                after = None if found is None else overtaken(found[0], word)
+                if found is not None and after is not None and after is not found[0]:
+                    self._store.rollouts.set_members(earlier.number, [after], now=self._now())
 
     # -- ends that nobody waits for -----------------------------------------------------------------------------------
 
@@ -498,16 +504,25 @@ class RolloutController:
 
     async def _join_dirty(self) -> None:
         """Let devices that joined a group enter its open rollouts and catch-up queues."""
-        for place, device in enumerate(list(self._dirty)):
-            if place % _BATCH == _BATCH - 1:
-                await asyncio.sleep(0)
-            row = self._store.devices.get(device)
-            if row is None or row.revoked:
-                continue
-            groups = [each.name for each in self._store.devices.groups_of(row)]
-            for rollout in self._store.rollouts.without(device, groups):
+        dirty = list(self._dirty)
+        for start in range(0, len(dirty), _BATCH):
+            with self._store.atomic():
+                self._join(dirty[start : start + _BATCH])
+            await asyncio.sleep(0)
+
+    def _join(self, devices: list[str]) -> None:
+        rows = [row for row in self._store.devices.some(devices) if not row.revoked]
+        groups = self._store.devices.groups_of_each(rows)
+        lacking = self._store.rollouts.without(
+            {device: [each.name for each in found] for device, found in groups.items()}
+        )
+        facts = self._store.facts([row for row in rows if row.id in lacking]) if lacking else {}
+        for device, rollouts in lacking.items():
+            row = facts[device].device
+            for rollout in rollouts:
                 changes = [_change(each) for each in self.set_of(rollout)]
-                reason = next((said for each in changes if (said := self._membership.left_out(each, row))), "")
+                said = (self._membership.left_out(each, facts[device]) for each in changes)
+                reason = next((each for each in said if each), "")
                 self._store.rollouts.add_members(rollout.number, [self._membership.joins(rollout, row, reason)])
                 self._wake.set()
 
@@ -518,43 +533,38 @@ class RolloutController:
             for device in batch:
                 del self._dirty[device]
             with self._store.atomic():
-                changed = [row for row in map(self._prepare, batch) if row is not None]
+                facts = self._store.facts(self._store.devices.some(batch))
+                undecided = self._store.rollouts.undecided(batch)
+                prepared = (self._prepare(device, facts.get(device), undecided.get(device, [])) for device in batch)
+                changed = [row for row in prepared if row is not None]
             for row in changed:
                 self._director.publish_assignment(row)
             await asyncio.sleep(0)
 
-    def _prepare(self, device: str) -> AssignmentRow | None:
-        row = self._store.devices.get(device)
-        if row is not None and self._director.is_ahead(row):
+    def _prepare(self, device: str, facts: DeviceFacts | None, undecided: Iterable[Undecided]) -> AssignmentRow | None:
+        if facts is None or self._director.is_ahead_of(facts.device, facts.newest):
             return None  # no assignment of this server reaches it
         try:
-            assignment, changed = self._director.prepare(device)
+            assignment, changed = self._director.prepare_by(facts)
         except SigningError as error:
             log.error("no assignment can be made for %s: %s", device, error)  # noqa: TRY400 - the operator's data
             return None
-        self._note_version(device, assignment.version if assignment is not None else 0, changed=changed)
+        version = assignment.version if assignment is not None else 0
+        for each in undecided:
+            if not each.version or each.member.returning:
+                self._note_version(each, version, changed=changed)
         return assignment if changed else None
 
-    def _note_version(self, device: str, version: int, *, changed: bool) -> None:
+    def _note_version(self, offer: Undecided, version: int, *, changed: bool) -> None:
         """Note which assignment offers a rollout first; of one that the device had before no report follows."""
-        for rollout in self._store.rollouts.offered(device, undecided=True):
-            found = self._store.rollouts.member(rollout.number, device)
-            if found is None or (found[1].version and not found[0].returning):
-                continue
-            if version == 0:
-                self._leave(rollout, device)
-                continue
-            self._store.rollouts.set_version(rollout.number, device, version)
-            if not changed:
-                self._check_ins.ask(device)
-
-    def _leave(self, rollout: RolloutRow, device: str) -> None:
-        """Leave out a device to which nothing was ever assigned, and nothing is now."""
-        found = self._store.rollouts.member(rollout.number, device)
-        if found is not None and found[0].outcome is not Outcome.NOT_AFFECTED:
-            left = leave(found[0], "nothing was ever assigned to it")
-            self._store.rollouts.set_members(rollout.number, [left], now=self._now())
+        if version == 0:
+            left = leave(offer.member, "nothing was ever assigned to it")
+            self._store.rollouts.set_members(offer.rollout, [left], now=self._now())
             self.wake()
+            return
+        self._store.rollouts.set_version(offer.rollout, offer.member.device, version)
+        if not changed:
+            self._check_ins.ask(offer.member.device)
 
     def _now(self) -> float:
         return self._clock().timestamp()

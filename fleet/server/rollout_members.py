@@ -17,12 +17,14 @@ from fleet.server.director import Director, bad_key, lacks, unfit
 from fleet.server.facts import chosen
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow, RolloutPlan, RolloutRow
-from fleet.store.store import Store
+from fleet.store.store import DeviceFacts, Store
 from signing.policy import Release
 
 _ASSUMED: Final = "assumed"
 _NAMED_MAX: Final = 5
 _UNSELECTED: Final = "--where leaves it out"
+_BATCH: Final = 100
+"""Devices of which the store is asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Membership:
         """
         rows = self.devices(change)
         unselected = self.unselected(change.where, rows)
-        left_out = {row.id: reason for row in rows if (reason := self.left_out(change, row))} | (also_out or {})
+        left_out = self._left_out([change], rows) | (also_out or {})
         left_out |= dict.fromkeys(unselected, _UNSELECTED)
         candidates = [Candidate(row.id, row.online, row.labels) for row in rows if row.id not in left_out]
         drawn = draw(candidates, plan.stages, seed=plan.seed)
@@ -159,15 +161,28 @@ class Membership:
 
     def left_out_of_all(self, changes: Sequence[Change]) -> dict[str, str]:
         """Return the devices that an atomic set leaves out, with the reason: each gets all of its members, or none."""
-        rows = self.devices(changes[0])
-        return {row.id: reason for change in changes for row in rows if (reason := self.left_out(change, row))}
+        return self._left_out(changes, self.devices(changes[0]))
 
-    def left_out(self, change: Change, row: DeviceRow) -> str:
+    def _left_out(self, changes: Sequence[Change], rows: Sequence[DeviceRow]) -> dict[str, str]:
+        """Return the devices that any of some changes does not concern, with the reason."""
+        found: dict[str, str] = {}
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            facts = self._store.facts(batch)
+            found |= {
+                row.id: reason
+                for change in changes
+                for row in batch
+                if (reason := self.left_out(change, facts[row.id]))
+            }
+        return found
+
+    def left_out(self, change: Change, facts: DeviceFacts) -> str:
         """Return why a change does not concern a device, in words; empty for no reason."""
         release = None if change.value.target is None else self.repository.release(change.value.target)
-        if row.revoked:
+        if facts.device.revoked:
             return "it is revoked"
-        return self._misfit(release, row, change.instance) or self._elsewhere(change, row)
+        return _misfit(release, facts, change.instance) or self._elsewhere(change, facts)
 
     def lacks(self, row: DeviceRow, release: Release | None, instance: str) -> tuple[str, ...]:
         """Return the secrets that a device needs and has not."""
@@ -175,24 +190,26 @@ class Membership:
             return ()
         return lacks(release, instance, self._store.boxes.newest(row.id))
 
-    def _misfit(self, release: Release | None, row: DeviceRow, instance: str) -> str:
-        if release is None:
-            return ""
-        missing = self.lacks(row, release, instance)
-        secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
-        engineless = "it has no wasm engine" if row.versions.host and not row.versions.engine else ""
-        wrong = bad_key(release, self._store.rollouts.own_keys(row.id).get(instance, {}))
-        key = f"its own {wrong}: fleet device set {row.id} {instance} KEY=VALUE" if wrong else ""
-        return unfit(release, row) or engineless or secret or key
-
-    def _elsewhere(self, change: Change, row: DeviceRow) -> str:
+    def _elsewhere(self, change: Change, facts: DeviceFacts) -> str:
         """Return what supplies the instance in spite of the change: a pin, or another group."""
         assumed = Overlay(_ASSUMED, math.inf, change.group, change.instance, change.value)  # type: ignore[arg-type]
-        found = self._director.effective(row, [assumed]).get(change.instance)
+        found = self._director.effective(facts.device, [assumed], facts=facts).get(change.instance)
         if found is None or found.rollout == _ASSUMED:
             return ""
         masked = found.source == "pin" and found.value.target is None
         return "it is masked by a pin" if masked else f"it is supplied by {found.source}"
+
+
+def _misfit(release: Release | None, facts: DeviceFacts, instance: str) -> str:
+    """Return why a device cannot run a release; empty where it can."""
+    if release is None:
+        return ""
+    row, missing = facts.device, lacks(release, instance, facts.boxes)
+    secret = f"it lacks the secret {missing[0]}: fleet secret set {missing[0]} --device {row.id}" if missing else ""
+    engineless = "it has no wasm engine" if row.versions.host and not row.versions.engine else ""
+    wrong = bad_key(release, facts.own.get(instance, {}))
+    key = f"its own {wrong}: fleet device set {row.id} {instance} KEY=VALUE" if wrong else ""
+    return unfit(release, row) or engineless or secret or key
 
 
 def with_presence(

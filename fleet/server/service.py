@@ -24,13 +24,14 @@ from typing import Any, Final
 from fleet import ca
 from fleet.ca import CaError, CertificateAuthority
 from fleet.protocol import operator_api, wire
+from fleet.protocol.assignment import CheckIn
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Down, Topic
 from fleet.server import listener as listeners
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
-from fleet.server.api.devices import DeviceApi, LogRelay
+from fleet.server.api.devices import DeviceApi, LogRelay, Talk
 from fleet.server.api.operators import (
     CommandHandlers,
     DeviceHandlers,
@@ -52,6 +53,7 @@ from fleet.server.device_budget import DeviceBudget, RequestBudget
 from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
 from fleet.server.enrolment import Enrolment
+from fleet.server.exchange import Exchanges
 from fleet.server.ingest import Ingest
 from fleet.server.listener import Certificates, Listener, PortError, bind
 from fleet.server.mqtt import MqttClient
@@ -65,6 +67,9 @@ from signing.errors import SigningError
 
 log = logging.getLogger(__name__)
 UPKEEP_S: Final = 600
+LAST_COMMAND_S: Final = 1.0
+"""Longest wait for the broker to pass on the last command to a device that is revoked."""
+
 END_S: Final = 30.0
 """Longest end after SIGTERM: below the 90 s of systemd, above the waits for requests and the broker."""
 
@@ -168,6 +173,7 @@ class Server:
             await listener.start()
         self._stack.callback(self._end_polls)
         self._run(self._conductor.run(), "rollouts")
+        self._run(self._exchanges.run(), "conversations over HTTPS")
         self._run(self._upkeep(), "upkeep")
         return Ready(
             fleet=self._config.fleet,
@@ -273,11 +279,16 @@ class Server:
             budget=self._budget,
             clock=clock,
         )
+        self._exchanges = Exchanges(
+            take=ingest.on_message,
+            clock=time.monotonic,
+            most_held=self._config.limits.device_connections // 4,
+        )
         self._bus = MqttClient(
             address=self._broker.address,
             ca=self._home.ca / "ca.pem",
             certificate=self._certificates.client,
-            on_message=ingest.on_message,
+            on_message=self._on_broker_message,
             on_connected=self._on_connected,
             remembered=self._broker.remembers,
         )
@@ -356,7 +367,7 @@ class Server:
             artifacts=self._artifacts,
             enrolment=enrolment,
             clock=clock,
-            logs=logs,
+            talk=Talk(logs, self._exchanges),
             ahead=ahead,
         )
 
@@ -364,6 +375,7 @@ class Server:
         """Answer long polls with what there is, so that followers ask again, and find the next server."""
         self._changes.close()
         self._logs.close()
+        self._exchanges.close()
 
     def _touch_all(self) -> None:
         self._conductor.touch(row.id for row in self._store.devices.all())
@@ -378,13 +390,26 @@ class Server:
         self._certificates.renew()
         await self._broker.start_again(self._denied())
 
-    def _on_revoked(self, device: str) -> None:
-        """Shut a device out of the broker, and clear what the broker retains for it and of it."""
+    async def _on_revoked(self, device: str) -> None:
+        """Shut a device out of the broker, and clear what the broker retains for it and of it.
+
+        Its last command makes it ask over HTTPS, where it is told that it is revoked: a broker gives no reason.
+        """
+        self._director.command(device, CheckIn())
+        await self._bus.acknowledged(LAST_COMMAND_S)
+        self._exchanges.forget(device)
         self._broker.shut_out(self._denied())
         self._budget.clear(device, Topic(device, Down.DESIRED))
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
-        return self._bus.publish(str(topic), payload, retain=topic.channel in RETAINED)
+        retain = topic.channel in RETAINED
+        if self._exchanges.put(topic, payload) and not retain:
+            return True  # the broker would only queue it
+        return self._bus.publish(str(topic), payload, retain=retain) or self._exchanges.has(topic.device)
+
+    def _on_broker_message(self, topic: str, payload: bytes) -> None:
+        if not self._exchanges.overrides(topic, payload):
+            self._ingest.on_message(topic, payload)
 
     def _on_connected(self) -> None:
         """Publish what devices may have missed after a (re)connection to the broker, and make them check in."""

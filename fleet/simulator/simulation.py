@@ -6,6 +6,7 @@ from one seed, so that a run can be played again.
 """
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from msgspec.structs import replace
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
 from fleet.rollout.advance import Step, advance, approve, end, pause, resume
-from fleet.rollout.decide import Gate, Limits, Rollout
+from fleet.rollout.decide import Gate, Limits, Rollout, deadlines
 from fleet.rollout.members import Candidate, Stage, draw
-from fleet.rollout.model import Expected, Member, Observation, leave, observe, returned, wants
+from fleet.rollout.model import OPEN, Expected, Member, Observation, leave, observe, returned, wants
 from fleet.simulator.devices import DAY, MINUTE, Device, Order, Traits
 
 NEW: Final = "new"
@@ -50,7 +51,8 @@ class Scenario:
         devices: traits by device id; `sites` where they are.
         before: the version that the group runs, None for none.
         resumes: whether an operator approves and resumes what the rollout paused.
-        tick_s: how long the server gathers messages before it decides, 0 for not at all; large fleets play faster so.
+        tick_s: how long the server gathers messages before it decides, 0 for deciding after each one. With a tick, it
+            decides only after messages that may change a decision, so that large fleets play faster.
     """
 
     seed: int
@@ -98,6 +100,11 @@ class Simulation:
         self.rollout, self.members = self._begin()
         self._wake: float | None = None
         self._ticking = False
+        self._silences: list[tuple[float, str]] = []  # of members: when each is silent for too long, unless heard
+        self._silent_at: dict[str, float] = {}
+        self._late: tuple[dict[str, None], int] | None = (
+            None  # members without an outcome when it succeeded; the others
+        )
 
     def run(self) -> "Simulation":
         """Play until nothing is left to happen, or the horizon."""
@@ -175,29 +182,78 @@ class Simulation:
         return self.scenario.sites.get(name, Site())
 
     def _look(self) -> None:
-        """Decide now, or with the next tick."""
+        """Decide now, or with the next tick; of a rollout that has ended there is nothing to decide."""
         if not self.scenario.tick_s:
             self._advance()
-        elif not self._ticking:
+        elif not self._ticking and self.rollout.state in OPEN_STATES | {RolloutState.SUCCEEDED}:
             self._ticking = True
             self._at(self.now + self.scenario.tick_s, self._advance)
 
     def _advance(self) -> None:
         self._ticking = False
-        step = advance(self.rollout, map(self._with_health, self.members.values()), self.now)
+        before = self.rollout
+        concerned, besides = self._concerned()
+        step = advance(self.rollout, map(self._with_health, concerned), self.now, besides=besides)
         self.rollout = step.rollout
-        self.members = {each.device: each for each in step.members}
-        for name in self.members if step.rollout.state not in OPEN_STATES else step.changed:
+        self.members.update((each.device, each) for each in step.members)
+        if step.rollout.state is not before.state:
+            self._late = None
+        for name in self.members if step.rollout.state is not before.state else step.changed:
             self._order(name)
         self.steps.append(step)
         if not self.rests or self.rests[-1][1].rollout.state is not step.rollout.state:
             self.rests.append((self.now, step))
-        until = step.wait.until
-        if until is not None and (self._wake is None or not self.now < self._wake <= until):
-            self._wake = until
-            self._at(until, self._advance)
+        if self.scenario.tick_s:
+            self._watch(self.members if step.rollout.wave != before.wave else step.changed)
+            self._wake_at(None if step.wait.devices else step.wait.until)
+        else:
+            self._wake_at(step.wait.until)
         if self.rollout.state is RolloutState.PAUSED and self.scenario.resumes:
             self._at(self.now + 10 * MINUTE, partial(self._act, "resume"))
+
+    def _concerned(self) -> tuple[Iterable[Member], int]:
+        """Return the members that a decision may be about, and how many others are counted."""
+        settled = self.rollout.state is RolloutState.SUCCEEDED and self.rollout.limits.min_available is None
+        if not self.scenario.tick_s or not settled:
+            return self.members.values(), 0
+        if self._late is None:
+            late = {name: None for name, each in self.members.items() if each.arrival or each.outcome in OPEN}
+            self._late = late, sum(each.counted for name, each in self.members.items() if name not in late)
+        late, besides = self._late
+        return [self.members[name] for name in late], besides
+
+    def _wake_at(self, at: float | None) -> None:
+        """Look at a time, unless that is done earlier anyway."""
+        if at is not None and (self._wake is None or not self.now < self._wake <= at):
+            self._wake = at
+            self._at(at, self._wakes)
+
+    def _wakes(self) -> None:
+        """Decide where a member has been silent for too long; those that were heard meanwhile have longer."""
+        last = self.steps[-1]
+        due = not self.scenario.tick_s or (last.rollout.state in OPEN_STATES and not last.wait.devices)
+        while self._silences and self._silences[0][0] <= self.now:
+            at, name = heapq.heappop(self._silences)
+            if self._silent_at.get(name) == at:
+                del self._silent_at[name]
+                member = self._with_health(self.members[name])
+                due = due or any(time <= self.now for time in deadlines(self.rollout, [member]))
+                self._watch([name])
+        if due:
+            self._advance()
+        elif self._silences:
+            self._wake_at(self._silences[0][0])
+
+    def _watch(self, names: Iterable[str]) -> None:
+        """Note when each of these members is silent for too long, unless it is heard before."""
+        for name in names:
+            times = deadlines(self.rollout, [self._with_health(self.members[name])])
+            until = min((time for time in times if time > self.now), default=None)
+            if until is not None and until < self._silent_at.get(name, math.inf):
+                self._silent_at[name] = until
+                heapq.heappush(self._silences, (until, name))
+        if self._silences:
+            self._wake_at(self._silences[0][0])
 
     def _with_health(self, member: Member) -> Member:
         """Count the health messages that a device in its swap sends all the time while it is online."""
@@ -224,15 +280,33 @@ class Simulation:
 
     def _hear(self, name: str, seen: Observation) -> None:
         """Take in a report that arrived, as ingest does."""
-        member = replace(self.members[name], heard_at=self.now)
+        before = self.members[name]
+        member = replace(before, heard_at=self.now)
         seen = replace(seen, at=self.now)
         new = Expected(frozenset(each.sha256 for each in self.orders[name] if each.version == NEW), NEW)
-        before = self.scenario.before
-        old = Expected(frozenset(each.sha256 for each in self.orders[name] if each.version == before), before or "")
+        had = self.scenario.before
+        old = Expected(frozenset(each.sha256 for each in self.orders[name] if each.version == had), had or "")
         member = returned(member, seen, old) if member.returning else observe(member, seen, new)
         self.members[name] = member
-        self._look()
+        if self._late is not None and name not in self._late[0]:
+            self._late = None
+        if self._matters(before, member):
+            self._look()
+        if self.scenario.tick_s:
+            self._watch([name])
         self._order(name)  # a report may cross an offer that is withdrawn: the device has begun, and goes on
+
+    def _matters(self, before: Member, after: Member) -> bool:
+        """Tell whether a change of a member may bring a decision about.
+
+        A device that begins, or goes on, only lets the rollout wait for it. Where one that has an outcome is online or
+        not is asked by the budget of a site alone.
+        """
+        if not self.scenario.tick_s:
+            return True
+        if after.online is not before.online:
+            return after.outcome in OPEN or self.rollout.limits.min_available is not None
+        return after.outcome is not before.outcome and after.outcome is not Outcome.IN_PROGRESS
 
     def _act(self, verb: str) -> None:
         match verb:
@@ -251,6 +325,7 @@ class Simulation:
             case _:
                 return
         self.ended[verb] = self.now
+        self._late = None
         self._advance()
         for name in self.members:
             self._order(name)
@@ -273,7 +348,10 @@ class Simulation:
         if online:
             self._deliver(name)
             self._send(name, self.devices[name].state(self.now))
-        self._look()
+        if self._matters(member, self.members[name]):
+            self._look()
+        if self.scenario.tick_s:
+            self._watch([name])
 
     def _deliver(self, name: str) -> None:
         """Give a device that is online its newest order."""

@@ -11,7 +11,7 @@ import msgspec
 
 from fleet.protocol.trust_api import SealedBox
 from fleet.store.rows import AssignmentRow, ReportRow, read
-from fleet.store.sqlite import Database
+from fleet.store.sqlite import Database, text
 
 KEPT_ASSIGNMENTS = 20
 FORGET_BATCH = 500
@@ -62,6 +62,14 @@ class Delivery:
         row = self._db.row(sql, device)
         return None if row is None else read(AssignmentRow, row)
 
+    def newest(self, devices: Iterable[str]) -> dict[str, AssignmentRow]:
+        """Return the newest assignment of each device that has one."""
+        sql = (
+            "SELECT a.* FROM assignments a JOIN (SELECT device, max(version) AS version FROM assignments "
+            "WHERE device IN (SELECT value FROM json_each(?)) GROUP BY device) USING (device, version)"
+        )
+        return {row["device"]: read(AssignmentRow, row) for row in self._db.rows(sql, text(sorted(devices)))}
+
     def assignment_of(self, device: str, sha256: str) -> AssignmentRow | None:
         """Return the assignment of a device by the sha256 of its payload; None for none of the last ones."""
         row = self._db.row("SELECT * FROM assignments WHERE device = ? AND sha256 = ?", device, sha256)
@@ -99,8 +107,15 @@ class Delivery:
 
     def attempts(self, device: str) -> dict[str, int]:
         """Return the attempt that operators asked for, by instance of a device."""
-        rows = self._db.rows("SELECT instance, attempt FROM attempts WHERE device = ?", device)
-        return {row["instance"]: row["attempt"] for row in rows}
+        return self.attempts_of_each([device]).get(device, {})
+
+    def attempts_of_each(self, devices: Iterable[str]) -> dict[str, dict[str, int]]:
+        """Return the attempts that operators asked for, by device and instance."""
+        found: dict[str, dict[str, int]] = {}
+        sql = "SELECT device, instance, attempt FROM attempts WHERE device IN (SELECT value FROM json_each(?))"
+        for row in self._db.rows(sql, text(sorted(devices))):
+            found.setdefault(row["device"], {})[row["instance"]] = row["attempt"]
+        return found
 
     def set_attempt(self, device: str, instance: str, attempt: int) -> None:
         """Set the attempt of an instance, so that its device retries it."""
@@ -121,15 +136,20 @@ class Delivery:
         values = (row.device, row.boot_id, row.sequence, row.at, row.rollout, row.raw)
         return self._db.run(sql, *values, row.device) == 1
 
-    def acknowledge(self, device: str, *, again: int | None) -> int:
+    def acked(self, devices: Iterable[str]) -> dict[str, int]:
+        """Return the sequence up to which every report of each device was stored when it was last acknowledged."""
+        sql = "SELECT id, acked FROM devices WHERE id IN (SELECT value FROM json_each(?))"
+        return dict(self._db.tuples(sql, text(sorted(devices))))
+
+    def acknowledge(self, device: str, acked: int, *, again: int | None) -> int:
         """Return the sequence up to which every report of a device is stored, so that the device may drop them.
 
         Args:
             device: id of the device.
+            acked: up to which they were stored before; see `acked`.
             again: sequence of a report that came again, None for none. Devices resend from the oldest report that is
                 not acknowledged, so reports missing below it are lost (after a restore from a backup, for example).
         """
-        acked = int(self._db.value("SELECT acked FROM devices WHERE id = ?", device) or 0)
         start = acked if again is None else max(acked, again)
         rows = self._db.rows(
             "SELECT DISTINCT sequence FROM reports WHERE device = ? AND sequence > ? ORDER BY sequence LIMIT 1000",
@@ -262,9 +282,18 @@ class Boxes:
 
     def newest(self, device: str) -> dict[tuple[str, str], BoxRow]:
         """Return a device's newest boxes by instance and name."""
-        sql = f"SELECT {_COLUMNS} FROM boxes WHERE device = ? GROUP BY instance, name"  # noqa: S608 - our own words
-        rows = [read(BoxRow, row) for row in self._db.rows(sql, device)]
-        return {(row.instance, row.name): row for row in rows}
+        return self.newest_of_each([device]).get(device, {})
+
+    def newest_of_each(self, devices: Iterable[str]) -> dict[str, dict[tuple[str, str], BoxRow]]:
+        """Return the newest boxes of devices, by device, and by instance and name."""
+        sql = (
+            f"SELECT {_COLUMNS} FROM boxes WHERE device IN (SELECT value FROM json_each(?)) "  # noqa: S608 - our own words
+            "GROUP BY device, instance, name"
+        )
+        found: dict[str, dict[tuple[str, str], BoxRow]] = {}
+        for row in (read(BoxRow, each) for each in self._db.rows(sql, text(sorted(devices)))):
+            found.setdefault(row.device, {})[row.instance, row.name] = row
+        return found
 
     def all(self) -> list[BoxRow]:
         """Return the newest boxes of every device."""

@@ -141,9 +141,9 @@ class Devices:
         """Record the device's proof of its sealing key."""
         self._db.run("UPDATE devices SET sealing_proof = ? WHERE id = ?", proof, device)
 
-    def touch(self, device: str, now: float) -> None:
-        """Record the time at which a device was last heard from."""
-        self._db.run("UPDATE devices SET seen_at = ? WHERE id = ?", now, device)
+    def touch(self, devices: Iterable[str], now: float) -> None:
+        """Record the time at which devices were last heard from."""
+        self._db.many("UPDATE devices SET seen_at = ? WHERE id = ?", ((now, device) for device in devices))
 
     def set_labels(self, device: str, labels: dict[str, str]) -> None:
         """Replace the labels of a device."""
@@ -218,12 +218,8 @@ class Devices:
         """Return the groups of each device, sorted by name."""
         groups = self.groups()
         listed: dict[str, set[str]] = {}
-        rows = (
-            self._db.rows('SELECT "group", device FROM members WHERE device = ?', devices[0].id)
-            if len(devices) == 1
-            else self._db.rows('SELECT "group", device FROM members')
-        )
-        for row in rows:
+        sql = 'SELECT "group", device FROM members WHERE device IN (SELECT value FROM json_each(?))'
+        for row in self._db.rows(sql, text(sorted(device.id for device in devices))):
             listed.setdefault(row["device"], set()).add(row["group"])
         return {
             device.id: [

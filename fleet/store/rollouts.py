@@ -1,7 +1,8 @@
 """Rollouts, the progress of each device in them, and the settled values that they leave behind."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -17,6 +18,12 @@ from fleet.store.sqlite import Database, text
 _OPEN = tuple(sorted(OPEN_STATES))
 _UNENDED = OPEN_STATES | {RolloutState.SCHEDULED}
 _DECODER = msgspec.json.Decoder(Member)
+_LIVE: Final = """
+    WITH RECURSIVE live (number) AS (
+        SELECT number FROM rollouts WHERE state IN (?, ?)
+        UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
+    )
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,14 @@ class NewRollout:
     note: str = ""
     undoes: str = ""
     reason: str = ""
+
+
+class Undecided(NamedTuple):
+    """Device in a rollout that was offered to it: number of the rollout, progress, first assignment that offered it."""
+
+    rollout: int
+    member: Member
+    version: int
 
 
 class Rollouts:
@@ -122,16 +137,28 @@ class Rollouts:
 
         In force are open rollouts, and superseded ones while the rollout that superseded them is in force.
         """
-        sql = """
-            WITH RECURSIVE live (number) AS (
-                SELECT number FROM rollouts WHERE state IN (?, ?)
-                UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
-            )
-            SELECT r.*, b.member FROM rollouts r JOIN live USING (number) JOIN rollout_devices b ON b.rollout = r.number
-            WHERE b.device = ? ORDER BY r.number
-        """
-        found = self._db.rows(sql, *_OPEN, device)
-        return [(read(RolloutRow, row), _member(row["member"])) for row in found]
+        return self.overlays_of_each([device]).get(device, [])
+
+    def overlays_of_each(self, devices: Iterable[str]) -> dict[str, list[tuple[RolloutRow, Member]]]:
+        """Return the rollouts in force that have any of some devices, by device."""
+        sql = (
+            f"{_LIVE} SELECT b.rollout, b.member FROM rollout_devices b JOIN live ON live.number = b.rollout "  # noqa: S608 - ours
+            "WHERE b.device IN (SELECT value FROM json_each(?)) ORDER BY b.rollout"
+        )
+        members = self._db.tuples(sql, *_OPEN, text(sorted(devices)))
+        sql = "SELECT * FROM rollouts WHERE number IN (SELECT value FROM json_each(?))"
+        numbers = text(sorted({number for number, _ in members}))
+        rows = {row["number"]: read(RolloutRow, row) for row in self._db.rows(sql, numbers)} if members else {}
+        found: dict[str, list[tuple[RolloutRow, Member]]] = {}
+        for number, data in members:
+            member = _member(data)
+            found.setdefault(member.device, []).append((rows[number], member))
+        return found
+
+    def in_force(self) -> list[RolloutRow]:
+        """Return the rollouts in force on any device, oldest first; see `overlays`."""
+        sql = f"{_LIVE} SELECT r.* FROM rollouts r JOIN live USING (number) ORDER BY r.number"  # noqa: S608 - our own words
+        return [read(RolloutRow, row) for row in self._db.rows(sql, *_OPEN)]
 
     def scheduled(self) -> list[RolloutRow]:
         """Return rollouts that begin at a time to come, oldest first."""
@@ -148,16 +175,32 @@ class Rollouts:
         """
         return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SUCCEEDED)]
 
-    def without(self, device: str, groups: list[str]) -> list[RolloutRow]:
-        """Return open rollouts of these groups, and those that settled a present value, which do not have a device."""
-        marks = ", ".join("?" * len(groups))
+    def without(self, devices: Mapping[str, Iterable[str]]) -> dict[str, list[RolloutRow]]:
+        """Return open rollouts of groups, and those that settled a present value, which do not have a device.
+
+        Args:
+            devices: the groups of each device.
+
+        Returns:
+            The rollouts of its groups that lack it, by device; devices that no rollout lacks are left out.
+        """
+        of = {device: set(groups) for device, groups in devices.items()}
         sql = (
-            f'SELECT r.* FROM rollouts r WHERE r."group" IN ({marks}) AND (r.state IN (?, ?) '  # noqa: S608 - marks alone
-            "OR (r.state = ? AND r.id IN (SELECT rollout FROM settled WHERE device = ''))) AND NOT EXISTS "
-            "(SELECT 1 FROM rollout_devices b WHERE b.rollout = r.number AND b.device = ?)"
+            'SELECT r.* FROM rollouts r WHERE r."group" IN (SELECT value FROM json_each(?)) AND (r.state IN (?, ?) '
+            "OR (r.state = ? AND r.id IN (SELECT rollout FROM settled WHERE device = ''))) ORDER BY r.number"
         )
-        found = self._db.rows(sql, *groups, *_OPEN, RolloutState.SUCCEEDED, device)
-        return [read(RolloutRow, row) for row in found]
+        names = text(sorted(set().union(*of.values())))
+        rows = [read(RolloutRow, row) for row in self._db.rows(sql, names, *_OPEN, RolloutState.SUCCEEDED)]
+        sql = (
+            "SELECT rollout, device FROM rollout_devices WHERE rollout IN (SELECT value FROM json_each(?)) "
+            "AND device IN (SELECT value FROM json_each(?))"
+        )
+        known = set(self._db.tuples(sql, text([row.number for row in rows]), text(sorted(of)))) if rows else set()
+        found = {
+            device: [row for row in rows if row.group in groups and (row.number, device) not in known]
+            for device, groups in of.items()
+        }
+        return {device: lacking for device, lacking in found.items() if lacking}
 
     def returning(self, device: str) -> list[RolloutRow]:
         """Return ended rollouts in which a device has not confirmed its previous version yet, newest first."""
@@ -238,14 +281,18 @@ class Rollouts:
         )
         return {each for (each,) in self._db.tuples(sql, group, device, instance)}
 
-    def unselected(self, device: str) -> set[str]:
-        """Return the ids of the rollouts whose selector left a device out and that have settled a value, ever."""
+    def unselected(self, devices: Iterable[str]) -> dict[str, set[str]]:
+        """Return the ids of the rollouts whose selector left a device out and that have settled a value, by device."""
         sql = (
-            "SELECT r.id FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout WHERE b.device = ? "
-            "AND b.outcome = 'not-affected' AND r.state = 'succeeded' AND json_extract(b.member, '$.cancelled') "
+            "SELECT b.device, r.id FROM rollout_devices b JOIN rollouts r ON r.number = b.rollout "
+            "WHERE b.device IN (SELECT value FROM json_each(?)) AND b.outcome = 'not-affected' "
+            "AND r.state = 'succeeded' AND json_extract(b.member, '$.cancelled') "
             "AND json_extract(r.plan, '$.where') != ''"
         )
-        return {each for (each,) in self._db.tuples(sql, device)}
+        found: dict[str, set[str]] = {}
+        for device, rollout in self._db.tuples(sql, text(sorted(devices))):
+            found.setdefault(device, set()).add(rollout)
+        return found
 
     def waves(self, number: int) -> dict[int, int]:
         """Count a rollout's devices by wave; wave 0 has those that it does not concern."""
@@ -264,21 +311,21 @@ class Rollouts:
 
     def set_members(self, number: int, members: Iterable[Member], *, now: float) -> None:
         """Set the progress of devices, and raise the revision of the rollout; `now` is the time for people."""
+        sql = f"{_SET_MEMBER} WHERE rollout = ? AND device = ?"
         for member in members:
-            times = [None if each is None else now for each in (member.offered_at, member.began_at, member.ended_at)]
-            self._db.run(
-                "UPDATE rollout_devices SET outcome = ?, wave = ?, member = ?, offered_at = coalesce(offered_at, ?), "
-                "acked_at = coalesce(acked_at, ?), "
-                "ended_at = CASE WHEN ? IS NULL THEN NULL ELSE coalesce(ended_at, ?) END "
-                "WHERE rollout = ? AND device = ?",
-                *(member.outcome, member.wave, text(member), *times, times[2], number, member.device),
-            )
-        self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
+            self._db.run(sql, *_progress(member, now), number, member.device)
+        self.moved(number)
 
-    def set_extra(self, number: int, device: str, *, timings_ms: dict[str, int], log: tuple[str, ...]) -> None:
-        """Set what a device said beside its progress."""
-        sql = "UPDATE rollout_devices SET timings_ms = ?, log = ? WHERE rollout = ? AND device = ?"
-        self._db.run(sql, text(timings_ms), text(log), number, device)
+    def hear(
+        self, number: int, member: Member, *, timings_ms: dict[str, int], log: tuple[str, ...], now: float
+    ) -> None:
+        """Set the progress of one device, and what it said beside it; the revision is raised by `moved`."""
+        sql = f"{_SET_MEMBER}, timings_ms = ?, log = ? WHERE rollout = ? AND device = ?"
+        self._db.run(sql, *_progress(member, now), text(timings_ms), text(log), number, member.device)
+
+    def moved(self, number: int) -> None:
+        """Raise the revision of a rollout, whose devices went on."""
+        self._db.run("UPDATE rollouts SET revision = revision + 1 WHERE number = ?", number)
 
     def set_previous(self, number: int, device: str, target: str) -> None:
         """Record what the device should have run before the offer."""
@@ -297,6 +344,19 @@ class Rollouts:
             f"WHERE b.device = ? AND b.offered_at IS NOT NULL {extra} ORDER BY r.number DESC LIMIT 100"
         )
         return [read(RolloutRow, row) for row in self._db.rows(sql, device)]
+
+    def undecided(self, devices: Iterable[str]) -> dict[str, list[Undecided]]:
+        """Return what was offered to some devices and has no outcome on them, newest first, by device."""
+        sql = (
+            "SELECT rollout, member, version FROM rollout_devices WHERE device IN (SELECT value FROM json_each(?)) "
+            "AND offered_at IS NOT NULL AND outcome IN ('waiting', 'deferred', 'in-progress', 'lost') "
+            "ORDER BY rollout DESC"
+        )
+        found: dict[str, list[Undecided]] = {}
+        for rollout, data, version in self._db.tuples(sql, text(sorted(devices))):
+            member = _member(data)
+            found.setdefault(member.device, []).append(Undecided(rollout, member, version))
+        return found
 
     def settled_history(self, *, group: str, device: str, instance: str) -> list[SettledValue]:
         """Return the settled values of an instance in one scope, newest first, the present one left out."""
@@ -338,9 +398,14 @@ class Rollouts:
 
     def own_keys(self, device: str) -> dict[str, dict[str, str]]:
         """Return a device's own configuration keys by instance."""
-        found: dict[str, dict[str, str]] = {}
-        for row in self._db.rows("SELECT instance, key, value FROM device_keys WHERE device = ?", device):
-            found.setdefault(row["instance"], {})[row["key"]] = row["value"]
+        return self.own_keys_of_each([device]).get(device, {})
+
+    def own_keys_of_each(self, devices: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+        """Return the devices' own configuration keys, by device and instance."""
+        found: dict[str, dict[str, dict[str, str]]] = {}
+        sql = "SELECT device, instance, key, value FROM device_keys WHERE device IN (SELECT value FROM json_each(?))"
+        for row in self._db.rows(sql, text(sorted(devices))):
+            found.setdefault(row["device"], {}).setdefault(row["instance"], {})[row["key"]] = row["value"]
         return found
 
     def set_own_key(self, device: str, instance: str, key: str, value: str | None) -> None:
@@ -352,6 +417,17 @@ class Rollouts:
             self._db.run("INSERT OR REPLACE INTO device_keys VALUES (?, ?, ?, ?)", device, instance, key, value)
 
     # -- settled values ----------------------------------------------------------------------------------------------
+
+    def settled_in(self, groups: Iterable[str], devices: Iterable[str]) -> dict[tuple[str, str], list[SettledRow]]:
+        """Return the settled values of groups and the pins of devices, by group and device, one of which is empty."""
+        sql = (
+            "SELECT * FROM settled WHERE (device = '' AND \"group\" IN (SELECT value FROM json_each(?))) "
+            "OR (\"group\" = '' AND device IN (SELECT value FROM json_each(?))) ORDER BY instance"
+        )
+        found: dict[tuple[str, str], list[SettledRow]] = {}
+        for row in self._db.rows(sql, text(sorted(groups)), text(sorted(devices))):
+            found.setdefault((row["group"], row["device"]), []).append(read(SettledRow, row))
+        return found
 
     def settled(self, *, group: str = "", device: str = "") -> list[SettledRow]:
         """Return the settled values of a group, or with `device` the pins of a device."""
@@ -395,6 +471,18 @@ class Rollouts:
 
 def _columns(member: Member) -> dict[str, object]:
     return {"device": member.device, "outcome": member.outcome, "wave": member.wave, "member": text(member)}
+
+
+_SET_MEMBER: Final = (
+    "UPDATE rollout_devices SET outcome = ?, wave = ?, member = ?, offered_at = coalesce(offered_at, ?), "
+    "acked_at = coalesce(acked_at, ?), ended_at = CASE WHEN ? IS NULL THEN NULL ELSE coalesce(ended_at, ?) END"
+)
+
+
+def _progress(member: Member, now: float) -> tuple[object, ...]:
+    """Return the parameters of `_SET_MEMBER`."""
+    times = [None if each is None else now for each in (member.offered_at, member.began_at, member.ended_at)]
+    return (member.outcome, member.wave, text(member), *times, times[2])
 
 
 def _member(column: str) -> Member:

@@ -1,6 +1,7 @@
 """Rows of the store as frozen structs. Times are seconds since 1970."""
 
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -13,9 +14,9 @@ from fleet.rollout.members import Stage
 from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
 
-_JSON = frozenset(
-    {"selector", "labels", "versions", "value", "before", "plan", "progress", "policy", "timings_ms", "log"}
-)
+_JSON: Final = frozenset({"selector", "labels", "timings_ms"})
+"""Columns that are decoded anew for each row: their values may be changed."""
+
 T = TypeVar("T")
 
 
@@ -221,9 +222,37 @@ class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
+_SHARED: Final[dict[str, msgspec.json.Decoder[Any]]] = {
+    "value": msgspec.json.Decoder(Value, strict=False),
+    "before": msgspec.json.Decoder(Value | None, strict=False),
+    "plan": msgspec.json.Decoder(RolloutPlan, strict=False),
+    "progress": msgspec.json.Decoder(Rollout, strict=False),
+    "policy": msgspec.json.Decoder(GroupPlan | None, strict=False),
+    "versions": msgspec.json.Decoder(Versions, strict=False),
+    "log": msgspec.json.Decoder(tuple[str, ...], strict=False),
+}
+"""Decoders of columns whose values nobody can change. Thousands of rows have the same text in them."""
+
+
+@lru_cache(maxsize=1024)
+def _shared(column: str, data: str) -> Any:
+    return _SHARED[column].decode(data)
+
+
+_COLUMNS: Final[dict[type[Any], tuple[str, ...]]] = {}
+
+
+def _json_columns(kind: type[Any]) -> tuple[str, ...]:
+    if kind not in _COLUMNS:
+        names = (field.name for field in msgspec.structs.fields(kind))
+        _COLUMNS[kind] = tuple(name for name in names if name in _JSON | _SHARED.keys())
+    return _COLUMNS[kind]
+
+
 def read(kind: type[T], row: Row) -> T:
     """Convert a row to a struct: JSON columns decoded, integers as booleans where the struct says so."""
-    for name in _JSON & row.keys():
-        if isinstance(row[name], str):
-            row[name] = msgspec.json.decode(row[name])
+    for name in _json_columns(kind):
+        data = row.get(name)
+        if isinstance(data, str):
+            row[name] = _shared(name, data) if name in _SHARED else msgspec.json.decode(data)
     return msgspec.convert(row, kind, strict=False)

@@ -125,16 +125,16 @@ class Database:
         Raises:
             RolledBackError: the whole transaction is gone.
         """
-        self._db.execute("SAVEPOINT part")
+        self._db.conn.execute("SAVEPOINT part")
         try:
             yield
         except BaseException as error:
             if not self._db.conn.in_transaction:
                 raise RolledBackError(f"{self.path}: {error}") from error
-            self._db.execute("ROLLBACK TO part")
-            self._db.execute("RELEASE part")
+            self._db.conn.execute("ROLLBACK TO part")
+            self._db.conn.execute("RELEASE part")
             raise
-        self._db.execute("RELEASE part")
+        self._db.conn.execute("RELEASE part")
 
     def rows(self, sql: str, *params: Any) -> list[Row]:
         """Return every row of a query."""

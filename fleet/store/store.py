@@ -8,17 +8,55 @@ import asyncio
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from fleet.store.delivery import Boxes, Delivery
+from fleet.rollout.model import Member
+from fleet.store.delivery import Boxes, BoxRow, Delivery
 from fleet.store.devices import Devices
 from fleet.store.rollouts import Rollouts
-from fleet.store.rows import AuditRow, CertificateRow, OperatorRow, TokenRow, read
+from fleet.store.rows import (
+    AssignmentRow,
+    AuditRow,
+    CertificateRow,
+    DeviceRow,
+    GroupRow,
+    OperatorRow,
+    RolloutRow,
+    SettledRow,
+    TokenRow,
+    read,
+)
 from fleet.store.sqlite import Database
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """Facts that decide what a device should run, as they stood at one moment.
+
+    Attributes:
+        newest: its newest assignment; None for none.
+        settled: values of its groups by the name of the group, and its pins under the empty name.
+        unselected: ids of the rollouts whose selector left it out and that have settled a value.
+        in_force: rollouts that have it, oldest first, with its progress.
+        own: its own configuration keys by instance.
+        attempts: that operators asked for, by instance.
+        boxes: its newest ones by instance and name.
+    """
+
+    device: DeviceRow
+    newest: AssignmentRow | None
+    groups: list[GroupRow]
+    settled: dict[str, list[SettledRow]]
+    unselected: set[str]
+    in_force: list[tuple[RolloutRow, Member]]
+    own: dict[str, dict[str, str]]
+    attempts: dict[str, int]
+    boxes: dict[tuple[str, str], BoxRow]
 
 
 class Store:
@@ -48,6 +86,32 @@ class Store:
             RolledBackError: the whole transaction is gone.
         """
         return self._db.savepoint()
+
+    def facts(self, devices: Sequence[DeviceRow]) -> dict[str, DeviceFacts]:
+        """Return what decides over some devices, by id: as many queries for a hundred devices as for one."""
+        ids = [device.id for device in devices]
+        groups = self.devices.groups_of_each(devices)
+        settled = self.rollouts.settled_in({group.name for each in groups.values() for group in each}, ids)
+        newest, in_force = self.delivery.newest(ids), self.rollouts.overlays_of_each(ids)
+        own, attempts = self.rollouts.own_keys_of_each(ids), self.delivery.attempts_of_each(ids)
+        boxes, unselected = self.boxes.newest_of_each(ids), self.rollouts.unselected(ids)
+        return {
+            device.id: DeviceFacts(
+                device=device,
+                newest=newest.get(device.id),
+                groups=groups[device.id],
+                settled={
+                    **{group.name: settled.get((group.name, ""), []) for group in groups[device.id]},
+                    "": settled.get(("", device.id), []),
+                },
+                unselected=unselected.get(device.id, set()),
+                in_force=in_force.get(device.id, []),
+                own=own.get(device.id, {}),
+                attempts=attempts.get(device.id, {}),
+                boxes=boxes.get(device.id, {}),
+            )
+            for device in devices
+        }
 
     def witness(self, *, before: float) -> float | None:
         """Newest time that is known to be past, unix seconds; None for none.

@@ -45,9 +45,13 @@ class Server:
         self.root, self.reachable, self.envelope = self.files["1.root.json"], True, None
         self.replay, self.behind, self.shown = "", False, []
 
+    failure = None
+
     def request(self, method, path, *, max_bytes, body=None, headers=None):
         if not self.reachable:
             raise FetchError(RejectCode.UNREACHABLE, "no route")
+        if self.failure is not None:
+            raise self.failure
         if method == "POST":
             self.shown.append((path, body))
             return b""
@@ -155,6 +159,10 @@ class Hello:
 
     def __init__(self, case):
         self.case, self.connected, self.reachable = case, False, True
+
+    @property
+    def broker_connected(self):
+        return self.connected
 
     async def hello(self, nonce):
         if not self.reachable:

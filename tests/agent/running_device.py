@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from agent.host.ipc import host_api
 from agent.update import restore
 from agent.update.state import Committed
@@ -46,7 +48,10 @@ class RunningDevice:
     Attributes:
         state, runtime: directories of the agent.
         prefix: of every command line.
+        guests: directory of components for tests, as text.
     """
+
+    guests = ROOT / "components" / "guests"
 
     def __init__(self, directory: Path, *instances: str, prefix=(), python=(sys.executable,)):
         device, store = enrolled(directory)
@@ -103,6 +108,12 @@ class RunningDevice:
         """What a process has written to standard error, over all its starts."""
         log = self.directory / f"{name}.log"
         return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+    def enrolled_on(self, machine, **evidence):
+        """Let the identity come from a machine with these ids."""
+        path = self.state / "identity" / "enrolled.json"
+        who = msgspec.json.decode(path.read_bytes()) | {"machine": machine, "evidence": evidence}
+        path.write_bytes(msgspec.json.encode(who))
 
     def answers(self, instance="web"):
         """Status of a request to an instance through the router; 0 without an answer."""

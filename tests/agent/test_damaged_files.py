@@ -19,7 +19,7 @@ DAMAGES = {
     "zeros": lambda data: b"\0" * len(data),
     "cut off": lambda data: data[: len(data) // 2],
 }
-ANEW = {"store.db", "identity/mac.key"}
+ANEW = {"store.db", "identity/mac.key", "log/agent.log"}
 NO_START = {"identity/device.key", "identity/enrolled.json"}
 
 

@@ -32,12 +32,16 @@ from tests.eventually import eventually_async
 class Broker:
     """Connection to a broker that records published messages and delivers the test's messages."""
 
-    name = "mqtt"
+    name, broker_after_s = "mqtt", 0.0
 
     def __init__(self):
         self.connected, self.published, self.changed = False, [], asyncio.Event()
         self.queue, self.fault = asyncio.Queue(), asyncio.Event()
         self.left = self.cancelled = False
+
+    @property
+    def broker_connected(self):
+        return self.connected
 
     async def run(self):
         try:
@@ -99,7 +103,7 @@ class Agent:
         self.db = Database(store)
         self.broker, self.server = Broker(), Server()
         self.host = HostClient(self.device.places.host_socket)
-        links = Links(https=self.server, mqtt=self.broker, host=self.host)
+        links = Links(https=self.server, conversation=self.broker, host=self.host)
         self.service = build(self.device, self.db, ReferenceClock(self.device.identity.floor), links)
 
     async def is_closed(self):

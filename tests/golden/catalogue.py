@@ -9,15 +9,15 @@ from typing import get_args
 
 import msgspec
 
-from agent import config
+from agent import config, starts
 from agent.host import cli
 from agent.host.compiler import __main__
 from agent.host.engine import guest, runtime
-from agent.host.http import routing
+from agent.host.http import ingress_config, routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
-from agent.identity import enrolment, identity
-from agent.link import bundle
+from agent.identity import identity
+from agent.link import bundle, https, partial_file
 from agent.report import check, status
 from agent.update import images, machine, plan, probation, restore, state
 from fleet.admin import signing_host
@@ -26,7 +26,18 @@ from fleet.cli import trust_store
 from fleet.cli.base import Exit
 from fleet.component import reader, wasi
 from fleet.evidence import provenance, query, sbom
-from fleet.protocol import assignment, codes, manifest, messages, names, operator_api, topics, trust_api, wire
+from fleet.protocol import (
+    assignment,
+    codes,
+    component_check,
+    manifest,
+    messages,
+    names,
+    operator_api,
+    topics,
+    trust_api,
+    wire,
+)
 from fleet.protocol import names as bundle_layout
 from fleet.rollout import decide, effective, members, model, selector, steady
 from fleet.server import director as server_director
@@ -80,6 +91,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "report": messages.Report,
         "desired-reply": messages.DesiredReply,
         "ack": messages.Ack,
+        "packet": messages.Packet,
+        "exchange": messages.Exchange,
+        "exchange-reply": messages.ExchangeReply,
         "poke": messages.Poke,
         "token": messages.Token,
         "enrol-request": messages.EnrolRequest,
@@ -138,6 +152,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "rollouts": operator_api.Rollouts,
         "excluded": operator_api.Excluded,
         "preflight": operator_api.Preflight,
+        "component-check-request": component_check.ComponentCheckRequest,
+        "component-check-reply": component_check.ComponentCheckReply,
         "withdrawn-device": operator_api.WithdrawnDevice,
         "withdrawal": operator_api.WithdrawalView,
         "audit-entry": operator_api.AuditEntry,
@@ -171,11 +187,20 @@ MESSAGES: dict[str, dict[str, type]] = {
         **_tagged(host_api.EarlierPutSecrets, host_api.EarlierHostStats),
         "what-to-run": host_api.Run,
         "what-runs": host_api.Running,
+        "route-to-an-instance": host_api.RouteView,
     },
     "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
     "router-and-egress": {
         **_tagged(*get_args(helper_api.ToRouter), helper_api.RegisterWorker),
         **_tagged(*(each for each in get_args(helper_api.FromRouter) if each is not helper_api.RouteAcknowledged)),
+        "route-rule": helper_api.RouteRule,
+        "forwarded-policy": helper_api.ForwardedPolicy,
+        "tls-client": helper_api.TlsClient,
+        "ingress-toml": ingress_config._File,
+        "ingress-toml-route": ingress_config._Route,
+        "ingress-toml-forwarded": ingress_config._Forwarded,
+        "ingress-toml-tls": ingress_config.Tls,
+        "ingress-toml-certificate": ingress_config.Certificate,
         "route acknowledged": helper_api.RouteAcknowledged,
         "ask": helper_api.ConnectRequest,
         "told": helper_api.ConnectReply,
@@ -192,6 +217,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "failed": state.FailedItem,
         "doubt": state.Violation,
         "runset": restore._Runset,
+        "starts": starts.StartLog,
+        "checkpoint-of-a-partial-file": partial_file.Checkpoint,
         "identity": identity.Identity,
         "verifier-state": verifier_state.VerifierState,
         "verifier-state-role": verifier_state.Remembered,
@@ -243,7 +270,7 @@ MESSAGES: dict[str, dict[str, type]] = {
     "read-in-part": {
         "schema-version": wire._Version,
         "bundle-head": bundle._Head,
-        "problem": enrolment._Problem,
+        "problem": https.Problem,
         "role": server_repository._File,
         "role-signed": server_repository._Signed,
         "wanted": server_director._Wanted,
@@ -266,6 +293,7 @@ BASES: frozenset[type] = frozenset({wire.Message, assignment.Verb, operator_api.
 VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "reject-code": (codes.RejectCode,),
     "phase": (codes.Phase,),
+    "component-check-step": (component_check.Step,),
     "call-outcome": (codes.CallOutcome,),
     "instance-state": (codes.InstanceState,),
     "alert-kind": (codes.AlertKind,),

@@ -169,6 +169,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
             "agent.config",
             "agent.happy_eyeballs",
             "agent.proxy",
+            "agent.starts",
             "agent.systemd",
             "agent.host",
         ),

@@ -27,13 +27,15 @@ from fleet.component import reader, served
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.component_check import LINE_MAX_BYTES, ComponentCheckReply, ComponentCheckRequest, Step
-from fleet.protocol.manifest import Grants, Http, Limits
+from fleet.protocol.manifest import Grants, Http, Manifest
 
 if TYPE_CHECKING:
     from agent.host.engine.runtime import Engine
 
 _STEP_S: Final = 300
 """For one step; the compiler's own limit of processor time is lower, so this is for a machine under load."""
+
+_ANY_TRIGGER: Final = "--any-trigger"
 
 Argv = Callable[[str], list[str]]
 """Makes the command line of a module of ours."""
@@ -119,17 +121,18 @@ def _words(done: subprocess.CompletedProcess[bytes]) -> tuple[str, str]:
 
 
 def _start(image: bytes, request: ComponentCheckRequest, shape: reader.Component, argv: Argv) -> ComponentCheckReply:
-    if request.manifest is None:
+    manifest, more = request.manifest, []
+    if manifest is None:
         everything = Grants(interfaces=tuple(dict.fromkeys(map(reader.bare, shape.imports))))
-        granted = _Granted(request, everything, Limits())
-    else:
-        granted = _Granted(request, request.manifest.grants, request.manifest.limits)
+        manifest = Manifest(name="component", version="0.0.0", trigger=Http(), grants=everything)
+        more = [_ANY_TRIGGER]
     fd = os.memfd_create("image")
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(image)
-        command = [*argv("agent.host.compiler.component_check"), str(fd)]
-        done = _run(command, msgspec.json.encode(granted), Step.START, fd)
+        command = [*argv("agent.host.compiler.component_check"), str(fd), *more]
+        given = msgspec.structs.replace(request, manifest=manifest)
+        done = _run(command, msgspec.json.encode(given), Step.START, fd)
     finally:
         os.close(fd)
     try:
@@ -138,29 +141,25 @@ def _start(image: bytes, request: ComponentCheckRequest, shape: reader.Component
         raise _Refusal(Step.START, *_words(done)) from None
 
 
-class _Granted(msgspec.Struct, frozen=True):
-    """What the program that links is given on standard input."""
+def main(fd: int, *, any_trigger: bool) -> NoReturn:
+    """Link and start an image; exit at once, as a guest may have left threads behind.
 
-    request: ComponentCheckRequest
-    grants: Grants
-    limits: Limits
-
-
-def main(fd: int) -> NoReturn:
-    """Link and start an image; exit at once, as a guest may have left threads behind."""
-    given = msgspec.json.decode(sys.stdin.buffer.read(LINE_MAX_BYTES), type=_Granted)
+    `any_trigger`: whatever the component exports will do.
+    """
+    request = msgspec.json.decode(sys.stdin.buffer.read(LINE_MAX_BYTES), type=ComponentCheckRequest)
     out = os.dup(1)  # standard output becomes the guest's
-    reply = _linked(given, fd)
+    reply = _linked(request, fd, any_trigger=any_trigger)
     os.write(out, msgspec.json.encode(reply) + b"\n")
     os._exit(0)
 
 
-def _linked(given: _Granted, fd: int) -> ComponentCheckReply:
+def _linked(request: ComponentCheckRequest, fd: int, *, any_trigger: bool) -> ComponentCheckReply:
     from agent.host.engine import runtime  # noqa: PLC0415 - only here: the other processes need no engine
 
-    request = given.request
+    assert request.manifest is not None, "given by the process that starts this one"
     try:
-        return ComponentCheckReply(file=request.file, ok=True, exports=_exports(given, fd))
+        exports = _exports(request.manifest, fd, any_trigger=any_trigger)
+        return ComponentCheckReply(file=request.file, ok=True, exports=exports)
     except runtime.EngineError as error:
         step, code, problem = Step.LINK, error.code, str(error)
     except runtime.GuestError as error:
@@ -170,11 +169,11 @@ def _linked(given: _Granted, fd: int) -> ComponentCheckReply:
     return ComponentCheckReply(file=request.file, ok=False, step=step, code=code, problem=problem)
 
 
-def _exports(given: _Granted, fd: int) -> tuple[str, ...]:
+def _exports(manifest: Manifest, fd: int, *, any_trigger: bool) -> tuple[str, ...]:
     """Instantiate the guest in a worker's sandbox; return what it exports for a device to call."""
     from agent.host.engine import adapter_abi, guest, runtime  # noqa: PLC0415
 
-    manifest, limits = given.request.manifest, given.limits
+    limits = manifest.limits
     engine = runtime.Engine(fuel=bool(limits.fuel), pooled=True)
     image = engine.load(f"/proc/self/fd/{fd}")
     adapter_abi.catch_stdout()
@@ -182,17 +181,16 @@ def _exports(given: _Granted, fd: int) -> tuple[str, ...]:
     sandbox.apply(
         sandbox.worker_spec(uid=None, memory_bytes=limits.memory_bytes, body_bytes=body_bytes, storage_bytes=0, data="")
     )
-    config: dict[str, str] = {}
-    if manifest is not None:
-        config |= dict.fromkeys(manifest.secrets, "")
-        config |= {key: each.default or "" for key, each in manifest.config.items()}
+    config = dict.fromkeys(manifest.secrets, "") | {key: each.default or "" for key, each in manifest.config.items()}
     _tick(engine, runtime.TICK_MS / 1000)
-    started = guest.start(image, limits=limits, grants=given.grants, config=config, log=lambda _line: None)
-    if manifest is not None:  # of a trigger that devices have: `served.problems` refuses others
-        needed = runtime.HANDLER if isinstance(manifest.trigger, Http) else runtime.TASK
-        for export, why in ((needed, "which its trigger calls"), (runtime.HEALTH, "which its manifest promises")):
-            if export not in started.kinds and (export == needed or manifest.health.check):
-                raise runtime.EngineError(RejectCode.START_FAILED, f"it exports no {export}, {why}")
+    started = guest.start(image, limits=limits, grants=manifest.grants, config=config, log=lambda _line: None)
+    # `served.problems` refuses triggers that no device has
+    needed = {} if any_trigger else {runtime.HANDLER if isinstance(manifest.trigger, Http) else runtime.TASK: "trigger"}
+    if manifest.health.check:
+        needed[runtime.HEALTH] = "manifest"
+    for export, of in needed.items():
+        if export not in started.kinds:
+            raise runtime.EngineError(RejectCode.START_FAILED, f"it exports no {export}, which its {of} asks for")
     return tuple(sorted(started.kinds))
 
 
@@ -208,4 +206,4 @@ def _tick(engine: "Engine", every_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), any_trigger=_ANY_TRIGGER in sys.argv)

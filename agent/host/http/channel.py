@@ -128,6 +128,7 @@ class Call:
         self._answering = False
         self._begun = False
         self._problem = ""
+        self._sentence = BadAnswerError("").sentence  # of the problem, for the client
         # The client.
         self._paused = False
         self._waits_since_s: float | None = None
@@ -299,9 +300,13 @@ class Call:
             most = self._calls.limits.response_bytes
             self._fields = connection.guest_fields(status, headers, (self._length or 0) if has_body else 0, most)
         except BadAnswerError as error:
-            self._problem = self._problem or str(error)
+            self._reject(error)
         else:
             self._status = status
+
+    def _reject(self, error: BadAnswerError) -> None:
+        if not self._problem:
+            self._problem, self._sentence = str(error), error.sentence
 
     def take_body(self, data: bytes) -> None:
         """Take a piece of the answer's body."""
@@ -339,7 +344,12 @@ class Call:
         if self._length is None and self._exchange.request.old:
             self._exchange.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
         return connection.answer_head(
-            self._status, self._fields, length=self._length, chunked=self._chunked, keep_alive=self._keeps_alive()
+            self._status,
+            self._fields,
+            length=self._length,
+            chunked=self._chunked,
+            keep_alive=self._keeps_alive(),
+            old=self._exchange.request.old,
         )
 
     @property
@@ -409,7 +419,7 @@ class Call:
         try:
             return connection.guest_fields(_SERVER_ERROR, trailers, 0, 0)
         except BadAnswerError as error:
-            self._problem = self._problem or str(error)
+            self._reject(error)
             return b""
 
     def _end_begun(self, trailers: bytes) -> Settled:
@@ -430,16 +440,25 @@ class Call:
         client, exchange = self._client, self._exchange
         assert client is not None
         trailers = self._taken_trailers(trailers)
+        head, old = exchange.request.method == b"HEAD", exchange.request.old
+        body = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        if not (self._problem or head or self._bodiless) and self._length not in {None, len(body)}:
+            why = f"a body of {len(body)} bytes, its content-length says {self._length}"
+            self._reject(BadAnswerError(why, public=True))
         if self._problem:
             self._calls.note(f"host: its answer is refused: {self._problem}")
-            return self._reply(502, "the component's answer is not one")._replace(error=True)
+            return self._reply(502, self._sentence)._replace(error=True)
         exchange.answering = True
-        head = exchange.request.method == b"HEAD"
-        body = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-        answer = connection.answer(
-            self._status, self._fields, body, head=head, keep_alive=self._keeps_alive(), trailers=trailers
-        )
-        return Settled(CallOutcome.OK, self._status >= _SERVER_ERROR, lambda: client.finish(exchange, answer))
+        keep_alive, error = self._keeps_alive(), self._status >= _SERVER_ERROR
+        if head and self._length is not None:
+            answer = connection.answer_head(
+                self._status, self._fields, length=self._length, chunked=False, keep_alive=keep_alive, old=old
+            )
+        else:
+            answer = connection.answer(
+                self._status, self._fields, body, head=head, keep_alive=keep_alive, trailers=trailers, old=old
+            )
+        return Settled(CallOutcome.OK, error, lambda: client.finish(exchange, answer))
 
     def fail(self, outcome: CallOutcome, why: str) -> Settled:
         """Take the end of a call that ended without an answer."""

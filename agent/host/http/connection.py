@@ -152,14 +152,24 @@ def _today() -> bytes:
     return _date[1]
 
 
-def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: bool, trailers: bytes = b"") -> bytes:
+def answer(
+    status: int,
+    headers: bytes,
+    body: bytes,
+    *,
+    head: bool,
+    keep_alive: bool,
+    trailers: bytes = b"",
+    old: bool = False,
+) -> bytes:
     """Return the bytes of a response. `headers` are field lines ending in CR LF; `head`: the request was HEAD.
 
-    With `trailers` the body is sent as one chunk.
+    With `trailers` the body is sent as one chunk. `old`: to an HTTP/1.0 client.
     """
     bodiless = status in {204, 304}
     length = None if bodiless or trailers else len(body)
-    lines = answer_head(status, headers, length=length, chunked=bool(trailers) and not bodiless, keep_alive=keep_alive)
+    chunked = bool(trailers) and not bodiless
+    lines = answer_head(status, headers, length=length, chunked=chunked, keep_alive=keep_alive, old=old)
     if bodiless or head:
         return lines
     if trailers:
@@ -167,8 +177,13 @@ def answer(status: int, headers: bytes, body: bytes, *, head: bool, keep_alive: 
     return lines + body
 
 
-def answer_head(status: int, headers: bytes, *, length: int | None, chunked: bool, keep_alive: bool) -> bytes:
-    """Return the head of a response with the framing of its body; without any, the connection's end ends it."""
+def answer_head(
+    status: int, headers: bytes, *, length: int | None, chunked: bool, keep_alive: bool, old: bool = False
+) -> bytes:
+    """Return the head of a response with the framing of its body; without any, the connection's end ends it.
+
+    `old`: to an HTTP/1.0 client, who waits for the connection's end unless the head says that it is kept.
+    """
     lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"")), headers, b"date: ", _today(), b"\r\n"]
     if chunked:
         lines.append(b"transfer-encoding: chunked\r\n")
@@ -176,6 +191,8 @@ def answer_head(status: int, headers: bytes, *, length: int | None, chunked: boo
         lines.append(b"content-length: %d\r\n" % length)
     if not keep_alive:
         lines.append(b"connection: close\r\n")
+    elif old:
+        lines.append(b"connection: keep-alive\r\n")
     lines.append(b"\r\n")
     return b"".join(lines)
 
@@ -196,14 +213,31 @@ def declared_length(headers: bytes) -> int | None:
     return None
 
 
-def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True) -> bytes:
+def check_length(status: int, headers: bytes, length: int, *, head: bool) -> int | None:
+    """Compare a whole body of `length` bytes with the guest's Content-Length, and return that; None without one.
+
+    Raises:
+        BadAnswerError: they differ, and the body is one that a client would read.
+    """
+    declared = declared_length(headers)
+    if declared is not None and declared != length and not head and status not in {204, 304}:
+        raise BadAnswerError(f"a body of {length} bytes, its content-length says {declared}", public=True)
+    return declared
+
+
+def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True, old: bool = False) -> bytes:
     """Return a response of the host's own: a status with a sentence as its body."""
     fields = b"content-type: text/plain; charset=utf-8\r\n"
-    return answer(status, fields, why.encode() + b"\n", head=head, keep_alive=keep_alive)
+    return answer(status, fields, why.encode() + b"\n", head=head, keep_alive=keep_alive, old=old)
 
 
 class BadAnswerError(Exception):
-    """Response of a guest that is not HTTP."""
+    """Response of a guest that is not HTTP. `sentence`: why, for its client, without any of its bytes."""
+
+    def __init__(self, why: str, *, public: bool = False) -> None:
+        """Say why; `public`: a client may know too, as there is nothing of the guest's in it but numbers."""
+        super().__init__(why)
+        self.sentence = f"the component's answer is not one: {why}" if public else "the component's answer is not one"
 
 
 def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
@@ -216,7 +250,7 @@ def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
     if length > most:
         raise BadAnswerError(f"a body of {length} bytes, at most {most} are allowed")
     if not 200 <= status <= 599:  # noqa: PLR2004
-        raise BadAnswerError(f"status {status}")
+        raise BadAnswerError(f"status {status}, which is none of a final response (200 to 599)", public=True)
     if len(headers) > HEAD_MAX_BYTES:
         raise BadAnswerError(f"{len(headers)} bytes of header fields")
     kept = []

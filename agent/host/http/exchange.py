@@ -76,6 +76,8 @@ class Exchange:
         self.sent_body = False
         self.answering = False
         self.retried = False
+        self.received = 0  # bytes of its body
+        self.request_max: int | None = None
 
     @property
     def repeatable(self) -> bool:

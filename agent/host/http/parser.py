@@ -25,6 +25,7 @@ QUIET_MAX_BYTES: Final = 2 * HEAD_MAX_BYTES
 _OVERHEAD_MAX: Final = 16
 """Bytes of framing (chunk sizes, extensions) for a byte of body, where it is more than a head may have."""
 
+_METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64} ")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"expect"})
@@ -99,6 +100,7 @@ class RequestParser:
         self._size = 0
         self._ghost = False  # the parser reads a head of ours, see `_carry_on`
         self._ended = True
+        self._messages = 0  # ended so far
         self._last = False  # the message that ended was the connection's last
         self._quiet = self._raw = self._bytes = 0
         self._status = 0
@@ -113,9 +115,15 @@ class RequestParser:
         self._quiet += len(data)
         if self.within:
             self._raw += len(data)
+        begins, before, whole = not self.within, self._messages, data
         try:
             while data:
                 data = self._feed(data)
+        except httptools.HttpParserInvalidMethodError:
+            if begins and self._messages == before and _METHOD.match(whole):
+                self._status = 501
+            self._refuse()
+            return
         except httptools.HttpParserError:
             self._refuse()
             return
@@ -214,6 +222,7 @@ class RequestParser:
         if self._parser.should_upgrade() and self._head.has_body:
             return
         self._ended, self.within = True, False
+        self._messages += 1
         self._quiet = 0
         keep_alive = self._parser.should_keep_alive()
         self._last = not keep_alive

@@ -32,7 +32,16 @@ from agent.host.http import connection
 from agent.host.http.channel import Call, InstanceCalls
 from agent.host.http.exchange import Asker, Exchange, Upstream
 from agent.host.http.parser import Fields, RequestHead, RequestParser
-from agent.host.http.routing import Known, OwnRoute, Route, RouteTable, forwarded_head, guest_head
+from agent.host.http.routing import (
+    Known,
+    OwnRoute,
+    Peer,
+    Route,
+    RouteTable,
+    forwarded_head,
+    guest_head,
+    plain_address,
+)
 from fleet.protocol.codes import CallOutcome
 
 KEPT_MAX: Final = 4
@@ -276,10 +285,12 @@ class ClientConnection(asyncio.Protocol):
         routes: RouteTable | OwnRoute,
         pool: UpstreamPool,
         all_clients: "set[ClientConnection]",
+        peer: Peer | None = None,
         *,
         is_trusted: bool = False,
     ) -> None:
         """`is_trusted`: a neighbour on the device, which is not timed."""
+        self._peer = peer
         self.last_s = time.monotonic()
         self.is_trusted = is_trusted
         self._routes = routes
@@ -344,7 +355,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._queue or self._reader.within:
             self._reader.feed(data)
-        elif (known := self._known.get(data)) is not None:
+        elif not self._routes.forwarding.by_client and (known := self._known.get(data)) is not None:
             exchange = Exchange(known.request)
             exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
             self._queue.append(exchange)
@@ -363,18 +374,15 @@ class ClientConnection(asyncio.Protocol):
         exchange = self._queue[0]
         request = exchange.request
         whole = exchange.complete and exchange.keep_alive and not exchange.refusal
+        whole = whole and not self._routes.forwarding.by_client
         if not whole or request.chunked or request.length is not None or request.expects:
             return
-        route = self._routes.find(request.host, request.target)
+        route = self._routes.route(request)
         if not route.status:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             exchange.instance, exchange.head = route.instance, self._head(request, route)
             self._known[data] = Known(request, exchange.instance, exchange.head)
-
-    def _head(self, request: RequestHead, route: Route) -> bytes:
-        """Return the head in the form in which the instance gets requests."""
-        return guest_head(request, route) if route.instance in self._pool.calls else forwarded_head(request, route)
 
     def eof_received(self) -> bool:
         """Keep the connection until complete requests are answered: the client sends no more."""
@@ -391,7 +399,11 @@ class ClientConnection(asyncio.Protocol):
 
     def body(self, data: bytes) -> None:
         """Add a piece of the request's body."""
-        self._queue[-1].body.append(data)
+        exchange = self._queue[-1]
+        exchange.body.append(data)
+        exchange.received += len(data)
+        if exchange.request_max is not None and exchange.received > exchange.request_max:
+            self._reader.refuse(413)
 
     def end(self, trailers: Fields, *, keep_alive: bool) -> None:
         """End the request, which is complete."""
@@ -434,13 +446,24 @@ class ClientConnection(asyncio.Protocol):
             self._reply(exchange, exchange.refusal, connection.REFUSALS[exchange.refusal])
             return False
         request = exchange.request
-        route = self._routes.find(request.host, request.target)
+        route = self._routes.route(request)
         if route.status:
             self._reply(exchange, route.status, route.why)
             return False
-        exchange.instance = route.instance
+        if route.request_max is not None and exchange.received > route.request_max:
+            self._reply(exchange, 413, connection.REFUSALS[413])
+            return False
+        exchange.instance, exchange.request_max = route.instance, route.request_max
         exchange.head = self._head(request, route)
         return True
+
+    def _head(self, request: RequestHead, route: Route) -> bytes:
+        """Return the head in the form in which the instance gets requests, with what it is told of this client."""
+        if self._peer is None and self._routes.forwarding.by_client:
+            name = self._transport.get_extra_info("peername")
+            self._peer = Peer(plain_address(name[0]) if name else "")
+        write_head = guest_head if route.instance in self._pool.calls else forwarded_head
+        return write_head(request, route, self._routes.forwarding, self._peer)
 
     def _reach(self, exchange: Exchange) -> bool:
         """Find an upstream connection; send a refusal if there is none."""

@@ -38,7 +38,8 @@ class ResponseParser:
         self._bodiless = method == "HEAD"
         self._parser: Any = httptools.HttpResponseParser(self)
         # Small devices end their lines with LF alone, which a recipient may take (RFC 9112, section 2.2).
-        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)
+        # Chunks win over a length beside them (section 6.3); such a connection is not kept.
+        self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_chunked_length=True)
         self._broken: ResponseError | None = None
         self._read_bytes = self._quiet_bytes = self._body_bytes = self._head_bytes = 0
         self._informational = self._trailers = 0
@@ -160,12 +161,12 @@ class ResponseParser:
             self.fields.clear()
             return
         self._frame(status)
-        self._keeps = self._parser.should_keep_alive() and (
-            self._parser.get_http_version() == "1.1" or not self._chunked
-        )
+        # HTTP/1.0 knows no chunks, and where there is a length beside them, somebody else may have gone by that.
+        sure = not self._chunked or (self._parser.get_http_version() == "1.1" and self._length is None)
+        self._keeps = sure and self._parser.should_keep_alive()
         self.status = status
         self._quiet_bytes = 0
-        self.complete = self._bodiless or status in _BODILESS or self._length == 0
+        self.complete = self._bodiless or status in _BODILESS or (self._length == 0 and not self._chunked)
 
     def _frame(self, status: int) -> None:
         """Find how the body ends (RFC 9112, section 6.3)."""

@@ -22,7 +22,7 @@ import msgspec
 from agent.host.http.channel import Channel, InstanceCalls
 from agent.host.http.connection import PASSED
 from agent.host.http.proxy import ClientConnection, UpstreamPool
-from agent.host.http.routing import OwnRoute, RouteTable
+from agent.host.http.routing import OwnRoute, Peer, RouteTable
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     AddChannel,
@@ -32,11 +32,13 @@ from agent.host.ipc.helper_api import (
     DrainChannel,
     DrainRouter,
     FromRouter,
+    IngressRules,
     RemoveListener,
     RouteAcknowledged,
     RouteRemove,
     RouteUpdate,
     ServeChannel,
+    TlsClient,
     ToRouter,
     YieldChannel,
 )
@@ -59,6 +61,7 @@ _COUNT: Final = struct.Struct("=I")
 
 
 _decoder: Final[msgspec.json.Decoder[ToRouter]] = msgspec.json.Decoder(ToRouter)
+_tls_decoder: Final[msgspec.json.Decoder[TlsClient]] = msgspec.json.Decoder(TlsClient)
 
 
 class Clients(set[ClientConnection]):
@@ -89,9 +92,19 @@ def clients_of(page: mmap.mmap) -> int:
 
 
 def run_router(
-    listener: socket.socket | None, sock: socket.socket, directory: Path, keep: tuple[int, ...], page: mmap.mmap
+    listener: socket.socket | None,
+    sock: socket.socket,
+    directory: Path,
+    keep: tuple[int, ...],
+    page: mmap.mmap,
+    decrypted: socket.socket | None = None,
 ) -> None:
-    """Run the router in a process just forked from the supervisor, confined before it accepts a client."""
+    """Run the router in a process just forked from the supervisor, confined before it accepts a client.
+
+    `decrypted`: on which clients arrive that came over TLS, see `agent.host.http.tls`.
+    """
+    if decrypted is not None:
+        keep = (*keep, decrypted.fileno())
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
@@ -102,16 +115,16 @@ def run_router(
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
     where = "" if layers["mount"] else "."  # an address as short as possible, see `sandbox.apply`
-    loop.run_until_complete(Router(listener, sock, where, Clients(page)).run())
+    loop.run_until_complete(Router(listener, sock, where, Clients(page), decrypted).run())
 
 
 class Acceptor:
     """Listening socket whose clients are accepted while there is room for them."""
 
     def __init__(
-        self, listener: socket.socket, protocol: Callable[[], ClientConnection], has_room: Callable[[], bool]
+        self, listener: socket.socket, protocol: Callable[[Peer | None], ClientConnection], has_room: Callable[[], bool]
     ) -> None:
-        """Make each client a `protocol`."""
+        """Make each client a `protocol`, told who it is where that is known beforehand."""
         self._listener = listener
         self._protocol = protocol
         self._has_room = has_room
@@ -127,7 +140,7 @@ class Acceptor:
 
     def _accept(self) -> None:
         if not self._has_room():  # the others wait at the listener until one has gone
-            self._pause()
+            self.pause()
             return
         try:
             sock, _ = self._listener.accept()
@@ -135,17 +148,18 @@ class Acceptor:
             return
         self.welcome(sock)
 
-    def welcome(self, sock: socket.socket) -> ClientConnection:
+    def welcome(self, sock: socket.socket, peer: Peer | None = None) -> ClientConnection:
         """Make a connected socket a client."""
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop, client = asyncio.get_running_loop(), self._protocol()
+        loop, client = asyncio.get_running_loop(), self._protocol(peer)
         # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
         loop._make_socket_transport(sock, client)  # type: ignore[attr-defined]  # noqa: SLF001
         return client
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Accept nobody for now: whoever comes waits."""
         if self._accepting:
             self._accepting = False
             asyncio.get_running_loop().remove_reader(self._listener)
@@ -153,8 +167,23 @@ class Acceptor:
     def close(self) -> None:
         """Close the listener; its clients stay."""
         if self._listener.fileno() >= 0:
-            self._pause()
+            self.pause()
             self._listener.close()
+
+
+class TlsAcceptor(Acceptor):
+    """Socket on which clients arrive, decrypted, from the process that speaks TLS with them."""
+
+    def _accept(self) -> None:
+        if not self._has_room():
+            self.pause()
+            return
+        try:
+            data, fds = framing.receive_packet(self._listener)
+        except (BlockingIOError, framing.GoneError):
+            return
+        for fd in fds:
+            self.welcome(socket.socket(fileno=fd), Peer(_tls_decoder.decode(data).address, b"https"))
 
 
 class OwnListener:
@@ -167,7 +196,7 @@ class OwnListener:
         is_trusted = listener.family == socket.AF_UNIX
         self._acceptor = Acceptor(
             listener,
-            lambda: ClientConnection(self.route, pool, self.clients, is_trusted=is_trusted),
+            lambda peer: ClientConnection(self.route, pool, self.clients, peer, is_trusted=is_trusted),
             lambda: len(self.clients) < OWN_CLIENTS_MAX and router.has_room,
         )
 
@@ -220,14 +249,22 @@ class _OwnClients(set[ClientConnection]):
 class Router:
     """Router process: accepts clients and passes their requests to the instances."""
 
-    def __init__(self, listener: socket.socket | None, sock: socket.socket, directory: str, clients: Clients) -> None:
-        """Serve the shared port on `listener`, or no shared port for None."""
+    def __init__(
+        self,
+        listener: socket.socket | None,
+        sock: socket.socket,
+        directory: str,
+        clients: Clients,
+        decrypted: socket.socket | None = None,
+    ) -> None:
+        """Serve the shared port on `listener`, or no shared port for None; `decrypted` as in `run_router`."""
         self._listener = listener
+        self._decrypted = decrypted
         self._sock = sock
         self._routes = RouteTable()
         self._pool = UpstreamPool(directory)
         self._clients = clients
-        self._shared: Acceptor | None = None
+        self._shared: list[Acceptor] = []
         self._calls: dict[str, InstanceCalls] = {}  # also of instances that take no calls by channels at present
         self._own: dict[str, OwnListener] = {}
         self._closed_own: set[OwnListener] = set()
@@ -240,16 +277,20 @@ class Router:
         loop = asyncio.get_running_loop()
         self._sock.setblocking(False)
         loop.add_reader(self._sock, self._obey)
-        if self._listener is not None:
-            self._shared = Acceptor(
-                self._listener,
-                lambda: ClientConnection(self._routes, self._pool, self._clients),
-                lambda: len(self._clients) < _CLIENTS_MAX,
-            )
-            self._clients.left = self._shared.go_on
+        for kind, source in ((Acceptor, self._listener), (TlsAcceptor, self._decrypted)):
+            if source is not None:
+                self._shared.append(kind(source, self._client, lambda: len(self._clients) < _CLIENTS_MAX))
+        self._clients.left = self._go_on
         sweep = asyncio.ensure_future(self._sweep())
         await self._ended.wait()
         sweep.cancel()
+
+    def _client(self, peer: Peer | None) -> ClientConnection:
+        return ClientConnection(self._routes, self._pool, self._clients, peer)
+
+    def _go_on(self) -> None:
+        for acceptor in self._shared:
+            acceptor.go_on()
 
     def report(self, message: FromRouter) -> None:
         """Send a message to the supervisor."""
@@ -270,7 +311,7 @@ class Router:
         match message:
             case DrainRouter():
                 self._drain()
-            case RouteUpdate() | RouteRemove():
+            case RouteUpdate() | RouteRemove() | IngressRules():
                 self._heed(message)
                 self.report(RouteAcknowledged(message.id))
             case AdoptConnections(instance=instance):
@@ -291,7 +332,7 @@ class Router:
         for own in self._own.values():
             own.route.known.clear()
 
-    def _heed(self, message: RouteUpdate | RouteRemove) -> None:
+    def _heed(self, message: RouteUpdate | RouteRemove | IngressRules) -> None:
         self._forget_known()
         match message:
             case RouteUpdate(instance=instance, up=up, spread=spread):
@@ -301,6 +342,8 @@ class Router:
                     self._pool.forget(instance)
                 if not up and (calls := self._pool.calls.get(instance)) is not None:
                     calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
+            case IngressRules():
+                self._routes.configure(message)
             case RouteRemove(instance=instance):
                 self._routes.up.pop(instance, None)
                 self._pool.spread.discard(instance)
@@ -365,8 +408,8 @@ class Router:
 
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._shared is not None:
-            self._shared.close()
+        for acceptor in self._shared:
+            acceptor.close()
         for instance in list(self._own):
             own = self._own.pop(instance)
             own.close()

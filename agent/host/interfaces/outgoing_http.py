@@ -422,22 +422,20 @@ class OutgoingHttp:
     def _ask(self, scheme: str, authority: str, timeout_s: float) -> socket.socket:
         """Return a connection from the egress."""
         assert self._sock is not None
-        self._asked += 1
-        ask = helper_api.ConnectRequest(
-            id=self._asked, scheme=scheme, authority=authority, timeout_ms=max(1, int(timeout_s * 1000))
-        )
         until_s = time.monotonic() + timeout_s + self._limits.idle_ms / 1000 * _REPLY_MARGIN
+        ours: set[int] = set()
         try:
-            self._sock.settimeout(timeout_s)
-            self._sock.send(msgspec.json.encode(ask))
+            self._forget_replies(self._sock)
+            self._question(self._sock, ours, scheme, authority, timeout_s)
             while True:
                 self._sock.settimeout(max(0.001, until_s - time.monotonic()))
                 data, fds = framing.receive_packet(self._sock)
                 told = _told.decode(data)
-                if told.id == ask.id:
+                if told.id in ours:
                     break
-                for fd in fds:  # the answer to a question that was given up
-                    os.close(fd)
+                framing.close_all(fds)
+                if told.id == helper_api.RESTARTED:
+                    self._question(self._sock, ours, scheme, authority, max(0.001, until_s - time.monotonic()))
         except TimeoutError as error:
             raise RefusedError("connection-timeout", f"no connection in {timeout_s:g} s") from error
         except (OSError, framing.GoneError, *wire.JSON_ERRORS) as error:
@@ -446,6 +444,24 @@ class OutgoingHttp:
         if told.error:
             raise RefusedError(told.error, told.why)
         return socket.socket(fileno=fds[0])
+
+    def _question(self, sock: socket.socket, ours: set[int], scheme: str, authority: str, timeout_s: float) -> None:
+        """Ask for a connection, and note the question's number. Raises `OSError`."""
+        self._asked += 1
+        ours.add(self._asked)
+        ask = helper_api.ConnectRequest(
+            id=self._asked, scheme=scheme, authority=authority, timeout_ms=max(1, int(timeout_s * 1000))
+        )
+        sock.settimeout(timeout_s)
+        sock.send(msgspec.json.encode(ask))
+
+    @staticmethod
+    def _forget_replies(sock: socket.socket) -> None:
+        """Throw away replies to questions that were given up."""
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                framing.close_all(framing.receive_packet(sock)[1])
 
     def _take(self, key: tuple[str, str, int]) -> _Connection | None:
         """Take a kept connection to this place, and close those that are too old or were closed by their peers."""

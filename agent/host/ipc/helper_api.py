@@ -30,6 +30,56 @@ class RouteRemove(msgspec.Struct, frozen=True, tag="unset"):
     id: Count = 0
 
 
+class RouteRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Route of the device's owner on the shared port.
+
+    Attributes:
+        instance: that answers.
+        host: name in the Host field, `*.` and a suffix for all names below it; empty for any.
+        path: prefix of whole segments without a slash at its end; empty for every path.
+        strip: take the prefix off, and tell the instance in `x-forwarded-prefix`.
+        request_bytes, head_bytes: limits of a request's body and head; None for the instance's own.
+    """
+
+    instance: str
+    host: str = ""
+    path: str = ""
+    strip: bool = False
+    request_bytes: Count | None = None
+    head_bytes: Count | None = None
+
+
+class ForwardedPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Policy of what instances are told of a client in `x-forwarded-*`.
+
+    Attributes:
+        mode: `pass`: what the client sent; `set`: what the host knows, in place of what clients say that are not
+            trusted; `drop`: nothing.
+        trust: addresses and networks of proxies, whose fields are kept and added to.
+    """
+
+    mode: str = "pass"
+    trust: tuple[str, ...] = ()
+
+
+class IngressRules(msgspec.Struct, frozen=True, kw_only=True, tag="rules"):
+    """Rules of the device's owner for the shared port. Answered with `RouteAcknowledged`.
+
+    `by_name`: also route by `/NAME/` and `NAME.anything`.
+    """
+
+    rules: tuple[RouteRule, ...] = ()
+    forwarded: ForwardedPolicy = ForwardedPolicy()
+    by_name: bool = True
+    id: Count = 0
+
+
+class TlsClient(msgspec.Struct, frozen=True):
+    """Client that has come over TLS, from the terminator to the router: its connection, decrypted, is attached."""
+
+    address: str
+
+
 class DrainRouter(msgspec.Struct, frozen=True, tag="drain"):
     """Accept no more connections, answer pending requests, and exit."""
 
@@ -94,6 +144,7 @@ class YieldChannel(msgspec.Struct, frozen=True, tag="yield-channel"):
 ToRouter = (
     RouteUpdate
     | RouteRemove
+    | IngressRules
     | DrainRouter
     | AddListener
     | RemoveListener
@@ -156,11 +207,15 @@ CONNECT_MAX_S: Final = 30.0
 
 
 class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
-    """Admit a worker of an instance with these grants; its requests come on the attached socket."""
+    """Admit a worker of an instance with these grants; its requests come on the attached socket.
+
+    `again`: an egress before this one had the worker and ended, and with it the requests that it had read.
+    """
 
     instance: str
     outbound: tuple[str, ...]
     instances: tuple[str, ...]
+    again: bool = False
 
 
 class ConnectRequest(msgspec.Struct, frozen=True):
@@ -172,10 +227,15 @@ class ConnectRequest(msgspec.Struct, frozen=True):
     timeout_ms: Count
 
 
+RESTARTED: Final = 0
+"""The id of no request: in a reply, it says that requests sent before may be lost and have to be sent again."""
+
+
 class ConnectReply(msgspec.Struct, frozen=True):
     """Reply to `ConnectRequest`, with the connected socket attached unless there is an error.
 
     Attributes:
+        id: of the request; or RESTARTED.
         error: name of a case of `wasi:http/types.error-code`; empty if a socket is attached.
         why: reason, for the instance's log.
     """

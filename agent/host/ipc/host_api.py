@@ -6,13 +6,20 @@ and is answered by one `Reply` with the same id; events carry none and come at a
 
 Requests are idempotent by (instance, generation): the generation grows with every change the agent makes to an
 instance, and asking for what already is answers at once. Secrets stand in no packet: they come in a descriptor.
+
+Versions. A package upgrade replaces the agent and leaves the host running, so each has to speak with the other of two
+protocol versions ago. `Hello` and `Welcome` name the version of their sender, 1 where there is none. Unknown fields are
+ignored; fields that a manifest has got since are left out at their defaults, as hosts refuse a limit that they do not
+know. A request that cannot be read is answered with `Failed`, an unknown event is dropped, and neither ends the
+connection. A new message, field without a default or word of a vocabulary raises `PROTOCOL`, and is only sent to
+peers of that version.
 """
 
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -23,6 +30,10 @@ from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
+PROTOCOL: Final = 2
+"""Version of this protocol: 2 names its version, and answers requests that it cannot read."""
+
+OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
 WHY_NOT: Final = "host.why"
 """File beside the host's socket: why it did not start the last time, in one sentence; removed once it has."""
@@ -36,6 +47,18 @@ T = TypeVar("T")
 
 class IpcError(Exception):
     """The peer has closed the connection, or sent an invalid message."""
+
+
+class UnreadableError(Exception):
+    """A message of another version, which cannot be read.
+
+    Attributes:
+        id: of the request, or of the reply; None for an event.
+    """
+
+    def __init__(self, message: str, id: int | None) -> None:  # noqa: A002 - the name of the field
+        super().__init__(message)
+        self.id = id
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,10 +95,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Ask for the host's state and what runs, from the instance after `after` on. Answered with `Welcome`."""
+    """Ask for the host's state and what runs, from the instance after `after` on. Answered with `Welcome`.
+
+    Attributes:
+        protocol: version of the sender.
+    """
 
     id: Count
     after: str = ""
+    protocol: Count = 1
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
@@ -162,7 +190,13 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
     instance: str
 
 
-Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs
+class ListRoutes(msgspec.Struct, frozen=True, kw_only=True, tag="list-routes"):
+    """Ask what answers where. Answered with `RouteList`."""
+
+    id: Count
+
+
+Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs | ListRoutes
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +218,9 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         containment: isolation layer -> whether it holds.
         runs_as: which of the ways of running a host this is, as `fleet-host check` names them.
         ingress: address of the shared HTTP port, `127.0.0.1:8080`; empty while no router runs.
+        interfaces: packages that the host serves to components.
         more: whether there are more instances than fit; ask again, after the last of these.
+        protocol: version of the sender.
     """
 
     id: Count
@@ -196,6 +232,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     running: tuple[Running, ...]
     more: bool = False
     runs_as: str = ""
+    interfaces: tuple[str, ...] = ()
+    protocol: Count = 1
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
@@ -276,7 +314,49 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
     log: tuple[str, ...] = ()
 
 
-Reply = Welcome | Started | Failed | Done | HostStats | Lines
+ROUTES_MAX: Final = 300
+
+
+class RouteView(msgspec.Struct, frozen=True, kw_only=True):
+    """Route to an instance.
+
+    Attributes:
+        host: name in the Host field; empty for any.
+        path: prefix of the path; empty for an instance with a port of its own.
+        strip: the prefix is taken off.
+        by_name: the instance's name is the route; otherwise the device's owner wrote it.
+        port: the instance's own; 0 on the shared port.
+        request_bytes, head_bytes: limits of the route; None for the instance's own.
+        answers: None where no such instance runs.
+    """
+
+    instance: str
+    host: str = ""
+    path: str = ""
+    strip: bool = False
+    by_name: bool = False
+    port: Count = 0
+    request_bytes: Count | None = None
+    head_bytes: Count | None = None
+    answers: bool | None = None
+
+
+class RouteList(msgspec.Struct, frozen=True, kw_only=True, tag="route-list"):
+    """Reply to `ListRoutes`, in the order in which routes are looked for.
+
+    Attributes:
+        ingress, tls: addresses of the shared port, without and with TLS; empty for none.
+        names: of the certificates.
+    """
+
+    id: Count
+    ingress: str = ""
+    tls: str = ""
+    names: tuple[str, ...] = ()
+    routes: tuple[RouteView, ...] = ()
+
+
+Reply = Welcome | Started | Failed | Done | HostStats | Lines | RouteList
 Event = Trapped | Changed
 FromHost = Reply | Event
 
@@ -307,12 +387,32 @@ def page(entries: Iterable[T]) -> tuple[tuple[T, ...], bool]:
 
 def encode(message: Request | FromHost) -> bytes:
     """Return the packet of a message. Raises `IpcError`: larger than a packet may be."""
-    data = msgspec.json.encode(message)
+    data = msgspec.json.encode(_for_earlier(message) if isinstance(message, Start) else message)
     if len(data) > framing.PACKET_MAX_BYTES:
         raise IpcError(
             f"{type(message).__name__}: {len(data)} bytes, at most {framing.PACKET_MAX_BYTES} fit in a packet"
         )
     return data
+
+
+def _for_earlier(start: Start) -> dict[str, Any]:
+    """Return a request to start without the fields of manifest and limits that are newer than a host may be."""
+    value: dict[str, Any] = msgspec.to_builtins(start)
+    run = start.run
+    narrowed = msgspec.structs.replace(run.manifest, limits=run.limits)
+    value["run"] |= {"manifest": run.manifest.plain(), "limits": narrowed.plain()["limits"]}
+    return value
+
+
+def compatibility(peer: str, version: str, protocol: int) -> str:
+    """Return a sentence where this program and a peer of a protocol version cannot talk; empty where they can."""
+    if OLDEST_PROTOCOL <= protocol <= PROTOCOL + 2:
+        return ""
+    older, newer = (peer, "this program") if protocol < OLDEST_PROTOCOL else ("this program", peer)
+    return (
+        f"{peer} {version} speaks version {protocol} of the protocol between agent and host, and this program version "
+        f"{PROTOCOL} and two before: {older} is too old for {newer}; upgrade both, and restart fleet-host"
+    )
 
 
 def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None) -> None:
@@ -345,6 +445,7 @@ def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
 
     Raises:
         IpcError: closed, or not a request.
+        UnreadableError: a request of another version.
         BlockingIOError: nothing there on a non-blocking socket.
     """
     data, fd = _receive(sock)
@@ -353,7 +454,7 @@ def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
     except wire.JSON_ERRORS as error:
         if fd is not None:
             os.close(fd)
-        raise IpcError(f"not a request: {error}") from error
+        raise _unreadable(data, error, "not a request") from error
 
 
 def receive_from_host(sock: socket.socket) -> FromHost:
@@ -361,6 +462,7 @@ def receive_from_host(sock: socket.socket) -> FromHost:
 
     Raises:
         IpcError: closed, or not a message of the host's.
+        UnreadableError: a message of another version.
         BlockingIOError: nothing there on a non-blocking socket.
     """
     data, fd = _receive(sock)
@@ -369,7 +471,17 @@ def receive_from_host(sock: socket.socket) -> FromHost:
     try:
         return _from_host.decode(data)
     except wire.JSON_ERRORS as error:
-        raise IpcError(f"not a message of the host's: {error}") from error
+        raise _unreadable(data, error, "not a message of the host's") from error
+
+
+def _unreadable(data: bytes, error: Exception, what: str) -> IpcError | UnreadableError:
+    """Return the error for a message that cannot be read: of another version, or none at all."""
+    try:
+        fields = msgspec.json.decode(data, type=dict[str, Any])
+        number = msgspec.convert(fields.get("id"), Count | None)
+        return UnreadableError(f"{str(fields['type'])[:40]}: {error}", number)
+    except (KeyError, *wire.JSON_ERRORS):
+        return IpcError(f"{what}: {error}")
 
 
 def new_socket() -> socket.socket:

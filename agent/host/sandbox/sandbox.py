@@ -51,6 +51,7 @@ _ROOT: Final = "/tmp"  # noqa: S108 - only a mount point for an empty root, in t
 _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
 _EGRESS_UID: Final = 1_879_113_726
+_TLS_UID: Final = 1_879_113_725
 _MANAGING_USERS: Final = sum(1 << bit for bit in (0, 1, 3, 5, 6, 7))
 """CAP_CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: to give processes and files to users, and manage them then."""
 
@@ -192,6 +193,16 @@ def router_spec(directory: str) -> SandboxSpec:
         filter=seccomp.router,
         descriptors=5
         * _FILES_MAX,  # clients, connections to instances for them, idle connections, own clients, channels
+    )
+
+
+def tls_spec() -> SandboxSpec:
+    """Return the sandbox of the TLS terminator, which has read its certificates and can access no file."""
+    return SandboxSpec(
+        uid=_TLS_UID if can_assign_users() else None,
+        filter=seccomp.tls,
+        descriptors=3 * _FILES_MAX,
+        modules=(*_NAMES, "asyncio.sslproto", "ssl"),
     )
 
 

@@ -110,6 +110,14 @@ def router() -> bytes:
 
 
 @cache
+def tls() -> bytes:
+    """Return the filter of the TLS terminator: it accepts connections, and makes pairs of Unix sockets."""
+    rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
+    _allow(rules, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
+    return _program(rules)
+
+
+@cache
 def egress() -> bytes:
     """Return the filter of the egress: IP connections, the instances' Unix sockets, and resolving names."""
     rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts

@@ -147,6 +147,12 @@ class AgentServer:
             request, fd = host_api.receive_request(connection.sock)
         except BlockingIOError:
             return
+        except host_api.UnreadableError as error:
+            sys.stderr.write(f"host: a request of another version of the agent: {error}\n")
+            if error.id is not None:
+                message = f"this host does not know what the agent asks ({error}): restart fleet-host if it is older"
+                connection.send(host_api.Failed(id=error.id, code=RejectCode.INTERNAL, message=message))
+            return
         except host_api.IpcError:
             connection.close()
             return

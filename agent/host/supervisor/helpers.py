@@ -122,9 +122,9 @@ class HelperProcess(ABC):
         self._gone.set_result(None)
         if self._is_needed() and not self._closing:
             pause_s = self._next_pause(loop.time())
+            later = f" in {pause_s:g} s" if pause_s > _PAUSE_S else ""
             sys.stderr.write(
-                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), "
-                f"starting another in {pause_s:g} s\n"
+                f"host: the {self._name} ended ({os.waitstatus_to_exitcode(status)}{lost}), starting another{later}\n"
             )
             sys.stderr.flush()
             loop.call_later(pause_s, self._again)
@@ -159,6 +159,10 @@ class HelperProcess(ABC):
 class _Route(NamedTuple):
     up: bool
     spread: bool
+
+
+NO_RULES: Final = helper_api.IngressRules()
+"""Routes by name alone."""
 
 
 class ChannelHandle:
@@ -201,9 +205,25 @@ class ChannelHandle:
 class RouterHandle(HelperProcess):
     """Handle of the router, which always runs."""
 
-    def __init__(self, ingress: socket.socket | None, directory: Path) -> None:
-        """Fork a router for the listening socket `ingress`; `directory` holds the instances' sockets."""
+    def __init__(
+        self,
+        ingress: socket.socket | None,
+        directory: Path,
+        *,
+        decrypted: socket.socket | None = None,
+        rules: helper_api.IngressRules = NO_RULES,
+    ) -> None:
+        """Fork a router for the listening socket `ingress`.
+
+        Args:
+            ingress: listening socket; None for no shared port.
+            directory: holds the instances' sockets.
+            decrypted: router's end of the socket on which clients arrive that came over TLS.
+            rules: the device owner's.
+        """
         super().__init__("router")
+        self._decrypted = decrypted
+        self._rules = rules
         self._ingress = ingress
         self._directory = directory
         self._routes: dict[str, _Route] = {}
@@ -216,11 +236,12 @@ class RouterHandle(HelperProcess):
         self._fork()
 
     def _spawn(self) -> tuple[int, socket.socket]:
-        forked = fork_router(self._ingress, self._directory)
+        forked = fork_router(self._ingress, self._directory, decrypted=self._decrypted)
         self._page = forked.page
         return forked.pid, forked.sock
 
     def _tell_everything(self) -> None:
+        self._tell(self._rules)
         for instance, route in self._routes.items():
             self._tell(helper_api.RouteUpdate(instance, route.up, route.spread))
         for instance, listener in self._listeners.items():
@@ -256,6 +277,20 @@ class RouterHandle(HelperProcess):
         else:
             self._routes[instance] = route
             self._tell(helper_api.RouteUpdate(instance, route.up, route.spread, number))
+        await self._acknowledged(number)
+
+    def up(self) -> dict[str, bool]:
+        """Return whether each instance behind the shared port answers."""
+        return {instance: route.up for instance, route in self._routes.items()}
+
+    async def configure(self, rules: helper_api.IngressRules) -> None:
+        """Tell the router the owner's rules, and wait until it follows them."""
+        self._rules = rules
+        number = next(self._ids)
+        self._tell(msgspec.structs.replace(rules, id=number))
+        await self._acknowledged(number)
+
+    async def _acknowledged(self, number: int) -> None:
         if not self.running:
             return
         future = self._acks[number] = asyncio.get_running_loop().create_future()
@@ -380,13 +415,14 @@ class EgressHandle(HelperProcess):
         self._directory = directory
         self._workers: dict[int, _Admitted] = {}
         self._numbers = itertools.count(1)
+        self._known: set[int] = set()  # workers that an egress has had
 
     def _spawn(self) -> tuple[int, socket.socket]:
         return fork_egress(self._directory)
 
     def _tell_everything(self) -> None:
-        for worker in self._workers.values():
-            self._admit(worker)
+        for number in self._workers:
+            self._admit(number)
 
     def _is_needed(self) -> bool:
         return bool(self._workers)
@@ -396,21 +432,25 @@ class EgressHandle(HelperProcess):
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
         message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
-        worker = self._workers[number] = _Admitted(ours, message)
+        self._workers[number] = _Admitted(ours, message)
         if self._sock is not None:
-            self._admit(worker)
+            self._admit(number)
         elif not self.running:
             self._fork()
         # Otherwise the last process is ending, and its end starts the next.
         return EgressTicket(number, theirs)
 
-    def _admit(self, worker: _Admitted) -> None:
+    def _admit(self, number: int) -> None:
+        worker = self._workers[number]
+        message = msgspec.structs.replace(worker.message, again=number in self._known)
+        self._known.add(number)
         with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
-            self._tell(worker.message, worker.sock.fileno())
+            self._tell(message, worker.sock.fileno())
 
     def release(self, number: int) -> None:
         """Remove a worker that has ended; with the last worker, the process ends."""
         worker = self._workers.pop(number, None)
+        self._known.discard(number)
         if worker is not None:
             worker.sock.close()
         if not self._workers:
@@ -432,10 +472,22 @@ class ForkedRouter(NamedTuple):
     page: mmap.mmap
 
 
-def fork_router(listener: socket.socket | None, directory: Path, keep: tuple[int, ...] = ()) -> ForkedRouter:
-    """Fork a router on a listener; `keep`: further descriptors that the child may hold."""
+def fork_router(
+    listener: socket.socket | None,
+    directory: Path,
+    keep: tuple[int, ...] = (),
+    decrypted: socket.socket | None = None,
+) -> ForkedRouter:
+    """Fork a router on a listener.
+
+    Args:
+        listener: of the shared port.
+        directory: holds the instances' sockets.
+        keep: further descriptors that the child may hold.
+        decrypted: socket on which clients arrive that came over TLS.
+    """
     page = mmap.mmap(-1, mmap.PAGESIZE)
-    pid, sock = _fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page))
+    pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page, decrypted))
     return ForkedRouter(pid, sock, page)
 
 
@@ -444,10 +496,10 @@ def fork_egress(directory: Path, keep: tuple[int, ...] = ()) -> tuple[int, socke
 
     `directory` holds the instances' sockets. `keep`: further descriptors that the child may hold.
     """
-    return _fork_child("egress", lambda theirs: run_egress(theirs, directory, keep))
+    return fork_child("egress", lambda theirs: run_egress(theirs, directory, keep))
 
 
-def _fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
+def fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
     """Fork a process that runs `run` on its end of a socket pair, and is killed when this process ends."""
     ours, theirs = framing.socket_pair()
     parent = os.getpid()

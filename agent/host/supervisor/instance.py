@@ -96,7 +96,7 @@ class Instance:
         self._resources = resources
         self._router = router
         self._events = events
-        self._log = InstanceLog()
+        self._log = InstanceLog(resources.logs.open(name))
         self._crashes = CrashPolicy()
         self._workers = WorkerSet(name, resources, pool, egress=egress, router=router, events=self)
         self._timers = InstanceTimers(self._log, self)
@@ -196,6 +196,7 @@ class Instance:
         self._resources.listeners.close(self.name)
         await self._workers.wait_ended()
         self._workers.bytes_today()
+        self._log.flush()
         self.state = InstanceState.STOPPED
 
     # Figures.
@@ -254,7 +255,8 @@ class Instance:
         await self._timers.ask(wait_s)
 
     def tick(self) -> None:
-        """Do the housekeeping: reset the crash counter, enforce storage, scale workers, kill overdue calls."""
+        """Do the housekeeping: reset the crash counter, enforce storage, scale workers, kill overdue calls, log."""
+        self._log.flush()
         current = self.current
         if current is not None and current.alive:
             now_s = time.monotonic()

@@ -1,25 +1,119 @@
-"""Log of an instance: its latest lines."""
+"""Log of an instance: its latest lines in memory, and the newest 4 MiB on the disk, over restarts of everything.
 
+Workers mask secrets before a line leaves them. Lines on the disk have their time in UTC; they are written each tick of
+the supervisor, and at once where the host says what went wrong. On a full or broken disk they are lost, and the
+instance goes on.
+"""
+
+import contextlib
+import os
 from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from agent.host.ipc.host_api import plain
 from fleet.protocol import bounds
+from fleet.protocol.bounds import KIB, MIB
 
 _LINE_MAX_CHARS: Final = 1100
+FILE_MAX_BYTES: Final = 2 * MIB
+"""Size of each of the two files of an instance: a full one takes the place of the one before."""
+
+_ALL_MAX_BYTES: Final = 64 * MIB
+_PENDING_MAX_BYTES: Final = 16 * KIB
+OLDER: Final = ".1"
+
+
+class LogFile:
+    """Lines of an instance on the disk."""
+
+    def __init__(self, path: Path, files: "LogFiles") -> None:
+        self.path = path
+        self._files = files
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+
+    def add(self, line: str, *, urgent: bool) -> None:
+        """Keep a line for the next flush, which is now where it is `urgent`."""
+        data = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z {line}\n".encode(errors="replace")
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if urgent or self._pending_bytes >= _PENDING_MAX_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that are kept; those that cannot be written are lost."""
+        if not self._pending:
+            return
+        data, self._pending, self._pending_bytes = b"".join(self._pending), [], 0
+        with contextlib.suppress(OSError):
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                is_full = os.fstat(fd).st_size + len(data) > FILE_MAX_BYTES
+                if not is_full:
+                    self._files.written_bytes += os.write(fd, data)
+            finally:
+                os.close(fd)
+            if is_full:
+                self.path.replace(self.path.with_name(self.path.name + OLDER))
+                self.path.write_bytes(data)
+                self.path.chmod(0o600)
+                self._files.written_bytes += len(data)
+
+
+class LogFiles:
+    """Directory of the instances' logs; those of instances that are gone are kept within a bound.
+
+    Attributes:
+        written_bytes: since the host started.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: set[str] = set()
+        self.written_bytes = 0
+
+    def open(self, instance: str) -> LogFile:
+        """Return the file of an instance; its directory is made if there is none."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._make_room()
+        self._open.add(instance)
+        return LogFile(self._directory / f"{instance}.log", self)
+
+    def _make_room(self) -> None:
+        """Remove the oldest logs of instances that this host has not run, beyond the bound for all."""
+        found = sorted((path.stat().st_mtime, path, path.stat().st_size) for path in self._directory.iterdir())
+        total = sum(size for _, _, size in found)
+        for _, path, size in found:
+            if total <= _ALL_MAX_BYTES:
+                return
+            if path.name.partition(".")[0] not in self._open:
+                path.unlink()
+                total -= size
 
 
 class InstanceLog:
-    """Ring buffer of an instance's latest lines; `count` of all lines since the start."""
+    """Ring buffer of an instance's latest lines, and its file; `count` of all lines since the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: LogFile | None = None) -> None:
         self._log: deque[str] = deque(maxlen=bounds.LOG_LINES)
+        self._file = file
         self.count = 0
 
     def note(self, text: str) -> None:
         """Add a line."""
-        self._log.append(plain(text, _LINE_MAX_CHARS).replace("\n", " "))
+        line = plain(text, _LINE_MAX_CHARS).replace("\n", " ")
+        self._log.append(line)
         self.count += 1
+        if self._file is not None:
+            self._file.add(line, urgent=line.startswith("host:"))
+
+    def flush(self) -> None:
+        """Write what is kept for the file."""
+        if self._file is not None:
+            self._file.flush()
 
     def lines(self) -> tuple[str, ...]:
         """Return the last lines, oldest first, within the cap on bytes."""

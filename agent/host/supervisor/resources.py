@@ -35,6 +35,7 @@ from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
+from agent.host.supervisor.instance_log import LogFiles
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.files import atomic_write, move_into_place, remove_leftovers
@@ -372,6 +373,7 @@ class HostResources:
     quotas: QuotaStore
     cgroups: Cgroups
     secrets: PendingSecrets
+    logs: LogFiles
     request_path: RequestPath = RequestPath.HTTP
 
     @classmethod
@@ -389,9 +391,10 @@ class HostResources:
             cgroups=Cgroups(),
             secrets=PendingSecrets(),
             request_path=request_path,
+            logs=LogFiles(state / "logs"),
         )
 
     @property
     def written_bytes(self) -> int:
         """Bytes of the host's own files written since it started."""
-        return self.crashes.written_bytes + self.quotas.written_bytes
+        return self.crashes.written_bytes + self.quotas.written_bytes + self.logs.written_bytes

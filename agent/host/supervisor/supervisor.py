@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from agent import systemd
+from agent.host.http.ingress_config import IngressError
 from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError, plain
@@ -29,9 +30,11 @@ from agent.host.supervisor.agent_server import AgentServer, EventQueue
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
 from agent.host.supervisor.resources import BACKLOG, HostResources
+from agent.host.supervisor.shared_ingress import SharedIngress
 from agent.host.supervisor.swap import SwapBarrier
 from agent.host.supervisor.worker_handle import WorkerGoneError
 from agent.host.supervisor.worker_pool import WorkerPool, ZygotePool
+from fleet.component.wasi import SERVED
 from fleet.protocol.codes import InstanceState, RejectCode
 
 VERSION: Final = "0.2.0"
@@ -64,6 +67,7 @@ class HostSettings:
         minimum: isolation layers without which the host does not start.
         agent_group: group whose members may command this host, besides root and the host's own user.
         request_path: way of requests to workers.
+        ingress_config: the owner's file of routes and certificates; None for the usual one, if there is one.
     """
 
     runtime: Path
@@ -73,6 +77,7 @@ class HostSettings:
     minimum: frozenset[str] = frozenset()
     agent_group: int | None = None
     request_path: RequestPath = RequestPath.HTTP
+    ingress_config: Path | None = None
 
 
 class Supervisor:
@@ -91,9 +96,11 @@ class Supervisor:
         self._runs_as = sandbox.way(self._layers)
         self._pool = WorkerPool(ZygotePool(), self._resources.cgroups, self._resources.uids)
         self._barrier = SwapBarrier()
-        self._router: RouterHandle | None = None
+        self._ingress: SharedIngress | None = None
+        self._router: RouterHandle | None = None  # of the shared port, or without one for workers that get frames
         self._egress = EgressHandle(sockets)
         self._instances: dict[str, Instance] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.events: EventQueue = asyncio.Queue()
 
     async def run(self) -> None:
@@ -110,13 +117,15 @@ class Supervisor:
             )
         _raise_descriptor_limit()
         server = AgentServer(self._listen(), self, self.events, agent_group=self._settings.agent_group)
-        ingress = None if self._settings.ingress is None else _open_ingress(*self._settings.ingress)
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        if self._settings.ingress is not None:
+            await self._open_ingress(*self._settings.ingress)
+        elif self._settings.request_path is RequestPath.FRAMES:
+            self._router = RouterHandle(None, self._settings.runtime / "in")
         self._engine = await _ask_engine()
-        if ingress is not None or self._settings.request_path is RequestPath.FRAMES:
-            self._router = RouterHandle(ingress, self._settings.runtime / "in")
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         server.start()
         background = [asyncio.ensure_future(self._tick()), asyncio.ensure_future(_pet_watchdog(self._status))]
         systemd.notify(READY="1", STATUS=self._status())
@@ -129,6 +138,20 @@ class Supervisor:
             server.stop_accepting()
             (self._settings.runtime / agent_server.SOCKET_NAME).unlink(missing_ok=True)
             await self._end(server)
+
+    async def _open_ingress(self, address: str, port: int) -> None:
+        """Serve the shared port as the device's owner configured it. Raises `HostError`."""
+        try:
+            self._ingress = SharedIngress(self._settings.ingress_config, _listen)
+            self._router = await self._ingress.start(_listen(address, port), self._settings.runtime / "in")
+        except IngressError as error:
+            raise HostError(f"cannot serve the shared port: {error}") from error
+
+    def _reload(self) -> None:
+        """Read again what the device's owner may change while the host runs."""
+        if self._ingress is not None:
+            self._tasks.add(task := asyncio.ensure_future(self._ingress.reload()))
+            task.add_done_callback(self._tasks.discard)
 
     def _status(self) -> str:
         engine = f"wasmtime {self._engine}" if self._engine else "no engine on this device: components are refused"
@@ -156,7 +179,9 @@ class Supervisor:
             self._pool.retire_idle()
 
     async def _end(self, server: AgentServer) -> None:
-        if self._router is not None:
+        if self._ingress is not None:
+            await self._ingress.drain()
+        elif self._router is not None:
             await self._router.drain()
         stops = [asyncio.ensure_future(self._stop_one(instance)) for instance in self._instances.values()]
         if stops:
@@ -165,7 +190,9 @@ class Supervisor:
         server.close()
         self._pool.close()
         self._egress.close()
-        if self._router is not None:
+        if self._ingress is not None:
+            self._ingress.close()
+        elif self._router is not None:
             self._router.close()
 
     async def _stop_one(self, instance: Instance) -> None:
@@ -196,15 +223,12 @@ class Supervisor:
         if fd is not None and not isinstance(request, host_api.Start | host_api.PutSecrets):
             os.close(fd)
         match request:
-            case host_api.Hello():
-                return self._welcome(request)
+            case host_api.Hello() | host_api.ListRoutes() | host_api.Logs():
+                return self._told(request)
             case host_api.Start():
                 return await self._start(request, fd)
             case host_api.Status():
                 return await self._stats(request)
-            case host_api.Logs():
-                found = self._instances.get(request.instance)
-                return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
             case host_api.Revert():
                 return await self._revert(request)
             case host_api.PutSecrets():
@@ -215,6 +239,17 @@ class Supervisor:
                     async with instance.lock:
                         await self._change(instance, request)
         return host_api.Done(id=request.id)
+
+    def _told(self, request: host_api.Hello | host_api.ListRoutes | host_api.Logs) -> host_api.Reply:
+        """Answer what changes nothing and waits for nobody."""
+        match request:
+            case host_api.Hello():
+                return self._welcome(request)
+            case host_api.ListRoutes():
+                return self._routes(request)
+            case host_api.Logs():
+                found = self._instances.get(request.instance)
+                return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
 
     async def _change(self, instance: Instance, request: host_api.Commit | host_api.Stop | host_api.Restart) -> None:
         match request:
@@ -277,7 +312,12 @@ class Supervisor:
             instance = self._instances.get(name)
             if instance is None:
                 instance = self._instances[name] = Instance(
-                    name, self._resources, self._pool, egress=self._egress, router=self._router, events=self.events
+                    name,
+                    self._resources,
+                    self._pool,
+                    egress=self._egress,
+                    router=self._router,
+                    events=self.events,
                 )
             async with instance.lock:
                 if self._instances.get(name) is instance:
@@ -325,6 +365,8 @@ class Supervisor:
             ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
             running=running,
             more=more,
+            interfaces=SERVED if self._engine else (),
+            protocol=host_api.PROTOCOL,
         )
 
     async def _stats(self, request: host_api.Status) -> host_api.HostStats:
@@ -333,6 +375,25 @@ class Supervisor:
         figures, more = host_api.page(one.health() for one in self._running_after(request.after))
         written = count_of(self._resources.written_bytes)
         return host_api.HostStats(id=request.id, instances=figures, written_bytes=written, more=more)
+
+    def _routes(self, request: host_api.ListRoutes) -> host_api.RouteList:
+        ports = [
+            host_api.RouteView(instance=one.name, port=one.current.run.port, answers=one.state is InstanceState.RUNNING)
+            for one in self._running_after("")
+            if one.current is not None and one.current.run.port
+        ]
+        if self._ingress is None:
+            return host_api.RouteList(id=request.id, routes=tuple(ports))
+        ingress = self._settings.ingress
+        assert ingress is not None, "there is an ingress"
+        tls = self._ingress.config.tls
+        return host_api.RouteList(
+            id=request.id,
+            ingress=f"{ingress[0]}:{ingress[1]}",
+            tls="" if tls is None else tls.listen,
+            names=() if tls is None else tuple(name for each in tls.certificates for name in each.names),
+            routes=(*self._ingress.routes(), *ports)[: host_api.ROUTES_MAX],
+        )
 
     def _running_after(self, name: str) -> Iterable[Instance]:
         """Yield the running instances after `name`, sorted by name."""
@@ -352,7 +413,7 @@ def _instance_of(request: host_api.Request) -> str:
     return request.run.instance if isinstance(request, host_api.Start) else str(getattr(request, "instance", ""))
 
 
-def _open_ingress(address: str, port: int) -> socket.socket:
+def _listen(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -361,7 +422,7 @@ def _open_ingress(address: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise HostError(
-            f"cannot listen on {address}:{port}: {error.strerror}; choose another address with --ingress"
+            f"cannot listen on {address}:{port}: {error.strerror}; choose another address (--ingress, ingress.toml)"
         ) from error
     sock.listen(BACKLOG)
     return sock

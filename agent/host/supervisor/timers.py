@@ -1,25 +1,23 @@
 """Timers of an instance: its scheduled task and its health check.
 
-A task is due `every_ms` after its last start, or by a cron line in the device's time zone. A time that the clock skips
-is not made up for, and a time that occurs twice is run once.
+A task is due `every_ms` after its last start, or by a cron line in the device's time zone (`wall_clock`).
 """
 
 import asyncio
 import time
-from datetime import datetime
 from typing import Final, Protocol
 
 from agent.host.ipc import worker_api
 from agent.host.ipc.host_api import plain
 from agent.host.supervisor.generation import Generation
 from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.wall_clock import CronTimer
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import GRACE_S
 from fleet.protocol import manifest
 from fleet.protocol.manifest import Health, Schedule
 
 MIN_EVERY_MS: Final = 100
-_LONGEST_SLEEP_S: Final = 60.0
 
 
 class ScheduleTimer:
@@ -27,7 +25,7 @@ class ScheduleTimer:
 
     def __init__(self, schedule: Schedule) -> None:
         """Prepare a timer; raises `BadCronError` for a cron line that is malformed or never due."""
-        self._cron = None if schedule.cron is None else manifest.parse(manifest.check(schedule.cron))
+        self._cron = None if schedule.cron is None else CronTimer(manifest.parse(manifest.check(schedule.cron)))
         self._every_s = max(schedule.every_ms or 60_000, MIN_EVERY_MS) / 1000
         self._next_s = time.monotonic() + self._every_s
 
@@ -38,13 +36,7 @@ class ScheduleTimer:
             late_s = time.monotonic() - self._next_s
             self._next_s = max(self._next_s, time.monotonic() - self._every_s) + self._every_s
             return int((time.time() - max(0.0, late_s)) * 1000)
-        coming = self._cron.next_after(datetime.now())  # noqa: DTZ005 - in the device's time zone
-        assert coming is not None, "checked when it was read"
-        due = coming.timestamp()
-        # Short sleeps, as the clock may be set meanwhile.
-        while (left_s := due - time.time()) > 0:  # noqa: ASYNC110 - waits for the clock
-            await asyncio.sleep(min(left_s, _LONGEST_SLEEP_S))
-        return int(due * 1000)
+        return int(await self._cron.next() * 1000)
 
 
 HEALTH: Final = "wasmfleet:http/health"

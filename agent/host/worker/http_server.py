@@ -493,16 +493,18 @@ class Responder:
                 return self._break_off(way, error, began_ns)
             self._caller.count(error.outcome, began_ns, error=True)
             status = 504 if error.outcome is CallOutcome.GUEST_TIMEOUT else 500
-            return connection.note(status, str(error).splitlines()[0], head=head, keep_alive=request.keep_alive)
+            why = str(error).splitlines()[0]
+            return connection.note(status, why, head=head, keep_alive=request.keep_alive, old=request.old)
         try:
             trailers = b"" if way is None else _trailers(way)
             if way is not None and way.begun:
                 return self._end(way, began_ns)
             fields = connection.guest_fields(status, headers, len(body), self._limits.response_bytes)
+            declared = connection.check_length(status, headers, len(body), head=head)
         except BadAnswerError as error:
             return self._refuse(way, request, error, began_ns)
         self._caller.count(CallOutcome.OK, began_ns, error=status >= _SERVER_ERROR)
-        return connection.answer(status, fields, body, head=head, keep_alive=request.keep_alive, trailers=trailers)
+        return _whole(request, status, fields, body, declared if head else None, trailers)
 
     def _refuse(self, way: StreamingResponse | None, request: Request, error: BadAnswerError, began_ns: int) -> bytes:
         if way is not None and way.begun:
@@ -511,7 +513,7 @@ class Responder:
         self._caller.count(CallOutcome.OK, began_ns, error=True)
         self._caller.log(f"host: its answer is refused: {error}")
         head = request.method == b"HEAD"
-        return connection.note(502, "the component's answer is not one", head=head, keep_alive=request.keep_alive)
+        return connection.note(502, error.sentence, head=head, keep_alive=request.keep_alive, old=request.old)
 
     def _end(self, way: StreamingResponse, began_ns: int) -> bytes:
         """Return the end of a response that was streamed."""
@@ -532,6 +534,15 @@ class Responder:
             return b""
         self._caller.count(error.outcome, began_ns, error=True)
         return left
+
+
+def _whole(request: Request, status: int, fields: bytes, body: bytes, declared: int | None, trailers: bytes) -> bytes:
+    """Return the bytes of a whole response; `declared`: the guest's length of a body that HEAD leaves out."""
+    keep_alive, old = request.keep_alive, request.old
+    if declared is not None:
+        return connection.answer_head(status, fields, length=declared, chunked=False, keep_alive=keep_alive, old=old)
+    head = request.method == b"HEAD"
+    return connection.answer(status, fields, body, head=head, keep_alive=keep_alive, trailers=trailers, old=old)
 
 
 def _trailers(way: StreamingResponse) -> bytes:

@@ -20,8 +20,10 @@ from agent.host.engine import adapter_abi
 from agent.host.engine.adapter_abi import READ_BYTES, drain_stdout, stdout_pipe
 from agent.host.http import connection
 from agent.host.http.connection import BadAnswerError, Request
+from agent.host.http.parser import HEAD_MAX_BYTES
 
 _HIGH_BYTES: Final = 128 * 1024
+_HEAD_MAX_BYTES: Final = HEAD_MAX_BYTES + 1024  # with the status and the end of it
 
 
 class StreamingResponse:
@@ -121,13 +123,17 @@ class StreamingResponse:
         if self.begun:
             self._frame(data)
             return
+        before = max(0, len(self._taken) - 3)  # the end of a head may lie across two pieces
         self._taken += data
         if self._spooling or self._taken.startswith(b"\r\n"):
             self._spooling = True
             if len(self._taken) > self.most + 2:
                 self.problem = f"a body of more than {self.most} bytes"
-        elif b"\r\n\r\n" in self._taken:
+        elif self._taken.find(b"\r\n\r\n", before) >= 0:
             self._begin()
+        elif len(self._taken) > _HEAD_MAX_BYTES:
+            self.problem = f"more than {_HEAD_MAX_BYTES} bytes without the end of a head"
+            self._taken.clear()
 
     def _begin(self) -> None:
         try:
@@ -144,7 +150,12 @@ class StreamingResponse:
         if length is None and self.request.old:
             self.request.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
         self.out += connection.answer_head(
-            status, fields, length=length, chunked=self._chunked, keep_alive=self.request.keep_alive
+            status,
+            fields,
+            length=length,
+            chunked=self._chunked,
+            keep_alive=self.request.keep_alive,
+            old=self.request.old,
         )
         self.begun = True
         self._frame(body)

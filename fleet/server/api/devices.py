@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment
-from fleet.protocol.messages import AHEAD, DesiredReply, LogAnswer, LogChunk, LogView, RenewRequest
+from fleet.protocol.messages import AHEAD, DesiredReply, Exchange, LogAnswer, LogChunk, LogView, RenewRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
@@ -27,6 +27,7 @@ from fleet.server.api.publishing import Artifacts, artifact_file, tuf_file
 from fleet.server.api.query import Number, Word
 from fleet.server.api.secrets import box_of
 from fleet.server.enrolment import Enrolment
+from fleet.server.exchange import Exchanges
 from fleet.server.listener import peer_certificate
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rows import DeviceRow
@@ -131,6 +132,14 @@ BROKER_SLACK_S: Final = 120.0
 _NAMED_MAX: Final = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """Ways by which devices and the server talk over HTTPS, beside requests for files."""
+
+    logs: LogRelay
+    exchanges: Exchanges
+
+
 class DeviceApi:
     """Handlers of the API for devices: metadata, artifacts, the desired state, renewal."""
 
@@ -143,9 +152,10 @@ class DeviceApi:
         enrolment: Enrolment,
         ahead: AheadDevices,
         clock: Callable[[], datetime],
-        logs: LogRelay,
+        talk: Talk,
     ) -> None:
-        self.logs, self._ahead, self._controller = logs, ahead, ahead.controller
+        self.logs, self._exchanges = talk.logs, talk.exchanges
+        self._ahead, self._controller = ahead, ahead.controller
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, ahead.director, clock
         self._unheard: dict[str, float] = {}
@@ -185,6 +195,16 @@ class DeviceApi:
         """POST /v1/assignment: a device that is ahead of this server shows the assignment that it has accepted."""
         self._ahead.show(device, await http.read(request, Assignment.MAX_BYTES))
         return Response(b"{}", media_type="application/json")
+
+    async def exchange(self, request: Request, device: DeviceRow) -> Response:
+        """POST /v1/exchange: the conversation of a device that cannot reach the broker."""
+        try:
+            said = wire.decode(Exchange, await http.read(request, Exchange.MAX_BYTES))
+        except wire.WireError as error:
+            raise Refusal(400, "bad-request", "this is no exchange of messages", str(error)) from error
+        self._controller.polled(device.id)
+        reply = await self._exchanges.answer(device.id, said)
+        return Response(wire.encode(reply), media_type="application/json", headers={"cache-control": "no-store"})
 
     def _doubt_broker(self, device: DeviceRow) -> None:
         """Note that the broker did not deliver an assignment to a device, until the device is heard over the broker."""

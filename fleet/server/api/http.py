@@ -20,6 +20,8 @@ from signing.errors import ConflictError, Rejected, RepositoryError, SigningErro
 log = logging.getLogger(__name__)
 B = TypeVar("B", bound=msgspec.Struct)
 Route = Callable[[Request], Awaitable[Response]]
+_HEADERS: Final = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}, 503: {"retry-after": "60"}}
+"""RFC 9110, sections 15.5.2 and 10.2.3."""
 
 
 def answer(value: msgspec.Struct, status: int = 200) -> Response:
@@ -29,7 +31,7 @@ def answer(value: msgspec.Struct, status: int = 200) -> Response:
 
 def problem(value: Problem) -> Response:
     """Return a problem as `application/problem+json`."""
-    headers = {"www-authenticate": "Bearer"} if value.status == 401 else None  # noqa: PLR2004 - RFC 9110, 15.5.2
+    headers = _HEADERS.get(value.status)
     return Response(msgspec.json.encode(value), value.status, headers, media_type="application/problem+json")
 
 

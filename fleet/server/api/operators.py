@@ -5,7 +5,7 @@ handlers, and says who may call them.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Final
 
@@ -230,7 +230,7 @@ class EnrolmentHandlers:
         enrolment: Enrolment,
         controller: RolloutController,
         views: Views,
-        update_revoked: Callable[[str], None],
+        update_revoked: Callable[[str], Awaitable[None]],
         audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
@@ -246,7 +246,7 @@ class EnrolmentHandlers:
             self._store.boxes.forget(row.id)
             self._store.devices.note(row.id, "revoked", f"revoked by {by}", now=self._now())
             self._audit.record(by, "revoke", row.id)
-        self._update_revoked(row.id)
+        await self._update_revoked(row.id)
         self._controller.wake()
         return answer(self._views.detail(_device(self._store, request)))
 

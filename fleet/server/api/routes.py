@@ -23,6 +23,8 @@ from fleet.protocol.messages import (
     DesiredReply,
     Enrolled,
     EnrolRequest,
+    Exchange,
+    ExchangeReply,
     LogAnswer,
     LogChunk,
     LogView,
@@ -523,6 +525,14 @@ DEVICE_ROUTES: Final[tuple[DeviceRoute, ...]] = (
         reply="application/json",
         summary="Show its assignment to a server that was made anew from a backup",
         request="application/json",
+    ),
+    DeviceRoute(
+        method="post",
+        path="/v1/exchange",
+        handler=lambda on: on.exchange,
+        reply=ExchangeReply,
+        summary="Exchange the messages of MQTT where a network blocks it",
+        request=Exchange,
     ),
     DeviceRoute(
         method="post",

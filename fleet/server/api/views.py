@@ -289,6 +289,7 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
         pins=tuple(pins),
         revoked=row.revoked,
         problem=_problem(row, health),
+        memory_bytes=0 if health is None else health.resources.memory_total_bytes,
     )
 
 

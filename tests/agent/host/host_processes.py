@@ -37,3 +37,10 @@ def lanes_of(host):
     all_of_them = children(host.process.pid)
     zygotes = [pid for pid, command in all_of_them.items() if b"agent.host.worker.zygote" in command]
     return [pid for zygote in zygotes for pid in children(zygote)]
+
+
+def forks(host):
+    """The host's forks, as router and egress: processes with its own command line, which zygotes do not have."""
+    everyone = children(host.process.pid)
+    own = Path(f"/proc/{host.process.pid}/cmdline").read_bytes()
+    return {pid for pid, command in everyone.items() if command == own}

@@ -26,6 +26,8 @@ class NameServer:
     def __init__(self):
         self.names = {}
         self.silent = set()
+        self._asked = set()
+        self._changed = threading.Condition()
         self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._sock.bind((ADDRESS, 53))
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -47,6 +49,9 @@ class NameServer:
             labels.append(query[at + 1 : at + 1 + query[at]].decode())
             at += 1 + query[at]
         name, end = ".".join(labels).lower(), at + 5
+        with self._changed:
+            self._asked.add(name)
+            self._changed.notify_all()
         if name in self.silent:
             return b""
         (kind,) = struct.unpack("!H", query[at + 1 : at + 3])
@@ -55,6 +60,17 @@ class NameServer:
         records = b"".join(struct.pack("!HHHIH", 0xC00C, kind, 1, 1, len(each)) + each for each in found)
         status = 0x8180 if name in self.names else 0x8183
         return query[:2] + struct.pack("!HHHHH", status, 1, len(found), 0, 0) + query[12:end] + records
+
+    def asked(self, name):
+        """Wait until somebody has asked for this name."""
+        with self._changed:
+            return self._changed.wait_for(lambda: name in self._asked, timeout=30)
+
+    def clear(self):
+        """Forget all names, and who asked for them."""
+        self.names.clear()
+        self.silent.clear()
+        self._asked.clear()
 
     def close(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:

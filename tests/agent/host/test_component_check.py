@@ -9,7 +9,7 @@ import support
 from wasmtime import wat2wasm
 
 from agent.host.ipc import host_api
-from fleet.component import reader
+from fleet.component import reader, wasi
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest, Step
 from fleet.protocol.manifest import ConfigKey, Grants, Health, Http, Limits, Manifest, Schedule
 from tests import odd_components
@@ -59,6 +59,17 @@ def test_a_component_that_runs_is_compiled_and_started(saved):
 
 def test_middleware_with_what_it_calls_composed_runs(saved):
     assert check(saved(odd_components.middleware_composed())).problem == ""
+
+
+def test_a_composition_that_imports_after_it_has_made_an_instance_runs(saved):
+    data = odd_components.composed_with_late_import()
+    assert check(saved(data), manifest(data)).problem == ""
+
+
+def test_a_composition_whose_import_has_a_type_of_its_own_is_refused_in_words(saved):
+    reply = check(saved(odd_components.composed_with_late_import(foreign=True)))
+    assert (reply.ok, reply.step) == (False, Step.COMPILE)
+    assert "the type t of an import is an instance's of its own" in reply.problem
 
 
 @pytest.mark.parametrize("kind", odd_components.UNSERVED)
@@ -134,9 +145,9 @@ def test_an_export_of_another_type_shows_the_expected_wit(host, saved):
 def test_a_trigger_or_a_health_check_that_it_does_not_export(saved):
     data = odd_components.server()
     reply = check(saved(data), manifest(data, trigger=Schedule(every_ms=1000)))
-    assert reply.problem == "it exports no wasmfleet:schedule/task, which its trigger calls"
+    assert reply.problem == "it exports no wasmfleet:schedule/task, which its trigger asks for"
     reply = check(saved(data), manifest(data, health=Health(check=True)))
-    assert reply.problem == "it exports no wasmfleet:http/health, which its manifest promises"
+    assert reply.problem == "it exports no wasmfleet:http/health, which its manifest asks for"
 
 
 def test_a_grant_that_its_manifest_lacks(saved):
@@ -183,3 +194,8 @@ def test_one_line_for_each_component_in_order_whatever_became_of_the_one_before(
     status, (missing,) = ask(tmp_path / "missing.wasm")
     assert (status, missing.code) == (1, "not-found")
     assert ask(stdin=b"{}\n")[0] == 2
+
+
+def test_a_host_says_which_packages_it_serves(host):
+    welcome = host.ask(host_api.Hello)
+    assert welcome.interfaces == wasi.SERVED

@@ -9,11 +9,11 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import support
+from heard import Heard
 from peers import HANDLER, OK, Peer, answers, certificate, encrypted
 
 from agent.host.engine import adapter_abi
@@ -34,36 +34,6 @@ def asks(place):
 def authority(tmp_path_factory):
     """A private authority's file, and the context of a server that it vouches for as `localhost`."""
     return certificate(tmp_path_factory.mktemp("authority"), "localhost")
-
-
-class Heard:
-    """What a host's processes say on standard error: by a pipe, since confined ones may write to no file."""
-
-    def __init__(self, directory):
-        os.mkfifo(directory / "host.log")
-        self._fd = os.open(directory / "host.log", os.O_RDONLY | os.O_NONBLOCK)
-        self.said = ""
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read)
-
-    def start(self):
-        os.set_blocking(self._fd, True)
-        self._thread.start()
-
-    def _read(self):
-        while data := os.read(self._fd, 65536):
-            with self._changed:
-                self.said += data.decode(errors="replace")
-                self._changed.notify_all()
-
-    def has(self, words):
-        with self._changed:
-            return self._changed.wait_for(lambda: words in self.said, timeout=30)
-
-    def close(self):
-        self._thread.join(30)
-        os.close(self._fd)
-        return self.said
 
 
 @pytest.fixture(scope="module")

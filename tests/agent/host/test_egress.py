@@ -6,10 +6,10 @@ import select
 import signal
 import socket
 import threading
-from pathlib import Path
 
 import pytest
 import support
+from host_processes import forks
 from support import Grants
 
 from agent.host.ipc import host_api
@@ -48,18 +48,6 @@ def started(host, instance, **grants):
     assert isinstance(answer, host_api.Started), answer
 
 
-def children(host):
-    """The host's forks: processes with its own command line, which zygotes do not have."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            same = (entry / "cmdline").read_bytes() == Path(f"/proc/{host.process.pid}/cmdline").read_bytes()
-            if parent == host.process.pid and same:
-                found.append(int(entry.name))
-    return set(found)
-
-
 def test_a_granted_request_goes_out_and_is_counted(host, peer):
     started(host, "granted", outbound=(f"http://127.0.0.1:{peer}",))
     assert fetch(host, "granted", f"127.0.0.1:{peer}/") == b"200\ncontent-length=5\n\nhello"
@@ -86,14 +74,14 @@ def test_a_neighbour_is_reached_where_it_is_granted(host):
 
 
 def test_there_is_an_egress_while_somebody_needs_it_and_another_when_it_dies(host, peer):
-    before = children(host)
+    before = forks(host)
     started(host, "one", outbound=(f"http://127.0.0.1:{peer}",))
-    (egress,) = children(host) - before
+    (egress,) = forks(host) - before
     assert fetch(host, "one", f"127.0.0.1:{peer}/").startswith(b"200")
     os.kill(egress, signal.SIGKILL)
     # what is asked meanwhile is answered by the next
     assert fetch(host, "one", f"127.0.0.1:{peer}/").startswith(b"200")
-    (another,) = children(host) - before
+    (another,) = forks(host) - before
     assert another != egress
     ended = os.pidfd_open(another)
     host.ask(host_api.Stop, instance="one")

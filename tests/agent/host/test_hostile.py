@@ -231,3 +231,45 @@ def test_a_number_that_nobody_can_read_is_an_error_of_the_component_alone(host, 
         status, _, body = support.http(host.port, "GET /odd/ HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (status, body) == (500, b"the component gave no answer\n")
     assert host.health("odd").restarts == 0
+
+
+ASKS = (support.GUESTS / "asks-tls.wat").read_text().partition("\n(")[2]
+PLACE = "GET / https localhost:1   \\0d\\0a"
+BEGINS = """(loop $more
+  (local.set $id (i32.add (local.get $id) (i32.const 1)))
+  (drop (call $begin))
+  (br_if $more (i32.lt_u (local.get $id) (i32.const 5000))))
+(local.set $id (call $begin))"""
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (PLACE, "GET"),
+        (PLACE, "   \\0d\\0a"),
+        (PLACE, "G\\01T / http x.test   \\0d\\0a"),
+        (PLACE, "CONNECT / http x.test   \\0d\\0a"),
+        (PLACE, "GET /\\09 http x.test   \\0d\\0a"),
+        (PLACE, "GET / http x.test 9999999999999999999999 -1 x\\0d\\0a"),
+        (PLACE, "GET / http x.test   \\0d\\0ano colon\\0d\\0a"),
+        (PLACE, "GET / http x.test   \\0d\\0ax: \\f0\\9f\\98\\80\\0d\\0a"),
+        (PLACE, "GET / http x.test   \\0d\\0acontent-length: " + "9" * 600 + "\\0d\\0a"),
+        ("(local.set $id (call $begin))", "(local.set $id (i32.const 77))"),
+        (
+            "(local.set $id (call $begin))",
+            BEGINS,
+        ),
+    ],
+)
+def test_what_a_guest_asks_past_its_adapter_is_answered_with_an_error_and_nothing_else(host, neighbour, there, here):
+    """The adapter writes requests in a form of its own; a guest in its place may write anything."""
+    assert there in ASKS
+    grants = Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("http://x.test:80", "https://localhost:1"))
+    assert isinstance(
+        host.start("(" + ASKS.replace(there, here), support.a_run("odd", 1, grants=grants)), host_api.Started
+    )
+    for _ in range(2):
+        status, _, body = support.http(host.port, "GET /odd/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (status, body[:38]) == (500, b"the component answered with the error ")
+    health = host.health("odd")
+    assert (health.restarts, set(health.calls)) == (0, {"ok"})

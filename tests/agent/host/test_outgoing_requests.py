@@ -5,17 +5,22 @@ the tests' own, and reaches peers on loopback.
 """
 
 import contextlib
+import os
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
 import resolver
 import support
 from authority import DAY, Authority
+from heard import Heard
+from host_processes import forks
 from peers import HANDLER, OK, Peer, answers, encrypted, says
 
 from agent.host.engine import adapter_abi
@@ -56,7 +61,9 @@ def names():
 def started_host(directory, *, certificates=(), env=None):
     resolver.files(directory, hosts=["127.0.0.1 in-hosts.test"], certificates=certificates)
     python, more = system_python()
-    host = support.Host(directory, prefix=resolver.prefix(directory), python=python, env={**more, **(env or {})})
+    paths = filter(None, (more.get("PYTHONPATH"), (env or {}).get("PYTHONPATH")))
+    env = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
+    host = support.Host(directory, prefix=resolver.prefix(directory), python=python, env=env)
     host.shared = True
     try:
         yield host
@@ -76,8 +83,7 @@ def running(tmp_path_factory, authority, names):
 def outward(running, names, request):
     """The host without instances, and no names."""
     support.TESTS.append(request.node.nodeid)
-    names.names.clear()
-    names.silent.clear()
+    names.clear()
     yield running
     for one in running.ask(host_api.Status).instances:
         running.ask(host_api.Stop, instance=one.instance)
@@ -317,6 +323,49 @@ def test_the_devices_trust_store_is_read_whatever_form_it_has(tmp_path, names, p
         assert ask_tls(host, "server.test", there.port) == ("TLS-certificate-error" if store == "nothing" else 200)
         if store == "nothing":
             says_in_log(host, "install ca-certificates")
+
+
+# Whatever happens in the egress
+
+RAISES = Path(__file__).with_name("raises")
+
+
+@pytest.mark.parametrize("kind", ["RuntimeError", "MemoryError", "KeyError", "RecursionError", "AssertionError"])
+def test_a_question_is_answered_whatever_is_raised_in_the_egress(raising, kind):
+    host, heard = raising
+    name = f"raises-{kind.lower()}.test"
+    assert get(host, name, 80) == code("internal-error")
+    assert heard.has(f"egress: cannot connect to {name}:80: {kind}: ")
+    says_in_log(host, f"the egress failed: {kind}")
+    host.ask(host_api.Stop, instance="asks")
+
+
+@pytest.fixture(scope="module")
+def raising(tmp_path_factory, names):
+    directory = tmp_path_factory.mktemp("raising")
+    heard = Heard(directory)
+    with started_host(directory, env={"PYTHONPATH": str(RAISES)}) as host:
+        heard.start()
+        yield host, heard
+    heard.close()
+
+
+def test_a_question_that_an_egress_takes_with_it_into_its_end_is_asked_again(outward, names, peer):
+    there = peer(answers(OK))
+    call(outward)  # the router is there too
+    before = forks(outward)
+    start(outward, "probe", "http", "server.test", there.port)
+    (egress,) = forks(outward) - before
+    names.silent.add("server.test")
+    said = []
+    client = threading.Thread(target=lambda: said.append(call(outward, f"/get?server.test:{there.port}/")[2]))
+    client.start()
+    assert names.asked("server.test")
+    names.silent.clear()
+    names.names["server.test"] = ["127.0.0.1"]
+    os.kill(egress, signal.SIGKILL)
+    client.join(60)
+    assert said[0].startswith(b"200\n"), said
 
 
 # Names and addresses

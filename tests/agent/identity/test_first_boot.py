@@ -1,7 +1,9 @@
 """First boot: sources of the token, its erasure after use, and detection of copied disks."""
 
 import stat
+import tempfile
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -91,24 +93,60 @@ def machine(tmp_path, **values):
 
 
 def test_the_serial_is_the_preferred_machine_id(tmp_path):
-    assert identity.machine(machine(tmp_path, serial="1000abc\0", id="x")) == "serial:1000abc"
-    assert identity.machine(machine(tmp_path, dmi=None, id="x\n")) == "id:x"
+    assert identity.machine(machine(tmp_path, serial="1000abc\0", id="xy")) == "serial:1000abc"
+    assert identity.machine(machine(tmp_path, dmi=None, id="xy\n")) == "id:xy"
     assert identity.machine({}) == ""
 
 
 @pytest.mark.parametrize(
     ("enrolled_on", "here", "copy"),
     [
-        ("serial:1", {"serial": "1"}, False),
-        ("serial:1", {"serial": "2"}, True),
+        ("serial:1ab", {"serial": "1ab"}, False),
+        ("serial:1ab", {"serial": "2ab"}, True),
         # The agent's user may not be able to read root's source: another source must not lead to a conclusion.
-        ("dmi:1", {"dmi": None, "id": "x"}, False),
-        ("", {"serial": "2"}, False),
+        ("dmi:1ab", {"dmi": None, "id": "xy"}, False),
+        ("", {"serial": "2ab"}, False),
+        ("id:1ab", {"id": "2ab"}, False),
     ],
 )
 def test_a_copied_disk_is_detected(tmp_path, enrolled_on, here, copy):
     who = msgspec.structs.replace(WHO, machine=enrolled_on)
     assert identity.is_copied_disk(who, machine(tmp_path, **here)) is copy
+
+
+ENROLLED = {"serial": "1000abc", "dmi": "0b1e-4711", "id": "aabb"}
+
+
+@pytest.mark.parametrize(
+    ("here", "found"),
+    [
+        ({}, "same"),  # nothing speaks against it
+        ({"id": "ccdd"}, "doubtful"),
+        ({"id": "uninitialized"}, "same"),
+        ({"id": ""}, "same"),
+        ({"serial": "1000abc", "id": "ccdd"}, "same"),
+        ({"serial": "1000abd", "id": "aabb"}, "copied"),
+        ({"serial": "0000000000000000", "id": "aabb"}, "same"),
+        ({"dmi": "03000200-0400-0500-0006-000700080009"}, "same"),
+        ({"dmi": "To be filled by O.E.M."}, "same"),
+        ({"dmi": "ffffffff-ffff-ffff-ffff-ffffffffffff"}, "same"),
+        ({"serial": "1000abc", "dmi": "9999-4712"}, "doubtful"),  # a part was replaced
+        ({"serial": "1000abd", "dmi": "9999-4712"}, "copied"),
+        ({"soc": "77ab"}, "same"),  # a kernel that tells more than the one before
+    ],
+)
+def test_an_identity_follows_the_ids_of_the_hardware(tmp_path, here, found):
+    who = msgspec.structs.replace(WHO, machine="serial:1000abc", evidence=ENROLLED)
+    sources = machine(tmp_path, **here)
+    assert identity.origin(who, sources).value == found
+    assert bool(identity.doubt(who, sources)) == (found == "doubtful")
+
+
+def test_a_machine_id_in_memory_is_no_evidence():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:  # as systemd has it where /etc is read-only
+        file.write(b"0123456789abcdef0123456789abcdef")
+        file.flush()
+        assert identity.evidence({"id": Path(file.name)}) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """HTTPS client against a real server: limits, deadlines, resuming, and the fleet's CA."""
 
 import hashlib
+import json
 import os
+import random
 import ssl
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -13,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.clock import ReferenceClock
 from agent.identity import enrolment
-from agent.link import dialer
+from agent.link import dialer, partial_file
 from agent.link import https as https_module
 from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
 from fleet.ca import CertificateAuthority
@@ -175,6 +178,255 @@ def test_a_server_error_may_pass(https, server):
     with pytest.raises(FetchError) as caught:
         https.request("GET", "/v1/desired", max_bytes=100)
     assert (caught.value.code, caught.value.status) == (RejectCode.UNREACHABLE, 503)
+
+
+def mark(path, have, sha256):
+    (path / "a.wasm.part.mark").write_text(json.dumps({"bytes": have, "sha256": sha256}))
+
+
+def test_after_a_power_cut_a_download_goes_on_from_its_checkpoint(https, server, tmp_path):
+    """The file has its length, and blocks at its end that were never written."""
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:200_000] + bytes(50_000))
+    mark(tmp_path, 200_000, hashlib.sha256(DATA[:200_000]).hexdigest())
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert [asked for _, asked in server.seen] == ["bytes=200000-"]
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert [path.name for path in tmp_path.glob("a.wasm*")] == ["a.wasm"]
+
+
+CHECKPOINTS = {
+    "of other bytes": (200_000, "0" * 64),
+    "beyond the file": (290_000, hashlib.sha256(DATA[:290_000]).hexdigest()),
+    "of more than there is": (10**12, SHA),
+}
+
+
+@pytest.mark.parametrize(("have", "sha256"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_that_does_not_hold_starts_from_zero_at_once(https, server, tmp_path, have, sha256):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:250_000])
+    mark(tmp_path, have, sha256)
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert [asked for _, asked in server.seen] == [None]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\0" * 40, '{"bytes": -1, "sha256": ""}'])
+def test_a_damaged_checkpoint_is_none(https, server, tmp_path, content):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
+    (tmp_path / "a.wasm.part.mark").write_text(content)
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+
+
+def test_checkpoints_are_made_on_the_way_and_at_the_end_of_an_attempt(https, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_file, "STEP_BYTES", 50_000)
+    made, write = [], partial_file.atomic_write
+
+    def record(path, data, *, mode):
+        made.append(json.loads(data)["bytes"])
+        write(path, data, mode=mode)
+
+    monkeypatch.setattr(partial_file, "atomic_write", record)
+    server.answer = lambda handler: handler.send_file(DATA, stop_after=180_000)
+    with pytest.raises(FetchError):
+        download(https, tmp_path / "a.wasm")
+    assert len(made) >= 3
+    assert made[-1] == 180_000
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert server.seen[-1][1] == "bytes=180000-"
+
+
+STATUSES = {
+    204: (RejectCode.UNREACHABLE, "no answer to this request"),
+    206: (RejectCode.UNREACHABLE, "no answer to this request"),
+    301: (RejectCode.UNREACHABLE, "login page"),
+    302: (RejectCode.UNREACHABLE, "login page"),
+    304: (RejectCode.UNREACHABLE, "login page"),
+    307: (RejectCode.UNREACHABLE, "login page"),
+    400: (RejectCode.UNREACHABLE, "refuses this request"),
+    401: (RejectCode.UNREACHABLE, "asks for a certificate"),
+    403: (RejectCode.UNREACHABLE, "refuses this device"),
+    404: (RejectCode.NOT_FOUND, "does not have it"),
+    405: (RejectCode.UNREACHABLE, "does not know this request"),
+    408: (RejectCode.UNREACHABLE, "took too long"),
+    410: (RejectCode.NOT_FOUND, "does not have it"),
+    413: (RejectCode.UNREACHABLE, "too large"),
+    418: (RejectCode.UNREACHABLE, "refuses this request"),
+    429: (RejectCode.UNREACHABLE, "asks too often"),
+    500: (RejectCode.UNREACHABLE, "problem of its own"),
+    502: (RejectCode.UNREACHABLE, "cannot reach it"),
+    503: (RejectCode.UNREACHABLE, "starting, stopping or busy"),
+    504: (RejectCode.UNREACHABLE, "does not answer"),
+    511: (RejectCode.UNREACHABLE, "login page"),
+    599: (RejectCode.UNREACHABLE, "problem of its own"),
+}
+
+
+@pytest.mark.parametrize(("status", "told"), STATUSES.items(), ids=[str(status) for status in STATUSES])
+def test_each_status_has_its_meaning_and_none_is_a_file(https, server, tmp_path, status, told):
+    code, words = told
+    body = b"" if status in {204, 304} else b"<html>"
+    server.answer = lambda handler: handler.send(status, body, Location="http://login.example/")
+    with pytest.raises(FetchError, match=words) as caught:
+        https.request("GET", "/v1/desired", max_bytes=100)
+    assert caught.value.code is code
+    with pytest.raises(FetchError, match="does not resume" if status == 206 else words) as caught:
+        download(https, tmp_path / "a.wasm")
+    assert caught.value.code is code
+    assert not (tmp_path / "a.wasm").exists()
+
+
+@pytest.mark.parametrize("status", [302, 403, 429, 500, 503, 511])
+def test_a_status_on_the_way_costs_no_byte_of_a_partial_file(https, server, tmp_path, status):
+    (tmp_path / "a.wasm.part").write_bytes(DATA[:5000])
+    server.answer = lambda handler: handler.send(status, b"<html>")
+    with pytest.raises(FetchError):
+        download(https, tmp_path / "a.wasm")
+    assert (tmp_path / "a.wasm.part").read_bytes() == DATA[:5000]
+    server.answer = lambda handler: handler.send_file(DATA)
+    download(https, tmp_path / "a.wasm")
+    assert server.seen[-1][1] == "bytes=5000-"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_link_that_breaks_again_and_again_brings_each_byte_once(ca, server, tmp_path, seed):
+    """With a new client each time, as after a restart of the agent."""
+    chance, sent, codes = random.Random(seed), [], set()
+
+    def answer(handler):
+        start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        sent.append(min(chance.randrange(1, 60_000), len(DATA) - start))
+        handler.send_file(DATA, stop_after=sent[-1])
+
+    server.answer = answer
+    for _ in range(1000):
+        client = HttpsClient(f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)))
+        try:
+            download(client, tmp_path / "a.wasm")
+            break
+        except FetchError as error:
+            codes.add(error.code)
+    assert codes == {RejectCode.UNREACHABLE}
+    assert (tmp_path / "a.wasm").read_bytes() == DATA
+    assert sum(sent) == len(DATA)
+
+
+RETRY_AFTER = {"120": 120.0, "0": 0.0, "": 0.0, "soon": 0.0, "-5": 0.0, "9" * 15: 86_400.0, "9" * 5000: 0.0}
+
+
+@pytest.mark.parametrize(("value", "seconds"), RETRY_AFTER.items(), ids=[key[:20] for key in RETRY_AFTER])
+def test_the_servers_window_is_read_and_bounded(https, server, value, seconds):
+    server.answer = lambda handler: handler.send(503, b"", Retry_After=value)
+    with pytest.raises(FetchError) as caught:
+        https.request("GET", "/", max_bytes=10)
+    assert caught.value.retry_after_s == seconds
+
+
+def test_the_servers_window_may_be_a_date(https, server):
+    at = datetime.now(UTC) + timedelta(hours=1)
+    server.answer = lambda handler: handler.send(503, b"", Retry_After=format_datetime(at, usegmt=True))
+    with pytest.raises(FetchError) as caught:
+        https.request("GET", "/", max_bytes=10)
+    assert 3000 < caught.value.retry_after_s <= 3600
+
+
+def test_devices_spread_over_the_servers_window():
+    delays = [https_module.spread(0.0, 100.0) for _ in range(1000)]
+    assert min(delays) >= 100
+    assert max(delays) <= 200
+    assert max(delays) - min(delays) > 80
+
+
+def test_a_problem_is_told_in_the_servers_words(https, server):
+    body = b'{"type": "x", "title": "no such thing", "detail": "really", "action": "look elsewhere", "status": 409}'
+    server.answer = lambda handler: handler.send(409, body)
+    with pytest.raises(FetchError, match=r"answered 409: no such thing: really \(look elsewhere\)"):
+        https.request("GET", "/", max_bytes=1000)
+
+
+LENGTHS = {"more than announced": (10, b"x" * 20), "less than announced": (20, b"x" * 10)}
+
+
+@pytest.mark.parametrize(("length", "body"), LENGTHS.values(), ids=LENGTHS)
+def test_a_wrong_length_is_no_answer(https, server, length, body):
+    def lie(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(body)
+        handler.wfile.flush()
+        handler.close_connection = True
+
+    server.answer = lie
+    if length > len(body):
+        with pytest.raises(FetchError, match="ended early"):
+            https.request("GET", "/", max_bytes=100)
+    else:
+        assert https.request("GET", "/", max_bytes=100) == body[:length]
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_single_bytes_however_steady_end_at_the_deadline(ca, server, where):
+    """One byte every few seconds would otherwise hold a thread of the agent for ever: each comes in time."""
+    ended = threading.Event()
+
+    def drip(handler):
+        try:
+            if where == "body":
+                handler.send_response(200)
+                handler.send_header("Content-Length", "1000000")
+                handler.end_headers()
+            else:
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            while True:
+                handler.wfile.write(b"x")
+                time.sleep(0.05)
+        except OSError:
+            ended.set()
+
+    server.answer = drip
+    hasty = HttpsClient(f"https://127.0.0.1:{server.server_port}", FixedTls(https_module.context(ca.pem)), request_s=1)
+    with pytest.raises(FetchError) as caught:
+        hasty.request("GET", "/", max_bytes=1 << 20)
+    assert caught.value.code is RejectCode.TOO_SLOW
+    assert ended.wait(60)
+
+
+def test_a_closed_client_ends_its_requests_and_serves_later_ones(https, server):
+    began, ended = threading.Event(), []
+
+    def hold(handler):
+        began.set()
+        handler.rfile.read(1)  # until the client is gone
+
+    def ask():
+        try:
+            https.request("GET", "/", max_bytes=10, within_s=600)
+        except FetchError as error:
+            ended.append(error)
+
+    server.answer = hold
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert began.wait(60)
+    https.close()
+    asking.join(60)
+    assert len(ended) == 1
+    server.answer = lambda handler: handler.send(200, b"ok")
+    assert https.request("GET", "/", max_bytes=10) == b"ok"
+
+
+def test_a_login_page_in_place_of_tls_is_named_as_that(ca):
+    page = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=page.serve_forever, daemon=True).start()
+    client = HttpsClient(f"https://127.0.0.1:{page.server_port}", FixedTls(https_module.context(ca.pem)))
+    with pytest.raises(FetchError, match="login page of a network"):
+        client.request("GET", "/", max_bytes=10)
+    page.shutdown()
+    page.server_close()
 
 
 def test_a_response_above_its_limit_is_refused(https, server):

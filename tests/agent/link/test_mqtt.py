@@ -4,9 +4,8 @@ import asyncio
 import os
 import signal
 import ssl
-import struct
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -25,82 +24,9 @@ from fleet.protocol.topics import POKE, Down, Topic, Up, device_subscriptions
 from signing import dsse
 from tests.agent.enrolled_device import DEVICE, enrolled
 from tests.agent.silent_address import silent
+from tests.agent.small_broker import Broker, WebSocketBroker
 from tests.agent.tunnel_proxy import TunnelProxy
-
-
-class Broker:
-    """Broker with as much MQTT 3.1.1 as a client needs, which records received packets."""
-
-    def __init__(self):
-        self.connects, self.subscribed, self.published, self.writers, self.pings = [], [], [], [], 0
-        self.acknowledged = 0
-        self.accept = 0
-        self.changed = asyncio.Event()
-
-    async def start(self, ssl=None):
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=ssl)
-        self.port = self.server.sockets[0].getsockname()[1]
-
-    async def _serve(self, reader, writer):
-        self.writers.append(writer)
-        try:
-            while True:
-                kind = (await reader.readexactly(1))[0]
-                length = shift = 0
-                while True:
-                    byte = (await reader.readexactly(1))[0]
-                    length |= (byte & 127) << shift
-                    shift += 7
-                    if not byte & 128:
-                        break
-                self._packet(kind, await reader.readexactly(length), writer)
-                self.changed.set()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-            self.changed.set()
-
-    def _packet(self, kind, body, writer):
-        match kind >> 4:
-            case 1:
-                self.connects.append(body)
-                writer.write(bytes([0x20, 2, 0, self.accept]))
-            case 3:
-                size = struct.unpack(">H", body[:2])[0]
-                topic, rest = body[2 : 2 + size].decode(), body[2 + size :]
-                writer.write(b"\x40\x02" + rest[:2])
-                self.published.append((topic, rest[2:], bool(kind & 1)))
-            case 4:
-                self.acknowledged += 1
-            case 8:
-                self.subscribed.append(body)
-                writer.write(b"\x90\x04" + body[:2] + b"\x01\x01")
-            case 12:
-                self.pings += 1
-                writer.write(b"\xd0\x00")
-
-    def say(self, topic, payload):
-        self.writers[-1].write(self.packet(topic, payload))
-
-    @staticmethod
-    def packet(topic, payload):
-        name = str(topic).encode()
-        body = struct.pack(">H", len(name)) + name + struct.pack(">H", 7) + payload
-        assert len(body) < 128
-        return bytes([0x32, len(body)]) + body
-
-    async def until(self, condition):
-        async with asyncio.timeout(60):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
-
-    def drop(self):
-        for writer in self.writers:
-            writer.transport.abort()
-
-    async def stop(self):
-        self.drop()
-        self.server.close()
+from tests.eventually import eventually_async
 
 
 class Device:
@@ -283,16 +209,78 @@ async def test_an_unsupported_broker_address_is_refused(addresses):
         Device(*addresses)
 
 
-async def tls_broker(directory, host="127.0.0.1"):
+async def tls_broker(directory, host="127.0.0.1", kind=Broker):
     """Start a broker with TLS under the name `host`; return it with the CA."""
     ca = CertificateAuthority.create(directory, fleet="f", now=datetime.now(UTC))
     pair = ca.server([host], now=datetime.now(UTC))
     (directory / "both.pem").write_bytes(pair.certificate_pem + pair.key_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "both.pem")
-    broker = Broker()
+    broker = kind()
     await broker.start(ssl=context)
     return broker, ca
+
+
+@pytest.mark.asyncio
+async def test_a_broker_over_websocket_is_talked_to_through_the_proxy(tmp_path):
+    broker, ca = await tls_broker(tmp_path, "broker.invalid", WebSocketBroker)
+    proxy = TunnelProxy()
+    device = Device(
+        f"wss://broker.invalid:{broker.port}/fleet/mqtt",
+        tls=FixedTls(https.context(ca.pem)),
+        proxy=f"http://127.0.0.1:{proxy.port}",
+    )
+    await device.until(lambda: "connected" in device.told)
+    assert broker.heads[0].startswith("GET /fleet/mqtt HTTP/1.1\r\n")
+    assert device.bus.publish(Up.REPORT, b"a report")
+    await broker.until(lambda: broker.published)
+    broker.say(POKE, b"{}")
+    await device.until(lambda: (POKE, b"{}") in device.told)
+    assert len(proxy.asked) == 1
+    await device.stop()
+    await broker.stop()
+    proxy.close()
+
+
+@pytest.mark.parametrize("scheme", ["mqtts", "wss"])
+@pytest.mark.asyncio
+async def test_without_a_clock_a_brokers_certificate_is_checked_against_the_floor(tmp_path, caplog, scheme):
+    """OpenSSL does not look at dates then."""
+    caplog.set_level("INFO")
+    broker, ca = await tls_broker(tmp_path, kind=WebSocketBroker if scheme == "wss" else Broker)
+    floor = datetime.now(UTC) + timedelta(days=400)
+    device = Device(
+        f"{scheme}://127.0.0.1:{broker.port}", tls=FixedTls(https.context(ca.pem, clock_behind=True), floor)
+    )
+    await eventually_async(lambda: "the server's certificate expired on" in caplog.text, "it is refused")
+    assert not broker.connects
+    assert device.told == []
+    await device.stop()
+    await broker.stop()
+
+
+HANDSHAKES = {
+    "a login page": b"HTTP/1.1 302 Found\r\nLocation: http://login.example/\r\n\r\n",
+    "no upgrade": b"HTTP/1.1 101 x\r\nConnection: close\r\n\r\n",
+    "another key": b"HTTP/1.1 101 x\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: eA==\r\n\r\n",
+    "a key without a value": b"HTTP/1.1 101 x\r\nConnection: Upgrade\r\nSec-WebSocket-Accept\r\n\r\n",
+    "no text": b"HTTP/1.1 101 x\r\nSec-WebSocket-Accept: \xff\xfe\r\n\r\n",
+    "nothing": b"\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", HANDSHAKES.values(), ids=HANDSHAKES)
+@pytest.mark.asyncio
+async def test_no_handshake_of_a_broker_ends_the_client(tmp_path, answer):
+    broker, ca = await tls_broker(tmp_path, kind=WebSocketBroker)
+    broker.answer = answer
+    device = Device(f"wss://127.0.0.1:{broker.port}/mqtt", tls=FixedTls(https.context(ca.pem)))
+    await broker.until(lambda: broker.heads)
+    broker.answer = b""
+    await device.until(lambda: "connected" in device.told or device.task.done())
+    assert device.told == ["connected"]
+    await device.stop()
+    await broker.stop()
 
 
 @pytest.mark.asyncio

@@ -20,7 +20,7 @@ from agent.identity.identity import Identity
 from agent.report import check
 from fleet.ca import CertificateAuthority
 
-ORDER = ["machine", "identity", "disk", "DNS", "TCP", "proxy", "TLS", "clock", "MQTT", "HTTP", "engine", "host"]
+ORDER = ["machine", "identity", "disk", "DNS", "TCP", "proxy", "TLS", "clock", "HTTP", "MQTT", "engine", "host"]
 DEVICE = "crane-0a1b2c3d"
 HOST = "127.0.0.1"
 ENGINE = '{"engine": "50.0.1", "triple": "aarch64-unknown-linux-gnu"}'
@@ -31,8 +31,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.send_response(self.server.status)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
+        self.wfile.write(self.server.body)
 
     def do_CONNECT(self):
         self.send_error(403)
@@ -46,7 +47,7 @@ def served(context=None):
     if context is not None:
         # the handshake runs on the connection's thread: a client that aborts it must not end the server
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    server.daemon_threads, server.status = True, 404
+    server.daemon_threads, server.status, server.body = True, 404, b""
     server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server
@@ -223,6 +224,19 @@ def test_an_unreachable_broker(device, closed_port):
 def test_a_server_that_refuses_this_device(device, server):
     server.status = 403
     assert "403" in first_failure(device.check(), "HTTP")
+
+
+def test_a_revoked_device_is_told_so_in_a_sentence(device, server):
+    server.status, server.body = 403, b'{"type": "revoked", "title": "crane-0a1b2c3d is revoked", "status": 403}'
+    said = first_failure(device.check(), "HTTP")
+    assert "the fleet has revoked this device" in said
+    assert "{" not in said
+
+
+def test_a_refusal_is_told_in_the_servers_words(device, server):
+    server.status = 403
+    server.body = b'{"type": "unknown-device", "title": "not of this fleet", "action": "enrol again"}'
+    assert "refuses this device: not of this fleet (enrol again)" in first_failure(device.check(), "HTTP")
 
 
 def test_a_device_without_an_engine(device, monkeypatch):

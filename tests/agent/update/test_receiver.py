@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from agent.config import Policy
+from agent.link.https import FetchError
 from agent.report import status
 from agent.update import receiver as desired_module
 from agent.update import restore
@@ -85,6 +86,70 @@ async def test_a_refusal_is_reported_once_and_changes_nothing(case, what, change
     await case.judge(case.server.assignment(7))
     assert case.deployer.versions == [5, 7]
     assert not case.problems.text("assignment")
+
+
+@pytest.mark.asyncio
+async def test_deploys_of_a_time_when_the_device_was_off_are_no_alarm_in_any_order(case):
+    """The broker kept each, HTTPS brings the newest first."""
+    await case.desired.new_nonce()  # as at each connection
+    old = [case.server.assignment(version) for version in (1, 2)]
+    case.server.envelope = case.server.assignment(3)
+    await case.poll()
+    await case.judge(*old, case.server.envelope)
+    assert case.deployer.versions == [3]
+    assert case.codes() == []
+    assert case.problems.texts() == []
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_that_https_overtook_is_no_alarm(case):
+    slow = case.server.assignment(4)
+    case.server.envelope = case.server.assignment(5)
+    await case.poll()
+    await case.judge(slow)
+    assert (case.codes(), case.problems.texts()) == ([], [])
+
+
+@pytest.mark.asyncio
+async def test_an_older_assignment_long_after_a_connection_is_one(case, monkeypatch):
+    monkeypatch.setattr(desired_module, "REORDERED_S", 0.0)
+    await case.desired.new_nonce()
+    await case.judge(case.server.assignment(3), case.server.assignment(2))
+    assert case.codes() == [RejectCode.ROLLBACK]
+
+
+@pytest.mark.parametrize("change", [{"device": "lift-0a1b2c3d"}, {"signer": "main"}, {"fleet": "pirates"}])
+@pytest.mark.asyncio
+async def test_what_is_not_the_directors_word_to_this_device_is_refused_at_any_time(case, change):
+    await case.desired.new_nonce()
+    await case.judge(case.server.assignment(3), case.server.assignment(2, **change))
+    assert len(case.codes()) == 1
+
+
+@pytest.mark.asyncio
+async def test_the_servers_window_holds_for_polls(case, monkeypatch):
+    """However often somebody asks for a poll: the server is busy."""
+    asked = []
+    monkeypatch.setattr(desired_module, "spread", lambda *seconds: asked.append(seconds) or 0.0)
+    busy = FetchError(RejectCode.UNREACHABLE, "busy", status=503, retry_after_s=120.0)
+    case.server.failure = busy
+    task = asyncio.create_task(case.desired.run())
+    case.desired.refresh()
+    await eventually_async(lambda: len(asked) >= 2, "two polls were put off")
+    task.cancel()
+    assert asked[0] == (0.0, 120.0)
+
+
+@pytest.mark.asyncio
+async def test_a_revocation_is_told_until_the_server_takes_the_device_back(case):
+    body = b'{"type": "revoked", "title": "crane is revoked", "status": 403}'
+    case.server.failure = FetchError(RejectCode.UNREACHABLE, "x", status=403, body=body)
+    await case.poll()
+    assert "the fleet has revoked this device" in case.problems.text("server")
+    case.server.failure = None
+    case.server.envelope = case.server.assignment(3)
+    await case.poll()
+    assert case.problems.texts() == []
 
 
 @pytest.mark.asyncio

@@ -1,8 +1,10 @@
 """`fleet push --dry-run`: who would get it, who would not and why, what it newly wants; and nothing is changed."""
 
 import json
+import platform
 import shutil
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,10 @@ def file(tmp_path, desk):
 def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, desk, file):
     result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--seed", "0", "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {
+    said = json.loads(result.stdout)
+    checked_by = said.pop("checked_by")
+    assert checked_by.startswith("this machine's host: wasmtime ")
+    assert said == {
         "waves": [["f-00000000"], ["a-00000000", "b-00000000"]],
         "excluded": [
             {"device": "c-00000000", "reason": "it is riscv64, the component is for aarch64"},
@@ -68,7 +73,9 @@ def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, des
         "warnings": [
             "b-00000000 is offline and gets it when it reconnects",
             "the waves are drawn: --seed 0 draws these",
+            f"not compiled for aarch64 with wasmtime {ARM.engine} (devices: 3): judged by what they reported",
         ],
+        "problems": [],
     }
     assert (desk.paths("PUT"), desk.paths("POST")) == ([], [])
 
@@ -79,6 +86,7 @@ def test_people_read_it_line_by_line(fleet, file):
     assert lines[1:] == [
         "imports wasi:logging/logging@0.1.0-draft",
         f"manifest {file.with_name('component.toml')}",
+        f"checked by this machine's host: wasmtime {version('wasmtime')}, {platform.machine()}",
         "would be main/ticker@2.0.0, in place of main/ticker@1.0.0",
         "new grant interface wasi:logging",
         "wave 1 f-00000000",
@@ -88,6 +96,7 @@ def test_people_read_it_line_by_line(fleet, file):
         "excluded e-00000000: it has no engine",
         "note b-00000000 is offline and gets it when it reconnects",
         "note the waves are drawn: --seed 0 draws these",
+        f"note not compiled for aarch64 with wasmtime {ARM.engine} (devices: 3): judged by what they reported",
         "Nothing was changed.",
     ]
 

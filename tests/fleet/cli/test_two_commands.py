@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fleet.cli.trust_store import load_devices
+
 PROBE = Path(__file__).resolve().parents[3] / "components" / "adapter" / "probe.wasm"
 
 # Each process stops before its file gets its name, until all are there: the order in which they would collide.
@@ -57,3 +59,38 @@ def test_two_processes_that_write_one_file_both_succeed(tmp_path, code, argument
         assert (each.returncode, errors) == (0, "")
     assert target.read_bytes()
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith("new") or path.name.startswith(".")]
+
+
+# Each `fleet audit verify DEVICE` looks at its device once it is told to; the server's answers stand here.
+AUDIT = """
+import sys
+from fleet.cli import audit
+from fleet.cli.main import main
+from fleet.client import Client
+from fleet.protocol.operator_api import DeviceRow, Devices
+from signing.device_statements import Seen, Verdict
+
+def examine(_client, device, _seen):
+    print("looks", flush=True)
+    sys.stdin.readline()
+    return Verdict(seen=Seen(key=device * 8), findings=(), notes=(), reports=())
+
+audit._examine = examine
+Client.devices = lambda _self: Devices(devices=tuple(DeviceRow(id=each, name=each) for each in "ab"))
+sys.argv = ["fleet", *sys.argv[1:]]
+main()
+"""
+
+
+def test_two_audits_at_once_both_remember_the_key_that_they_saw(home):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    audits = []
+    for device in "ab":
+        command = [sys.executable, "-c", AUDIT, "--home", str(home), "audit", "verify", device]
+        audits.append(subprocess.Popen(command, text=True, **pipes))
+        assert audits[-1].stdout.readline(), "it looks, or waits for the other"
+    for each in audits:
+        told, _ = each.communicate("\n", timeout=60)
+        assert each.returncode == 0, told
+    memory = load_devices(home / "operator/trust")
+    assert {device: seen.key for device, seen in memory.devices.items()} == {"a": "a" * 8, "b": "b" * 8}

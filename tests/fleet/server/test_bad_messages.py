@@ -60,7 +60,7 @@ def spoiled(message, path, value):
 
 
 def ingest_of(fleet):
-    return fleet.server._bus._on_message.__self__
+    return fleet.server._ingest
 
 
 @pytest.mark.asyncio

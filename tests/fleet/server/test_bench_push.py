@@ -40,7 +40,7 @@ class Crowd:
     def __init__(self, fleet):
         store = fleet.server._store
         self.ids = [f"b{number}-{number:08x}" for number in range(DEVICES)]
-        self._ingest = fleet.server._bus._on_message.__self__
+        self._ingest = fleet.server._ingest
         self._assigned = asyncio.Queue()
         self.spent = 0.0
         key = ec.generate_private_key(ec.SECP256R1())

@@ -206,7 +206,7 @@ async def test_a_device_that_was_shut_out_can_neither_stay_nor_come_back(new_fle
 async def test_a_message_that_speaks_for_another_device_is_dropped_and_counted(new_fleet):
     async with new_fleet() as fleet:
         device, other = await fleet.device("a"), await fleet.device("b")
-        ingest = fleet.server._bus._on_message.__self__
+        ingest = fleet.server._ingest
         report = Report(device=other.id, boot_id="boot", sequence=1, at=datetime.now(UTC), assignment=1)
         ingest.on_message(str(Topic(device.id, Up.REPORT)), wire.encode(report))
         ingest.on_message(str(Topic(device.id, Up.REPORT)), b"not json")

@@ -23,7 +23,7 @@ def report(device, sequence, **more):
 
 
 def ingest_of(fleet):
-    return fleet.server._bus._on_message.__self__
+    return fleet.server._ingest
 
 
 async def kinds_shown(fleet, device):

@@ -41,7 +41,7 @@ def report(device, sequence, previous="", **more):
 async def test_reports_are_heard_from_the_devices_own_key_only(new_fleet):
     async with new_fleet() as fleet:
         crane, lift = await fleet.device("crane"), await fleet.device("lift")
-        ingest, topic = fleet.server._bus._on_message.__self__, str(Topic(crane.id, Up.REPORT))
+        ingest, topic = fleet.server._ingest, str(Topic(crane.id, Up.REPORT))
 
         def stored():
             ingest.flush()
@@ -93,7 +93,7 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
     """A time without a zone, numbers beyond 64 bits, and rows that a power cut filled with zeros."""
     async with new_fleet() as fleet:
         crane, lift = await fleet.device("crane"), await fleet.device("lift")
-        ingest = fleet.server._bus._on_message.__self__
+        ingest = fleet.server._ingest
         for device in (crane, lift):
             ingest.on_message(str(Topic(device.id, Up.REPORT)), voice(device).sign(report(device, 1)))
         no_zone = report(crane, 2).replace(b'Z"', b'"')
@@ -122,3 +122,74 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
         assert "3 reports that this device signed and that cannot be read: number 2 of boot 'boot'" in output
         assert "number 5 of boot 'boot' is damaged in the server's database" in output
         assert output.count("hello committed nothing") == 2, "the good report of each device is listed"
+
+
+def statements(fleet):
+    """The statements that the server's database runs from now on, but for what only reads."""
+    seen = []
+
+    def note(statement):
+        if not statement.lstrip().upper().startswith(("SELECT", "WITH")):
+            seen.append(" ".join(statement.split()))
+
+    fleet.server._store._db._db.conn.set_trace_callback(note)
+    return seen
+
+
+@pytest.mark.asyncio
+async def test_that_a_device_signs_is_written_with_its_first_report(new_fleet):
+    async with new_fleet() as fleet:
+        crane, lift = await fleet.device("crane"), await fleet.device("lift")
+        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest.flush()
+        seen = statements(fleet)
+        for device in (crane, lift):
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), voice(device).sign(report(device, 1)))
+        assert not seen, "a transaction for each device would wait for the disk each time"
+        # what comes unsigned in the same batch is refused already
+        ingest.on_message(str(Topic(crane.id, Up.REPORT)), report(crane, 2))
+        assert ingest.counts["forged"] == 1
+        ingest.flush()
+        assert seen.count("COMMIT") == 1
+        assert store.devices.signs(crane.id)
+        assert store.devices.signs(lift.id)
+
+
+@pytest.mark.asyncio
+async def test_that_a_device_signs_is_written_later_when_its_batch_is_lost(new_fleet, monkeypatch):
+    async with new_fleet() as fleet:
+        crane = await fleet.device("crane")
+        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest.flush()
+
+        def full(_row):
+            store._db.run("INSERT OR ROLLBACK INTO devices SELECT * FROM devices")  # as a full disk may do
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.delivery, "add_report", full)
+            ingest.on_message(str(Topic(crane.id, Up.REPORT)), voice(crane).sign(report(crane, 1)))
+            ingest.flush()
+        assert not store.devices.signs(crane.id)
+        ingest.on_message(str(Topic(crane.id, Up.REPORT)), report(crane, 2))
+        assert ingest.counts["forged"] == 1, "its key has spoken"
+        ingest.flush()
+        assert store.devices.signs(crane.id)
+
+
+@pytest.mark.asyncio
+async def test_reports_of_one_batch_raise_the_revision_of_their_rollout_once(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        device = await fleet.device("a", behaviour=behaviours["silent"])
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
+        await device.until(lambda device: device.accepted)
+        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest.flush()
+        before = store.rollouts.get(view.id).revision
+        for sequence, phase in enumerate((Phase.FETCHING, Phase.COMPILING, Phase.SWAPPING), 1):
+            words = report(device, sequence, rollout=view.id, phase=phase, timings_ms={phase.value: sequence})
+            ingest.on_message(str(Topic(device.id, Up.REPORT)), voice(device).sign(words))
+        ingest.flush()
+        assert store.rollouts.get(view.id).revision == before + 1
+        member, extra = store.rollouts.member(view.number, device.id)
+        assert (member.phase, member.sequence) == (Phase.SWAPPING, 3)
+        assert extra.timings_ms == {"fetching": 1, "compiling": 2, "swapping": 3}

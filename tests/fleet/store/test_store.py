@@ -300,10 +300,13 @@ def test_a_superseded_rollout_stays_in_force_while_its_successor_is_open(store):
 def test_each_change_of_a_rollout_raises_its_revision(store):
     row = begin(store)
     offer(store, row, A, now=2.0)
-    store.rollouts.set_extra(row.number, A, log=("line",), timings_ms={"x": 1})
+    member, _ = store.rollouts.member(row.number, A)
+    store.rollouts.hear(row.number, member, log=("line",), timings_ms={"x": 1}, now=2.0)
+    assert store.rollouts.get(row.id).revision == 2, "a batch of reports raises it once"
+    store.rollouts.moved(row.number)
     store.rollouts.save(row.number, row.model, reason="why", now=3.0)
     after = store.rollouts.get(row.id)
-    assert (after.revision, after.reason, after.ended_at) == (3, "why", None)
+    assert (after.revision, after.reason, after.ended_at) == (4, "why", None)
     assert store.rollouts.member(row.number, A)[1].log == ("line",)
 
 
@@ -333,20 +336,24 @@ def report(sequence, *, device=A, boot="boot"):
     return ReportRow(device=device, boot_id=boot, sequence=sequence, at=1.0, rollout="", raw=b"{}")
 
 
+def acknowledge(store, *, again):
+    return store.delivery.acknowledge(A, store.delivery.acked([A])[A], again=again)
+
+
 def test_reports_are_acknowledged_up_to_the_first_gap(store):
     for sequence in (1, 2, 4):
         assert store.delivery.add_report(report(sequence))
-    assert store.delivery.acknowledge(A, again=None) == 2
+    assert acknowledge(store, again=None) == 2
     assert store.delivery.add_report(report(3))
-    assert store.delivery.acknowledge(A, again=None) == 4
+    assert acknowledge(store, again=None) == 4
 
 
 def test_a_report_that_comes_again_is_known_and_shows_that_the_gap_below_it_is_for_good(store):
     # the database was restored from a backup: the device has forgotten what was acknowledged before
     assert store.delivery.add_report(report(50))
-    assert store.delivery.acknowledge(A, again=None) == 0
+    assert acknowledge(store, again=None) == 0
     assert not store.delivery.add_report(report(50))
-    assert store.delivery.acknowledge(A, again=50) == 50
+    assert acknowledge(store, again=50) == 50
 
 
 def test_reports_of_strangers_are_not_kept(store):
@@ -388,7 +395,7 @@ def test_a_part_of_a_transaction_that_fails_is_undone_alone(store):
     def fails():
         with store.savepoint():
             store.devices.set_labels(A, {"second": "2"})
-            store.devices.touch(A, 2**63)
+            store.devices.touch([A], 2**63)
 
     with store.atomic():
         with store.savepoint():
@@ -447,3 +454,35 @@ def test_old_reports_are_deleted_a_few_at_a_time_and_the_database_is_free_in_bet
     assert steps == [500, 500, 100, 1]
     assert len(store.delivery.reports(A, 2000)) == 100
     assert store.delivery.forget(before=100.0) == 0
+
+
+def test_what_decides_over_devices_takes_as_many_queries_for_a_hundred_as_for_one(store):
+    names = [f"c-{number:08x}" for number in range(100)]
+    for name in names:
+        store.devices.add(device=name, name="c", machine="", sealing_key="", key_sha256=name, group="edge", now=1.0)
+    row = begin(store)
+    member, _ = store.rollouts.member(row.number, A)
+    store.rollouts.add_members(row.number, [replace(member, device=name) for name in names])
+    store.rollouts.settle(group="edge", device="", instance="other", value=Value("v0"), rollout="", now=1.0)
+    store.rollouts.settle(group="", device=names[7], instance="hello", value=Value("v9"), rollout="", now=1.0)
+    store.rollouts.set_own_key(names[3], "hello", "room", "cellar")
+    store.delivery.set_attempt(names[4], "hello", 2)
+
+    def asked(devices):
+        seen = []
+        store._db._db.conn.set_trace_callback(seen.append)
+        found = store.facts(store.devices.some(devices))
+        store._db._db.conn.set_trace_callback(None)
+        return found, len(seen)
+
+    one, few = asked([A])
+    found, many = asked(names)
+    assert (set(one), set(found), many) == ({A}, set(names), few)
+    first = found[names[0]]
+    assert [group.name for group in first.groups] == ["edge"]
+    assert [each.value.target for each in first.settled["edge"]] == ["v0"]
+    assert [(each.number, member.device) for each, member in first.in_force] == [(row.number, names[0])]
+    assert (first.settled[""], first.own, first.attempts, first.boxes, first.newest) == ([], {}, {}, {}, None)
+    assert [each.value.target for each in found[names[7]].settled[""]] == ["v9"]
+    assert found[names[3]].own == {"hello": {"room": "cellar"}}
+    assert found[names[4]].attempts == {"hello": 2}

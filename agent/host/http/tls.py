@@ -1,0 +1,242 @@
+"""TLS terminator: a process that speaks TLS with clients of the shared port and passes plain bytes to the router.
+
+It alone holds the keys of the device owner's certificates, which it reads before it confines itself; it parses no HTTP.
+For each client it makes a pair of connected sockets, gives one end to the router together with the client's address
+(`TlsClient`), and moves bytes between the other end and the client. When certificates change, the supervisor starts
+another terminator on the same listening socket and closes the socket of this one, which then accepts no more and ends
+with its last client: no request is cut.
+"""
+
+import asyncio
+import gc
+import signal
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from agent.host.http.ingress_config import READY, Certificate, IngressError
+from agent.host.http.routing import plain_address
+from agent.host.ipc import framing
+from agent.host.ipc.helper_api import TlsClient
+from agent.host.sandbox import sandbox
+
+_CLIENTS_MAX: Final = 1024
+_HANDSHAKE_S: Final = 10
+_SHUTDOWN_S: Final = 5
+_HIGH_BYTES: Final = 256 * 1024
+
+
+def contexts(certificates: Sequence[Certificate]) -> ssl.SSLContext:
+    """Load certificates into a context that picks one by the name for which a client asks.
+
+    Raises:
+        IngressError: a file cannot be read, or is no certificate or not its key.
+    """
+    by_name: dict[str, ssl.SSLContext] = {}
+    made = [_context(each) for each in certificates]
+    for certificate, context in zip(certificates, made, strict=True):
+        for name in certificate.names:
+            by_name.setdefault(name.lower().removeprefix("*"), context)
+
+    def pick(connection: Any, name: str | None, _context: ssl.SSLContext) -> None:
+        found = _named(by_name, (name or "").lower().rstrip("."))
+        if found is not None:
+            connection.context = found
+
+    made[0].sni_callback = pick
+    return made[0]
+
+
+def _named(by_name: dict[str, ssl.SSLContext], name: str) -> ssl.SSLContext | None:
+    """Find the context for a name: its own, or that of a wildcard, which stands for one label."""
+    return by_name.get(name) or by_name.get("." + name.partition(".")[2])
+
+
+def _context(certificate: Certificate) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    where = f"certificate {certificate.certificate} with key {certificate.key}"
+    try:
+        context.load_cert_chain(certificate.certificate, certificate.key, password=_no_password)
+    except ssl.SSLError as error:
+        raise IngressError(f"cannot use {where}: {error.reason or error}") from error
+    except OSError as error:
+        raise IngressError(f"cannot read {where}: {error.strerror or error}") from error
+    return context
+
+
+def _no_password() -> str:
+    raise IngressError("the key is encrypted: the host can ask nobody for its passphrase")
+
+
+def run_terminator(
+    listener: socket.socket, sock: socket.socket, to_router: socket.socket, certificates: Sequence[Certificate]
+) -> None:
+    """Run the terminator in a process just forked from the supervisor, which it tells `READY`, or why it cannot."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    sandbox.close_all_but({0, 1, 2, *(each.fileno() for each in (listener, sock, to_router))})
+    try:
+        context = contexts(certificates)
+    except IngressError as error:
+        framing.send_packet(sock, str(error).encode())
+        return
+    loop = asyncio.SelectorEventLoop()
+    asyncio.set_event_loop(loop)
+    sandbox.apply(sandbox.tls_spec())
+    framing.send_packet(sock, READY)
+    loop.run_until_complete(Terminator(listener, sock, to_router, context).run())
+
+
+class Terminator:
+    """Accepts clients of TLS and passes them on."""
+
+    def __init__(
+        self, listener: socket.socket, sock: socket.socket, to_router: socket.socket, context: ssl.SSLContext
+    ) -> None:
+        self._listener = listener
+        self._sock = sock
+        self.to_router = to_router
+        self._context = context
+        self._count = 0
+        self._accepting = False
+        self._retired = False
+        self._ended = asyncio.Event()
+        self._handshakes: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until the supervisor closes its end of the socket and the last client has gone."""
+        loop = asyncio.get_running_loop()
+        for sock in (self._listener, self._sock, self.to_router):
+            sock.setblocking(False)
+        loop.add_reader(self._sock, self._retire)
+        self._accept_again()
+        await self._ended.wait()
+
+    def _retire(self) -> None:
+        """Accept no more: the supervisor has closed its end."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._sock)
+        self._retired = True
+        if self._accepting:
+            loop.remove_reader(self._listener)
+        self._listener.close()
+        if not self._count:
+            self._ended.set()
+
+    def _accept_again(self) -> None:
+        if not self._accepting and not self._retired and self._count < _CLIENTS_MAX:
+            self._accepting = True
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        if self._count >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+            return
+        try:
+            sock, address = self._listener.accept()
+        except OSError:  # another terminator took it, or there is no descriptor left for now
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._count += 1
+        task = asyncio.ensure_future(self._shake_hands(sock, plain_address(address[0])))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, sock: socket.socket, address: str) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(
+                lambda: _ClientSide(self, address),
+                sock,
+                ssl=self._context,
+                ssl_handshake_timeout=_HANDSHAKE_S,
+                ssl_shutdown_timeout=_SHUTDOWN_S,
+            )
+        except (TimeoutError, OSError, ssl.SSLError):  # no client of TLS, or none that stays
+            self.gone()
+
+    def gone(self) -> None:
+        """Take note that a client has gone."""
+        self._count -= 1
+        if self._retired and not self._count:
+            self._ended.set()
+        self._accept_again()
+
+
+class _Side(asyncio.Protocol):
+    """Side of a client's connection: what it reads, the other sends."""
+
+    def __init__(self) -> None:
+        self.transport: Any = None
+        self.other: _Side | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.transport.set_write_buffer_limits(high=_HIGH_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None:
+            self.other.transport.write(data)
+
+    def pause_writing(self) -> None:
+        if self.other is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and not self.other.transport.is_closing():
+            self.other.transport.resume_reading()
+
+    def eof_received(self) -> bool:
+        return False  # TLS has no half of a connection here: it closes, once what was written is sent
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        other, self.other = self.other, None
+        if other is not None:
+            other.other = None
+            other.transport.close()
+
+
+class _RouterSide(_Side):
+    """End of the pair whose other end the router has."""
+
+
+class _ClientSide(_Side):
+    """Client, decrypted."""
+
+    def __init__(self, terminator: Terminator, address: str) -> None:
+        super().__init__()
+        self._terminator = terminator
+        self._address = address
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        ours, theirs = socket.socketpair()
+        try:
+            message = msgspec.json.encode(TlsClient(self._address))
+            framing.send_packet(self._terminator.to_router, message, (theirs.fileno(),))
+        except OSError:  # the router has as many waiting as it can
+            ours.close()
+            self.transport.abort()
+            return
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        router = _RouterSide()
+        router.other, self.other = self, router
+        # A transport without the task of connect_accepted_socket: there must be one before the first bytes come.
+        router.transport = asyncio.get_running_loop()._make_socket_transport(ours, router)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._terminator.gone()

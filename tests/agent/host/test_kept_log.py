@@ -1,0 +1,87 @@
+"""Log of an instance on the disk: over restarts of everything, within its bound, and without secrets."""
+
+import re
+
+import pytest
+import support
+from support import Grants
+
+from agent.host.ipc import host_api
+from agent.host.supervisor import instance_log
+from agent.host.supervisor.instance_log import LogFiles
+from tests.eventually import eventually
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*")
+LOGS = Grants(interfaces=("wasi:logging",))
+
+
+def kept(host, instance="web"):
+    return (host.state / "logs" / f"{instance}.log").read_text().splitlines()
+
+
+def test_what_went_wrong_is_on_the_disk_after_a_kill_of_the_host(tmp_path):
+    host = support.Host(tmp_path)
+    try:
+        host.start("trap", support.a_run("web", 1))
+        assert support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 500
+        host.event(lambda event: isinstance(event, host_api.Trapped))
+        host.process.kill()
+        host.process.wait()
+        before = kept(host)
+        assert any("host: wasm trap" in line for line in before)
+        assert all(LINE.fullmatch(line) for line in before)
+    finally:
+        host.close()
+    host = support.Host(tmp_path)
+    try:
+        host.start("trap", support.a_run("web", 1))
+        support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        after = eventually(lambda: len(kept(host)) > len(before) and kept(host), "it goes on")
+        assert after[: len(before)] == before
+    finally:
+        host.close()
+    # whatever a stop of the host or of an instance leaves
+    assert (tmp_path / "state" / "logs" / "web.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_has_its_newest_lines_within_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_log, "FILE_MAX_BYTES", 4096)
+    files = LogFiles(tmp_path / "logs")
+    log = instance_log.InstanceLog(files.open("web"))
+    for number in range(500):
+        log.note(f"line {number} of a component")
+    log.note("host: the last")
+    paths = sorted((tmp_path / "logs").iterdir())
+    assert [path.name for path in paths] == ["web.log", "web.log.1"]
+    assert all(path.stat().st_size <= 4096 + instance_log._PENDING_MAX_BYTES for path in paths)
+    assert paths[0].read_text().endswith("host: the last\n")
+    assert files.written_bytes > 500 * 20
+
+
+def test_logs_of_instances_that_are_gone_are_kept_within_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_log, "_ALL_MAX_BYTES", 1000)
+    files = LogFiles(tmp_path / "logs")
+    for name in ("first", "second", "third"):
+        file = files.open(name)
+        file.add("x" * 400, urgent=True)
+    assert len(list((tmp_path / "logs").iterdir())) == 3, "they run"
+    again = LogFiles(tmp_path / "logs")
+    again.open("third")
+    assert sum(path.stat().st_size for path in (tmp_path / "logs").iterdir()) <= 1000
+
+
+def test_a_disk_that_cannot_be_written_costs_lines_and_nothing_else(tmp_path):
+    (tmp_path / "logs").write_text("no directory")
+    log = instance_log.InstanceLog(LogFiles(tmp_path / "logs").open("web"))
+    log.note("host: one")
+    log.flush()
+    assert log.lines() == ("host: one",)
+
+
+@pytest.mark.parametrize("name", ["web"])
+def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path, name):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "other").write_text("")
+    (tmp_path / "logs" / f"{name}.log").symlink_to(tmp_path / "other")
+    LogFiles(tmp_path / "logs").open(name).add("a line", urgent=True)
+    assert (tmp_path / "other").read_text() == ""

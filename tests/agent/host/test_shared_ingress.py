@@ -1,0 +1,324 @@
+"""The shared ingress of a real host as its owner configures it: TLS, routes, limits, forwarded fields, reload."""
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import support
+from echo_guest import ECHO
+from host_processes import children
+from peers import certificate
+from wire import Wire
+
+from agent.host.ipc import host_api
+from tests.eventually import eventually
+
+TARGET = ECHO.replace(
+    "(i32.store (i32.const 76) (local.get 6)) (i32.store (i32.const 80) (local.get 7))",
+    "(i32.store (i32.const 76) (local.get 2)) (i32.store (i32.const 80) (local.get 3))",
+)
+"""Component that answers with the target of the request as its body."""
+
+ROUTES = """
+[[routes]]
+host = "meter.example"
+path = "/api"
+instance = "target"
+strip = true
+request = "10B"
+
+[[routes]]
+path = "/"
+instance = "echo"
+head = "2KiB"
+"""
+
+
+class Ingress:
+    """A host with a file of its owner, and the certificates that it names."""
+
+    def __init__(self, directory, text="", **how):
+        self.file = directory / "ingress.toml"
+        self.file.write_text(text)
+        self.tls_port = support.free_port()
+        self.host = support.Host(directory, arguments=("--ingress-config", str(self.file)), **how)
+        for name, guest in (("echo", ECHO), ("target", TARGET)):
+            assert isinstance(self.host.start(guest, support.a_run(name, 1)), host_api.Started)
+
+    @property
+    def log(self):
+        return Path(self.host.stderr.name).read_text(encoding="utf-8")
+
+    def reload(self, text=None, *, said="the ingress was read again"):
+        """Write another file, and wait until the host says what it made of it."""
+        if text is not None:
+            self.file.write_text(text)
+        before = self.log.count(said)
+        os.kill(self.host.process.pid, signal.SIGHUP)
+        eventually(lambda: self.log.count(said) > before, said)
+
+
+@pytest.fixture
+def ingress(tmp_path):
+    """Start a host with this text as its owner's file; it is closed with every host that a test leaves."""
+    return lambda text="": Ingress(tmp_path, text)
+
+
+def get(port, host, target, *fields, sock=None):
+    lines = [f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]
+    return support.http(port, "\r\n".join(lines), sock)
+
+
+def test_routes_by_host_and_path_and_one_instance_at_the_root(ingress):
+    port = ingress(ROUTES).host.port
+    assert get(port, "meter.example", "/api/x?y")[2] == b"/x?y"
+    assert get(port, "meter.example:8080", "/api")[2] == b"/"
+    assert get(port, "meter.example", "/other")[0] == 404
+    assert get(port, "10.0.0.1", "/target/z")[2] == b"/z"
+    assert get(port, "10.0.0.1", "/anything")[1]["host"] == "10.0.0.1"
+    assert "x-forwarded-prefix" not in get(port, "10.0.0.1", "/anything")[1]
+
+
+def test_limits_of_a_route_hold_whatever_the_framing(ingress):
+    port = ingress(ROUTES).host.port
+    post = b"POST /api/ HTTP/1.1\r\nHost: meter.example\r\n"
+    assert support.http(port, post + b"Content-Length: 10\r\n\r\n0123456789")[0] == 200
+    assert support.http(port, post + b"Content-Length: 11\r\n\r\n01234567890")[0] == 413
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n6\r\n012345\r\n6\r\n012345\r\n0\r\n\r\n"
+    assert support.http(port, post + chunks)[0] == 413
+    with Wire(port) as wire:
+        wire.send(post + b"Transfer-Encoding: chunked\r\n\r\n6\r\n012345\r\n")
+        wire.send(b"6\r\n012345\r\n")
+        assert wire.answer()[0] == 413
+    with Wire(port) as wire:
+        wire.send(post + b"Content-Length: 11\r\nExpect: 100-continue\r\n\r\n")
+        assert wire.answer()[0] == 413
+    assert get(port, "h", "/", "X: " + "x" * 1500)[0] == 200
+    assert get(port, "h", "/", "X: " + "x" * 2048)[0] == 431
+
+
+def test_instances_are_told_of_clients_by_the_owners_policy(ingress):
+    made = ingress(ROUTES)
+    port, forged = made.host.port, ("X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https", "X-Real-IP: 1.2.3.4")
+    for _ in range(2):  # the second is known byte by byte
+        told = get(port, "h", "/", *forged)[1]
+        assert (told["x-forwarded-for"], told["x-forwarded-proto"], told["x-forwarded-host"]) == (
+            "127.0.0.1",
+            "http",
+            "h",
+        )
+        assert "x-real-ip" not in told
+    made.reload('[forwarded]\ntrust = ["127.0.0.0/8"]\n' + ROUTES)
+    told = get(port, "h", "/", *forged)[1]
+    assert (told["x-forwarded-for"], told["x-forwarded-proto"]) == ("1.2.3.4, 127.0.0.1", "https")
+    made.reload('[forwarded]\nmode = "drop"\n' + ROUTES)
+    assert not any(name.startswith("x-forwarded") for name in get(port, "h", "/", *forged)[1])
+    made.reload('[forwarded]\nmode = "pass"\n' + ROUTES)
+    assert get(port, "h", "/", *forged)[1]["x-forwarded-for"] == "1.2.3.4"
+
+
+def tls_text(port, *files, more=ROUTES):
+    entries = "".join(
+        f'[[tls.certificates]]\ncertificate = "{file}"\nkey = "{file}"\nnames = ["{file.stem}"]\n' for file in files
+    )
+    return f'[tls]\nlisten = "127.0.0.1:{port}"\n{entries}{more}'
+
+
+def connect(port, name, file, *, check=True):
+    context = ssl.create_default_context(cafile=file)
+    if not check:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+    return context.wrap_socket(sock, server_hostname=name)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [certificate(tmp_path, name)[0] for name in ("meter.example", "other.example")]
+
+
+def test_the_owners_certificates_are_picked_by_name(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    for file in files:
+        with connect(made.tls_port, file.stem, file) as sock:
+            assert sock.selected_alpn_protocol() == "http/1.1"
+            for _ in range(3):
+                status, told, _ = get(0, "h", "/", "X-Forwarded-Proto: gopher", sock=sock)
+                assert (status, told["x-forwarded-proto"], told["x-forwarded-for"]) == (200, "https", "127.0.0.1")
+    with connect(made.tls_port, "unknown.example", files[0], check=False) as sock:
+        assert sock.getpeercert(binary_form=True) == ssl.PEM_cert_to_DER_cert(
+            files[0].read_text().partition("-----END PRIVATE KEY-----\n")[2]
+        )
+        assert get(0, "meter.example", "/api/x", sock=sock)[2] == b"/x"
+
+
+def test_large_bodies_both_ways_and_old_protocols(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files, more=""))
+    body = bytes(range(256)) * 3000
+    with connect(made.tls_port, "meter.example", files[0]) as sock:
+        head = b"POST /echo/ HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        for _ in range(3):
+            assert support.http(0, head + body, sock)[2] == body
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.load_verify_locations(files[0])
+    with pytest.warns(DeprecationWarning, match="TLSv1"):
+        old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    with (
+        closing(socket.create_connection(("127.0.0.1", made.tls_port), timeout=60)) as sock,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        old.wrap_socket(sock, server_hostname="meter.example")
+    assert support.http(made.host.port, "GET /echo/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+
+
+def test_who_speaks_no_tls_or_nothing_keeps_nobody_out(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", made.tls_port))) for _ in range(50)]
+        silent[0].sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        with connect(made.tls_port, "meter.example", files[0]) as sock:
+            assert get(0, "h", "/", sock=sock)[0] == 200
+
+
+def test_a_reload_changes_certificates_without_a_lost_request(ingress, files, tmp_path):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    kept = connect(made.tls_port, "meter.example", files[0])
+    first = kept.getpeercert(binary_form=True)
+    answers, stop = [], threading.Event()
+
+    def ask(sock):
+        while not stop.is_set():
+            try:
+                answers.append(get(0, "h", "/", sock=sock)[0])
+            except OSError as error:
+                answers.append(repr(error))
+                return
+
+    def come_and_go():
+        while not stop.is_set():
+            try:
+                with connect(made.tls_port, "meter.example", None, check=False) as sock:
+                    answers.append(get(0, "h", "/", sock=sock)[0])
+            except OSError as error:
+                answers.append(repr(error))
+                return
+
+    clients = [threading.Thread(target=ask, args=(kept,)), threading.Thread(target=come_and_go)]
+    for client in clients:
+        client.start()
+    for _ in range(3):
+        certificate(tmp_path, "meter.example")
+        made.reload()
+    stop.set()
+    for client in clients:
+        client.join()
+    assert set(answers) == {200}
+    assert get(0, "h", "/", sock=kept)[0] == 200, "a connection of before goes on"
+    with connect(made.tls_port, "meter.example", files[0]) as sock:
+        assert sock.getpeercert(binary_form=True) != first
+    kept.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("routes = 3", "ingress.toml"),
+        ('[tls]\nlisten = "127.0.0.1:1x"\n[[tls.certificates]]\ncertificate = "a"\nkey = "a"\n', "tls.listen"),
+        (
+            '[tls]\nlisten = "127.0.0.1:PORT"\n[[tls.certificates]]\ncertificate = "/none.pem"\nkey = "/none.pem"\n',
+            "cannot read certificate /none.pem",
+        ),
+        (
+            '[tls]\nlisten = "127.0.0.1:PORT"\n[[tls.certificates]]\ncertificate = "FILE"\nkey = "FILE"\n',
+            "cannot use certificate",
+        ),
+    ],
+)
+def test_what_is_not_valid_leaves_all_as_it_was_and_keeps_a_host_from_starting(ingress, files, tmp_path, text, said):
+    (tmp_path / "broken.pem").write_text("no certificate\n")
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    text = text.replace("PORT", str(support.free_port())).replace("FILE", str(tmp_path / "broken.pem"))
+    made.reload(text, said="the ingress goes on as before")
+    assert said in made.log
+    with connect(made.tls_port, "meter.example", files[0]) as sock:
+        assert get(0, "h", "/", sock=sock)[0] == 200
+    made.host.close()
+    command = [sys.executable, "-m", "agent.host.cli", "run", "--ingress", f"127.0.0.1:{made.host.port}"]
+    places = ["--runtime", str(made.host.runtime), "--state", str(made.host.state), "--ingress-config", str(made.file)]
+    done = subprocess.run([*command, *places], capture_output=True, check=False, timeout=120, cwd=support.ROOT)
+    assert done.returncode == 1
+    assert said in done.stderr.decode()
+
+
+def test_tls_can_come_move_and_go_while_the_host_runs(ingress, files):
+    made = ingress(ROUTES)
+    made.reload(tls_text(made.tls_port, files[0]))
+    with connect(made.tls_port, "meter.example", files[0]) as kept:
+        assert get(0, "h", "/", sock=kept)[0] == 200
+        other = support.free_port()
+        made.reload(tls_text(other, files[0]))
+        with connect(other, "meter.example", files[0]) as sock:
+            assert get(0, "h", "/", sock=sock)[0] == 200
+        with pytest.raises(ConnectionRefusedError):
+            connect(made.tls_port, "meter.example", files[0])
+        made.reload(ROUTES)
+        with pytest.raises(ConnectionRefusedError):
+            connect(other, "meter.example", files[0])
+        assert get(0, "h", "/", sock=kept)[0] == 200
+
+
+def test_a_terminator_or_router_that_is_killed_is_replaced(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    helpers = [pid for pid, command in children(made.host.process.pid).items() if b"agent.host.cli" in command]
+    for pid in helpers:
+        os.kill(pid, signal.SIGKILL)
+    for name in ("router", "TLS terminator"):
+        eventually(lambda said=f"host: the {name} ended": said in made.log, name)
+
+    def answers():
+        try:
+            with connect(made.tls_port, "meter.example", files[0]) as sock:
+                return get(0, "h", "/", sock=sock)[0] == 200
+        except OSError:
+            return False
+
+    eventually(answers, "answers over TLS")
+
+
+def test_routes_lists_what_answers_where(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    own = support.free_port()
+    assert isinstance(made.host.start("hello", support.a_run("alone", 1, port=own)), host_api.Started)
+    command = [sys.executable, "-m", "agent.cli", "routes", "--runtime", str(made.host.runtime)]
+    command += ["--state", str(made.host.state / "agent")]
+    text = subprocess.run(command, capture_output=True, check=True, timeout=60, text=True, cwd=support.ROOT).stdout
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines == [
+        f"shared port http://127.0.0.1:{made.host.port}",
+        f"with TLS https://127.0.0.1:{made.tls_port} for meter.example, other.example",
+        "meter.example/api target answers; without /api; bodies up to 10B",
+        "/echo/ echo answers; by its name, also as echo.ANYTHING",
+        "/target/ target answers; by its name, also as target.ANYTHING",
+        "/ echo answers; heads up to 2KiB",
+        f":{own} alone answers",
+    ]
+    made.host.ask(host_api.Stop, instance="target")
+    done = subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=60, cwd=support.ROOT)
+    found = json.loads(done.stdout)
+    assert [each["answers"] for each in found["routes"] if each["instance"] == "target"] == [None]

@@ -1,0 +1,231 @@
+"""`fleet-agent diagnose` of a device with secrets wherever they could be: the archive has all the rest, bounded."""
+
+import base64
+import io
+import json
+import logging
+import os
+import stat
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from agent import systemd
+from agent.host.ipc import framing, host_api
+from agent.report import diagnose
+from agent.update.state import FailedItem, Transition
+from agent.update.store import Store
+from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Grants, Http, Manifest, SecretKey
+from fleet.protocol.messages import Report
+from tests.agent.read_only_places import read_only, unshare
+from tests.agent.running_device import RunningDevice, committed_demo
+
+PASSWORD = "correct-horse-battery-staple-9911"
+PROXY_PASSWORD = "pr0xy-passw0rd-4711"
+TOKEN = "wf1.eyJub3QiOiJhIHJlYWwgdG9rZW4sIGJ1dCBsb25nIn0"
+MEMBERS = {
+    *("status.txt", "status.json", "device.json", "check.json", "host.json", "configuration.json", "files.txt"),
+    *("kernel.txt", "log/agent.log", "log/instances/careless.log"),
+}
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    with RunningDevice(tmp_path_factory.mktemp("device"), "web") as made:
+        text = f'[network]\nproxy = "http://user:{PROXY_PASSWORD}@127.0.0.1:1"\n'
+        (made.directory / "agent.toml").write_text(text)
+        made.start_host()
+        assert made.agent("restore").returncode == 0
+        tell_secrets(made)
+        made.start_agent()
+        yield made
+
+
+def keys(device):
+    return {name: (device.state / "identity" / name).read_bytes() for name in ("device.key", "sealing.key", "mac.key")}
+
+
+def tell_secrets(device):
+    """Write secrets to each place that goes into an archive: as a careless component, library or person would."""
+    report = Report(
+        device="crane-0a1b2c3d",
+        boot_id="b",
+        sequence=0,
+        at=committed_demo()[0].at,
+        assignment=1,
+        instance="web",
+        message=f"cannot reach https://me:{PROXY_PASSWORD}@example.org/ with {TOKEN}",
+        code=RejectCode.UNREACHABLE,
+        log=(keys(device)["device.key"].decode(), base64.b64encode(keys(device)["mac.key"]).decode()),
+    )
+    store = Store(device.places.database)
+    failure = FailedItem(
+        instance="web",
+        key="k",
+        attempt=0,
+        target="t",
+        code=RejectCode.UNREACHABLE,
+        message=f"token {TOKEN}",
+        at=report.at,
+    )
+    store.apply(Transition(report=report, failure=failure))
+    store.set_problems([f"key {keys(device)['mac.key'].hex()}"])
+    store.close()
+    log = device.places.log
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as file:
+        for name, key in keys(device).items():
+            body = b"".join(line for line in key.splitlines() if not line.startswith(b"---"))
+            for each in (key, body, key.hex().encode(), base64.b64encode(key), base64.urlsafe_b64encode(key)):
+                file.write(b"%s: %s\n" % (name.encode(), each))
+    secrets(device)
+
+
+def secrets(device):
+    """Run a component that logs its secret."""
+    manifest = Manifest(
+        name="careless",
+        version="1.0.0",
+        trigger=Http(),
+        grants=Grants(interfaces=("wasi:logging", "wasi:config")),
+        secrets={"db-password": SecretKey()},
+    )
+    run = host_api.Run(
+        instance="careless",
+        generation=1,
+        target="components/main/careless/1.0.0.wasm",
+        manifest=manifest,
+        grants=manifest.grants,
+        limits=manifest.limits,
+        config={"api-key": PASSWORD},
+        secrets=("db-password",),
+    )
+    from agent.host.engine.runtime import Engine
+
+    text = (RunningDevice.guests / "secret.wat").read_text()
+    image = Engine(fuel=False).compile(text)
+    value = json.dumps({"db-password": PASSWORD}).encode()
+    with host_api.new_socket() as sock:  # one connection: the host holds secrets as long as the agent is there
+        sock.settimeout(60)
+        sock.connect(str(device.places.host_socket))
+        for request, data in (
+            (host_api.PutSecrets(id=1, instance="careless", generation=1), value),
+            (host_api.Start(id=2, run=run), image),
+        ):
+            fd = framing.constant_memfd("data", lambda fd, data=data: os.write(fd, data))
+            host_api.send(sock, request, fd)
+            os.close(fd)
+            reply = host_api.receive_from_host(sock)
+            assert not isinstance(reply, host_api.Failed), reply
+    assert device.answers("careless") == 200
+
+
+def unpacked(path):
+    with tarfile.open(path) as archive:
+        return {each.name.removeprefix("diagnose/"): archive.extractfile(each).read() for each in archive.getmembers()}
+
+
+def made(device, name, **more):
+    path = device.directory / name
+    done = device.agent("diagnose", "-o", str(path), "--host-state", str(device.directory / "host"), **more)
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return unpacked(path)
+
+
+def no_secret_in(device, members):
+    """No secret is there, in any of the forms in which it could have been written."""
+    wanted = {PASSWORD.encode(), PROXY_PASSWORD.encode(), TOKEN.encode(), b"PRIVATE KEY"}
+    for key in keys(device).values():
+        body = b"".join(line for line in key.splitlines() if not line.startswith(b"---"))
+        for each in (key, body):
+            forms = {each, each.hex().encode(), base64.b64encode(each), base64.urlsafe_b64encode(each).rstrip(b"=")}
+            wanted |= forms | {each[:24], each[-24:]}
+    found = {(name, secret) for name, data in members.items() for secret in wanted if secret in data}
+    assert found == set()
+
+
+def test_the_archive_has_everything_but_secrets(device):
+    members = made(device, "device.tar.gz")
+    assert members.keys() >= MEMBERS
+    no_secret_in(device, members)
+    assert b"web: runs main/hello@1.0.0" in members["status.txt"]
+    assert b"cannot reach https://[secret]@example.org" in members["status.txt"]
+    assert b"agent of crane-0a1b2c3d" in members["log/agent.log"]
+    assert json.loads(members["configuration.json"])["network"]["proxy"] == "http://127.0.0.1:1"
+    assert "web" in {each["instance"] for each in json.loads(members["host.json"])[0]["running"]}
+    assert {each["name"] for each in json.loads(members["check.json"])} >= {"machine", "identity", "disk"}
+    assert b"identity/device.key" in members["files.txt"], "its name, size and mode"
+    assert sum(map(len, members.values())) <= diagnose.ALL_MAX_BYTES
+
+
+@pytest.mark.skipif(not unshare(), reason="no mount namespaces for this user")
+def test_an_archive_of_a_device_with_a_read_only_disk(device, tmp_path):
+    prefix, device.prefix = device.prefix, read_only(device.state)
+    try:
+        members = made(device, "read-only.tar.gz")
+    finally:
+        device.prefix = prefix
+    assert b"read-only file system" in members["status.txt"]
+    no_secret_in(device, members)
+
+
+def test_an_archive_of_a_device_without_host_and_history(tmp_path):
+    with RunningDevice(tmp_path) as bare:
+        members = made(bare, "bare.tar.gz")
+        assert b"cannot be read" in members["host.json"]
+        no_secret_in(bare, members)
+
+
+def test_an_archive_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnose, "ALL_MAX_BYTES", 1000)
+    sources = [diagnose.Source(f"{name}.txt", 600, lambda: b"x" * 5000 + b"end") for name in "abc"]
+    monkeypatch.setattr(diagnose, "_sources", lambda _: iter(sources))
+    buffer = io.BytesIO()
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        said = list(diagnose._members(SimpleNamespace(as_owner=nullcontext), archive, []))
+    assert said[0] == "a.txt: 600 bytes"
+    assert said[-1].endswith("b.txt, c.txt")
+
+
+@pytest.mark.root
+def test_files_of_the_agents_user_are_read_as_that_user():
+    """A link in the place of its log leads to no file of root's."""
+    # every user may search it, which is not so in pytest's own
+    with tempfile.TemporaryDirectory(prefix="wf-") as place, RunningDevice(Path(place), "web") as device:
+        Path(place).chmod(0o711)
+        hidden = Path(place) / "shadow"
+        hidden.write_text("only for root")
+        hidden.chmod(0o600)
+        device.places.log.parent.mkdir()
+        device.places.log.symlink_to(hidden)
+        for path in (device.state, *device.state.rglob("*")):
+            os.lchown(path, 54321, 54321)
+        members = made(device, "device.tar.gz")
+        assert b"only for root" not in b"".join(members.values())
+        assert b"cannot be read: PermissionError" in members["log/agent.log"]
+        owners = {path.lstat().st_uid for path in device.state.rglob("*")}
+        assert owners == {54321}, "nothing of root's is left where the agent has to write"
+
+
+def test_the_agents_log_is_kept_within_two_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(systemd, "KEPT_BYTES", 4096)
+    handler = systemd.KeptLog(tmp_path / "log" / "agent.log")
+    for number in range(200):
+        handler.handle(logging.LogRecord("agent", logging.INFO, "", 0, f"record {number}\x1b[2J", (), None))
+    handler.close()
+    files = sorted((tmp_path / "log").iterdir())
+    assert [path.name for path in files] == ["agent.log", "agent.log.1"]
+    assert sum(path.stat().st_size for path in files) <= 4096
+    text = files[0].read_text()
+    assert "record 199\\x1b[2J" in text
+    assert all(line[10] == "T" and line[19] == "Z" for line in text.splitlines())
+    (tmp_path / "file").write_text("")
+    broken = systemd.KeptLog(tmp_path / "file" / "agent.log")
+    broken.handle(logging.LogRecord("agent", logging.INFO, "", 0, "lost", (), None))
