@@ -32,6 +32,9 @@ from fleet.protocol.printable import json_text, printable
 TOKEN_MAX_BYTES: Final = 8192
 HOST_WAIT_S: Final = 30.0
 APPLY_LOOK_S: Final = 0.1
+_LISTS_ROUTES: Final = 2
+"""Version of the host's protocol from which on it lists routes."""
+
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
@@ -488,7 +491,9 @@ def _routes(options: argparse.Namespace) -> int:
     async def ask() -> host_api.RouteList:
         link = HostClient(places.host_socket)
         try:
-            await link.connect()
+            welcome = await link.connect()
+            if welcome.protocol < _LISTS_ROUTES:
+                raise UsageError(f"the host ({welcome.version}) cannot list routes: systemctl restart fleet-host")
             return await link.ask(host_api.ListRoutes, host_api.RouteList)
         finally:
             link.close()
@@ -496,7 +501,7 @@ def _routes(options: argparse.Namespace) -> int:
     try:
         found = asyncio.run(ask())
     except HostGoneError as error:
-        raise UsageError(f"{error}: does fleet-host run, in this version? See systemctl status fleet-host") from error
+        raise UsageError(f"{error}: does fleet-host run? See systemctl status fleet-host") from error
     if options.json:
         _print_json({name: getattr(found, name) for name in ("ingress", "tls", "names", "routes")})
     else:

@@ -83,9 +83,8 @@ def composed_with_late_import(*, foreign: bool = False) -> bytes:
       (core module $m (func (export "f"))) (core instance $i (instantiate $m))
       (func $f (canon lift (core func $i "f")))
       (export $t "t" (type $t')) (export "ask" (func $f))"""
-    late = (
-        '(import "wasi:random/insecure@0.2.0" (instance (alias outer 1 $t (type $t\')) (export "t" (type (eq $t\')))))'
-    )
+    late = """(import "wasi:random/insecure@0.2.0" (instance
+        (alias outer 1 $t (type $t')) (export "t" (type (eq $t')))))"""
     text = f"""(component {_TYPES.format(types="")}
       (component $library {library})
       (instance $l (instantiate $library))

@@ -11,7 +11,6 @@ identity and asks.
 """
 
 import contextlib
-import enum
 import logging
 import os
 import stat
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -72,12 +71,11 @@ _MEANINGLESS: Final = frozenset(
 """Values, in lower case, that machines share whose maker has set none; and those of only one digit or letter."""
 
 
-class Origin(enum.Enum):
-    """Relation of an identity to the machine on which it is found."""
+Origin = Literal["same", "doubtful", "copied"]
+"""Relation of an identity to the machine on which it is found.
 
-    SAME = "same"
-    DOUBTFUL = "doubtful"  # only /etc/machine-id differs, or ids of the hardware contradict each other
-    COPIED = "copied"
+Doubtful where only /etc/machine-id differs, or where ids of the hardware contradict each other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,18 +204,18 @@ def origin(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> Orig
     alike = {name: before[name] == here[name] for name in before if name in here}
     strong = [same for name, same in alike.items() if name not in _WEAK]
     if strong:
-        return Origin.SAME if all(strong) else Origin.DOUBTFUL if any(strong) else Origin.COPIED
-    return Origin.SAME if all(alike.values()) else Origin.DOUBTFUL
+        return "same" if all(strong) else "doubtful" if any(strong) else "copied"
+    return "same" if all(alike.values()) else "doubtful"
 
 
 def is_copied_disk(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> bool:
     """Return whether an identity was certainly made on another machine: by every id of the hardware that is known."""
-    return origin(who, sources) is Origin.COPIED
+    return origin(who, sources) == "copied"
 
 
 def doubt(who: Identity, sources: Mapping[str, Path] = MACHINE_SOURCES) -> str:
     """Return a question to the device's owner where it is not certain that this machine enrolled; empty for none."""
-    if origin(who, sources) is not Origin.DOUBTFUL:
+    if origin(who, sources) != "doubtful":
         return ""
     return (
         f"this may be another machine than the one that enrolled as {who.device}, and goes on as that device: run "

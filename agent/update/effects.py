@@ -359,6 +359,24 @@ class EffectRunner:
         mine = (change.instance, change.generation)
         return next((ProbationSample.of(each) for each in figures if (each.instance, each.generation) == mine), None)
 
+    async def configure(self, committed: Committed, item: Item) -> bool:
+        """Give the instance that runs the configuration of an item; False where that needs a change of its own."""
+        run = run_of(item, committed.manifest, committed.generation, self._settings.policy)
+        try:
+            await self._host.wait()
+            if self._host.welcome is None or self._host.welcome.protocol < host_api.CONFIGURES:
+                return False
+            await self._host.ask(
+                host_api.Configure,
+                host_api.Done,
+                instance=item.instance,
+                generation=committed.generation,
+                config=run.config,
+            )
+        except (HostGoneError, HostRefusedError):
+            return False
+        return True
+
     async def figures(self) -> tuple[InstanceHealth, ...] | None:
         """Return the host's figures of all instances; None while there is no host."""
         try:

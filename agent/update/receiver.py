@@ -110,6 +110,12 @@ class BundleArrived:
 
 
 Input = AssignmentArrived | FreshnessArrived | PollAnswered | BundleArrived
+_NAMES: Final[dict[type[Input], str]] = {
+    AssignmentArrived: f"a message on down/{Down.DESIRED}",
+    FreshnessArrived: f"a message on down/{Down.FRESH}",
+    PollAnswered: "the server's answer to a poll",
+    BundleArrived: "a bundle",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +271,13 @@ class AssignmentReceiver:
                 continue
             try:
                 await self._handle(item)
-            except Exception:
-                # A broker's message may be unsigned and retained: if it ended the agent, it would do so at each start.
-                if isinstance(item, PollAnswered | BundleArrived):
-                    raise
-                channel = Down.DESIRED if isinstance(item, AssignmentArrived) else Down.FRESH
-                log.exception("dropped a message on down/%s", channel)
+            except Exception as error:
+                # An input that comes once comes at each start: retained by a broker, at the server, or on the disk.
+                log.exception("dropped %s", _NAMES[type(item)])
+                if isinstance(item, BundleArrived):  # whoever applied it waits for a verdict
+                    verdict = BundleVerdict(code=RejectCode.INTERNAL, message=f"internal error: {type(error).__name__}")
+                    with contextlib.suppress(OSError):
+                        await self._db.run(self._source.bundle.done, verdict)
             finally:
                 self.inbox.task_done()
 

@@ -48,6 +48,7 @@ from agent.update.state import (
     failure_of,
     fault,
     item_key,
+    reaches_running,
     set_failed,
     transition,
 )
@@ -134,6 +135,14 @@ class HostInspected:
 
 
 @dataclass(frozen=True, slots=True)
+class Configured:
+    """The instance that runs has the configuration of an item, or needs a change for it."""
+
+    item: Item
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """Time to settle again: a failed item may be tried again, or the disk may have room."""
 
@@ -146,6 +155,7 @@ Input = (
     | GenerationWanted
     | ImageDamaged
     | HostInspected
+    | Configured
     | TimerFired
 )
 
@@ -196,6 +206,8 @@ class Reconciler:
         self._inspection: asyncio.Task[tuple[InstanceHealth, ...] | None] | None = None
         self._is_state_wanted = False
         self._adopting: set[str] = set()
+        self._configuring: dict[str, asyncio.Task[bool]] = {}
+        self._needs_change: set[tuple[str, str]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.TimerHandle] = set()
 
@@ -221,8 +233,8 @@ class Reconciler:
     @property
     def is_idle(self) -> bool:
         """True if no input waits, no change is under way, and neither a stop nor a question to the host."""
-        busy = self._is_handling or self.state.active or self._stops or self._inspection is not None
-        return self.inbox.empty() and not busy
+        asked = self._inspection is not None or self._configuring
+        return self.inbox.empty() and not (self._is_handling or self.state.active or self._stops or asked)
 
     # Life
 
@@ -261,7 +273,7 @@ class Reconciler:
         for timer in [*self._delayed, *filter(None, [self._timer])]:
             timer.cancel()
         active = [each.task for each in self.state.active.values() if each.task is not None]
-        tasks = [*active, *self._stops.values(), *filter(None, [self._inspection])]
+        tasks = [*active, *self._stops.values(), *self._configuring.values(), *filter(None, [self._inspection])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -278,6 +290,7 @@ class Reconciler:
         match item:
             case AssignmentAccepted(assignment):
                 self.state.desired = assignment
+                self._needs_change.clear()
             case ViolationsFound(violations):
                 self.state.violations = violations
             case EffectFinished(instance, serial, result):
@@ -290,8 +303,8 @@ class Reconciler:
                 await self._renew(committed, answer)
             case ImageDamaged(artifact, message):
                 await self._report_damage(artifact, message)
-            case HostInspected(figures):
-                await self._inspected(figures)
+            case HostInspected() | Configured():
+                await self._answered(item)
             case TimerFired():
                 self._ask_again()
 
@@ -575,6 +588,8 @@ class Reconciler:
         match step.act:
             case Act.REMOVE | Act.START if step.instance in self._stops:
                 pass  # the plan is made again once the instance has been stopped
+            case Act.START if item is not None and self._is_configured_live(item):
+                self._configure(item)
             case Act.REMOVE | Act.START:
                 event = Event.REMOVE if item is None else Event.BEGIN
                 self._add(Change(instance=step.instance, assignment=version, state=State(), item=item), event)
@@ -624,6 +639,13 @@ class Reconciler:
         if not task.cancelled():
             self.post(HostInspected(task.result()))
 
+    async def _answered(self, item: HostInspected | Configured) -> None:
+        """Take an answer of the host."""
+        if isinstance(item, Configured):
+            await self._configured(item)
+        else:
+            await self._inspected(item.figures)
+
     async def _inspected(self, figures: tuple[InstanceHealth, ...] | None) -> None:
         """Report what the host was asked for: committed items that a rollout asks for anew, and the whole state."""
         if figures is None:
@@ -662,6 +684,45 @@ class Reconciler:
             return
         committed = msgspec.structs.replace(have, item=item, assignment=desired.version)
         await self._apply(Transition(committed=committed, report=report))
+
+    # Configuration without a restart
+
+    def _is_configured_live(self, item: Item) -> bool:
+        """Tell whether the instance that runs can be given an item's configuration, as far as is known."""
+        have = self.state.committed.get(item.instance)
+        known = (item.instance, item_key(item)) in self._needs_change
+        return have is not None and not known and reaches_running(have, item)
+
+    def _configure(self, item: Item) -> None:
+        """Ask the host to configure the instance; the answer comes as an input, and persists it."""
+        if item.instance in self._configuring:
+            return  # the plan is made again after it
+        have = self.state.committed[item.instance]
+        task = asyncio.get_running_loop().create_task(self._effects.configure(have, item))
+        self._configuring[item.instance] = task
+        task.add_done_callback(functools.partial(self._configure_ended, item))
+
+    def _configure_ended(self, item: Item, task: asyncio.Task[bool]) -> None:
+        del self._configuring[item.instance]
+        if not task.cancelled():
+            self.post(Configured(item, task.exception() is None and task.result()))
+
+    async def _configured(self, answer: Configured) -> None:
+        """Persist the item that an instance has been configured with, and report its state.
+
+        After a power cut before this, the item is asked for again, which changes nothing.
+        """
+        item, instance, desired = answer.item, answer.item.instance, self.state.desired
+        wanted, have = self.state.wanted().get(instance), self.state.committed.get(instance)
+        if not answer.done:
+            self._needs_change.add((instance, item_key(item)))
+        is_wanted = wanted is not None and item_key(wanted) == item_key(item) and instance not in self.state.active
+        if not answer.done or not is_wanted or have is None or desired is None or not reaches_running(have, item):
+            return
+        await self._apply(Transition(committed=msgspec.structs.replace(have, item=item, assignment=desired.version)))
+        await self._write_runset()
+        self._adopting.add(instance)
+        self._inspect()
 
     async def _refuse_again(self, item: Item, version: int) -> None:
         """Report to the rollout that asks now that the item failed before and is not tried again."""

@@ -57,6 +57,19 @@ def item_key(item: Item) -> str:
     return hashlib.sha256(b"{%s}" % body).hexdigest()
 
 
+def reaches_running(before: "Committed", item: Item) -> bool:
+    """Tell whether an item differs from a committed one only in keys whose change needs no restart."""
+    unkeyed = [
+        msgspec.structs.replace(each, config={}, attempt=0, rollout="", atomic="") for each in (before.item, item)
+    ]
+    old, new, known = before.item.config, item.config, before.manifest.config
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    if unkeyed[0] != unkeyed[1] or not changed or item.atomic or item.attempt > before.item.attempt:
+        return False
+    live = all(key in known and not known[key].restart for key in changed)
+    return live and not any(known[key].flaw(new[key]) for key in changed & new.keys())
+
+
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
     """Item that runs and starts again after a boot.
 

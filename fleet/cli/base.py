@@ -310,6 +310,11 @@ def explain(error: Exception) -> int:
         case click.UsageError() if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class
             click.echo(error.format_message())
             return Exit.USAGE
+        case click.NoSuchOption(possibilities=near):
+            # click 8.1 writes it without quotes and in one sentence
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            path = error.ctx.command_path if error.ctx is not None else "fleet"
+            line, code = f"No such option '{error.option_name}'.{hint} See '{path} --help'", Exit.USAGE
         case click.UsageError():
             path = error.ctx.command_path if error.ctx is not None else "fleet"
             words = _one_line(error.format_message())

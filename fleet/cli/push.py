@@ -357,8 +357,8 @@ def _checked(who: Operator, client: Client, targets: Sequence[TargetName], prefl
     checked_by, problems, warnings = "", [*preflight.problems], [*preflight.warnings]
     for target in targets:
         with _published(who, client, target) as prepared:
-            if prepared is None:
-                warnings.append(f"{target} was not checked: this machine does not find it published")
+            if isinstance(prepared, str):
+                warnings.append(f"{target} was not checked: {prepared}")
                 continue
             seen = host_check.judge(prepared.file, prepared.component, prepared.manifest)
             seen = host_check.on_devices(seen, offered)
@@ -370,11 +370,11 @@ def _checked(who: Operator, client: Client, targets: Sequence[TargetName], prefl
 
 
 @contextlib.contextmanager
-def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Prepared | None]:
-    """Fetch a published component into a file, for a check; None where it is not published. Raises `Fault`."""
+def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Prepared | str]:
+    """Fetch a published component into a file, for a check; a sentence where that cannot be. Raises `Fault`."""
     release = TrustStore(who, client).release(target.path)
     if release is None:
-        yield None
+        yield "this machine does not find it published"
         return
     data = client.artifact(release.sha256)
     if hashlib.sha256(data).hexdigest() != release.sha256:
@@ -382,7 +382,11 @@ def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Pr
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, f"{target.name}.wasm")
         file.write_bytes(data)
-        component = reader.read(data, file_name=file.name)
+        try:
+            component = reader.read(data, file_name=file.name)
+        except reader.NotAComponentError as error:
+            yield str(error)
+            return
         yield Prepared(file, data, component, release.manifest, None)
 
 

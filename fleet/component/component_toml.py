@@ -364,6 +364,7 @@ def _config_key(table: Table) -> ConfigKey:
         "max": most,
         "enum": table.texts("enum", lambda _: None),
         "pattern": table.text("pattern", ""),
+        "restart": table.switch("restart", True),
     }
     table.finish()
     key = ConfigKey(**given)
@@ -443,6 +444,7 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         inner += [f"{name} = {of}" for name, of in (("min", value.min), ("max", value.max)) if of is not None]
         inner += [f"enum = {texts(value.enum)}"] if value.enum else []
         inner += [f"pattern = {text(value.pattern)}"] if value.pattern else []
+        inner += [] if value.restart else ["restart = false"]
         name = key if _BARE_KEY.fullmatch(key) else text(key)
         lines += ["", f"[config.{name}]", *inner]
     for key, secret in manifest.secrets.items():

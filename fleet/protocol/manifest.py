@@ -299,6 +299,7 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         min, max: smallest and largest number; of a text, its fewest and most characters.
         enum: values that are allowed; empty for any.
         pattern: of a text, what describes the whole value (`fleet.protocol.pattern`); empty for any.
+        restart: whether a change of its value makes a new generation; otherwise it reaches the one that runs.
     """
 
     description: str = ""
@@ -308,6 +309,7 @@ class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max: Whole | None = None
     enum: tuple[str, ...] = ()
     pattern: str = ""
+    restart: bool = True
 
     def contradiction(self) -> str:
         """Say what no value can meet, or which of the declared values is none; empty for nothing."""
@@ -420,7 +422,7 @@ LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 
 
-LATER_OF_KEYS: Final = ("type", "min", "max", "enum", "pattern")
+LATER_OF_KEYS: Final = ("type", "min", "max", "enum", "pattern", "restart")
 """The same, in each configuration key."""
 
 

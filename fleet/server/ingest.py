@@ -95,7 +95,7 @@ class Ingest:
         self._signing: set[str] = set()
         self._new_signing: dict[str, None] = {}  # devices of `_signing` of which the store does not know it yet
         self._rollouts: dict[str, RolloutRow | None] = {}  # by the name that reports of one batch use
-        self._members: dict[tuple[int, str], tuple[Member, Extra]] = {}  # that reports of one batch changed
+        self._members: dict[tuple[int, str], tuple[Member, Extra]] = {}  # changed by reports of one batch
         self._moved: set[int] = set()  # rollouts whose devices went on by reports of one batch
         self._seen: dict[str, None] = {}  # devices that reported in one batch
         self.counts: Counter[str] = Counter()

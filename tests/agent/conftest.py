@@ -73,6 +73,7 @@ class SimHost:
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
         self.die_on = None  # a request type at which the host dies
+        self.protocol = host_api.PROTOCOL
         self.page = 64  # instances that fit in one packet
         self._peers = []
         self._listener = None
@@ -127,6 +128,7 @@ class SimHost:
                     engine="50",
                     containment={},
                     ingress="",
+                    protocol=self.protocol,
                     **self._paged("running", request.after, self._running),
                 )
             case host_api.PutSecrets():
@@ -147,6 +149,12 @@ class SimHost:
                 self.running[run.instance] = run
                 self.states.pop(run.target, None)
                 return host_api.Started(id=request.id, instance=run.instance, generation=run.generation)
+            case host_api.Configure():
+                run = self.running[request.instance]
+                if request.config.get("refuse") or run.generation != request.generation:
+                    return host_api.Failed(id=request.id, code="start-failed", message="not without a restart")
+                self.running[request.instance] = msgspec.structs.replace(run, config=request.config)
+                return host_api.Done(id=request.id)
             case host_api.Commit():
                 self.warm.pop(request.instance, None)
                 return host_api.Done(id=request.id)

@@ -133,9 +133,10 @@ class RunningDevice:
             sock.settimeout(60)
             sock.connect(str(self.places.host_socket))
             host_api.send(sock, kind(id=1, **fields))
-            while getattr(reply := host_api.receive_from_host(sock), "id", None) != 1:
-                pass
-            return reply
+            while True:
+                reply = host_api.receive_from_host(sock)
+                if getattr(reply, "id", None) == 1:
+                    return reply
 
     def ask_host_to_stop(self, instance):
         """Stop an instance on the host."""

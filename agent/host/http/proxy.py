@@ -52,6 +52,8 @@ KEPT_S: Final = 60
 READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
 _HIGH_BYTES: Final = 256 * 1024
 _BODILESS: Final = frozenset({204, 304})
+_SHORT_S: Final = 0.1
+"""Time in which a worker may end by accident: a request that it had read for longer is not sent to another."""
 
 
 class UpstreamPool:
@@ -152,6 +154,7 @@ class UpstreamConnection(HttpUpstream, asyncio.Protocol):
         self._sock = sock
         self._parser: Any = None
         self._head_done = self._done = self._reusable = self._more = False
+        self._begun_s = 0.0
         loop = asyncio.get_running_loop()
         self._transport: Any = loop._make_socket_transport(sock, self)  # type: ignore[attr-defined]  # noqa: SLF001 - there at once, without a task
         self._transport.max_size = READ_BYTES
@@ -161,6 +164,7 @@ class UpstreamConnection(HttpUpstream, asyncio.Protocol):
         self.client, self.exchange = client, exchange
         self._parser = httptools.HttpResponseParser(self)
         self._head_done = self._done = self._reusable = self._more = False
+        self._begun_s = time.monotonic()
         self._transport.write(exchange.head)
 
     def write(self, data: bytes) -> None:
@@ -248,7 +252,6 @@ class UpstreamConnection(HttpUpstream, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the exchange under way: the instance hung up."""
-        del exc
         self.lost = True
         client, exchange = self.client, self.exchange
         self.client = self.exchange = None
@@ -258,6 +261,9 @@ class UpstreamConnection(HttpUpstream, asyncio.Protocol):
             exchange.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
             client.answered(exchange)
         else:
+            # A worker that ends with the request unread resets the connection; without that, the guest had begun.
+            begun = exc is None and time.monotonic() - self._begun_s > _SHORT_S
+            exchange.retried = exchange.retried or begun
             client.upstream_failed(exchange)
 
     def drop(self) -> None:

@@ -30,8 +30,14 @@ from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
-PROTOCOL: Final = 2
-"""Version of this protocol: 2 names its version, and answers requests that it cannot read."""
+PROTOCOL: Final = 3
+"""Version of this protocol.
+
+2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`.
+"""
+
+CONFIGURES: Final = 3
+"""Version from which on `Configure` is known."""
 
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
@@ -170,6 +176,19 @@ class Restart(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
     instance: str
 
 
+class Configure(msgspec.Struct, frozen=True, kw_only=True, tag="configure"):
+    """Give the generation that runs this configuration, without a restart. Answered with `Done`.
+
+    Answered with `Failed`, and nothing has changed, where that generation does not run alone, or the component reads
+    its configuration at its start only. Hosts before `CONFIGURES` do not know it.
+    """
+
+    id: Count
+    instance: str
+    generation: Count
+    config: dict[str, str]
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """Ask for the figures of every instance, from the one after `after` on. Answered with `HostStats`.
 
@@ -196,7 +215,7 @@ class ListRoutes(msgspec.Struct, frozen=True, kw_only=True, tag="list-routes"):
     id: Count
 
 
-Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Status | Logs | ListRoutes
+Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Configure | Status | Logs | ListRoutes
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):

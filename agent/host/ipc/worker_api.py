@@ -192,6 +192,13 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     id: Count = 0
 
 
+class Configure(msgspec.Struct, frozen=True, kw_only=True, tag="configure"):
+    """Give the guest this configuration from now on, its secrets left out. Answered with `Configured`, in turn."""
+
+    config: dict[str, str]
+    id: Count = 0
+
+
 class EarlierOpenShared(OpenShared, frozen=True, kw_only=True, tag="open"):
     """`OpenShared` as supervisors before 0.2.0 send it: only read, as the other earlier forms."""
 
@@ -210,7 +217,7 @@ class EarlierDrain(Drain, frozen=True, kw_only=True, tag="hand-over"):
     """`Drain` of supervisors before 0.2.0."""
 
 
-Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState
+Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState | Configure
 ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume | Interrupt
 Earlier = EarlierOpenShared | EarlierAddSlot | EarlierAcceptConnections | EarlierDrain
 
@@ -284,6 +291,13 @@ class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="state-loaded")
     id: Count = 0
 
 
+class Configured(msgspec.Struct, frozen=True, kw_only=True, tag="configured"):
+    """Reply to `Configure`: None for done."""
+
+    problem: str | None = None
+    id: Count = 0
+
+
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     """Reply to `Probe`."""
 
@@ -318,7 +332,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded
+Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded | Configured
 FromWorker = Reply | Line | Fault | Busy | Overdue
 
 _to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker | Earlier)

@@ -191,8 +191,8 @@ def router_spec(directory: str) -> SandboxSpec:
         uid=_ROUTER_UID if can_assign_users() else None,
         root=directory,
         filter=seccomp.router,
-        descriptors=5
-        * _FILES_MAX,  # clients, connections to instances for them, idle connections, own clients, channels
+        # Clients of the shared port and of own ones, connections to instances for them, idle connections, channels.
+        descriptors=5 * _FILES_MAX,
     )
 
 
@@ -496,7 +496,7 @@ def holds(layer: str, in_way: str, here: str, layers: Mapping[str, bool]) -> boo
     if in_way == here or layer not in _BY_NAMESPACES:
         return layers[layer]
     if in_way == USER and here == ROOT and not layers["mount"]:
-        return False  # what root may not do here, a user may not either
+        return False  # a user may do no more than root here
     return in_way != BARE
 
 

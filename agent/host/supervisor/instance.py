@@ -181,6 +181,13 @@ class Instance:
         self._set_state(InstanceState.RUNNING)
         self._timers.start(generation)
 
+    async def configure(self, number: int, config: dict[str, str]) -> None:
+        """Give the generation that runs another configuration; raises `StartError`, and then nothing has changed."""
+        generation = self.current
+        if generation is None or generation.number != number or self.previous is not None:
+            raise StartError(RejectCode.HOST_GONE, f"{self.name}: generation {number} does not run alone")
+        await self._workers.configure(generation, config)
+
     async def stop(self) -> None:
         """Drain, then end every worker."""
         self._timers.stop()

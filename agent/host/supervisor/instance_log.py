@@ -18,7 +18,7 @@ from fleet.protocol.bounds import KIB, MIB
 
 _LINE_MAX_CHARS: Final = 1100
 FILE_MAX_BYTES: Final = 2 * MIB
-"""Size of each of the two files of an instance: a full one takes the place of the one before."""
+"""Size of each of the two files of an instance: once one is full, the other begins anew."""
 
 _ALL_MAX_BYTES: Final = 64 * MIB
 _PENDING_MAX_BYTES: Final = 16 * KIB
@@ -29,7 +29,9 @@ class LogFile:
     """Lines of an instance on the disk."""
 
     def __init__(self, path: Path, files: "LogFiles") -> None:
-        self.path = path
+        both = [path, path.with_name(path.name + OLDER)]
+        # the next lines follow the newest: the one that was written last
+        self._path, self._other = sorted(both, key=_written_at, reverse=True)
         self._files = files
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -48,18 +50,29 @@ class LogFile:
             return
         data, self._pending, self._pending_bytes = b"".join(self._pending), [], 0
         with contextlib.suppress(OSError):
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            begins = _size(self._path) + len(data) > FILE_MAX_BYTES
+            if begins:
+                self._path, self._other = self._other, self._path
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self._path, flags | (os.O_TRUNC if begins else 0), 0o600)
             try:
-                is_full = os.fstat(fd).st_size + len(data) > FILE_MAX_BYTES
-                if not is_full:
-                    self._files.written_bytes += os.write(fd, data)
+                self._files.written_bytes += os.write(fd, data)
             finally:
                 os.close(fd)
-            if is_full:
-                self.path.replace(self.path.with_name(self.path.name + OLDER))
-                self.path.write_bytes(data)
-                self.path.chmod(0o600)
-                self._files.written_bytes += len(data)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
 
 
 class LogFiles:

@@ -233,11 +233,8 @@ class Supervisor:
                 return await self._revert(request)
             case host_api.PutSecrets():
                 self._resources.secrets.hold(request, fd)
-            case host_api.Commit() | host_api.Stop() | host_api.Restart():
-                instance = self._instances.get(request.instance)
-                if instance is not None:
-                    async with instance.lock:
-                        await self._change(instance, request)
+            case host_api.Commit() | host_api.Stop() | host_api.Restart() | host_api.Configure():
+                await self._change(request)
         return host_api.Done(id=request.id)
 
     def _told(self, request: host_api.Hello | host_api.ListRoutes | host_api.Logs) -> host_api.Reply:
@@ -251,15 +248,23 @@ class Supervisor:
                 found = self._instances.get(request.instance)
                 return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
 
-    async def _change(self, instance: Instance, request: host_api.Commit | host_api.Stop | host_api.Restart) -> None:
-        match request:
-            case host_api.Commit():
-                await instance.commit(request.generation)
-            case host_api.Restart():
-                await instance.restart()
-            case host_api.Stop():
-                await instance.stop()
-                self._resources.cgroups.dismiss(instance.name)
+    async def _change(self, request: host_api.Commit | host_api.Stop | host_api.Restart | host_api.Configure) -> None:
+        instance = self._instances.get(request.instance)
+        if instance is None:
+            if isinstance(request, host_api.Configure):
+                raise StartError(RejectCode.HOST_GONE, f"{request.instance} does not run")
+            return
+        async with instance.lock:
+            match request:
+                case host_api.Commit():
+                    await instance.commit(request.generation)
+                case host_api.Configure():
+                    await instance.configure(request.generation, request.config)
+                case host_api.Restart():
+                    await instance.restart()
+                case host_api.Stop():
+                    await instance.stop()
+                    self._resources.cgroups.dismiss(instance.name)
 
     async def _revert(self, request: host_api.Revert) -> host_api.Started:
         instance = self._instances.get(request.instance)

@@ -12,6 +12,8 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
+import msgspec
+
 from agent.host.ipc import framing, worker_api
 from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
@@ -41,6 +43,8 @@ GRACE_S: Final = 5.0
 _HANDOVER_WAIT_S: Final = 1.0  # a swap waits no longer for connections; the rest follow while the new worker serves
 
 _SPARE_S: Final = 60.0
+_CONFIGURE_S: Final = 5.0
+"""Wait for a worker to take its configuration; a worker in a long call takes it in turn, and nobody waits for that."""
 
 
 class Tasks:
@@ -253,6 +257,24 @@ class WorkerSet:
         if generation.listener is not None:
             for worker in generation.alive:
                 self.serve(generation, worker)
+
+    async def configure(self, generation: Generation, config: dict[str, str]) -> None:
+        """Give every worker of a generation this configuration, those that start later included.
+
+        Raises:
+            StartError: the component cannot take it without a restart; nothing has changed.
+        """
+        before = generation.run
+        generation.run = msgspec.structs.replace(before, config=config)
+        for worker in generation.alive:
+            # a worker in a long call takes it in turn; for a worker that has ended another starts
+            with contextlib.suppress(WorkerGoneError, TimeoutError):
+                said = await worker.request(
+                    worker_api.Configure(config=config), reply=worker_api.Configured, timeout_s=_CONFIGURE_S
+                )
+                if said.problem is not None:
+                    generation.run = before
+                    raise StartError(RejectCode.START_FAILED, f"{self._name}: {said.problem}")
 
     async def finish_task(self, generation: Generation) -> None:
         """Wait until a task in flight has ended: two generations never run one at once."""

@@ -38,6 +38,8 @@ from agent.host.worker.watchdog import (
     WriteTicker,
     do_nothing,
 )
+from fleet.component.reader import bare
+from fleet.component.wasi import CONFIG, ENVIRONMENT
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits
 
@@ -180,7 +182,7 @@ class GuestRunner:
                 raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
             except GuestError:
                 guest.ended = True
-                guest.close()  # its memory may be large
+                guest.close()  # gives its memory back, which may be large
                 raise
 
     @contextlib.contextmanager
@@ -208,6 +210,18 @@ class GuestRunner:
         """
         if self._guest is None:
             self.start()
+
+    def configure(self, config: dict[str, str]) -> str | None:
+        """Let the guest read this configuration from its next look on; None for done, else a sentence.
+
+        An environment is fixed when the guest is instantiated.
+        """
+        names = {bare(name) for name, functions in self._image.imports.items() if functions}
+        if ENVIRONMENT in names and not names & set(CONFIG):
+            return "it reads its configuration from its environment, which stays as it was at its start"
+        self._config.clear()
+        self._config.update(config)
+        return None
 
     def _lacks(self, kind: str) -> str | None:
         """Return a sentence for a call to what the guest does not export; None where it does."""

@@ -270,6 +270,9 @@ class Worker:
                 self.say(worker_api.Ran(id=number, problem=self._caller.run(scheduled_ms or int(time.time() * 1000))))
             case worker_api.Probe(id=number):
                 self.say(worker_api.Probed(id=number))
+            case worker_api.Configure(id=number, config=config):
+                problem = self._caller.configure({**config, **self._secrets})
+                self.say(worker_api.Configured(id=number, problem=problem))
             case worker_api.SaveState() | worker_api.LoadState() | worker_api.Resume():
                 self._carry(message, fds)
             case worker_api.Setup() | worker_api.OpenShared() | worker_api.AddSlot():

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-ADDRESS = "127.83.14.53"
+ADDRESS = f"127.83.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 53}"  # tests may run side by side
 _TYPES = {1: 4, 28: 6}  # A, AAAA: version of the protocol
 _MOUNTS = """
 for each in hosts resolv.conf nsswitch.conf; do mount --bind "$0/$each" "/etc/$each" || exit; done

@@ -54,7 +54,11 @@ def test_a_log_has_its_newest_lines_within_two_files(tmp_path, monkeypatch):
     paths = sorted((tmp_path / "logs").iterdir())
     assert [path.name for path in paths] == ["web.log", "web.log.1"]
     assert all(path.stat().st_size <= 4096 + instance_log._PENDING_MAX_BYTES for path in paths)
-    assert paths[0].read_text().endswith("host: the last\n")
+    assert [path.read_text().endswith("host: the last\n") for path in paths].count(True) == 1
+    again = instance_log.InstanceLog(LogFiles(tmp_path / "logs").open("web"))
+    again.note("host: and on")
+    assert [path.read_text().endswith("host: and on\n") for path in paths].count(True) == 1
+    assert "host: the last\n" in "".join(path.read_text() for path in paths), "the older one is begun anew"
     assert files.written_bytes > 500 * 20
 
 

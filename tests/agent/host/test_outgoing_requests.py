@@ -29,6 +29,8 @@ from fleet.protocol.manifest import Grants, Limits
 from tests.agent.silent_address import silent
 from tests.eventually import NeverError, eventually
 
+pytestmark = pytest.mark.root  # a name server at port 53, and mounts
+
 TLS = (support.GUESTS / "asks-tls.wat").read_text().partition("\n(")[2]
 ANYWHERE = "{scheme}://127.0.0.0/8:{port}", "{scheme}://[::1]:{port}"
 

@@ -8,7 +8,9 @@ import pytest
 import support
 from echo_guest import ECHO
 from host_processes import lanes_of
-from support import Limits
+from support import Grants, Limits
+
+from agent.host.ipc import host_api
 
 
 @pytest.fixture
@@ -99,3 +101,15 @@ def test_an_instance_that_dies_in_a_call_is_a_502_and_nobody_elses_trouble(echo)
         assert support.read_answer(sock)[0] == 502
         # The client's connection is as good as before.
         assert support.http(echo.port, "GET /echo/ HTTP/1.1\r\nhost: x\r\n\r\n", sock)[0] == 200
+
+
+def test_a_request_that_was_ended_for_waiting_too_long_is_not_run_a_second_time(host):
+    """Its worker is ended with it, which looks like a worker that ended before it had read it."""
+    grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
+    run = support.a_run("waits", 1, grants=grants, limits=Limits(idle_ms=500))
+    assert isinstance(host.start("sleep", run), host_api.Started)
+    status, _, body = support.http(host.port, "GET /waits/ HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (status, body) == (502, b"waits ended before it answered\n")
+    host.event(lambda event: isinstance(event, host_api.Changed) and event.instance == "waits")
+    health = host.health("waits")
+    assert (health.calls, health.restarts) == ({"guest-timeout": 1}, 1)

@@ -42,6 +42,9 @@ head = "2KiB"
 """
 
 
+EARLIER_WELCOME = {"session": "s", "version": "0.1.0", "engine": "1", "containment": {}, "ingress": "", "running": []}
+
+
 class Ingress:
     """A host with a file of its owner, and the certificates that it names."""
 
@@ -298,6 +301,21 @@ def test_a_terminator_or_router_that_is_killed_is_replaced(ingress, files):
             return False
 
     eventually(answers, "answers over TLS")
+
+
+def test_routes_of_a_host_of_an_earlier_version_are_not_asked_for(tmp_path):
+    command = [sys.executable, "-m", "agent.cli", "routes", "--runtime", str(tmp_path), "--state", str(tmp_path)]
+    with host_api.new_socket() as listener:
+        listener.bind(str(tmp_path / "host.sock"))
+        listener.listen()
+        asked = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=support.ROOT, text=True)
+        host, _ = listener.accept()
+        with host:
+            hello = host_api.receive_request(host)[0]
+            host.send(json.dumps({"type": "welcome", "id": hello.id, **EARLIER_WELCOME}).encode())
+            errors = asked.communicate(timeout=60)[1]
+    assert asked.returncode == 1
+    assert "the host (0.1.0) cannot list routes" in errors
 
 
 def test_routes_lists_what_answers_where(ingress, files):

@@ -138,7 +138,7 @@ ENROLLED = {"serial": "1000abc", "dmi": "0b1e-4711", "id": "aabb"}
 def test_an_identity_follows_the_ids_of_the_hardware(tmp_path, here, found):
     who = msgspec.structs.replace(WHO, machine="serial:1000abc", evidence=ENROLLED)
     sources = machine(tmp_path, **here)
-    assert identity.origin(who, sources).value == found
+    assert identity.origin(who, sources) == found
     assert bool(identity.doubt(who, sources)) == (found == "doubtful")
 
 

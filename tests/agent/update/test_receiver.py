@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from agent.config import Policy
+from agent.link.bundle import Bundle
 from agent.link.https import FetchError
 from agent.report import status
 from agent.update import receiver as desired_module
 from agent.update import restore
-from agent.update.receiver import ARRIVALS_MAX, AssignmentArrived, FreshnessArrived
+from agent.update.receiver import ARRIVALS_MAX, AssignmentArrived, BundleArrived, FreshnessArrived, PollAnswered
 from fleet.protocol.codes import RejectCode
 from tests.agent.desired_case import NOW, Case
 from tests.eventually import eventually_async
@@ -138,6 +139,25 @@ async def test_the_servers_window_holds_for_polls(case, monkeypatch):
     await eventually_async(lambda: len(asked) >= 2, "two polls were put off")
     task.cancel()
     assert asked[0] == (0.0, 120.0)
+
+
+@pytest.mark.parametrize("item", [PollAnswered(b"{}", b"", "n"), BundleArrived(), AssignmentArrived(b"{}")])
+@pytest.mark.asyncio
+async def test_a_fault_while_an_input_is_handled_ends_nothing(case, monkeypatch, caplog, item):
+    async def broken(_item):
+        raise ValueError("a fault of our own")
+
+    sound = case.desired._handle
+    monkeypatch.setattr(case.desired, "_handle", broken)
+    case.server.bundle = Bundle(case.directory)
+    await case.work(item)
+    assert "dropped" in caplog.text
+    assert (case.directory / "outcome.json").exists() == isinstance(item, BundleArrived), (
+        "whoever applied a bundle is told"
+    )
+    monkeypatch.setattr(case.desired, "_handle", sound)
+    await case.judge(case.server.assignment(3))
+    assert case.deployer.versions == [3]
 
 
 @pytest.mark.asyncio

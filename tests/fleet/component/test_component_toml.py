@@ -198,6 +198,7 @@ def test_the_demo_s_own_texts(name):
         ("[config.x]\nenum = ['a', 'b']\ndefault = 'c'", "config.x: default: 'c' is none of a, b"),
         ("[config.x]\ntype = 'number'\nenum = ['1e3']", "config.x: enum: '1e3' is not a number"),
         ("[config.x]\npattern = '^a'", "config.x: pattern: column 1: ^ has no place"),
+        ("[config.x]\nrestart = 'no'", "config.x.restart: expected true or false, not a text"),
         ("[secrets.'a b']", "secrets: secret 'a b' is not a name"),
         ("[secrets.key]\nvalue = 'hunter2'", "secrets.key.value: unknown field"),
         ("[secrets.key]\nrequired = 'yes'", "secrets.key.required: expected true or false, not a text"),
@@ -329,6 +330,7 @@ manifests = st.builds(
         st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
         st.builds(ConfigKey, description=texts, default=st.none() | texts)
         | st.builds(ConfigKey, type=st.just("integer"), min=st.integers(-9, 0), max=st.integers(0, 9))
+        | st.builds(ConfigKey, restart=st.booleans())
         | st.builds(ConfigKey, type=st.just("boolean"), default=st.sampled_from(["true", "false"]))
         | st.builds(ConfigKey, pattern=st.sampled_from(["[a-z]+", '"\\\\x41|b"']))
         | st.builds(ConfigKey, type=st.just("text"), enum=st.lists(texts, max_size=3, unique=True).map(tuple)),

@@ -120,6 +120,9 @@ async def test_a_rollout_whose_place_another_took_ends_with_it_when_that_one_is_
         # no command shows it of devices that the newer rollout has not reached
         foreseen = {device: fleet.server._director.targets_after(row, after) for device, row in rows.items()}
         assert foreseen == {device.id: {"hello": one} for device in devices}, canary
+        asked = await fleet.command("withdraw", "hello@3.0.0")  # its input is at the end, as of a job that cron runs
+        said = "nothing was changed; the input ended before the question was answered; add --yes"
+        assert (asked.code, said in asked.stderr) == (130, True), asked
         assert (await fleet.command("withdraw", "hello@3.0.0", "--yes")).code == 0
         for device in devices:
             await device.until(lambda device: device.items["hello"].target == one)
