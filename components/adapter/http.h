@@ -14,15 +14,16 @@ typedef struct {
 } incoming_request;
 
 typedef struct {
-    const fields *trailers;
+    fields *trailers;
     uint8_t streamed;
     uint8_t outgoing; // of the answer to the outgoing request of this number
     uint32_t id;
 } incoming_body;
 
 typedef struct {
-    const fields *trailers;
+    fields *trailers;
     uint8_t got;
+    uint8_t awaited; // they come over the channel, behind the body
 } future_trailers;
 
 typedef struct {
@@ -56,6 +57,8 @@ typedef struct {
     uint8_t error;
     uint8_t streaming;
     uint8_t sent; // the answer's head went out before its body
+    uint8_t asked; // the host was asked for an outgoing request
+    uint32_t hops; // neighbours on this device that the request came through
     outgoing_response *response;
 } exchange;
 

@@ -1,4 +1,6 @@
-// The request that came in: its head was read by `begin`, its body is the store's standard input.
+// The request that came in: its head was read by `begin`, its body comes over the channel, or is the store's standard
+// input.
+#include "channel.h"
 #include "http.h"
 
 DESTRUCTOR(incoming_request, "incoming-request")
@@ -36,12 +38,14 @@ METHOD("incoming-request.consume") handle_or_nothing *incoming_request_consume(i
 METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_body *it) {
     if (it->streamed) return no_handle();
     it->streamed = 1;
-    return ok_handle(give_input(it->outgoing ? OURS(it->id) : get_stdin()));
+    if (it->outgoing) return ok_handle(give_input(OURS(it->id)));
+    return ok_handle(give_input(looping ? OURS(REQUEST_BODY) : get_stdin()));
 }
 
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {
     future_trailers *it = take_room(sizeof *it);
-    *it = (future_trailers){.trailers = incoming_body_take(body)->trailers};
+    incoming_body *from = incoming_body_take(body);
+    *it = (future_trailers){.trailers = from->trailers, .awaited = looping && !from->outgoing};
     return future_trailers_give(it);
 }
 
@@ -54,6 +58,7 @@ METHOD("future-trailers.subscribe") int32_t future_trailers_subscribe(const futu
 METHOD("future-trailers.get") nested_result *future_trailers_get(future_trailers *it) {
     nested_result *answer = take_room(sizeof *answer);
     *answer = (nested_result){.some = 1, .again = it->got};
+    if (it->awaited && !it->got) read_lines(it->trailers, channel_trailers());
     if (!it->got && it->trailers && it->trailers->count) {
         answer->trailers.some = 1;
         answer->trailers.handle = give_view(it->trailers);

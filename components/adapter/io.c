@@ -1,4 +1,5 @@
 // wasi:io and the standard streams as the guest sees them: each stream, pollable and error stands for one of the engine's.
+#include "channel.h"
 #include "io.h"
 
 IMPORT(ENGINE_POLL, "[method]pollable.ready") int32_t engine_ready(int32_t it);
@@ -9,7 +10,6 @@ IMPORT(ENGINE_STREAMS, "[resource-drop]input-stream") void drop_input(int32_t it
 IMPORT(ENGINE_STREAMS, "[resource-drop]output-stream") void drop_output(int32_t it);
 IMPORT(ENGINE_ERROR, "[method]error.to-debug-string") void engine_debug_string(int32_t it, text *said);
 IMPORT(ENGINE_ERROR, "[resource-drop]error") void drop_error(int32_t it);
-IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t engine_stdin(void);
 IMPORT("wasmfleet:engine/stderr@0.1.0", "get-stderr") int32_t engine_stderr(void);
 
 // Room for resources, outside the arena: freed ones are linked. A guest that holds more at a time ends here.
@@ -51,7 +51,7 @@ EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
 
 EXPORT(STREAMS "#[dtor]input-stream") void input_stream_dtor(input_stream *it) {
     if (it->engine >= 0) drop_input(it->engine);
-    else host_close(NUMBER(it->engine));
+    else if (!IS_OURS(NUMBER(it->engine))) host_close(NUMBER(it->engine));
     give_object_back(it);
 }
 
@@ -86,8 +86,11 @@ EXPORT(POLL "#[method]pollable.ready") int32_t pollable_ready(const pollable *it
     return it->engine == ALWAYS || engine_ready(it->engine);
 }
 
+// A guest that waits has written what it has to write for now.
 EXPORT(POLL "#[method]pollable.block") void pollable_block(const pollable *it) {
-    if (it->engine != ALWAYS) engine_block(it->engine);
+    if (it->engine == ALWAYS) return;
+    channel_flush();
+    engine_block(it->engine);
 }
 
 EXPORT(POLL "#poll") text *poll_list(pollable *const *list, size_t count) {
@@ -104,6 +107,7 @@ EXPORT(POLL "#poll") text *poll_list(pollable *const *list, size_t count) {
             if (asked[i] != ALWAYS && engine_ready(asked[i])) found[ready++] = (uint32_t)i;
         given = (text){(const char *)found, ready};
     } else {
+        channel_flush();
         engine_poll(asked, count, &given);
     }
     return &given;
@@ -114,38 +118,7 @@ EXPORT("cabi_post_" POLL "#poll") void poll_list_post(const void *it) {
     arena_back(mark);
 }
 
-// result<list<u8>, stream-error>, result<u64, stream-error> and result<_, stream-error>. The engine's error in one
-// becomes one of ours.
-typedef struct {
-    uint8_t failed;
-    union {
-        text read;
-        struct {
-            uint8_t closed;
-            int32_t error;
-        };
-    };
-} bytes_result;
-
-typedef struct {
-    uint8_t failed;
-    union {
-        uint64_t count;
-        struct {
-            uint8_t closed;
-            int32_t error;
-        };
-    };
-} count_result;
-
-typedef struct {
-    uint8_t failed;
-    uint8_t closed __attribute__((aligned(4)));
-    int32_t error;
-} nothing_result;
-
-_Static_assert(sizeof(bytes_result) == 12 && sizeof(count_result) == 16 && sizeof(nothing_result) == 12, "canonical");
-
+// The engine's error in a result becomes one of ours.
 static int32_t give_error(int32_t engine) { return io_error_new(take_object(engine)); }
 
 static bytes_result bytes;
@@ -154,9 +127,16 @@ static nothing_result nothing;
 
 #define TAKE_OVER(result) ((result).failed && !(result).closed ? (void)((result).error = give_error((result).error)) : (void)0)
 
-// The body of an answer that came over the network. Reading waits for the peer, under the host's limits.
+// The body of the request in hand, or of an answer that came over the network. Reading waits for the peer, under the
+// host's limits.
 static bytes_result *body_read(const input_stream *it, uint64_t most) {
-    text piece;
+    text piece = {0};
+    if (IS_OURS(NUMBER(it->engine))) {
+        if (NUMBER(it->engine) == REQUEST_BODY && most) piece = channel_read(most);
+        bytes = (bytes_result){.read = piece};
+        if (most && !piece.size) bytes = (bytes_result){.failed = 1, .closed = 1};
+        return &bytes;
+    }
     host_read(NUMBER(it->engine), most < 65536 ? (uint32_t)most : 65536, &piece);
     if (piece.size && *piece.data == '+') {
         bytes = (bytes_result){.read = latin1_back((text){piece.data + 1, piece.size - 1})};
@@ -177,8 +157,13 @@ static count_result *body_skip(const input_stream *it, uint64_t most) {
     return &count;
 }
 
-// The body of a request on its way out.
+// The body of the answer in hand, or of a request on its way out.
 static nothing_result *body_write(const output_stream *it, const char *data, size_t size) {
+    if (IS_OURS(NUMBER(it->engine))) {
+        channel_write(data, size);
+        nothing = (nothing_result){0};
+        return &nothing;
+    }
     text piece = latin1(data, size);
     uint32_t wrong = host_write(NUMBER(it->engine), piece.data, piece.size);
     nothing = (nothing_result){0};
@@ -241,7 +226,7 @@ EXPORT(STREAMS "#[method]output-stream.subscribe") int32_t output_subscribe(cons
 
 EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_write(const output_stream *it) {
     if (it->engine < ALWAYS) {
-        count = (count_result){.count = 65536};
+        count = (count_result){.count = IS_OURS(NUMBER(it->engine)) ? channel_room() : 65536};
         return &count;
     }
     engine_check_write(it->engine, &count);
@@ -249,12 +234,12 @@ EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_
     return &count;
 }
 
-#define WRITES(id, name)                                                                                               \
+#define WRITES(id, name, then)                                                                                            \
     IMPORT(ENGINE_STREAMS, "[method]output-stream." name)                                                              \
     void engine_##id(int32_t it, const char *data, size_t size, nothing_result *to);                                   \
     EXPORT(STREAMS "#[method]output-stream." name)                                                                     \
     nothing_result *output_##id(const output_stream *it, const char *data, size_t size) {                              \
-        if (it->engine < ALWAYS) body_write(it, data, size);                                                           \
+        if (it->engine < ALWAYS) body_write(it, data, size), then;                                                     \
         else engine_##id(it->engine, data, size, &nothing), (void)TAKE_OVER(nothing);                                  \
         if (size) arena_back(data);                                                                                    \
         return &nothing;                                                                                               \
@@ -265,6 +250,7 @@ EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_
     EXPORT(STREAMS "#[method]output-stream." name) nothing_result *output_##id(const output_stream *it) {              \
         nothing = (nothing_result){0};                                                                                 \
         if (it->engine >= 0) engine_##id(it->engine, &nothing);                                                        \
+        else channel_flush();                                                                                          \
         TAKE_OVER(nothing);                                                                                            \
         return &nothing;                                                                                               \
     }
@@ -279,8 +265,8 @@ EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_
         return &nothing;                                                                                               \
     }
 
-WRITES(write, "write")
-WRITES(write_and_flush, "blocking-write-and-flush")
+WRITES(write, "write", (void)0)
+WRITES(write_and_flush, "blocking-write-and-flush", channel_flush())
 FLUSHES(flush, "flush")
 FLUSHES(blocking_flush, "blocking-flush")
 ZEROES(zeroes, "write-zeroes")
@@ -320,8 +306,8 @@ count_result *output_blocking_splice(const output_stream *it, const input_stream
     return splice(it, from, most, 1);
 }
 
-// The standard streams: what the guest prints goes to its log.
-EXPORT("wasi:cli/stdin@0.2.12#get-stdin") int32_t guest_stdin(void) { return give_input(engine_stdin()); }
+// The standard streams: there is nothing to read, and what the guest prints goes to its log.
+EXPORT("wasi:cli/stdin@0.2.12#get-stdin") int32_t guest_stdin(void) { return give_input(OURS(NO_BODY)); }
 EXPORT("wasi:cli/stdout@0.2.12#get-stdout") int32_t guest_stdout(void) { return give_output(engine_stderr()); }
 EXPORT("wasi:cli/stderr@0.2.12#get-stderr") int32_t guest_stderr(void) { return give_output(engine_stderr()); }
 

@@ -21,6 +21,37 @@ typedef struct {
 #define OURS(n) (-2 - (int32_t)(n))
 #define NUMBER(ours) ((uint32_t)(-2 - (ours)))
 
+// result<list<u8>, stream-error>, result<u64, stream-error> and result<_, stream-error>.
+typedef struct {
+    uint8_t failed;
+    union {
+        text read;
+        struct {
+            uint8_t closed;
+            int32_t error;
+        };
+    };
+} bytes_result;
+
+typedef struct {
+    uint8_t failed;
+    union {
+        uint64_t count;
+        struct {
+            uint8_t closed;
+            int32_t error;
+        };
+    };
+} count_result;
+
+typedef struct {
+    uint8_t failed;
+    uint8_t closed __attribute__((aligned(4)));
+    int32_t error;
+} nothing_result;
+
+_Static_assert(sizeof(bytes_result) == 12 && sizeof(count_result) == 16 && sizeof(nothing_result) == 12, "canonical");
+
 #define HOST "wasmfleet:adapter/host@0.1.0"
 
 IMPORT(HOST, "write") uint32_t host_write(uint32_t id, const char *data, size_t size);

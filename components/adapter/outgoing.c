@@ -1,4 +1,6 @@
-// The answer that goes out: its head is handed over by `finish`, its body is the store's standard output.
+// The answer that goes out: frames of the channel, or, without one, a head that is handed over by `finish` and a body on
+// the store's standard output.
+#include "channel.h"
 #include "http.h"
 
 DESTRUCTOR(outgoing_response, "outgoing-response")
@@ -9,7 +11,10 @@ IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-flush") void blocking_flu
 IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-write-and-flush")
 void blocking_write(int32_t stream, const char *data, size_t size, void *result);
 
+IMPORT(HOST, "reset") void host_reset(void);
+
 #define WRITE_MAX 4096
+#define HOPS_TOO_MANY 99
 
 exchange now;
 
@@ -54,10 +59,10 @@ static void write_out(text t) {
     }
 }
 
-static text head_lines(text first, const fields *headers) {
-    size_t size = first.size + lines_size(headers) + 2;
+static text head_lines(text first, const fields *headers, text last) {
+    size_t size = first.size + lines_size(headers) + last.size;
     char *head = take_room(size);
-    put(put_lines(put(head, first), headers), TEXT("\r\n"));
+    put(put_lines(put(head, first), headers), last);
     return (text){head, size};
 }
 
@@ -77,10 +82,16 @@ METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_bo
         return ok_handle(request_stream(it->request));
     }
     if (it->written || now.streaming) return no_handle();
+    if (looping) {
+        if (now.state == ANSWERED && it != &now.response->body) return no_handle();
+        it->written = now.streaming = 1;
+        if (now.state != ANSWERED) channel_head(TEXT(""));
+        return ok_handle(give_output(OURS(RESPONSE_BODY)));
+    }
     it->written = now.streaming = 1;
     now.sent = now.state == ANSWERED && it == &now.response->body;
-    write_out(now.sent ? head_lines(status_line(now.response->status, TEXT("\r\n")), &now.response->headers)
-                       : TEXT("\r\n"));
+    text line = TEXT("\r\n");
+    write_out(now.sent ? head_lines(status_line(now.response->status, line), &now.response->headers, line) : line);
     return ok_handle(give_output(get_stdout()));
 }
 
@@ -95,6 +106,15 @@ nothing_or_error *outgoing_body_finish(int32_t body, int32_t has_trailers, int32
     return answer;
 }
 
+static void send_head(void) {
+    const outgoing_response *it = now.response;
+    now.sent = (uint8_t)channel_head(head_lines(status_line(it->status, TEXT("\r\n")), &it->headers, TEXT("")));
+    if (!now.sent) {
+        now.state = FAILED;
+        now.error = ERROR_RESPONSE_HEAD_SIZE;
+    }
+}
+
 // The response is result<outgoing-response, error-code>, flattened.
 STATIC("response-outparam.set")
 void response_outparam_set(int32_t param, int32_t failed, int32_t response_or_error, int32_t a, int64_t b, int32_t c,
@@ -107,6 +127,7 @@ void response_outparam_set(int32_t param, int32_t failed, int32_t response_or_er
     } else {
         now.state = ANSWERED;
         now.response = outgoing_response_take(response_or_error);
+        if (looping) send_head();
     }
 }
 
@@ -115,7 +136,7 @@ static text answer_head(const outgoing_response *it) {
     const outgoing_body *body = &it->body;
     const fields *trailers = body->trailers ? body->trailers : &none;
     text end = body->taken && !body->finished ? TEXT(" cut\r\n") : TEXT(" whole\r\n");
-    text head = now.sent ? head_lines(status_line(0, end), &none) : head_lines(status_line(it->status, end), &it->headers);
+    text head = head_lines(status_line(now.sent ? 0 : it->status, end), now.sent ? &none : &it->headers, TEXT("\r\n"));
     size_t size = head.size + lines_size(trailers);
     char *whole = take_room(size);
     put_lines(put(whole, head), trailers);
@@ -129,7 +150,7 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#flush") void flush(void) {
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
     // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
-    if (now.streaming) flush();
+    if (now.streaming && !looping) flush();
     text *head = take_room(sizeof *head);
     switch (now.state) {
     case ANSWERED: *head = answer_head(now.response); break;
@@ -160,6 +181,17 @@ static text word(text *rest) {
     return found;
 }
 
+static uint32_t hops_of(const fields *headers) {
+    for (size_t i = 0; i < headers->count; i++) {
+        text value = headers->items[i].value;
+        if (!same(headers->items[i].name, TEXT("x-wasmfleet-hops"))) continue;
+        size_t digits = 0;
+        while (digits < value.size && value.data[digits] >= '0' && value.data[digits] <= '9') digits++;
+        return digits && digits == value.size && digits < 3 ? number_of(value) : HOPS_TOO_MANY;
+    }
+    return 0;
+}
+
 typedef struct {
     int32_t request;
     int32_t outparam;
@@ -179,8 +211,43 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#begin") begun *begin(const char *data, 
     read_lines(&it->trailers, rest);
     response_outparam *param = take_room(sizeof *param);
     *param = (response_outparam){0};
-    now = (exchange){0};
+    now = (exchange){.hops = hops_of(&it->headers)};
     begun *both = take_room(sizeof *both);
     *both = (begun){incoming_request_give(it), response_outparam_give(param)};
     return both;
 }
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#align") int32_t align(const char *data, size_t size) {
+    int found = channel_align((text){data, size});
+    arena_back(data);
+    return found;
+}
+
+// result<tuple<incoming-request, response-outparam>, u32>
+typedef struct {
+    uint8_t failed;
+    union {
+        begun both;
+        uint32_t turn;
+    };
+} next_call;
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#next") next_call *next(int32_t exact) {
+    static next_call it;
+    text head = {0};
+    it = (next_call){.failed = 1, .turn = channel_next(exact, &head)};
+    if (it.turn == CALL) it = (next_call){.both = *begin(head.data, head.size)};
+    return &it;
+}
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
+    enum turn turn = channel_end(*finish(), last);
+    if (now.state != ANSWERED && !last) turn = MISPLACED; // no instance goes on after an answer that failed
+    if (now.asked) host_reset();
+    finish_post(NULL);
+    return turn;
+}
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#replied") uint32_t replied(void) { return channel_ended(); }
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#meter") void meter(void) { metered = 1; }

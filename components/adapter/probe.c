@@ -20,6 +20,10 @@
 //   /pages/N           N times 4 KiB
 //   /sum               the request's trailers, as /describe prints fields
 //   /half              half a body, not flushed, then a trap
+//   /spin              no answer, and no end
+//   /stdin             how many bytes standard input has, at most 64
+//   /fields/N          an answer with N fields of a hundred bytes
+//   /sick, /poison     from here on its health check fails, or traps
 #include <stddef.h>
 #include <stdint.h>
 
@@ -114,6 +118,7 @@ IMPORT(STREAMS, "[method]output-stream.check-write") void check_write(int32_t, v
 IMPORT(STREAMS, "[method]output-stream.write") void write_some(int32_t, const char *, size_t, void *);
 IMPORT(STREAMS, "[resource-drop]input-stream") void drop_input(int32_t);
 IMPORT(STREAMS, "[resource-drop]output-stream") void drop_output(int32_t);
+IMPORT("wasi:cli/stdin" V, "get-stdin") int32_t get_stdin(void);
 IMPORT("wasi:cli/stdout" V, "get-stdout") int32_t get_stdout(void);
 IMPORT("wasi:cli/stderr" V, "get-stderr") int32_t get_stderr(void);
 
@@ -346,6 +351,45 @@ static void log_lines(void) {
     say(TEXT("logged\n"));
 }
 
+static void read_stdin(void) {
+    optional result;
+    int32_t in = get_stdin();
+    blocking_read(in, 64, &result);
+    drop_input(in);
+    say_number(result.tag ? 0 : (int32_t)result.value.size);
+    answer_page(200);
+}
+
+static void many_fields(text number) {
+    static char value[100];
+    uint8_t result[16];
+    uint32_t count = 0;
+    for (size_t i = 0; i < number.size; i++) count = count * 10 + (uint32_t)(number.data[i] - '0');
+    for (size_t i = 0; i < sizeof value; i++) value[i] = 'v';
+    int32_t fields = fields_new();
+    while (count--) append(fields, SPREAD("x-field"), value, sizeof value, result);
+    int32_t response = response_new(fields);
+    made body;
+    response_body(response, &body);
+    set_response(outparam, 0, response, 0, 0, 0, 0, 0, 0);
+    finish(must(body), -1);
+}
+
+static int sick, poisoned;
+
+// result<_, string>
+typedef struct {
+    uint32_t failed;
+    text said;
+} outcome;
+
+EXPORT("wasmfleet:http/health@0.1.0#check") outcome *check(void) {
+    static outcome it;
+    if (poisoned) __builtin_trap();
+    it = (outcome){sick != 0, TEXT("it is sick")};
+    return &it;
+}
+
 static void try_fetch(void) {
     uint8_t result[40];
     int32_t fields = fields_new(), options = options_new();
@@ -470,6 +514,8 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
     request_target(request, &it);
     text target = it.value;
     if (is(target, TEXT("/trap"))) __builtin_trap();
+    if (is(target, TEXT("/spin")))
+        for (static volatile int spun;;) spun++;
     if (is(target, TEXT("/silent"))) {
         drop_outparam(param);
     } else if (is(target, TEXT("/error"))) {
@@ -492,6 +538,10 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         get((text){target.data + 6, target.size - 6}, 1);
     } else if (starts(target, TEXT("/both?"))) {
         both((text){target.data + 6, target.size - 6});
+    } else if (is(target, TEXT("/stdin"))) {
+        read_stdin();
+    } else if (starts(target, TEXT("/fields/"))) {
+        many_fields((text){target.data + 8, target.size - 8});
     } else if (is(target, TEXT("/late"))) {
         late();
     } else if (is(target, TEXT("/trailers"))) {
@@ -523,6 +573,8 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         else if (is(target, TEXT("/log"))) log_lines();
         else if (is(target, TEXT("/fetch"))) try_fetch();
         else if (is(target, TEXT("/count"))) say_number(seen), say(TEXT("\n"));
+        else if (is(target, TEXT("/sick"))) sick = 1, say(TEXT("sick\n"));
+        else if (is(target, TEXT("/poison"))) poisoned = 1, say(TEXT("poisoned\n"));
         else if (starts(target, TEXT("/describe"))) describe(request);
         else say(TEXT("hello over wasi:http\n"));
         answer_page(200);

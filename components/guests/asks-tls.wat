@@ -2,7 +2,7 @@
 ;; Answers with the peer's status, or with the error. Tests put another place into its text.
 (component
   (import "wasmfleet:adapter/host@0.1.0" (instance $host
-    (export "begin" (func (result u32)))
+    (export "begin" (func (param "hops" u32) (result u32)))
     (export "send" (func (param "id" u32) (param "head" string) (result u32)))
     (export "head" (func (param "id" u32) (result string)))
     (export "read" (func (param "id" u32) (param "most" u32) (result string)))))
@@ -24,7 +24,7 @@
     (memory (core memory $room "memory")) (realloc (core func $room "realloc"))))
   (core module $guest
     (import "room" "memory" (memory 4))
-    (import "host" "begin" (func $begin (result i32)))
+    (import "host" "begin" (func $begin (param i32) (result i32)))
     (import "host" "send" (func $send (param i32 i32 i32) (result i32)))
     (import "host" "head" (func $head (param i32 i32)))
     (import "host" "read" (func $read (param i32 i32 i32)))
@@ -44,7 +44,7 @@
       (i32.const 64))
     (func (export "handle") (param i32 i32) (result i32)
       (local $id i32) (local $problem i32)
-      (local.set $id (call $begin))
+      (local.set $id (call $begin (i32.const 0)))
       (local.set $problem (call $send (local.get $id) (i32.const 256) (call $length)))
       (if (local.get $problem) (then
         (local.set $problem (i32.sub (local.get $problem) (i32.const 1)))

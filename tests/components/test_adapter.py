@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agent.host.engine import adapter_abi, codec
 from agent.host.engine.guest import start
-from agent.host.engine.runtime import HANDLER, Engine, EngineError, GuestError, describe
+from agent.host.engine.runtime import HANDLER, HEALTH, Engine, EngineError, GuestError, describe
 from fleet.component import compose
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
@@ -66,8 +66,8 @@ def get(guest, path, *, headers=b"host: example.com:81\r\n"):
     return guest.handle(b"GET", path, headers, b"")
 
 
-def test_it_counts_as_an_http_handler(guest):
-    assert guest.guest.kinds == {HANDLER}
+def test_it_counts_as_an_http_handler_and_keeps_its_own_exports(guest):
+    assert guest.guest.kinds == {HANDLER, HEALTH}
 
 
 def test_an_ordinary_answer_arrives_with_its_fields_and_its_body(guest):

@@ -12,7 +12,7 @@ import msgspec
 from agent import config, starts
 from agent.host import cli
 from agent.host.compiler import __main__
-from agent.host.engine import runtime
+from agent.host.engine import guest, runtime
 from agent.host.http import ingress_config, routing
 from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
@@ -191,8 +191,8 @@ MESSAGES: dict[str, dict[str, type]] = {
     },
     "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
     "router-and-egress": {
-        **_tagged(helper_api.RouteUpdate, helper_api.RouteRemove, helper_api.DrainRouter, helper_api.RegisterWorker),
-        **_tagged(helper_api.IngressRules),
+        **_tagged(*get_args(helper_api.ToRouter), helper_api.RegisterWorker),
+        **_tagged(*(each for each in get_args(helper_api.FromRouter) if each is not helper_api.RouteAcknowledged)),
         "route-rule": helper_api.RouteRule,
         "forwarded-policy": helper_api.ForwardedPolicy,
         "tls-client": helper_api.TlsClient,
@@ -311,6 +311,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "affected-answer": (query.Answer,),
     "kind-of-a-frame": (frames.Kind,),
     "way-of-requests": (frames.RequestPath,),
+    "turn-of-a-loop": (guest.Turn,),
     "fleet-exit-code": (Exit,),
 }
 

@@ -11,6 +11,7 @@ The engine keeps an unfinished line of standard output in a buffer of the proces
 an exchange; after one that did not end well, the next store's adapter is asked to, and what comes is thrown away.
 """
 
+import enum
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, Protocol
 
@@ -30,6 +31,7 @@ from agent.host.engine.runtime import (
     TICK_MS,
     Engine,
     EngineError,
+    GuestError,
     Image,
     Log,
     first_lines,
@@ -39,7 +41,7 @@ from fleet.component import compose
 from fleet.component.compose import BRIDGE
 from fleet.component.reader import bare
 from fleet.component.wasi import CONFIG, ENVIRONMENT, LOGGING
-from fleet.protocol.codes import RejectCode
+from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 _FOREVER: Final = 2**62
@@ -47,6 +49,13 @@ _FOREVER: Final = 2**62
 _MAX_LINE_CHARS: Final = 4096
 
 DATA: Final = "/data"  # where a guest that may have files finds its own
+
+
+class CancelledCallError(GuestError):
+    """A call ended before its guest did: its client is gone, or the router. The guest is not at fault."""
+
+    def __init__(self) -> None:
+        super().__init__(CallOutcome.GUEST_TRAP, "cancelled")
 
 
 class ResponseSink(Protocol):
@@ -81,8 +90,11 @@ class Guest:
         log: Log,
         data: str = "",
         outgoing: Requests | None = None,
+        wrote: Callable[[int], None] | None = None,
     ) -> None:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
+
+        `wrote`: called when a call of a channel begins (0), and before so many bytes are written to the channel.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
@@ -101,7 +113,12 @@ class Guest:
         self._config = config
         self._log = log
         self._outgoing = outgoing or DenyOutgoing(log)
-        self._linker, self._wasi = _linker(image, config, log, self._outgoing)
+        self._metered = wrote is not None
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing, wrote or (lambda _bytes: None))
+        self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
+        self._armed: Callable[[], None] = lambda: None
+        self.ended = False
+        """True once a call from a channel has ended in a trap or a limit: the instance takes no further call."""
         self._open()
 
     def _open(self, stdin: bytes | None = None) -> None:
@@ -117,7 +134,8 @@ class Guest:
         )
         if self._wasi:
             self._store.set_wasi(self._streams(stdin))
-        self._arm(self._limits.start_ms)
+        self._arm(self._start_budget_ms)
+        self._armed()
         try:
             self._instance = self._linker.instantiate(self._store, self._image.component)
         except WasmtimeError as error:
@@ -179,7 +197,8 @@ class Guest:
             self._open()
         self._served += 1
         assert self._handle is not None
-        self._arm(self._limits.call_ms)
+        self._arm(self._call_budget_ms)
+        self._armed()
         try:
             return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
         except WasmtimeError as error:
@@ -193,6 +212,27 @@ class Guest:
             return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
             raise guest_error(str(error)) from error
+
+    def await_interrupts(self, armed: Callable[[], None]) -> None:
+        """Let the next epoch end a request, or the start of a next instance: none comes but to interrupt it.
+
+        `armed` is called each time that a deadline was set: an epoch that passed before would end nothing.
+        """
+        self._start_budget_ms = self._call_budget_ms = 0
+        self._armed = armed
+
+    def renew(self) -> None:
+        """Replace the instance.
+
+        Raises:
+            EngineError: START_FAILED: it trapped in its start, or was interrupted.
+        """
+        self._store.close()
+        try:
+            self._open()
+        except GuestError as error:
+            raise EngineError(RejectCode.START_FAILED, str(error)) from error
+        self.ended = False
 
     def check(self) -> str | None:
         """Ask its health export: None for well, else its sentence. Raises `GuestError`."""
@@ -234,7 +274,9 @@ class Guest:
         self._store.close()
 
 
-def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) -> tuple[wc.Linker, bool]:
+def _linker(
+    image: Image, config: dict[str, str], log: Log, outgoing: Requests, wrote: Callable[[int], None]
+) -> tuple[wc.Linker, bool]:
     """Return a linker with what the component imports and was granted, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
@@ -248,8 +290,10 @@ def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) 
                 if name.startswith(LOGGING):
                     instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
                 elif name.startswith(compose.HOST):
-                    for function in ("begin", "write", "send", "head", "read", "close"):
+                    for function in ("begin", "write", "send", "head", "read", "close", "reset"):
                         instance.add_func(function, _asking(getattr(outgoing, function)))
+                    instance.add_func("cancelled", _cancelled)
+                    instance.add_func("wrote", _asking(wrote))
                 else:
                     instance.add_func("get", lambda _store, key: config.get(key))
                     instance.add_func("get-all", lambda _store: list(config.items()))
@@ -259,6 +303,10 @@ def _linker(image: Image, config: dict[str, str], log: Log, outgoing: Requests) 
 def _asking(answer: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function for the linker, which hands in the store first."""
     return lambda _store, *arguments: answer(*arguments)
+
+
+def _cancelled(_store: object) -> None:
+    raise CancelledCallError
 
 
 def _line(level: str, context: str, text: str) -> str:
@@ -308,10 +356,15 @@ def start(
     log: Log,
     data: str = "",
     outgoing: adapter_abi.Requests | None = None,
+    channel: bool = False,
+    wrote: Callable[[int], None] | None = None,
 ) -> Guest:
-    """Instantiate a guest of either world; raises what `Guest` raises."""
-    kind = WasiHttpGuest if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
+    """Instantiate a guest of either world; raises what `Guest` raises.
+
+    `channel`: one of wasi:http gets its calls from standard input, see `ChannelGuest`. `wrote`: see `Guest`.
+    """
+    kind = (ChannelGuest if channel else WasiHttpGuest) if image.adapted else Guest
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing, wrote=wrote)
 
 
 class WasiHttpGuest(Guest):
@@ -369,3 +422,70 @@ class WasiHttpGuest(Guest):
         except ValueError as error:
             way.problem = way.problem or str(error)
             return 0, b"", b""
+
+
+_LOWER_HALF: Final = 2**32 - 1
+
+
+class Turn(enum.IntEnum):
+    """Reason why a guest's loop returned; numbers of `serve` in components/adapter/wit/adapter.wit."""
+
+    SERVED = 0  # as many calls as were asked for
+    CHANNEL_ENDED = 1
+    LEAVE = 2  # the router asks for the loop to be left, between two calls
+    MISPLACED = 3  # the next instance needs a token to find its place in the channel
+
+
+class ChannelGuest(Guest):
+    """A guest of wasi:http that serves calls in a loop: the process's standard input and output are its channel.
+
+    The adapter reads calls as frames (`agent.host.ipc.frames`), so nothing happens here for each of them, unless each
+    gets an instance of its own. The store's deadline is the next epoch; none comes but to interrupt the call.
+    """
+
+    _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "serve"))
+    last_call = 0
+    """Number of the last call that this instance has answered."""
+    _STEP: Final = 256
+    """Calls after which the loop returns, so that processor time is counted now and then; metered, after each."""
+
+    def _streams(self, stdin: bytes | None) -> WasiConfig:
+        wasi = super()._streams(stdin)
+        wasi.inherit_stdin()
+        return wasi
+
+    def _open(self, stdin: bytes | None = None) -> None:
+        super()._open(stdin or b"")
+        self.last_call = 0
+        self._serve = self._function(BRIDGE, "serve")
+        self._left = 1 if self._limits.fuel else self._limits.requests_per_instance or 1
+
+    def serve(self, token: str) -> Turn:
+        """Serve calls until the loop has a reason to return; `await_interrupts` first.
+
+        `token`: discard what the channel has before it. Renew the instance after `MISPLACED`, and once it is `spent` or
+        has `ended`.
+
+        Raises:
+            GuestError: the call in flight ended in a trap or a limit; a `CancelledCallError` is no fault of the guest.
+        """
+        assert self._serve is not None
+        calls = min(self._left, 1 if self._metered else self._STEP)
+        self._arm(0)
+        self._armed()
+        try:
+            said: int = self._serve(self._store, calls, calls == self._left, self._metered, token)
+        except WasmtimeError as error:
+            self.ended = True
+            raise guest_error(str(error)) from error
+        except CancelledCallError:
+            self.ended = True
+            raise
+        self._left -= (said & _LOWER_HALF) >> 2
+        self.last_call = said >> 32
+        return Turn(said & 3)
+
+    @property
+    def spent(self) -> bool:
+        """True once this instance has served as many calls as it may."""
+        return not self._left

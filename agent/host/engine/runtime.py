@@ -104,6 +104,7 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "load-state"): codec.LOAD_STATE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
+    (compose.BRIDGE, "serve"): codec.SERVE,
     (wasi.LOGGING, "log"): codec.LOG,
     **{(config, "get"): codec.GET for config in wasi.CONFIG},
     **{(config, "get-all"): codec.GET_ALL for config in wasi.CONFIG},
@@ -201,6 +202,11 @@ class Image:
     def adapted(self) -> bool:
         """True for a guest of wasi:http in its adapter."""
         return any(bare(name) == compose.BRIDGE for name in self.exports)
+
+    @property
+    def loops(self) -> bool:
+        """True for a guest of wasi:http whose adapter can serve calls from a channel."""
+        return self.adapted and self.export(compose.BRIDGE, "serve") is not None
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""

@@ -15,6 +15,9 @@ from agent.host.http.parser import HEAD_MAX_BYTES, Fields, RequestHead, RequestP
 from fleet.protocol import bounds
 
 PREFIX_MAX_BYTES: Final = 96 * 1024
+PASSED: Final = b"C"
+"""Begin of the packet with which a connection is passed on; the connection's prefix follows."""
+
 _TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
 _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}

@@ -24,13 +24,25 @@ import contextlib
 import socket
 import time
 from collections import deque
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import httptools
 
 from agent.host.http import connection
+from agent.host.http.channel import Call, InstanceCalls
+from agent.host.http.exchange import Asker, Exchange, Upstream
 from agent.host.http.parser import Fields, RequestHead, RequestParser
-from agent.host.http.routing import Known, Peer, Route, RouteTable, forwarded_head, plain_address
+from agent.host.http.routing import (
+    Known,
+    OwnRoute,
+    Peer,
+    Route,
+    RouteTable,
+    forwarded_head,
+    guest_head,
+    plain_address,
+)
+from fleet.protocol.codes import CallOutcome
 
 KEPT_MAX: Final = 4
 """Connections of one instance; few, since a slot in a shared worker takes few in all, and these must not be all."""
@@ -39,57 +51,9 @@ KEPT_IN_ALL_MAX: Final = 256
 KEPT_S: Final = 60
 READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
 _HIGH_BYTES: Final = 256 * 1024
-_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
 _BODILESS: Final = frozenset({204, 304})
 _SHORT_S: Final = 0.1
 """Time in which a worker may end by accident: a request that it had read for longer is not sent to another."""
-
-
-class Asker(Protocol):
-    """Client side of an exchange."""
-
-    def send(self, data: bytes) -> None:
-        """Send bytes of the response."""
-
-    def answered(self, exchange: "Exchange") -> None:
-        """Go on to the next exchange: the response is complete."""
-
-    def upstream_failed(self, exchange: "Exchange") -> None:
-        """Retry or fail the exchange: the instance hung up before its response was complete."""
-
-    def resume_client(self) -> None:
-        """Read on from the client: the instance takes more."""
-
-
-class Exchange:
-    """Request of a client, and how far its response has come."""
-
-    def __init__(self, head: RequestHead) -> None:
-        self.request = head
-        self.body: deque[bytes] = deque()
-        self.trailers: Fields = []
-        self.complete = False
-        self.keep_alive = True
-        self.refusal = 0
-        self.instance = ""
-        self.head = b""
-        self.upstream: UpstreamConnection | None = None
-        self.ended = False  # the end of its body was sent
-        self.sent_body = False
-        self.answering = False
-        self.retried = False
-        self.received = 0  # bytes of its body
-        self.request_max: int | None = None
-
-    @property
-    def repeatable(self) -> bool:
-        """True if the request may be sent again after an upstream that ended without a byte of response."""
-        return not (self.answering or self.retried or self.sent_body) and self.request.method in _IDEMPOTENT
-
-    @property
-    def light(self) -> bool:
-        """True if the request may go on a kept connection: nothing of it could not be sent again."""
-        return self.complete and not self.body and not self.request.chunked and self.repeatable
 
 
 class UpstreamPool:
@@ -97,6 +61,7 @@ class UpstreamPool:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self.calls: dict[str, InstanceCalls] = {}  # instances whose workers have channels
         self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
         self.spread: set[str] = set()  # of several workers: a kept connection would wait for one of them
         self._kept: dict[str, list[UpstreamConnection]] = {}
@@ -155,7 +120,28 @@ class UpstreamPool:
                 del self._kept[instance]
 
 
-class UpstreamConnection(asyncio.Protocol):
+class HttpUpstream:
+    """Request's body in HTTP/1.1, by its own framing."""
+
+    exchange: Exchange | None = None
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the instance."""
+        raise NotImplementedError
+
+    def send_body(self, data: bytes) -> None:
+        """Send a piece of the request's body."""
+        assert self.exchange is not None
+        self.write(b"%x\r\n%b\r\n" % (len(data), data) if self.exchange.request.chunked else data)
+
+    def end_body(self, trailers: Fields) -> None:
+        """Send the end of the request's body."""
+        assert self.exchange is not None
+        if self.exchange.request.chunked:
+            self.write(b"0\r\n%b\r\n" % connection.lines(trailers))
+
+
+class UpstreamConnection(HttpUpstream, asyncio.Protocol):
     """Connection to an instance."""
 
     def __init__(self, pool: UpstreamPool, instance: str, sock: socket.socket) -> None:
@@ -301,11 +287,20 @@ class ClientConnection(asyncio.Protocol):
     """Connection of a client of the device."""
 
     def __init__(
-        self, routes: RouteTable, pool: UpstreamPool, all_clients: "set[ClientConnection]", peer: Peer | None = None
+        self,
+        routes: RouteTable | OwnRoute,
+        pool: UpstreamPool,
+        all_clients: "set[ClientConnection]",
+        peer: Peer | None = None,
+        *,
+        is_trusted: bool = False,
     ) -> None:
+        """`is_trusted`: a neighbour on the device, which is not timed."""
         self._peer = peer
         self.last_s = time.monotonic()
+        self.is_trusted = is_trusted
         self._routes = routes
+        self._known = routes.known if isinstance(routes, OwnRoute) else pool.known
         self._pool = pool
         self._all = all_clients
         self._transport: Any = None
@@ -340,6 +335,11 @@ class ClientConnection(asyncio.Protocol):
         """True between requests."""
         return not self._queue
 
+    @property
+    def waits_for_guest(self) -> bool:
+        """True while its request is in a call, which has limits of its own."""
+        return bool(self._queue) and self._queue[0].complete and isinstance(self._queue[0].upstream, Call)
+
     def close(self) -> None:
         """Hang up."""
         self._transport.abort()
@@ -361,7 +361,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._queue or self._reader.within:
             self._reader.feed(data)
-        elif not self._routes.forwarding.by_client and (known := self._pool.known.get(data)) is not None:
+        elif not self._routes.forwarding.by_client and (known := self._known.get(data)) is not None:
             exchange = Exchange(known.request)
             exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
             self._queue.append(exchange)
@@ -385,10 +385,10 @@ class ClientConnection(asyncio.Protocol):
             return
         route = self._routes.route(request)
         if not route.status:
-            if len(self._pool.known) >= _KNOWN_MAX:
-                self._pool.known.clear()
-            exchange.instance, exchange.head = route.instance, self._forwarded(request, route)
-            self._pool.known[data] = Known(request, exchange.instance, exchange.head)
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            exchange.instance, exchange.head = route.instance, self._head(request, route)
+            self._known[data] = Known(request, exchange.instance, exchange.head)
 
     def eof_received(self) -> bool:
         """Keep the connection until complete requests are answered: the client sends no more."""
@@ -460,18 +460,22 @@ class ClientConnection(asyncio.Protocol):
             self._reply(exchange, 413, connection.REFUSALS[413])
             return False
         exchange.instance, exchange.request_max = route.instance, route.request_max
-        exchange.head = self._forwarded(request, route)
+        exchange.head = self._head(request, route)
         return True
 
-    def _forwarded(self, request: RequestHead, route: Route) -> bytes:
-        """Return the head for the instance, with what it is told of this client."""
+    def _head(self, request: RequestHead, route: Route) -> bytes:
+        """Return the head in the form in which the instance gets requests, with what it is told of this client."""
         if self._peer is None and self._routes.forwarding.by_client:
             name = self._transport.get_extra_info("peername")
             self._peer = Peer(plain_address(name[0]) if name else "")
-        return forwarded_head(request, route, self._routes.forwarding, self._peer)
+        write_head = guest_head if route.instance in self._pool.calls else forwarded_head
+        return write_head(request, route, self._routes.forwarding, self._peer)
 
     def _reach(self, exchange: Exchange) -> bool:
         """Find an upstream connection; send a refusal if there is none."""
+        calls = self._pool.calls.get(exchange.instance)
+        if calls is not None:
+            return self._call(exchange, calls)
         try:
             upstream = self._pool.take(exchange) or self._pool.connect(exchange.instance)
         except BlockingIOError:
@@ -480,14 +484,31 @@ class ClientConnection(asyncio.Protocol):
         except OSError:
             self._reply(exchange, 502, f"{exchange.instance} does not answer")
             return False
-        self._begin(exchange, upstream)
+        self._continue(exchange)
+        exchange.upstream = upstream
+        upstream.begin(self, exchange)
+        self._pace(upstream)
         return True
 
-    def _begin(self, exchange: Exchange, upstream: UpstreamConnection) -> None:
-        exchange.upstream = upstream
+    def _call(self, exchange: Exchange, calls: InstanceCalls) -> bool:
+        """Make a call to a worker that has a channel."""
+        if (exchange.request.length or 0) > calls.limits.request_bytes:
+            calls.count(CallOutcome.HOST_ERROR)
+            exchange.keep_alive = False
+            self._reply(exchange, 413, connection.REFUSALS[413])
+            return False
+        self._continue(exchange)
+        call = calls.call(self, exchange)
+        exchange.upstream = call
+        self._pace(call)
+        return True
+
+    def _continue(self, exchange: Exchange) -> None:
+        """Have a client send its body that asks first."""
         if exchange.request.expects and not exchange.complete and not exchange.body:
             self._transport.write(connection.CONTINUE)
-        upstream.begin(self, exchange)
+
+    def _pace(self, upstream: Upstream) -> None:
         if self._full:
             upstream.pause()
         else:
@@ -497,15 +518,14 @@ class ClientConnection(asyncio.Protocol):
         """Pass on the body as far as it was received."""
         upstream = exchange.upstream
         assert upstream is not None
-        chunked = exchange.request.chunked
-        while exchange.body:
-            chunk = exchange.body.popleft()
+        while exchange.body and exchange.upstream is upstream:
             exchange.sent_body = True
-            upstream.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        if exchange.complete and chunked and not exchange.ended:
-            exchange.ended = exchange.sent_body = True
-            upstream.write(b"0\r\n%b\r\n" % connection.lines(exchange.trailers))
-        if upstream.full and not self._paused:
+            upstream.send_body(exchange.body.popleft())
+        if exchange.complete and not exchange.ended and exchange.upstream is upstream:
+            exchange.ended = True
+            exchange.sent_body = exchange.sent_body or exchange.request.chunked
+            upstream.end_body(exchange.trailers)
+        if exchange.upstream is upstream and upstream.full and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
@@ -550,10 +570,32 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
         elif exchange.repeatable:
             exchange.retried = True
+            exchange.ended, exchange.head = False, b""  # there may be another way to it by now
             self._advance()
         else:
             self._reply(exchange, 502, f"{exchange.instance} ended before it answered")
             self._advance()
+
+    def reply(self, exchange: Exchange, status: int, why: str) -> None:
+        """Answer with a sentence in place of the instance."""
+        exchange.upstream = None
+        if self._queue and self._queue[0] is exchange:
+            self._reply(exchange, status, why)
+            self._advance()
+
+    def finish(self, exchange: Exchange, data: bytes) -> None:
+        """Send the rest of the answer, which is then complete."""
+        if data:
+            self.send(data)
+        self.answered(exchange)
+
+    def cut(self, exchange: Exchange, data: bytes = b"") -> None:
+        """Send `data` and end the connection within the answer."""
+        exchange.upstream = None
+        if data:
+            self.send(data)
+        self._closing = self._over = True
+        self._transport.close()
 
     def _reply(self, exchange: Exchange, status: int, why: str) -> None:
         keep_alive = exchange.keep_alive and exchange.complete

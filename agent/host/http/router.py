@@ -1,10 +1,12 @@
 """Router: the process that owns the device's shared HTTP port and proxies to instances. A fork of the supervisor.
 
 It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
-directory with the instances' sockets; no wasm, no configuration, no other file.
+directory with the instances' sockets; no wasm, no configuration, no other file. Of workers that get frames it holds the
+channels and the listeners of their instances as well.
 """
 
 import asyncio
+import contextlib
 import gc
 import mmap
 import signal
@@ -17,18 +19,31 @@ from typing import Final
 
 import msgspec
 
+from agent.host.http.channel import Channel, InstanceCalls
+from agent.host.http.connection import PASSED
 from agent.host.http.proxy import ClientConnection, UpstreamPool
-from agent.host.http.routing import Peer, RouteTable
+from agent.host.http.routing import OwnRoute, Peer, RouteTable
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
+    AddChannel,
+    AddListener,
+    AdoptConnections,
+    ChannelDrained,
+    DrainChannel,
     DrainRouter,
+    FromRouter,
     IngressRules,
+    RemoveListener,
     RouteAcknowledged,
     RouteRemove,
     RouteUpdate,
+    ServeChannel,
     TlsClient,
+    ToRouter,
+    YieldChannel,
 )
 from agent.host.ipc.packet_writer import PacketWriter
+from agent.host.ipc.stats_page import StatsPage
 from agent.host.sandbox import sandbox
 
 IDLE_S: Final = 75
@@ -36,12 +51,16 @@ STALL_S: Final = 60
 _SWEEP_S: Final = 15
 _DRAIN_S: Final = 5
 _CLIENTS_MAX: Final = 1024
+OWN_CLIENTS_MAX: Final = 512
+"""Clients of one instance's own listener."""
+
+_ALL_OWN_CLIENTS_MAX: Final = 1536
+"""Clients of all of those: with the shared port's, no more than the router has descriptors for (`router_spec`)."""
+
 _COUNT: Final = struct.Struct("=I")
 
 
-_decoder: Final[msgspec.json.Decoder[RouteUpdate | RouteRemove | IngressRules | DrainRouter]] = msgspec.json.Decoder(
-    RouteUpdate | RouteRemove | IngressRules | DrainRouter
-)
+_decoder: Final[msgspec.json.Decoder[ToRouter]] = msgspec.json.Decoder(ToRouter)
 _tls_decoder: Final[msgspec.json.Decoder[TlsClient]] = msgspec.json.Decoder(TlsClient)
 
 
@@ -73,7 +92,7 @@ def clients_of(page: mmap.mmap) -> int:
 
 
 def run_router(
-    listener: socket.socket,
+    listener: socket.socket | None,
     sock: socket.socket,
     directory: Path,
     keep: tuple[int, ...],
@@ -91,7 +110,7 @@ def run_router(
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.freeze()
-    sandbox.close_all_but({0, 1, 2, listener.fileno(), sock.fileno(), *keep})
+    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
@@ -99,107 +118,230 @@ def run_router(
     loop.run_until_complete(Router(listener, sock, where, Clients(page), decrypted).run())
 
 
+class Acceptor:
+    """Listening socket whose clients are accepted while there is room for them."""
+
+    def __init__(
+        self, listener: socket.socket, protocol: Callable[[Peer | None], ClientConnection], has_room: Callable[[], bool]
+    ) -> None:
+        """Make each client a `protocol`, told who it is where that is known beforehand."""
+        self._listener = listener
+        self._protocol = protocol
+        self._has_room = has_room
+        self._accepting = False
+        listener.setblocking(False)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Accept again if there is room: whoever waits may come."""
+        if not self._accepting and self._listener.fileno() >= 0 and self._has_room():
+            self._accepting = True
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        if not self._has_room():  # the others wait at the listener until one has gone
+            self.pause()
+            return
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        self.welcome(sock)
+
+    def welcome(self, sock: socket.socket, peer: Peer | None = None) -> ClientConnection:
+        """Make a connected socket a client."""
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop, client = asyncio.get_running_loop(), self._protocol(peer)
+        # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
+        loop._make_socket_transport(sock, client)  # type: ignore[attr-defined]  # noqa: SLF001
+        return client
+
+    def pause(self) -> None:
+        """Accept nobody for now: whoever comes waits."""
+        if self._accepting:
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._listener)
+
+    def close(self) -> None:
+        """Close the listener; its clients stay."""
+        if self._listener.fileno() >= 0:
+            self.pause()
+            self._listener.close()
+
+
+class TlsAcceptor(Acceptor):
+    """Socket on which clients arrive, decrypted, from the process that speaks TLS with them."""
+
+    def _accept(self) -> None:
+        if not self._has_room():
+            self.pause()
+            return
+        try:
+            data, fds = framing.receive_packet(self._listener)
+        except (BlockingIOError, framing.GoneError):
+            return
+        for fd in fds:
+            self.welcome(socket.socket(fileno=fd), Peer(_tls_decoder.decode(data).address, b"https"))
+
+
+class OwnListener:
+    """Listener of one instance's own, and the clients that came by it."""
+
+    def __init__(self, instance: str, listener: socket.socket, pool: UpstreamPool, router: "Router") -> None:
+        self.route = OwnRoute(instance)
+        self._sources: list[socket.socket] = []
+        self.clients = _OwnClients(router.own_left)
+        is_trusted = listener.family == socket.AF_UNIX
+        self._acceptor = Acceptor(
+            listener,
+            lambda peer: ClientConnection(self.route, pool, self.clients, peer, is_trusted=is_trusted),
+            lambda: len(self.clients) < OWN_CLIENTS_MAX and router.has_room,
+        )
+
+    def go_on(self) -> None:
+        """Accept again if there is room."""
+        self._acceptor.go_on()
+
+    def adopt(self, source: socket.socket) -> None:
+        """Take over the connections that arrive on `source`."""
+        source.setblocking(False)
+        self._sources.append(source)
+        asyncio.get_running_loop().add_reader(source, self._receive, source)
+
+    def _receive(self, source: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            data, fds = framing.receive_packet(source)
+        except BlockingIOError:
+            return
+        except framing.GoneError:
+            loop.remove_reader(source)
+            source.close()
+            self._sources.remove(source)
+            return
+        for fd in fds:
+            client = self._acceptor.welcome(socket.socket(fileno=fd))
+            if prefix := data.removeprefix(PASSED):
+                loop.call_soon(client.data_received, prefix)  # once it is connected, and before anything else is read
+
+    def close(self) -> None:
+        """Accept nobody any more, and end each client once it is answered."""
+        self._acceptor.close()
+        for client in list(self.clients):
+            client.end_when_idle()
+
+
+class _OwnClients(set[ClientConnection]):
+    """Clients of an own listener."""
+
+    def __init__(self, left: Callable[[], None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def discard(self, client: object) -> None:
+        """Forget a client that has gone."""
+        super().discard(client)
+        self._left()
+
+
 class Router:
     """Router process: accepts clients and passes their requests to the instances."""
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: socket.socket | None,
         sock: socket.socket,
         directory: str,
         clients: Clients,
         decrypted: socket.socket | None = None,
     ) -> None:
-        self._decrypted = decrypted
+        """Serve the shared port on `listener`, or no shared port for None; `decrypted` as in `run_router`."""
         self._listener = listener
+        self._decrypted = decrypted
         self._sock = sock
         self._routes = RouteTable()
         self._pool = UpstreamPool(directory)
         self._clients = clients
-        self._accepting = False
+        self._shared: list[Acceptor] = []
+        self._calls: dict[str, InstanceCalls] = {}  # also of instances that take no calls by channels at present
+        self._own: dict[str, OwnListener] = {}
+        self._closed_own: set[OwnListener] = set()
+        self._channels: dict[int, Channel] = {}
         self._ended = asyncio.Event()
         self._writer = PacketWriter(sock, lambda _: self._ended.set())
 
     async def run(self) -> None:
         """Serve until the supervisor closes its end of the socket."""
         loop = asyncio.get_running_loop()
-        self._listener.setblocking(False)
         self._sock.setblocking(False)
         loop.add_reader(self._sock, self._obey)
-        self._clients.left = self._accept_again
-        self._accept_again()
+        for kind, source in ((Acceptor, self._listener), (TlsAcceptor, self._decrypted)):
+            if source is not None:
+                self._shared.append(kind(source, self._client, lambda: len(self._clients) < _CLIENTS_MAX))
+        self._clients.left = self._go_on
         sweep = asyncio.ensure_future(self._sweep())
         await self._ended.wait()
         sweep.cancel()
 
-    def _accept_again(self) -> None:
-        """Accept clients again, if there is room."""
-        if not self._accepting and self._listener.fileno() >= 0 and len(self._clients) < _CLIENTS_MAX:
-            self._accepting = True
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
-            if self._decrypted is not None:
-                asyncio.get_running_loop().add_reader(self._decrypted, self._accept_decrypted)
+    def _client(self, peer: Peer | None) -> ClientConnection:
+        return ClientConnection(self._routes, self._pool, self._clients, peer)
 
-    def _accept(self) -> None:
-        if len(self._clients) >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
-            self._pause()
-            return
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._serve(sock)
+    def _go_on(self) -> None:
+        for acceptor in self._shared:
+            acceptor.go_on()
 
-    def _accept_decrypted(self) -> None:
-        """Take a client over from the process that speaks TLS with it."""
-        assert self._decrypted is not None
-        if len(self._clients) >= _CLIENTS_MAX:
-            self._pause()
-            return
-        try:
-            data, fds = framing.receive_packet(self._decrypted)
-        except (BlockingIOError, framing.GoneError):
-            return
-        for fd in fds:
-            self._serve(socket.socket(fileno=fd), Peer(_tls_decoder.decode(data).address, b"https"))
-
-    def _pause(self) -> None:
-        """Accept nobody for want of room: whoever comes waits."""
-        self._accepting = False
-        for sock in (self._listener, self._decrypted):
-            if sock is not None:
-                asyncio.get_running_loop().remove_reader(sock)
-
-    def _serve(self, sock: socket.socket, peer: Peer | None = None) -> None:
-        sock.setblocking(False)
-        loop = asyncio.get_running_loop()
-        # A transport without the handshake of connect_accepted_socket: one callback instead of a task a connection.
-        loop._make_socket_transport(sock, ClientConnection(self._routes, self._pool, self._clients, peer))  # type: ignore[attr-defined]  # noqa: SLF001
+    def report(self, message: FromRouter) -> None:
+        """Send a message to the supervisor."""
+        self._writer.send(msgspec.json.encode(message))
 
     def _obey(self) -> None:
-        try:
-            data, _ = framing.receive_packet(self._sock)
-        except BlockingIOError:
-            return
-        except framing.GoneError:
-            self._ended.set()
-            return
-        message = _decoder.decode(data)
-        if isinstance(message, DrainRouter):
-            self._drain()
-            return
-        self._heed(message)
-        self._writer.send(msgspec.json.encode(RouteAcknowledged(message.id)))
+        """Do all that the supervisor says before any client is read: a new router is told every route at once."""
+        with contextlib.suppress(BlockingIOError):
+            while not self._ended.is_set():
+                try:
+                    data, fds = framing.receive_packet(self._sock)
+                except framing.GoneError:
+                    self._ended.set()
+                else:
+                    self._take(_decoder.decode(data), fds)
+
+    def _take(self, message: ToRouter, fds: tuple[int, ...]) -> None:
+        match message:
+            case DrainRouter():
+                self._drain()
+            case RouteUpdate() | RouteRemove() | IngressRules():
+                self._heed(message)
+                self.report(RouteAcknowledged(message.id))
+            case AdoptConnections(instance=instance):
+                own = self._own.get(instance)
+                if own is None:  # closed meanwhile: nobody serves them any more
+                    framing.close_all(fds)
+                else:
+                    own.adopt(socket.socket(fileno=fds[0]))
+            case AddListener() | RemoveListener():
+                self._heed_listener(message, fds)
+            case AddChannel():
+                self._add_channel(message, fds)
+            case _:
+                self._heed_channel(message)
+
+    def _forget_known(self) -> None:
+        self._pool.known.clear()
+        for own in self._own.values():
+            own.route.known.clear()
 
     def _heed(self, message: RouteUpdate | RouteRemove | IngressRules) -> None:
-        self._pool.known.clear()
+        self._forget_known()
         match message:
             case RouteUpdate(instance=instance, up=up, spread=spread):
                 self._routes.up[instance] = up
                 (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
                 if spread or not up:
                     self._pool.forget(instance)
+                if not up and (calls := self._pool.calls.get(instance)) is not None:
+                    calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
             case IngressRules():
                 self._routes.configure(message)
             case RouteRemove(instance=instance):
@@ -207,17 +349,82 @@ class Router:
                 self._pool.spread.discard(instance)
                 self._pool.forget(instance)
 
+    def _heed_listener(self, message: AddListener | RemoveListener, fds: tuple[int, ...]) -> None:
+        self._forget_known()
+        instance = message.instance
+        own = self._own.pop(instance, None)
+        if own is not None:
+            own.close()
+            self._closed_own.add(own)  # until its last client has gone
+        match message:
+            case AddListener():
+                self._pool.forget(instance)  # connections to workers that have none of this
+                self._pool.calls[instance] = self._calls_of(instance)
+                self._own[instance] = OwnListener(instance, socket.socket(fileno=fds[0]), self._pool, self)
+            case RemoveListener():
+                calls = self._pool.calls.pop(instance, None)
+                if calls is not None:
+                    calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
+                    calls.rest()
+
+    @property
+    def has_room(self) -> bool:
+        """True while a further client of an instance's own listener may come."""
+        return sum(len(own.clients) for own in self._own.values()) < _ALL_OWN_CLIENTS_MAX
+
+    def own_left(self) -> None:
+        """Take note that a client of an instance's own listener has gone."""
+        self._closed_own = {own for own in self._closed_own if own.clients}
+        for own in self._own.values():
+            own.go_on()
+
+    def _calls_of(self, instance: str) -> InstanceCalls:
+        kept = self._pool.calls
+        self._calls = {name: calls for name, calls in self._calls.items() if calls.channels or name in kept}
+        return self._calls.setdefault(instance, InstanceCalls(instance, self))
+
+    def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
+        channel_fd, page_fd = fds
+        page = StatsPage(page_fd)
+        framing.close_all([page_fd])
+        calls = self._calls_of(message.instance)
+        calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
+        self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}
+        self._channels[message.worker] = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
+
+    def _heed_channel(self, message: ServeChannel | DrainChannel | YieldChannel) -> None:
+        channel = self._channels.get(message.worker)
+        if channel is None or not channel.is_open:
+            if isinstance(message, DrainChannel):
+                self.report(ChannelDrained(message.worker))
+            return
+        match message:
+            case ServeChannel():
+                channel.serve()
+            case DrainChannel():
+                channel.drain()
+            case YieldChannel():
+                channel.leave_loop()
+
     def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        self._pause()
-        self._listener.close()
+        for acceptor in self._shared:
+            acceptor.close()
+        for instance in list(self._own):
+            own = self._own.pop(instance)
+            own.close()
+            self._closed_own.add(own)
         for client in list(self._clients):
             client.end_when_idle()
         loop.call_later(_DRAIN_S, self._ended.set)
         self._when_empty()
 
+    def _all_clients(self) -> list[ClientConnection]:
+        owns = [*self._own.values(), *self._closed_own]
+        return [*self._clients, *(client for own in owns for client in own.clients)]
+
     def _when_empty(self) -> None:
-        if self._clients:
+        if self._all_clients():
             asyncio.get_running_loop().call_later(0.02, self._when_empty)
         else:
             self._ended.set()
@@ -227,6 +434,8 @@ class Router:
             await asyncio.sleep(_SWEEP_S)
             self._pool.sweep()
             now = time.monotonic()
-            for client in list(self._clients):
+            for client in self._all_clients():
+                if client.is_trusted or client.waits_for_guest:
+                    continue
                 if now - client.last_s > (IDLE_S if client.idle else STALL_S):
                     client.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from agent.host.http.parser import RequestHead, tokens
+from agent.host.ipc import heads
 from agent.host.ipc.helper_api import ForwardedPolicy, IngressRules, RouteRule
 
 _IPV4: Final = re.compile(rb"\d+\.\d+\.\d+\.\d+(:\d+)?")
@@ -28,14 +29,27 @@ _HOST_MAX_BYTES: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Reading of a whole request without a body, and where it went."""
+
+    request: RequestHead
+    instance: str
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes: an instance and its target there, or a status with a sentence."""
+    """Where a request goes: an instance and its target there, or a status with a sentence.
+
+    `own`: it came by a listener of the instance's own, and stays as it is.
+    """
 
     instance: str = ""
     target: bytes = b""
     prefix: bytes = b""
     status: int = 0
     why: str = ""
+    own: bool = False
     request_max: int | None = None  # bytes of its body
 
 
@@ -202,17 +216,21 @@ def _origin_form(target: bytes) -> bytes:
     return target or b"/"
 
 
+class OwnRoute:
+    """Route of every request at a listener that is one instance's own; the owner's rules are for the shared port."""
+
+    def __init__(self, instance: str) -> None:
+        self.known: dict[bytes, Known] = {}
+        self.forwarding = Forwarding(ForwardedPolicy())
+        self._instance = instance
+
+    def route(self, request: RequestHead) -> Route:
+        """Return the route, on which a request stays as it is."""
+        return Route(instance=self._instance, target=request.target, own=True)
+
+
 HOPS_HEADER: Final = b"x-wasmfleet-hops"
-"""The field that tells a neighbour on the device how many others a request has come through."""
-
-
-def hops(headers: bytes) -> int:
-    """Return the depth of a request's field lines, names in lower case; 0 for one that came from outside."""
-    at = 0 if headers.startswith(HOPS_HEADER + b":") else headers.find(b"\r\n" + HOPS_HEADER + b":") + 2
-    if not headers.startswith(HOPS_HEADER + b":", at):
-        return 0
-    said = headers[at + len(HOPS_HEADER) + 1 :].partition(b"\r\n")[0].strip()
-    return int(said) if said.isdigit() and len(said) < 3 else 99  # noqa: PLR2004 - as many as nobody may have
+"""The field that tells a neighbour on the device how many others a request has come through; the adapter reads it."""
 
 
 _HOP: Final = frozenset(
@@ -221,35 +239,49 @@ _HOP: Final = frozenset(
 ) | {HOPS_HEADER}
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Reading of a whole request without a body, and where it went."""
-
-    request: RequestHead
-    instance: str
-    head: bytes
-
-
-def forwarded_head(
+def guest_head(
     request: RequestHead, route: Route, forwarding: Forwarding | None = None, peer: Peer | None = None
 ) -> bytes:
-    """Return the head as an instance gets it, without fields of the client's connection (RFC 9110, section 7.6.1).
+    """Return the head as a guest gets it in a frame; `forwarding` and `peer` as in `forwarded_head`."""
+    if route.own:
+        lines = [b"%b: %b\r\n" % each for each in request.fields]
+    else:
+        lines = _forwarded_lines(request, route, forwarding, peer)
+        if request.chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif request.length is not None:
+            lines.append(b"content-length: %d\r\n" % request.length)
+    return heads.request_head(request.method, route.target, b"".join(lines))
 
-    `forwarding`: what it is told of the client `peer`; None for what the client itself says.
-    """
+
+def _forwarded_lines(
+    request: RequestHead, route: Route, forwarding: Forwarding | None, peer: Peer | None
+) -> list[bytes]:
+    """Return field lines without those of the client's connection (RFC 9110, section 7.6.1)."""
     named = tokens(request.fields, b"connection") - {b"host"}
-    lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
     fields = [each for each in request.fields if each[0] not in _HOP and each[0] not in named]
+    told: list[bytes] = []
     if forwarding is not None:
         told = forwarding.told(request, peer)
         taken = {line.partition(b":")[0] for line in told}
         if forwarding.drops(peer):
             taken |= _TELLS_OF_CLIENTS
         fields = [each for each in fields if each[0].replace(b"_", b"-") not in taken]
-    lines += [b"%b: %b\r\n" % each for each in fields]
-    lines += told if forwarding is not None else []
+    lines = [*(b"%b: %b\r\n" % each for each in fields), *told]
     if route.prefix:
         lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
+    return lines
+
+
+def forwarded_head(
+    request: RequestHead, route: Route, forwarding: Forwarding | None = None, peer: Peer | None = None
+) -> bytes:
+    """Return the head as an instance gets it on a connection.
+
+    `forwarding`: what it is told of the client `peer`; None for what the client itself says.
+    """
+    lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
+    lines += _forwarded_lines(request, route, forwarding, peer)
     if request.old:
         asked = b"keep-alive" in tokens(request.fields, b"connection")  # the instance's answer tells the client so
         lines.append(b"connection: keep-alive\r\n" if asked else b"")

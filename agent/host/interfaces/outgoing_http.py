@@ -233,14 +233,18 @@ class OutgoingHttp:
         self._kept: list[tuple[tuple[str, str, int], float, _Connection]] = []
         self._number = 0
         self._asked = 0
-        self.hops = 0
+        self._hops = 0
 
     # -- calls of the adapter
 
-    def begin(self) -> int:
-        """Begin a request and return its number; 0, which is no request's, if there are too many."""
+    def begin(self, hops: int) -> int:
+        """Begin a request and return its number; 0, which is no request's, if there are too many.
+
+        `hops` as in `agent.host.engine.adapter_abi.Requests.begin`.
+        """
         if len(self._requests) >= _BEGUN_MAX:
             return 0
+        self._hops = hops
         self._number += 1
         self._requests[self._number] = _Request()
         return self._number
@@ -371,9 +375,9 @@ class OutgoingHttp:
         connect_s, request.first_s, request.between_s = (self._wait_s(each) for each in head.waits)
         hops = []
         if host.endswith(outbound.INTERNAL):
-            if self.hops >= HOPS_MAX:
-                raise RefusedError("loop-detected", f"it came through {self.hops} neighbours already")
-            hops.append((HOPS, str(self.hops + 1)))
+            if self._hops >= HOPS_MAX:
+                raise RefusedError("loop-detected", f"it came through {self._hops} neighbours already")
+            hops.append((HOPS, str(self._hops + 1)))
         data = head.encode(request.body, hops)
 
         def fresh() -> _Connection:

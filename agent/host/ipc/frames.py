@@ -84,10 +84,10 @@ def encode(frame: Frame) -> bytes:
     return HEADER.pack(len(frame.payload), frame.kind, frame.call) + frame.payload + _END
 
 
-def encode_body(call: int, data: bytes) -> bytes:
+def encode_body(call: int, data: bytes | memoryview) -> bytes:
     """Return the frames of a piece of a body of any length; none for no bytes."""
     pieces = range(0, len(data), PAYLOAD_MAX_BYTES)
-    return b"".join(encode(Frame(Kind.BODY, call, data[at : at + PAYLOAD_MAX_BYTES])) for at in pieces)
+    return b"".join(encode(Frame(Kind.BODY, call, bytes(data[at : at + PAYLOAD_MAX_BYTES]))) for at in pieces)
 
 
 class FrameDecoder:

@@ -8,7 +8,7 @@ import msgspec
 
 from fleet.protocol import outbound
 from fleet.protocol.bounds import Count
-from fleet.protocol.manifest import Grants
+from fleet.protocol.manifest import Grants, Limits
 
 
 class RouteUpdate(msgspec.Struct, frozen=True, tag="set"):
@@ -80,14 +80,127 @@ class TlsClient(msgspec.Struct, frozen=True):
     address: str
 
 
-class RouteAcknowledged(msgspec.Struct, frozen=True):
+class DrainRouter(msgspec.Struct, frozen=True, tag="drain"):
+    """Accept no more connections, answer pending requests, and exit."""
+
+
+class AddListener(msgspec.Struct, frozen=True, tag="add-listener"):
+    """Accept clients of this instance alone from the listening socket that comes along, in place of an earlier one."""
+
+    instance: str
+
+
+class RemoveListener(msgspec.Struct, frozen=True, tag="remove-listener"):
+    """Close the listening socket of this instance."""
+
+    instance: str
+
+
+class AdoptConnections(msgspec.Struct, frozen=True, tag="adopt-connections"):
+    """Take over the connections of an instance's clients that arrive on the socket that comes along.
+
+    A worker with an HTTP server hands them over, each with what has come of its next message.
+    """
+
+    instance: str
+
+
+class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
+    """Add a worker's channel, which takes no calls until `ServeChannel`. Its page of figures comes along behind it.
+
+    The page counts the calls that go over the channel; everything else in it is written by the worker.
+
+    Attributes:
+        worker: number of the worker in every message between supervisor and router.
+        reuses: whether the worker's store answers several calls.
+        whole: whether the worker keeps a request's body until it is whole, so that it should not wait for one.
+    """
+
+    instance: str
+    worker: Count
+    limits: Limits
+    reuses: bool
+    whole: bool = False
+
+
+class ServeChannel(msgspec.Struct, frozen=True, tag="serve-channel"):
+    """Give calls to this worker from now on."""
+
+    worker: Count
+
+
+class DrainChannel(msgspec.Struct, frozen=True, tag="drain-channel"):
+    """Give no more calls to this worker; it keeps its channel. Answered with `ChannelDrained`."""
+
+    worker: Count
+
+
+class YieldChannel(msgspec.Struct, frozen=True, tag="yield-channel"):
+    """Have this worker read its control socket between two calls: a request of the supervisor's waits there."""
+
+    worker: Count
+
+
+ToRouter = (
+    RouteUpdate
+    | RouteRemove
+    | IngressRules
+    | DrainRouter
+    | AddListener
+    | RemoveListener
+    | AdoptConnections
+    | AddChannel
+    | ServeChannel
+    | DrainChannel
+    | YieldChannel
+)
+
+
+class RouteAcknowledged(msgspec.Struct, frozen=True, tag="acknowledged"):
     """Reply to the message with this id: the change is in effect."""
 
     id: Count
 
 
-class DrainRouter(msgspec.Struct, frozen=True, tag="drain"):
-    """Accept no more connections, answer pending requests, and exit."""
+class ChannelDrained(msgspec.Struct, frozen=True, tag="channel-drained"):
+    """Reply to `DrainChannel`: no call is left in the worker, or its channel is closed."""
+
+    worker: Count
+
+
+class LongCall(msgspec.Struct, frozen=True, tag="long-call"):
+    """Report of a call that has taken `LONG_CALL_S`: the supervisor watches it from now on. Sent once for a call."""
+
+    worker: Count
+    call: Count
+
+
+class CallAbandoned(msgspec.Struct, frozen=True, tag="call-abandoned"):
+    """Report of a call that goes on although its client has gone, or is too slow: it is to be ended, without blame."""
+
+    worker: Count
+    call: Count
+
+
+class ChannelBroken(msgspec.Struct, frozen=True, tag="channel-broken"):
+    """Report of a channel on which something else than frames came; it is closed."""
+
+    worker: Count
+    why: str
+
+
+class ChannelNote(msgspec.Struct, frozen=True, tag="channel-note"):
+    """Line for the log of a worker's instance, such as why an answer was refused."""
+
+    worker: Count
+    text: str
+
+
+ChannelReport = LongCall | CallAbandoned | ChannelBroken | ChannelNote
+FromRouter = RouteAcknowledged | ChannelDrained | ChannelReport
+
+LONG_CALL_S: Final = 0.03
+"""Age at which a call is reported: most calls end sooner, and cost no message."""
 
 
 CONNECT_MAX_S: Final = 30.0

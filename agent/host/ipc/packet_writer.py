@@ -12,10 +12,10 @@ from agent.host.ipc import framing
 
 @dataclass(slots=True, eq=False)
 class Packet:
-    """A packet that waits for room in its socket; `fd` is a copy, which belongs to it."""
+    """A packet that waits for room in its socket; `fds` are copies, which belong to it."""
 
     data: bytes
-    fd: int | None
+    fds: tuple[int, ...]
 
 
 class PacketWriter:
@@ -39,18 +39,18 @@ class PacketWriter:
         """Return how many packets wait for room."""
         return len(self._kept)
 
-    def send(self, data: bytes, fd: int | None = None) -> Packet | None:
-        """Send a packet, with a descriptor if there is one (it stays open here), or keep it until there is room.
+    def send(self, data: bytes, *fds: int) -> Packet | None:
+        """Send a packet and descriptors (they stay open here), or keep it until there is room.
 
         Returns:
             The packet while it is kept, for `withdraw`; None where it was sent, or the socket is broken or closed.
 
         Raises:
-            OSError: the descriptor cannot be copied.
+            OSError: a descriptor cannot be copied.
         """
-        if self._closed or (not self._kept and self._try(data, fd)):
+        if self._closed or (not self._kept and self._try(data, fds)):
             return None
-        packet = Packet(data, None if fd is None else os.dup(fd))
+        packet = Packet(data, _copies(fds))
         if not self._kept:
             asyncio.get_running_loop().add_writer(self._sock, self._flush)
         self._kept.append(packet)
@@ -73,7 +73,7 @@ class PacketWriter:
             self._rest()
 
     def _flush(self) -> None:
-        while self._kept and self._try(self._kept[0].data, self._kept[0].fd):
+        while self._kept and self._try(self._kept[0].data, self._kept[0].fds):
             if self._kept:  # else it broke, and everything is forgotten
                 _close(self._kept.popleft())
                 self._rest()
@@ -83,10 +83,10 @@ class PacketWriter:
         if not self._kept:
             asyncio.get_running_loop().remove_writer(self._sock)
 
-    def _try(self, data: bytes, fd: int | None) -> bool:
+    def _try(self, data: bytes, fds: tuple[int, ...]) -> bool:
         """Return False where there is no room."""
         try:
-            framing.send_packet(self._sock, data, () if fd is None else (fd,))
+            framing.send_packet(self._sock, data, fds)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -95,6 +95,16 @@ class PacketWriter:
         return True
 
 
+def _copies(fds: tuple[int, ...]) -> tuple[int, ...]:
+    """Return copies of all descriptors. Raises `OSError`, with none left open."""
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(fd) for fd in fds)
+    except OSError:
+        framing.close_all(copies)
+        raise
+    return tuple(copies)
+
+
 def _close(packet: Packet) -> None:
-    if packet.fd is not None:
-        os.close(packet.fd)
+    framing.close_all(packet.fds)

@@ -1,7 +1,8 @@
 """Page of a worker's figures in shared memory: the worker writes, the supervisor reads without waking it.
 
-A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). It
-has a single writer; a reader may see a call that is only partly counted, which statistics tolerate.
+A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). Each
+figure in it has a single writer: of a worker with a channel, the router writes the calls and the worker the rest. A
+reader may see a call that is only partly counted, which statistics tolerate.
 """
 
 import bisect
@@ -27,6 +28,7 @@ _ERRORS, _CALLS, _BEGAN, _DROPPED, _DENIED, _OUTGOING, _CPU, _NUMBER = 0, 8, 16,
 _COUNTS: Final = 64
 _CPU_MAX_NS: Final = 2**56  # of one page: two years
 _CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # reported in milliseconds
+_WAITS: Final = 512  # 1 while the call in flight waits for its client, not for anything of the guest's
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")
@@ -103,6 +105,11 @@ class StatsPage:
         """Record that no call is in flight."""
         _U64.pack_into(self._map, _BEGAN, 0)
         _U64.pack_into(self._map, _NUMBER, 0)
+        _U64.pack_into(self._map, _WAITS, 0)
+
+    def wait(self, waits: bool) -> None:  # noqa: FBT001 - written as it is
+        """Record whether the call in flight waits for its client."""
+        _U64.pack_into(self._map, _WAITS, waits)
 
     def end(self, outcome: CallOutcome, us: int | None = None, *, error: bool = False) -> None:
         """Count a call that ended after `us` microseconds of guest time (None: the guest was not entered)."""
@@ -113,6 +120,10 @@ class StatsPage:
         if us is not None:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
+
+    def count(self, outcome: CallOutcome) -> None:
+        """Count a call that was answered without the guest, whatever is in flight."""
+        self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))
 
     def sent(self, denied: bool) -> None:  # noqa: FBT001 - selects the counter
         """Count a request of the guest: attempted, or `denied`."""
@@ -134,6 +145,10 @@ class StatsPage:
         """Return the begin of the call in flight (monotonic ns); 0 for none."""
         value: int = _U64.unpack_from(self._map, _BEGAN)[0]
         return value
+
+    def waits(self) -> bool:
+        """Return whether the call in flight waits for its client."""
+        return bool(_U64.unpack_from(self._map, _WAITS)[0])
 
     def number(self) -> int:
         """Return the number of the call in flight; 0 for none."""

@@ -28,6 +28,9 @@ _OTHERS_A_MINUTE: Final = 2500
 ABANDONED: Final = 75
 """Exit status of a worker whose call went past a limit after its slot had left: EX_TEMPFAIL of sysexits.h."""
 
+RENEW: Final = 76
+"""Exit status of a worker whose channel has ended: its router did, or closed it. Another worker takes its place."""
+
 IMAGES_MAX: Final = 32
 """Images that one shared worker may have open."""
 
@@ -70,8 +73,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First message: set the instance up. Answered with `Ready` or `Refused`.
 
     Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
-    to the egress, memfd of the secrets. A slot in a shared worker gets no image, since that was opened before the
-    sandbox was shut.
+    to the egress, memfd of the secrets, end of a channel. A slot in a shared worker gets no image, since that was
+    opened before the sandbox was shut.
 
     Attributes:
         uid: user to become, None to stay.
@@ -80,6 +83,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         image: in a shared worker, which of its images.
         egress: whether the socket to the egress comes along.
         secrets: whether secrets come along: a JSON object of values by name. Not in a shared worker.
+        channel: whether the worker's end of a channel comes along, see `Ready.frames`. Not in a shared worker.
     """
 
     instance: str
@@ -92,6 +96,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     image: str = ""
     egress: bool = False
     secrets: bool = False
+    channel: bool = False
     id: Count = 0
 
 
@@ -124,6 +129,7 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     """Accept connections from the listener that comes along.
 
     Behind it come, where there may be several workers, both ends of the queue for clients that wait behind a long call.
+    A worker that said `Ready.frames` gets no descriptors, and takes calls from its channel.
     """
 
 
@@ -174,6 +180,12 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
     """Go on after `SaveState`."""
 
 
+class Interrupt(msgspec.Struct, frozen=True, kw_only=True, tag="interrupt"):
+    """End the call in flight on the channel if it is still this one, by its number in the page of figures."""
+
+    call: Count
+
+
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     """Answer with `Probed`, in turn: calls and tasks before it have ended then."""
 
@@ -206,7 +218,7 @@ class EarlierDrain(Drain, frozen=True, kw_only=True, tag="hand-over"):
 
 
 Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState | Configure
-ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume
+ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume | Interrupt
 Earlier = EarlierOpenShared | EarlierAddSlot | EarlierAcceptConnections | EarlierDrain
 
 
@@ -216,10 +228,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     Attributes:
         kinds: exports of the guest (`agent.host.engine.runtime.HANDLER` and so on).
         layers: isolation layer -> whether it holds in this worker.
+        frames: its calls come over its channel, once it is told to serve.
+        whole: a body is kept until it is whole, so that none may be larger than `limits.request`.
     """
 
     kinds: tuple[str, ...]
     layers: dict[str, bool]
+    frames: bool = False
+    whole: bool = False
     id: Count = 0
 
 

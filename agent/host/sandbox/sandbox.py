@@ -191,7 +191,8 @@ def router_spec(directory: str) -> SandboxSpec:
         uid=_ROUTER_UID if can_assign_users() else None,
         root=directory,
         filter=seccomp.router,
-        descriptors=3 * _FILES_MAX,  # a client's connection, its connection to the instance, and idle connections
+        # Clients of the shared port and of own ones, connections to instances for them, idle connections, channels.
+        descriptors=5 * _FILES_MAX,
     )
 
 

@@ -16,7 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -26,9 +26,11 @@ from agent.host.http.router import run_router
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.sandbox import sandbox
+from agent.host.supervisor.resources import Listener
+from agent.host.supervisor.worker_handle import WorkerHandle
 from fleet.component.wasi import OUTGOING_HANDLER
 from fleet.protocol import wire
-from fleet.protocol.manifest import Grants
+from fleet.protocol.manifest import Grants, Limits
 
 _ACK_S: Final = 5.0
 _PAUSE_S: Final = 0.5
@@ -40,7 +42,7 @@ work here use up neither the CPU nor the journal."""
 _DRAIN_S: Final = 6.0  # a second more than the router gives its clients
 
 
-_ack: Final[msgspec.json.Decoder[helper_api.RouteAcknowledged]] = msgspec.json.Decoder(helper_api.RouteAcknowledged)
+_from_router: Final[msgspec.json.Decoder[helper_api.FromRouter]] = msgspec.json.Decoder(helper_api.FromRouter)
 
 
 class HelperProcess(ABC):
@@ -96,10 +98,10 @@ class HelperProcess(ABC):
         loop.add_reader(self._sock, self._readable)
         self._tell_everything()
 
-    def _tell(self, message: msgspec.Struct, fd: int | None = None) -> None:
+    def _tell(self, message: msgspec.Struct, *fds: int) -> None:
         """Send a message; a process that has ended will be replaced, and given its whole state again."""
         if self._writer is not None:
-            self._writer.send(msgspec.json.encode(message), fd)
+            self._writer.send(msgspec.json.encode(message), *fds)
 
     def _hang_up(self) -> None:
         """Close the process's socket, so that it ends."""
@@ -163,12 +165,49 @@ NO_RULES: Final = helper_api.IngressRules()
 """Routes by name alone."""
 
 
+class ChannelHandle:
+    """Handle of a worker's channel, which the router has.
+
+    Attributes:
+        drained: from a `drain` on: done once no call is left in the worker.
+    """
+
+    def __init__(self, router: "RouterHandle", number: int, worker: WorkerHandle) -> None:
+        self.worker = worker
+        self.drained: asyncio.Future[None] | None = None
+        self._router = router
+        self._number = number
+
+    def serve(self) -> None:
+        """Give calls to the worker."""
+        self.drained = None
+        self._router.tell_channel(helper_api.ServeChannel(self._number))
+
+    async def drain(self, wait_s: float) -> None:
+        """Give no more calls to the worker, and wait until those that it has are over, at most `wait_s`."""
+        self.drained = asyncio.get_running_loop().create_future()
+        if self._router.tell_channel(helper_api.DrainChannel(self._number)) and self.worker.alive:
+            waits: list[asyncio.Future[Any]] = [self.drained, self.worker.ended]
+            await asyncio.wait(waits, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            self.set_drained()
+
+    def set_drained(self) -> None:
+        """Take note that no call is left."""
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
+
+    def leave_loop(self) -> None:
+        """Have the worker read its control socket, in which a request waits."""
+        self._router.tell_channel(helper_api.YieldChannel(self._number))
+
+
 class RouterHandle(HelperProcess):
     """Handle of the router, which always runs."""
 
     def __init__(
         self,
-        ingress: socket.socket,
+        ingress: socket.socket | None,
         directory: Path,
         *,
         decrypted: socket.socket | None = None,
@@ -177,7 +216,7 @@ class RouterHandle(HelperProcess):
         """Fork a router for the listening socket `ingress`.
 
         Args:
-            ingress: listening socket.
+            ingress: listening socket; None for no shared port.
             directory: holds the instances' sockets.
             decrypted: router's end of the socket on which clients arrive that came over TLS.
             rules: the device owner's.
@@ -188,6 +227,9 @@ class RouterHandle(HelperProcess):
         self._ingress = ingress
         self._directory = directory
         self._routes: dict[str, _Route] = {}
+        self._listeners: dict[str, Listener] = {}
+        self._channels: dict[int, ChannelHandle] = {}
+        self._numbers = itertools.count(1)
         self._ids = itertools.count(1)
         self._acks: dict[int, asyncio.Future[None]] = {}
         self._page: mmap.mmap
@@ -202,6 +244,9 @@ class RouterHandle(HelperProcess):
         self._tell(self._rules)
         for instance, route in self._routes.items():
             self._tell(helper_api.RouteUpdate(instance, route.up, route.spread))
+        for instance, listener in self._listeners.items():
+            if listener.sock.fileno() >= 0:
+                self._tell(helper_api.AddListener(instance), listener.sock.fileno())
 
     def _is_needed(self) -> bool:
         return True
@@ -212,6 +257,9 @@ class RouterHandle(HelperProcess):
         for future in self._acks.values():
             if not future.done():
                 future.set_result(None)
+        for channel in self._channels.values():  # the worker sees the end of it, and is replaced
+            channel.set_drained()
+        self._channels.clear()
         return f"; client connections lost with it: {lost}"
 
     async def update(self, instance: str, *, up: bool | None, spread: bool) -> None:
@@ -254,6 +302,53 @@ class RouterHandle(HelperProcess):
         finally:
             self._acks.pop(number, None)
 
+    def listen(self, instance: str, listener: Listener) -> None:
+        """Have the router accept an instance's clients from its listener, in place of an earlier one."""
+        if self._listeners.get(instance) is not listener:
+            self._listeners[instance] = listener
+            self._tell(helper_api.AddListener(instance), listener.sock.fileno())
+
+    def adopt(self, instance: str, source: socket.socket) -> None:
+        """Have the router take over the connections that a worker passes to `source`, after `listen`."""
+        self._tell(helper_api.AdoptConnections(instance), source.fileno())
+
+    def stop_listening(self, instance: str) -> None:
+        """Have the router close an instance's listener."""
+        if self._listeners.pop(instance, None) is not None:
+            self._tell(helper_api.RemoveListener(instance))
+
+    def attach(self, instance: str, worker: WorkerHandle, limits: Limits, *, reuses: bool) -> ChannelHandle:
+        """Give the router a worker's channel, of which this process keeps nothing.
+
+        `reuses` as in `AddChannel`.
+        """
+        number = next(self._numbers)
+        channel = worker.take_channel()
+        assert channel is not None, "once for each worker"
+        with contextlib.closing(channel):
+            whole = worker.ready is not None and worker.ready.whole
+            message = helper_api.AddChannel(instance, number, limits, reuses, whole)
+            self._tell(message, channel.sock.fileno(), channel.page_fd)
+        handle = ChannelHandle(self, number, worker)
+        if self.running:
+            self._channels[number] = handle
+            worker.ended.add_done_callback(lambda _: self._forget(number))
+        return handle
+
+    def _forget(self, number: int) -> None:
+        handle = self._channels.pop(number, None)
+        if handle is not None:
+            handle.set_drained()
+
+    def tell_channel(
+        self, message: helper_api.ServeChannel | helper_api.DrainChannel | helper_api.YieldChannel
+    ) -> bool:
+        """Send a message about a channel; return False where the router has none of this number."""
+        if message.worker not in self._channels:
+            return False
+        self._tell(message)
+        return True
+
     def _readable(self) -> None:
         assert self._sock is not None
         try:
@@ -265,16 +360,24 @@ class RouterHandle(HelperProcess):
             return
         framing.close_all(fds)
         try:
-            future = self._acks.get(_ack.decode(data).id)
+            message = _from_router.decode(data)
         except wire.JSON_ERRORS:  # a compromised router
             return
-        if future is not None and not future.done():
-            future.set_result(None)
+        if isinstance(message, helper_api.RouteAcknowledged):
+            future = self._acks.get(message.id)
+            if future is not None and not future.done():
+                future.set_result(None)
+        elif (channel := self._channels.get(message.worker)) is not None:
+            if isinstance(message, helper_api.ChannelDrained):
+                channel.set_drained()
+            else:
+                channel.worker.on_report(message)
 
     async def drain(self) -> None:
         """Stop accepting on the shared port, answer pending requests, and end the router."""
         self._closing = True
-        self._ingress.close()
+        if self._ingress is not None:
+            self._ingress.close()
         if self.running:
             self._tell(helper_api.DrainRouter())
             with contextlib.suppress(TimeoutError):
@@ -370,7 +473,10 @@ class ForkedRouter(NamedTuple):
 
 
 def fork_router(
-    listener: socket.socket, directory: Path, keep: tuple[int, ...] = (), decrypted: socket.socket | None = None
+    listener: socket.socket | None,
+    directory: Path,
+    keep: tuple[int, ...] = (),
+    decrypted: socket.socket | None = None,
 ) -> ForkedRouter:
     """Fork a router on a listener.
 

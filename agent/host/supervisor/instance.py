@@ -17,11 +17,12 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
-from agent.host.ipc import host_api, worker_api
+from agent.host.ipc import helper_api, host_api, worker_api
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import CallStats, count_of
 from agent.host.supervisor import swap
 from agent.host.supervisor.agent_server import EventQueue
+from agent.host.supervisor.call_watch import CallWatch
 from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace, Restart
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
@@ -97,11 +98,12 @@ class Instance:
         self._events = events
         self._log = InstanceLog(resources.logs.open(name))
         self._crashes = CrashPolicy()
-        self._workers = WorkerSet(name, resources, pool, egress, self)
+        self._workers = WorkerSet(name, resources, pool, egress=egress, router=router, events=self)
         self._timers = InstanceTimers(self._log, self)
         self._autoscaler = Autoscaler(self._workers, self.lock, self._log)
         self._parts = swap.SwapParts(name, self._workers, self._timers, resources.listeners, self._log)
         self._reverted: _Reverted | None = None
+        self._watches: dict[WorkerHandle, CallWatch] = {}
 
     # Requests of the agent; the caller holds the lock.
 
@@ -196,6 +198,7 @@ class Instance:
                 self._workers.drop(generation, drained=True)
         self.current = self.previous = None
         await self._update_router()
+        self._workers.stop_listening()
         self._workers.tasks.cancel()
         self._resources.listeners.close(self.name)
         await self._workers.wait_ended()
@@ -334,6 +337,41 @@ class Instance:
             case _:
                 pass
 
+    def router_report(self, worker: WorkerHandle, message: helper_api.ChannelReport) -> None:
+        """Handle what the router says of a worker's channel."""
+        generation = self._workers.generation_of(worker)
+        match message:
+            case helper_api.ChannelNote(text=text):
+                self._log.note(text)
+            case helper_api.ChannelBroken(why=why):
+                worker.kill(f"its router read no frame in its channel: {why}"[:_REASON_MAX_CHARS], at_fault=True)
+            case helper_api.LongCall(call=call) | helper_api.CallAbandoned(call=call):
+                if generation.is_serving and generation.run.limits.concurrency > 1:
+                    self._autoscaler.busy(generation)
+                self._watch(generation, worker, call, abandoned=isinstance(message, helper_api.CallAbandoned))
+
+    def _watch(self, generation: Generation, worker: WorkerHandle, call: int, *, abandoned: bool) -> None:
+        """Watch a call; `abandoned`: end it now."""
+        if not worker.alive:
+            return
+        watch = self._watches.get(worker)
+        if watch is None or watch.call != call:
+            if watch is not None:
+                watch.close()
+            else:
+                worker.ended.add_done_callback(lambda _: self._watches.pop(worker, None))
+            watch = self._watches[worker] = CallWatch(worker, call, generation.run.limits, self)
+        if abandoned:
+            watch.abandon()
+
+    def call_must_end(self, worker: WorkerHandle, reason: str, *, at_fault: bool) -> None:
+        """End a worker whose call has not ended otherwise."""
+        if at_fault:
+            self._kill_for_call(self._workers.generation_of(worker), worker, reason)
+        else:
+            worker.excused = True
+            worker.kill(reason)
+
     def worker_exited(self, worker: WorkerHandle, uptime_s: float) -> None:
         """Replace a worker that ended, unless it was ended on purpose."""
         generation = self._workers.generation_of(worker)
@@ -348,7 +386,9 @@ class Instance:
             return
         if worker.blamed:
             generation.unshared_reason = f"a worker that it shared was ended on its account: {reason}"
-        if worker.bystander_of:
+        if worker.excused or worker.ended.result() == worker_api.RENEW:
+            self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
+        elif worker.bystander_of:
             self._log.note(f"host: {reason}")
             self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
         else:
@@ -417,6 +457,7 @@ class Instance:
             self._workers.retire(generation, worker)
         self._timers.stop()
         if generation.listener is not None and generation.listener.port is not None:
+            self._workers.stop_listening()
             generation.listener.sock.close()  # clients must not wait there; behind the router, they get 503
         self._set_state(InstanceState.QUARANTINED, reason)
 

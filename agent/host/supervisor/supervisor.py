@@ -27,7 +27,7 @@ from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import agent_server, worker_pool
 from agent.host.supervisor.agent_server import AgentServer, EventQueue
-from agent.host.supervisor.helpers import EgressHandle
+from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
 from agent.host.supervisor.resources import BACKLOG, HostResources
 from agent.host.supervisor.shared_ingress import SharedIngress
@@ -97,6 +97,7 @@ class Supervisor:
         self._pool = WorkerPool(ZygotePool(), self._resources.cgroups, self._resources.uids)
         self._barrier = SwapBarrier()
         self._ingress: SharedIngress | None = None
+        self._router: RouterHandle | None = None  # of the shared port, or without one for workers that get frames
         self._egress = EgressHandle(sockets)
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,6 +122,8 @@ class Supervisor:
             loop.add_signal_handler(number, stop.set)
         if self._settings.ingress is not None:
             await self._open_ingress(*self._settings.ingress)
+        elif self._settings.request_path is RequestPath.FRAMES:
+            self._router = RouterHandle(None, self._settings.runtime / "in")
         self._engine = await _ask_engine()
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         server.start()
@@ -140,7 +143,7 @@ class Supervisor:
         """Serve the shared port as the device's owner configured it. Raises `HostError`."""
         try:
             self._ingress = SharedIngress(self._settings.ingress_config, _listen)
-            await self._ingress.start(_listen(address, port), self._settings.runtime / "in")
+            self._router = await self._ingress.start(_listen(address, port), self._settings.runtime / "in")
         except IngressError as error:
             raise HostError(f"cannot serve the shared port: {error}") from error
 
@@ -178,6 +181,8 @@ class Supervisor:
     async def _end(self, server: AgentServer) -> None:
         if self._ingress is not None:
             await self._ingress.drain()
+        elif self._router is not None:
+            await self._router.drain()
         stops = [asyncio.ensure_future(self._stop_one(instance)) for instance in self._instances.values()]
         if stops:
             await asyncio.wait(stops, timeout=_STOP_S)
@@ -187,6 +192,8 @@ class Supervisor:
         self._egress.close()
         if self._ingress is not None:
             self._ingress.close()
+        elif self._router is not None:
+            self._router.close()
 
     async def _stop_one(self, instance: Instance) -> None:
         async with instance.lock:
@@ -314,7 +321,7 @@ class Supervisor:
                     self._resources,
                     self._pool,
                     egress=self._egress,
-                    router=None if self._ingress is None else self._ingress.router,
+                    router=self._router,
                     events=self.events,
                 )
             async with instance.lock:

@@ -26,6 +26,7 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from agent.host.ipc import framing, stats_page, worker_api
+from agent.host.ipc.helper_api import ChannelReport
 from agent.host.ipc.worker_api import TokenBucket
 
 _EXIT_GRACE_S: Final = 1.0  # from the end of its socket to the end of the process
@@ -48,13 +49,35 @@ class WorkerRefusedError(WorkerGoneError):
 
 
 class WorkerEvents(Protocol):
-    """Receiver of what workers report. Both methods are synchronous and never wait."""
+    """Receiver of what workers report. The methods are synchronous and never wait."""
 
     def worker_message(self, worker: "WorkerHandle", message: worker_api.FromWorker) -> None:
         """Take a message that answers no request: a log line, a fault, a call that is overdue."""
 
     def worker_exited(self, worker: "WorkerHandle", uptime_s: float) -> None:
         """Take note that a worker that was ready has ended, `uptime_s` after it had become so."""
+
+    def router_report(self, worker: "WorkerHandle", message: ChannelReport) -> None:
+        """Take what the router says of a worker's channel."""
+
+
+class WorkerChannel(Protocol):
+    """Worker's channel, which the router has.
+
+    Attributes:
+        drained: None before the router was told to give no more calls; done once none is left.
+    """
+
+    drained: asyncio.Future[None] | None
+
+    def serve(self) -> None:
+        """Give calls to the worker."""
+
+    async def drain(self, wait_s: float) -> None:
+        """Give no more calls to the worker, and wait until those that it has are over, at most `wait_s`."""
+
+    def leave_loop(self) -> None:
+        """Have the worker read its control socket, in which a request waits."""
 
 
 class ControlOwner(Protocol):
@@ -66,6 +89,9 @@ class ControlOwner(Protocol):
 
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Take a message that answers no request."""
+
+    def request_sent(self) -> None:
+        """Take note that a request is in the socket."""
 
     def kill(self, reason: str) -> None:
         """End the process at the other end now."""
@@ -141,6 +167,7 @@ class ControlSocket:
             self._drain_id, self.drained = number, asyncio.get_running_loop().create_future()
         try:
             self.send(msgspec.structs.replace(message, id=number), *fds)
+            self.owner.request_sent()
             async with asyncio.timeout(timeout_s):
                 answer = await pending.future
         finally:
@@ -339,6 +366,9 @@ class WorkerProcess:
             int(line.split()[1]) for line in text.splitlines() if line.startswith((b"Private_Dirty", b"Swap:"))
         )
 
+    def request_sent(self) -> None:
+        """Do nothing: the process reads its socket."""
+
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Ignore what a shared process sends on its own account: its slots speak for themselves."""
 
@@ -383,16 +413,32 @@ class WorkerProcess:
             self.pidfd = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Router's end of a worker's channel, and the worker's page of figures; its owner closes both."""
+
+    sock: socket.socket
+    page_fd: int
+
+    def close(self) -> None:
+        """Close both."""
+        self.sock.close()
+        os.close(self.page_fd)
+
+
 class WorkerHandle:
     """A slot of a worker process: where one instance runs.
 
     Attributes:
+        channel: for the router to take, of a worker that is ready and takes frames.
         page: figures of its calls, in memory shared with the worker.
         ready: the worker's `Ready`; None until it is set up.
         since_s: when it became ready, on the monotonic clock.
         blamed: after the end of a shared process: whether this slot was the cause.
         bystander_of: the same, of the other slots: the instance that was the cause.
         ended: done with the exit status; a slot that left a shared process has 0.
+        route: its channel, once the router has it; None for a worker that has an HTTP server.
+        excused: ended without any fault of its instance's.
     """
 
     def __init__(
@@ -403,11 +449,14 @@ class WorkerHandle:
         self.process = process
         self.page_fd = stats_page.create_page(name)
         self.page = stats_page.StatsPage(self.page_fd)
+        self.channel: Channel | None = None
         self.ready: worker_api.Ready | None = None
         self.since_s = time.monotonic()
         self.killed_because = ""
         self.blamed = False
         self.bystander_of = ""
+        self.route: WorkerChannel | None = None
+        self.excused = False
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.control = control if isinstance(control, ControlSocket) else ControlSocket(self, control)
         self.control.owner = self
@@ -429,9 +478,22 @@ class WorkerHandle:
         return self.process.name if self.process.is_shared else ""
 
     @property
+    def _drained(self) -> asyncio.Future[None] | None:
+        return self.control.drained if self.route is None else self.route.drained
+
+    @property
     def is_draining(self) -> bool:
-        """True while it hands its connections over."""
-        return self.control.drained is not None and not self.control.drained.done()
+        """True while it hands its connections over, or ends its calls."""
+        return self._drained is not None and not self._drained.done()
+
+    def request_sent(self) -> None:
+        """Have it leave its loop for a request that is in its control socket."""
+        if self.route is not None:
+            self.route.leave_loop()
+
+    def on_report(self, message: ChannelReport) -> None:
+        """Pass on what the router says of its channel."""
+        self._events.router_report(self, message)
 
     def notify(self, message: worker_api.ToWorker, *fds: int) -> None:
         """Send a message that has no answer. Raises `WorkerGoneError`; a worker that reads nothing is killed."""
@@ -441,13 +503,28 @@ class WorkerHandle:
         """Send a request and return its reply; see `ControlSocket.request`."""
         return await self.control.request(message, *fds, reply=reply, timeout_s=timeout_s)
 
-    def set_ready(self, ready: worker_api.Ready, *, log_lines_a_minute: int) -> None:
-        """Take note that the worker is set up: it has its page of figures, and from now on its end is reported."""
+    def set_ready(
+        self, ready: worker_api.Ready, *, log_lines_a_minute: int, channel: socket.socket | None = None
+    ) -> None:
+        """Take note that the worker is set up: it has its page of figures, and from now on its end is reported.
+
+        `channel`: the router's end, which is closed unless the worker takes frames.
+        """
         self.ready = ready
         self.since_s = time.monotonic()
         self.control.allow(log_lines_a_minute=log_lines_a_minute)
-        os.close(self.page_fd)
+        if channel is not None and ready.frames:
+            self.channel = Channel(channel, self.page_fd)
+        else:
+            os.close(self.page_fd)
+            if channel is not None:
+                channel.close()
         self.page_fd = -1
+
+    def take_channel(self) -> Channel | None:
+        """Return the channel, which the caller then owns; None without one, or if it has been taken."""
+        channel, self.channel = self.channel, None
+        return channel
 
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Pass a message on."""
@@ -468,8 +545,8 @@ class WorkerHandle:
     async def end_when_drained(self, reason: str, timeout_s: float) -> None:
         """End it as soon as its connections are handed over, or after `timeout_s`, or when this is cancelled."""
         try:
-            if self.control.drained is not None and self.alive:
-                waits: list[asyncio.Future[Any]] = [self.control.drained, self.ended]
+            if self._drained is not None and self.alive:
+                waits: list[asyncio.Future[Any]] = [self._drained, self.ended]
                 await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.end(reason)
@@ -502,6 +579,8 @@ class WorkerHandle:
         """Close its descriptors, once it has ended."""
         self.control.unplug()
         self.page.close()
+        if (channel := self.take_channel()) is not None:
+            channel.close()
         if self.page_fd >= 0:
             os.close(self.page_fd)
             self.page_fd = -1

@@ -6,23 +6,32 @@ connections without losing any, but not the instance's memory.
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Coroutine, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from agent.host.ipc import framing, worker_api
+from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
-from agent.host.supervisor.helpers import EgressHandle, needs_egress
+from agent.host.supervisor.helpers import EgressHandle, RouterHandle, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources
-from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerRefusedError
+from agent.host.supervisor.resources import HostResources, Listener
+from agent.host.supervisor.worker_handle import (
+    WorkerChannel,
+    WorkerEvents,
+    WorkerGoneError,
+    WorkerHandle,
+    WorkerRefusedError,
+)
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Http
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
@@ -57,21 +66,32 @@ class Tasks:
 
 
 class _SetupPacket(NamedTuple):
+    """First message to a worker; `channel`: the router's end, open as long as the packet."""
+
     message: worker_api.Setup
     fds: tuple[int, ...]
+    channel: socket.socket | None
 
 
 class WorkerSet:
     """Workers of an instance, of all its generations. `events` receives their reports."""
 
     def __init__(
-        self, name: str, resources: HostResources, pool: WorkerPool, egress: EgressHandle, events: WorkerEvents
+        self,
+        name: str,
+        resources: HostResources,
+        pool: WorkerPool,
+        *,
+        egress: EgressHandle,
+        events: WorkerEvents,
+        router: RouterHandle | None = None,
     ) -> None:
         self.tasks = Tasks()
         self._name = name
         self._resources = resources
         self._pool = pool
         self._egress = egress
+        self._router = router
         self._events = events
         self._ledger = QuotaLedger(name, resources.quotas)
         self._ending: set[asyncio.Future[int]] = set()
@@ -114,7 +134,8 @@ class WorkerSet:
                 ready = await worker.request(
                     setup.message, *setup.fds, reply=worker_api.Ready, timeout_s=limits.start_ms / 1000 + GRACE_S
                 )
-            worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute)
+                channel = None if setup.channel is None else setup.channel.dup()
+            worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute, channel=channel)
         except WorkerRefusedError as error:
             raise StartError(error.refusal.code, f"{self._name}: {error}") from error
         except WorkerGoneError as error:
@@ -155,6 +176,10 @@ class WorkerSet:
                 fds.append(stack.enter_context(ticket.worker_end).fileno())
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
+            channel = None
+            if self._takes_frames(generation) and not shared:
+                channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
+                fds.append(theirs.fileno())
             message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -166,8 +191,13 @@ class WorkerSet:
                 image=generation.image_sha256 if shared else "",
                 secrets=generation.secrets_fd >= 0,
                 egress=egress,
+                channel=channel is not None,
             )
-            yield _SetupPacket(message, tuple(fds))
+            yield _SetupPacket(message, tuple(fds), channel)
+
+    def _takes_frames(self, generation: Generation) -> bool:
+        frames = self._resources.request_path is RequestPath.FRAMES
+        return frames and isinstance(generation.run.manifest.trigger, Http)
 
     def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run
@@ -194,13 +224,31 @@ class WorkerSet:
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
     def serve(self, generation: Generation, worker: WorkerHandle) -> None:
-        """Let a worker accept connections. Raises `WorkerGoneError`."""
+        """Let a worker accept connections, or take calls from its channel. Raises `WorkerGoneError`."""
         assert generation.listener is not None
+        if worker.route is not None or worker.channel is not None:
+            self._serve_by_router(generation, generation.listener, worker)
+            return
         if generation.queue is None and generation.run.limits.concurrency > 1:
             generation.queue = ConnectionQueue(*framing.socket_pair())
         worker.notify(
             worker_api.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ())
         )
+
+    def _serve_by_router(self, generation: Generation, listener: Listener, worker: WorkerHandle) -> None:
+        assert self._router is not None
+        self._router.listen(self._name, listener)
+        if worker.route is None:
+            limits = generation.run.limits
+            reuses = limits.requests_per_instance > 1 and not limits.fuel
+            worker.route = self._router.attach(self._name, worker, limits, reuses=reuses)
+            worker.notify(worker_api.Serve())
+        worker.route.serve()
+
+    def stop_listening(self) -> None:
+        """Close the listener that the router has, if it has one."""
+        if self._router is not None:
+            self._router.stop_listening(self._name)
 
     def serve_all(self, generation: Generation) -> None:
         """Make all workers of a generation accept connections. Raises `WorkerGoneError` if none is left."""
@@ -238,15 +286,31 @@ class WorkerSet:
     async def hand_over(
         self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S
     ) -> None:
-        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them."""
-        waits = []
+        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them.
+
+        Of workers with channels the router has the connections: they end the calls that they have.
+        """
+        waits: list[asyncio.Future[Any]] = []
+        by_router = [worker for worker in new if worker.route is not None]
+        if new and not by_router:
+            self.stop_listening()  # the new ones accept by themselves
+        new = [worker for worker in new if worker not in by_router]
         for number, worker in enumerate(old):
             if not worker.alive:
+                continue
+            if worker.route is not None:
+                waits.append(asyncio.ensure_future(self._drain_channel(worker, worker.route, wait_s)))
+                await asyncio.sleep(0)
                 continue
             fds: tuple[int, ...] = ()
             pair = None
             try:
-                if new:
+                if by_router:
+                    assert self._router is not None
+                    pair = framing.socket_pair()
+                    self._router.adopt(self._name, pair[1])
+                    fds = (pair[0].fileno(),)
+                elif new:
                     pair = framing.socket_pair()
                     new[number % len(new)].notify(worker_api.AcceptConnections(), pair[1].fileno())
                     fds = (pair[0].fileno(),)
@@ -261,6 +325,11 @@ class WorkerSet:
                 for sock in pair or ():
                     sock.close()
         await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _drain_channel(self, worker: WorkerHandle, channel: WorkerChannel, wait_s: float) -> None:
+        await channel.drain(wait_s)
+        with contextlib.suppress(WorkerGoneError):
+            worker.notify(worker_api.Resume())  # from `SaveState`; the worker may serve again later
 
     async def replace(self, generation: Generation, old: list[WorkerHandle], new: list[WorkerHandle]) -> None:
         """Hand the connections of `old` workers over to `new` ones, and retire the old."""

@@ -35,7 +35,6 @@ CLIENTS_MAX: Final = 512
 _QUEUE_SAID_EVERY_S: Final = 60
 _QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 _READ_BYTES: Final = 64 * 1024
-_PASSED: Final = b"C"
 _PASS_TIMEOUT_S: Final = 1.0
 _LINGER_S: Final = 5  # time for which bytes after a refusal are read and discarded
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
@@ -256,7 +255,7 @@ class HttpServer:
             return False
         for fd in fds:
             client = self._add(socket.socket(fileno=fd))
-            prefix = data[len(_PASSED) :]
+            prefix = data[len(connection.PASSED) :]
             if prefix:
                 self._take(client, prefix)
             elif self._leaving:
@@ -388,7 +387,7 @@ class HttpServer:
         """Give a connection away, with what has come of its next message."""
         fd = client.sock.fileno()
         try:
-            framing.send_packet(to, _PASSED + prefix, (fd,))
+            framing.send_packet(to, connection.PASSED + prefix, (fd,))
         except OSError:
             return False
         self._await(client, 0)

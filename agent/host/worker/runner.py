@@ -12,23 +12,32 @@ own limits; only the ticker writes the sums. A verdict carries the call's number
 statistics page, since the call may have ended meanwhile.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from agent.host.engine.adapter_abi import DenyOutgoing, Requests
-from agent.host.engine.guest import Guest, start
+from agent.host.engine.codec import Answer
+from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
-from agent.host.http import routing
 from agent.host.http.connection import Request
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
 from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
+from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.streaming import StreamingResponse
-from agent.host.worker.watchdog import LINE_MAX_CHARS, Call, CallWatchdog, SendToSupervisor, do_nothing
+from agent.host.worker.watchdog import (
+    LINE_MAX_CHARS,
+    Call,
+    CallWatchdog,
+    SendToSupervisor,
+    WriteTicker,
+    do_nothing,
+)
 from fleet.component.reader import bare
 from fleet.component.wasi import CONFIG, ENVIRONMENT
 from fleet.protocol.codes import CallOutcome
@@ -60,8 +69,11 @@ class GuestRunner:
         redact: Callable[[str], str] = str,
         writes: WriteMeter | None = None,
         outgoing: Callable[[Callable[[str], None]], Requests] | None = None,
+        channel: bool = False,
     ) -> None:
-        """`outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
+        """`channel`: calls come as frames on standard input, and `serve` takes them.
+
+        `outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
 
         `ticker`: that of the process, where there are other callers; None to start one.
 
@@ -76,6 +88,7 @@ class GuestRunner:
         self._config = config
         self._page = page
         self._data = data
+        self._channel = channel
         self.say = say
         self.relieve: Callable[[], None] = lambda: None
         """Called by the ticker once a call takes its time: nobody should wait behind it."""
@@ -90,6 +103,8 @@ class GuestRunner:
         self._counting = threading.Lock()
         self._way: StreamingResponse | None = None
         self._answered = 0
+        self._sent_bytes = 0
+        self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
         self._ticker = ticker or CallWatchdog(image.engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
 
     def start(self) -> frozenset[str]:
@@ -100,20 +115,101 @@ class GuestRunner:
         """
         self._begin(self.limits.start_ms)
         try:
-            self._guest = start(
-                self._image,
-                limits=self.limits,
-                grants=self._grants,
-                config=self._config,
-                log=self.log,
-                data=self._data,
-                outgoing=self._outgoing,
-            )
+            self._guest = self._instantiate()
         finally:
             self._ticker.end()
             self._page.rest()
         self._kinds = self._guest.kinds
         return self._kinds
+
+    def _instantiate(self) -> Guest:
+        return start(
+            self._image,
+            limits=self.limits,
+            grants=self._grants,
+            config=self._config,
+            log=self.log,
+            data=self._data,
+            outgoing=self._outgoing,
+            channel=self._channel,
+            wrote=None if self._meter is None else self._wrote,
+        )
+
+    def _wrote(self, size: int) -> None:
+        """Take note of a call that begins (0), or of bytes that are about to go to the channel, and not to a file."""
+        assert self._meter is not None
+        if size:
+            with self._counting:
+                self._sent_bytes += size
+        else:
+            self._meter.begin()
+
+    def serve(self, token: str, control: ControlThread) -> Turn:
+        """Serve calls of the channel until there is a reason not to, and have the next instance ready then.
+
+        `token`: discard what the channel has before it. `control` interrupts calls.
+
+        Raises:
+            EngineError: there is no next instance.
+            GuestError: the call in flight ended in a trap or a limit.
+        """
+        guest = self._guest
+        assert isinstance(guest, ChannelGuest)
+        guest.await_interrupts(control.armed)
+        with self._counted(control):
+            if guest.ended:
+                guest.renew()
+            turn = guest.serve(token)
+            control.ended(guest.last_call)
+            if turn is Turn.MISPLACED or guest.spent:
+                guest.renew()
+        return turn
+
+    def answer(self, method: bytes, target: bytes, headers: bytes, body: bytes, control: ControlThread) -> Answer:
+        """Run an HTTP exchange of a native guest that came over the channel. Raises `GuestError`."""
+        guest = self._guest
+        assert guest is not None
+        guest.await_interrupts(control.armed)
+        with self._counted(control):
+            try:
+                if guest.ended:
+                    guest.renew()
+                if self._meter is not None:
+                    self._meter.begin()
+                return guest.handle(method, target, headers, body)
+            except EngineError as error:
+                guest.ended = True
+                raise GuestError(CallOutcome.GUEST_TRAP, str(error)) from error
+            except GuestError:
+                guest.ended = True
+                guest.close()  # gives its memory back, which may be large
+                raise
+
+    @contextlib.contextmanager
+    def _counted(self, control: ControlThread) -> Iterator[None]:
+        """Count processor time, and report what ends a call of the channel."""
+        had_ns = time.thread_time_ns()
+        try:
+            yield
+        except GuestError as error:
+            control.ended(self._page.number())
+            if not isinstance(error, CancelledCallError):
+                self._report(str(error))
+            raise
+        finally:
+            self._page.spent(time.thread_time_ns() - had_ns)
+            if self._meter is not None:
+                self._meter.end()
+                self._count_writes()
+
+    def restore(self) -> None:
+        """Have an instance again, if a control message has cost the last one.
+
+        Raises:
+            EngineError, GuestError: it cannot be started.
+        """
+        if self._guest is None:
+            self.start()
 
     def configure(self, config: dict[str, str]) -> str | None:
         """Let the guest read this configuration from its next look on; None for done, else a sentence.
@@ -137,7 +233,6 @@ class GuestRunner:
         Where the guest can, its answer goes out on `way` while it is written.
         """
         method, target, headers = request.method, request.target, request.headers
-        self._outgoing.hops = routing.hops(headers)
         return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
 
     def check(self) -> str | None:
@@ -199,7 +294,7 @@ class GuestRunner:
                 self.start()
             assert self._guest is not None
             self._count_writes()
-            self._way, self._answered = way, 0
+            self._way = way
             self._begin(own_ms or self.limits.call_ms, way)
             had_ns = time.thread_time_ns()
             try:
@@ -209,7 +304,7 @@ class GuestRunner:
                 self._ticker.end()
                 self._page.rest()
                 self._count_writes()
-                self._way = None
+                self._way, self._answered = None, self._sent_bytes
         except GuestError as error:
             self._spend("" if way is not None and way.ended else str(error))
             raise
@@ -222,7 +317,8 @@ class GuestRunner:
         if self._writes is None:
             return
         with self._counting:
-            answered = 0 if self._way is None else self._way.read_bytes  # by the pipe in place of standard output
+            # By the pipe in place of standard output, or to the channel.
+            answered = self._sent_bytes if self._way is None else self._way.read_bytes
             too_much = self._writes.look(answered=answered - self._answered)
             self._answered = answered
         if too_much:
@@ -241,6 +337,9 @@ class GuestRunner:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+        self._report(message)
+
+    def _report(self, message: str) -> None:
         if message and self._faults.take():
             self.say(worker_api.Fault(message=message))
 

@@ -236,3 +236,31 @@ class CallWatchdog:
         elif sums.total_ms > (sums.looked_ms + AGAIN_MS if sums.looked_ms else QUEUED_MS):
             sums.looked_ms = sums.total_ms
             call.queued()
+
+
+class WriteTicker:
+    """Thread that looks after the writes of calls of a channel, which the watchdog does not watch."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        """Call `look` at each tick between `begin` and `end`."""
+        self._look = look
+        self._in_call = threading.Event()
+        threading.stack_size(256 * 1024)
+        threading.Thread(target=self._run, name="writes", daemon=True).start()
+
+    def begin(self) -> None:
+        """Take note that a call begins."""
+        self._in_call.set()
+
+    def end(self) -> None:
+        """Take note that it has ended."""
+        self._in_call.clear()
+
+    def _run(self) -> NoReturn:
+        while True:
+            self._in_call.wait()
+            time.sleep(TICK_MS / 1000)
+            try:
+                self._look()
+            except BaseException:  # noqa: BLE001 - whatever it is: without this thread no quota holds within a call
+                os._exit(WATCHDOG_FAILED_STATUS)

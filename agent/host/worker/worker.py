@@ -4,6 +4,9 @@ A zygote forks a worker, which never returns. A worker of one instance waits for
 sandbox, instantiates the guest and says `Ready`. From then on it has its clients' connections, the supervisor's socket
 and nothing else. When that socket closes, it ends.
 
+With a channel (decision 15) it has no clients: its standard input and output are one end of a socket to the router,
+from which the guest itself reads calls as frames, in a loop on the main thread; for a native guest the worker does.
+
 A worker that instances of one publisher share, because the device's owner lets them, begins with `OpenShared` instead.
 It maps every image before it enters the sandbox, since nothing in a worker may map machine code afterwards; an instance
 whose image is not here gets a slot in another worker. Each slot is a `Worker` with a control socket, an epoll set,
@@ -34,15 +37,19 @@ import msgspec
 
 from agent.host.engine import adapter_abi
 from agent.host.engine.adapter_abi import Requests
+from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.ipc import framing, worker_api
+from agent.host.ipc import frames, framing, worker_api
+from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
 from agent.host.sandbox import sandbox
+from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.http_server import CLIENTS_MAX, HttpServer
+from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
-from agent.host.worker.watchdog import CallWatchdog
-from fleet.protocol.codes import RejectCode
+from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
+from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 
@@ -58,13 +65,16 @@ class Worker:
         self._outgoing: Callable[[Callable[[bool], None], Callable[[str], None]], Requests] | None = None
         self.begun = False
         self._leaving = 0  # the id of the `HandOver` that is carried out
+        self._channel = False
+        self._looping = False
+        self._holding = False  # the state was saved: no call before `Resume`
         poll.register(sock, select.EPOLLIN)
 
     def say(self, message: worker_api.FromWorker) -> None:
         """Tell the supervisor; a line of log is dropped rather than waited for. No value of a secret leaves here."""
         message = self._redactor.message(message)
         try:
-            if isinstance(message, worker_api.Line | worker_api.Fault | worker_api.Busy | worker_api.Overdue):
+            if isinstance(message, worker_api.Line | worker_api.Busy | worker_api.Overdue):
                 self._sock.sendmsg([worker_api.encode(message)], [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             else:
                 worker_api.send(self._sock, message)
@@ -76,18 +86,23 @@ class Worker:
     def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
         """Become the worker of one instance alone, and enter the sandbox; False when that was refused."""
         image_fd, page_fd, *more = fds
+        channel_fd = more.pop() if setup.channel else -1
         if setup.secrets:
             self._secrets = _read_secrets(more.pop())
             self._redactor = Redactor(self._secrets.values())
         ask_fd = more.pop() if setup.egress else -1
         tally_fd = more.pop() if setup.data else -1
-        kept = {image_fd, page_fd, *((ask_fd,) if setup.egress else ()), *((tally_fd,) if setup.data else ())}
+        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, tally_fd, channel_fd) if fd >= 0)}
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
+        self._tick = engine.tick
         if setup.egress:
             self._outgoing = _outgoing(setup, ask_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
-            if image.adapted:
+            self._channel = setup.channel and (image.loops or not image.adapted)
+            if channel_fd >= 0:
+                _plug_in(channel_fd, used=self._channel)
+            if image.adapted and not self._channel:
                 adapter_abi.catch_stdout()
             figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
             counter_fd = open_counter() if setup.data else None
@@ -139,7 +154,7 @@ class Worker:
         clients_max: int = CLIENTS_MAX,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
-        page = StatsPage(page_fd)
+        page = self._page = StatsPage(page_fd)
         os.close(page_fd)
         self._caller = GuestRunner(
             image,
@@ -154,6 +169,7 @@ class Worker:
             ticker=ticker,
             scheduling_fd=scheduling_fd,
             writes=writes,
+            channel=self._channel,
         )
         try:
             kinds = self._caller.start()
@@ -161,8 +177,17 @@ class Worker:
             return self._refuse(setup, error.code, error)
         except GuestError as error:
             return self._refuse(setup, RejectCode.START_FAILED, error)
-        self.clients = HttpServer(self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max)
-        ready = worker_api.Ready(kinds=tuple(sorted(kinds)), layers=layers, id=setup.id)
+        if not self._channel:
+            self.clients = HttpServer(
+                self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max
+            )
+        ready = worker_api.Ready(
+            kinds=tuple(sorted(kinds)),
+            layers=layers,
+            frames=self._channel,
+            whole=not self._caller.streams,
+            id=setup.id,
+        )
         worker_api.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
         if figures_fd is not None:
             os.close(figures_fd)
@@ -195,8 +220,36 @@ class Worker:
 
     def loop(self) -> NoReturn:
         """Serve until the supervisor's socket closes."""
-        while True:
+        while not self._channel:
             self.turn(self.clients.wait_s())
+        while not self._looping:
+            self.obey(*worker_api.receive_to_worker(self._sock))
+        self._serve_channel()
+
+    def _serve_channel(self) -> NoReturn:
+        """Serve calls of the channel until that ends, or the supervisor's socket closes."""
+        control = ControlThread(self._sock, self._page, tick=self._tick, say=self.say)
+        sock = socket.socket(fileno=1)
+        output = _ChannelOutput(sock)
+        native = None if self._caller.streams else NativeChannel(self._caller, control, sock)
+        token = ""
+        while True:
+            try:
+                turn = self._caller.serve(token, control) if native is None else native.serve(token)
+            except GuestError as error:
+                token = output.failed(error.outcome, self._redactor.text(str(error)))
+                continue
+            token = output.failed() if turn is Turn.MISPLACED else ""
+            if turn is Turn.CHANNEL_ENDED:
+                os._exit(worker_api.RENEW)
+            if turn is Turn.LEAVE:
+                for received in control.take():
+                    self.obey(*received)
+                while self._holding:
+                    for received in control.wait():
+                        self.obey(*received)
+                self._caller.restore()
+                output.write(Frame(Kind.END, 0))
 
     def close(self) -> None:
         """End this instance, and not the process."""
@@ -209,15 +262,8 @@ class Worker:
     def obey(self, message: worker_api.ToWorker, fds: tuple[int, ...]) -> None:
         """Do what the supervisor says."""
         match message:
-            case worker_api.Serve():
-                listener, *queue = (socket.socket(fileno=fd) for fd in fds)
-                self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
-            case worker_api.AcceptConnections():
-                self.clients.adopt(socket.socket(fileno=fds[0]))
-            case worker_api.Drain(id=number, deadline_ms=deadline_ms):
-                self._leaving = number
-                successor = socket.socket(fileno=fds[0]) if fds else None
-                self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
+            case worker_api.Serve() | worker_api.AcceptConnections() | worker_api.Drain() | worker_api.Interrupt():
+                self._route(message, fds)
             case worker_api.Check(id=number):
                 self.say(worker_api.Checked(id=number, problem=self._caller.check()))
             case worker_api.Task(id=number, scheduled_ms=scheduled_ms):
@@ -232,6 +278,28 @@ class Worker:
             case worker_api.Setup() | worker_api.OpenShared() | worker_api.AddSlot():
                 raise framing.GoneError("set up twice")
 
+    def _route(
+        self,
+        message: worker_api.Serve | worker_api.AcceptConnections | worker_api.Drain | worker_api.Interrupt,
+        fds: tuple[int, ...],
+    ) -> None:
+        """Obey a message about the way of calls. With a channel there are no connections to serve or to hand over."""
+        match message:
+            case worker_api.Serve() if not self._channel:
+                listener, *queue = (socket.socket(fileno=fd) for fd in fds)
+                self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
+            case worker_api.AcceptConnections() if not self._channel:
+                self.clients.adopt(socket.socket(fileno=fds[0]))
+            case worker_api.Drain(id=number, deadline_ms=deadline_ms) if not self._channel:
+                self._leaving = number
+                successor = socket.socket(fileno=fds[0]) if fds else None
+                self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
+            case _:
+                framing.close_all(fds)
+                self._looping = self._looping or isinstance(message, worker_api.Serve)
+                if isinstance(message, worker_api.Drain):
+                    self.say(worker_api.HandedOver(passed=0, id=message.id))
+
     def _carry(
         self, message: worker_api.SaveState | worker_api.LoadState | worker_api.Resume, fds: tuple[int, ...]
     ) -> None:
@@ -240,7 +308,8 @@ class Worker:
                 with open_state(fds[0]) as room:
                     state, problem = self._caller.save_state(len(room))
                     room[: len(state)] = state
-                if problem is None:
+                self._holding = problem is None
+                if self._holding and not self._channel:
                     self.clients.hold()
                 self.say(worker_api.StateSaved(length=len(state), problem=problem, id=number))
             case worker_api.LoadState(length=length, id=number):
@@ -248,7 +317,45 @@ class Worker:
                     state = bytes(room[:length])
                 self.say(worker_api.StateLoaded(problem=self._caller.load_state(state), id=number))
             case worker_api.Resume():
-                self.clients.resume()
+                self._holding = False
+                if not self._channel:
+                    self.clients.resume()
+
+
+def _plug_in(channel_fd: int, *, used: bool) -> None:
+    """Make a channel the process's standard input and output, or close it. Nothing else in a worker uses those."""
+    if used:
+        os.dup2(channel_fd, 0, inheritable=False)
+        os.dup2(channel_fd, 1, inheritable=False)
+    os.close(channel_fd)
+
+
+class _ChannelOutput:
+    """Writes of the worker itself to the channel, while no guest runs: each write of a guest's ends with a whole frame.
+
+    Sent as to a socket, since the kernel counts bytes that are written as to a file, and a guest has a quota of those.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def failed(self, outcome: CallOutcome | None = None, why: str = "") -> str:
+        """Tell the router that the store has ended early, and return the token behind which the next one reads on.
+
+        `outcome`: of the call in flight, if that has failed; `why`: a text whose first line says so.
+        """
+        token = os.urandom(frames.TOKEN_BYTES // 2).hex()
+        sentence = (why.splitlines() or [""])[0][:LINE_MAX_CHARS]
+        text = f"{'' if outcome is None else outcome.value}\r\n{sentence}\r\n{token}"
+        self.write(Frame(Kind.FAILED, 0, text.encode()))
+        return token
+
+    def write(self, frame: Frame) -> None:
+        """Write a frame; without a router the worker ends."""
+        try:
+            self._sock.sendall(frames.encode(frame))
+        except OSError:
+            os._exit(worker_api.RENEW)
 
 
 def _read_secrets(fd: int) -> dict[str, str]:

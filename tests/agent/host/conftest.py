@@ -12,23 +12,44 @@ import support
 from agent.host.ipc import host_api
 
 
-@pytest.fixture(scope="session")
-def _shared(tmp_path_factory):
-    """One host for all tests that do not end it."""
-    shared = support.Host(tmp_path_factory.mktemp("host"))
-    shared.shared = True
-    yield shared
-    shared.close()
+def pytest_generate_tests(metafunc):
+    """Run the tests of a module over each of its `REQUEST_PATHS`, where it has several (decision 15)."""
+    paths = getattr(metafunc.module, "REQUEST_PATHS", ())
+    if "host" in metafunc.fixturenames and paths:
+        metafunc.parametrize("request_path", paths)
 
 
 @pytest.fixture
-def host(_shared, request):
+def request_path():
+    """The way of requests to workers on the host that tests share."""
+    return support.REQUEST_PATH
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory):
+    """One host for all tests that do not end it, by the way of requests to workers."""
+    hosts = {}
+
+    def shared(request_path):
+        if request_path not in hosts:
+            hosts[request_path] = support.Host(tmp_path_factory.mktemp("host"), request_path=request_path)
+            hosts[request_path].shared = True
+        return hosts[request_path]
+
+    yield shared
+    for host in hosts.values():
+        host.close()
+
+
+@pytest.fixture
+def host(_shared, request_path, request):
     """A running host without instances; what the test started is stopped afterwards."""
     support.TESTS.append(request.node.nodeid)
-    yield _shared
-    for one in _shared.ask(host_api.Status).instances:
-        _shared.ask(host_api.Stop, instance=one.instance)
-    _shared.events.clear()
+    shared = _shared(request_path)
+    yield shared
+    for one in shared.ask(host_api.Status).instances:
+        shared.ask(host_api.Stop, instance=one.instance)
+    shared.events.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
+REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of hosts that tests start without another
+
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -135,7 +137,17 @@ STARTED = []  # hosts that nobody has closed yet
 class Host:
     """A running fleet-host and a connection to it."""
 
-    def __init__(self, directory: Path, *, ingress=None, arguments=(), env=None, prefix=(), python=sys.executable):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        ingress=None,
+        arguments=(),
+        env=None,
+        prefix=(),
+        python=sys.executable,
+        request_path=None,
+    ):
         self.runtime = directory / "run"
         self.state = directory / "state"
         self.port = ingress or free_port()
@@ -143,6 +155,7 @@ class Host:
         self.shared = False
         self._id = 0
         self.stderr = (directory / "host.log").open("ab")
+        way = () if (request_path or REQUEST_PATH) == "http" else ("--request-path", request_path or REQUEST_PATH)
         self.process = subprocess.Popen(
             [
                 *prefix,
@@ -151,6 +164,7 @@ class Host:
                 *("--runtime", str(self.runtime)),
                 *("--state", str(self.state)),
                 *("--ingress", f"127.0.0.1:{self.port}"),
+                *way,
                 *arguments,
             ],
             cwd=ROOT,
@@ -271,16 +285,25 @@ def read_answer(sock):
     return int(lines[0].split()[1]), headers, body
 
 
-def read_chunks(sock, data):
-    """The body of an answer in chunks, of which `data` has come."""
+def read_chunks(sock, data, pause=lambda: None):
+    """The body of an answer in chunks, of which `data` has come; with a pause after each piece that is read."""
     body = b""
+
+    def more():
+        nonlocal data
+        came = sock.recv(65536)
+        if not came:
+            raise ConnectionError("closed in the body")
+        data += came
+        pause()
+
     while True:
-        while b"\r\n" not in data or len(data) < (need := int(data.partition(b"\r\n")[0], 16) + 4):
-            more = sock.recv(65536)
-            if not more:
-                raise ConnectionError("closed in the body")
-            data += more
-        size, _, data = data.partition(b"\r\n")
-        if need == 4:
+        while b"\r\n" not in data:
+            more()
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        while len(data) < size + 2:
+            more()
+        if not size:
             return body
-        body, data = body + data[: int(size, 16)], data[int(size, 16) + 2 :]
+        body, data = body + data[:size], data[size + 2 :]

@@ -9,6 +9,7 @@ from support import Grants, Limits
 
 from agent.host.ipc import host_api
 
+REQUEST_PATHS = ("http", "frames")
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 
@@ -115,3 +116,15 @@ def test_workers_side_by_side_never_mix_their_answers(host):
         thread.join()
     assert wrong == []
     assert host.health("many").errors == 0
+
+
+def test_answers_of_an_instance_with_files_are_no_writes_to_its_files(host):
+    port = support.free_port()
+    files = Grants(interfaces=(*GRANTS.interfaces, "wasi:filesystem"))
+    limits = Limits(storage_bytes=1 << 20, daily_written_bytes=1 << 20)
+    host.start("probe", support.a_run("large", 1, port=port, grants=files, limits=limits))
+    for _ in range(3):
+        assert len(ask(port, "/large/1")[2]) == 1 << 20
+    assert ask(port, "/")[0] == 200
+    assert host.health("large").written_bytes < 64 * 1024
+    assert not [line for line in host.lines_of("large") if "has written" in line]

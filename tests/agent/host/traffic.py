@@ -114,6 +114,8 @@ class Traffic:
             data += self._some(sock, 100)
         got, _, body = data.partition(b"\r\n\r\n")
         assert got.startswith(b"HTTP/1.1 200 "), got
+        if b"transfer-encoding: chunked" in got:
+            body = support.read_chunks(sock, body, pause=lambda: self._stop.wait(0.002))
         while len(body) < len(SLOW):
             body += self._some(sock, 1 << 16)
             self._stop.wait(0.002)

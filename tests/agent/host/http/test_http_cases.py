@@ -19,12 +19,12 @@ LIMITS = Limits(request_bytes=1 << 20, response_bytes=1 << 20)
 @pytest.fixture(scope="module")
 def ways(_shared):
     """The port of each way in, and what stands before the path there."""
-    own = support.free_port()
+    own, host = support.free_port(), _shared(support.REQUEST_PATH)
     for run in (support.a_run("echo", 1, limits=LIMITS), support.a_run("alone", 1, port=own, limits=LIMITS)):
-        assert isinstance(_shared.start(ECHO, run), host_api.Started)
-    yield {"router": (_shared.port, b"/echo"), "own port": (own, b"")}
+        assert isinstance(host.start(ECHO, run), host_api.Started)
+    yield {"router": (host.port, b"/echo"), "own port": (own, b"")}
     for name in ("echo", "alone"):
-        _shared.ask(host_api.Stop, instance=name)
+        host.ask(host_api.Stop, instance=name)
 
 
 @pytest.mark.parametrize("way", ["router", "own port"])

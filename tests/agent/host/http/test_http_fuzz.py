@@ -13,7 +13,7 @@ from support import Limits
 from wire import Wire
 
 from agent.host.http.connection import Http1Connection
-from agent.host.http.proxy import ClientConnection
+from agent.host.http.proxy import ClientConnection, HttpUpstream
 from agent.host.http.routing import RouteTable
 from agent.host.ipc import host_api
 
@@ -24,7 +24,7 @@ BODY_MAX = 1 << 62  # sizes are not the question here
 HOP = (b"connection:", b"te:", b"trailer:", b"upgrade:", b"expect:", b"keep-alive:", b"transfer-encoding:")
 
 
-class Instance:
+class Instance(HttpUpstream):
     """Stands for an upstream connection: reads what the router sends as a worker would, and answers what is whole."""
 
     full = False
@@ -60,6 +60,7 @@ class Pool:
     def __init__(self):
         self.instance = Instance()
         self.known = {}
+        self.calls = {}
 
     def take(self, _exchange):
         return self.instance

@@ -19,7 +19,6 @@ from peers import HANDLER, OK, Device, Peer, answers, certificate, encrypted, sa
 from agent.host import egress
 from agent.host.engine import adapter_abi
 from agent.host.engine.runtime import Engine
-from agent.host.http import routing
 from agent.host.interfaces.outgoing_http import HOPS_MAX, OutgoingHttp
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.helper_api import ConnectRequest, RefusedError, check_grant, filter_addresses
@@ -159,7 +158,6 @@ def device(image, tmp_path, addresses):
 
 
 def ask(guest, path, headers=b"host: b\r\n"):
-    guest._outgoing.hops = routing.hops(headers)  # as the worker does before each call
     before = os.dup(1)
     adapter_abi.catch_stdout()
     try:
@@ -419,7 +417,7 @@ def test_a_certificate_is_verified_with_its_name(device, peer, addresses, tmp_pa
     sock = device.lane(outbound=(f"https://peer.example:{there.port}", f"https://127.0.0.1:{there.port}"))
     granted = Grants(interfaces=HANDLER, outbound=(f"https://peer.example:{there.port}",))
     out = OutgoingHttp(sock, granted, Limits(), log=device.lines.append, context=ours)
-    number = out.begin()
+    number = out.begin(0)
     wrong = out.send(number, f"GET / https peer.example:{there.port}   \r\n")
     answer = code(adapter_abi.ERRORS[wrong - 1]) if wrong else out.head(number).encode()
     assert answer.startswith(said)

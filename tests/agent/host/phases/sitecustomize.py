@@ -1,7 +1,7 @@
 """Kill a process of the host in a named phase of a swap; loaded into the supervisor by PYTHONPATH.
 
 The file that `WASMFLEET_TEST_KILL` names says when and whom, as `INSTANCE PHASE VICTIM`, once: right after the message
-of the supervisor's that begins that phase was sent to a worker of that instance.
+of the supervisor's that begins that phase was sent to a worker of that instance, or to the router.
 """
 
 import sys
@@ -11,6 +11,7 @@ if "agent.host.cli" in sys.orig_argv:
     import signal
     from pathlib import Path
 
+    from agent.host.supervisor.helpers import RouterHandle
     from agent.host.supervisor.worker_handle import ControlSocket
 
     plan = Path(os.environ["WASMFLEET_TEST_KILL"])
@@ -45,10 +46,18 @@ if "agent.host.cli" in sys.orig_argv:
     def send_and_kill(control, message, *fds):
         send(control, message, *fds)
         lanes[control.owner.name] = control.owner
+        kill_after(message)
+
+    def tell_and_kill(handle, message, *fds):
+        tell(handle, message, *fds)
+        kill_after(message)
+
+    def kill_after(message):
         if plan.exists():
             instance, phase, who = plan.read_text().split()
             if type(message).__name__ == phase and f"{instance}/2" in lanes:
                 plan.unlink()
                 os.kill(victim(who, instance), signal.SIGKILL)
 
-    ControlSocket.send = send_and_kill
+    tell = RouterHandle._tell
+    ControlSocket.send, RouterHandle._tell = send_and_kill, tell_and_kill

@@ -1,0 +1,41 @@
+// The channel of a worker: frames between the router and the loop, over the engine's standard input and output.
+//
+// `agent/host/ipc/frames.py` says what a frame is; both ends of a compiled image are of one release, by the adapter's digest.
+#pragma once
+#include "abi.h"
+
+// True from the loop's first turn on: bodies are frames then, not the store's standard input and output.
+extern int looping;
+
+// True where the host is told of calls and of bytes, see `host.wrote`.
+extern int metered;
+
+// What the guest has in place of the engine's streams, see `OURS`: the bodies of the call in hand, and an empty one.
+#define REQUEST_BODY 0x7ffffff0u
+#define RESPONSE_BODY 0x7ffffff1u
+#define NO_BODY 0x7ffffff2u
+#define IS_OURS(number) ((number) >= REQUEST_BODY)
+
+// The router's frames that the loop's caller has to know of.
+enum turn { CALL, CHANNEL_ENDED, LEAVE, MISPLACED };
+
+// Discard what comes up to the token, which may lie anywhere: the store before this one ended inside a call.
+int channel_align(text token);
+// Wait for the next call and read its head; `exact`: read nothing beyond it.
+enum turn channel_next(int exact, text *head);
+// At most `most` bytes of the request's body, waiting for the first; none at its end.
+text channel_read(uint64_t most);
+// The trailers of the request's body, as lines, once the body has been read or skipped.
+text channel_trailers(void);
+
+// Bytes of the response's body that the router takes now, waiting for the first.
+uint32_t channel_room(void);
+void channel_write(const char *data, size_t size);
+// Let the answer's head out, or an empty text where the body begins before it; 0 if it is too large.
+int channel_head(text head);
+// End the answer, and say what follows: CALL, or MISPLACED where this store has read what is another's.
+enum turn channel_end(text outcome, int last);
+// The number of the last call that has ended, 0 for none.
+uint32_t channel_ended(void);
+// Let out what is written.
+void channel_flush(void);

@@ -1,0 +1,616 @@
+"""Calls over channels, between clients of the router and simulated workers that speak frames."""
+
+import asyncio
+import contextlib
+import mmap
+import socket
+import struct
+
+import msgspec
+import pytest
+
+from agent.host.http import channel, connection, router
+from agent.host.ipc import frames, framing, helper_api, stats_page
+from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, Kind
+from fleet.protocol.codes import CallOutcome
+from fleet.protocol.manifest import Limits
+
+HEAD = b"200\r\ncontent-type: text/plain\r\n"
+GET = b"GET /a HTTP/1.1\r\nhost: board\r\n\r\n"
+REPORTS = msgspec.json.Decoder(helper_api.FromRouter)
+
+
+class Worker:
+    """The worker's end of a channel: frames come in, and go out as the test says."""
+
+    def __init__(self, number, sock, page):
+        self.number = number
+        self.page = page
+        self.reader = self.writer = None
+        self._sock = sock
+        self._decoder = FrameDecoder(TO_GUEST)
+        self._frames = asyncio.Queue()
+
+    async def open(self):
+        self.reader, self.writer = await asyncio.open_unix_connection(sock=self._sock)
+        self._reading = asyncio.ensure_future(self._read())
+        return self
+
+    async def _read(self):
+        while data := await self.reader.read(65536):
+            for frame in self._decoder.feed(data):
+                self._frames.put_nowait(frame)
+        self._frames.put_nowait(None)
+
+    async def next(self, *kinds):
+        """The next frame, which must be of one of these kinds; None at the end of the channel."""
+        frame = await self._frames.get()
+        assert frame is None or not kinds or frame.kind in kinds, frame
+        return frame
+
+    @property
+    def has_more(self):
+        return not self._frames.empty()
+
+    def say(self, *said):
+        self.writer.write(b"".join(frames.encode(frame) for frame in said))
+
+    def answer(self, call, body=b"hi", *, head=HEAD, end=b"0 whole\r\n\r\n"):
+        self.say(Frame(Kind.RESPONSE, call, head), Frame(Kind.BODY, call, body), Frame(Kind.END, call, end))
+
+    def fail(self, outcome, why, token=b"t" * 16):
+        self.say(Frame(Kind.FAILED, 0, b"%b\r\n%b\r\n%b" % (outcome, why, token)))
+
+    async def body(self):
+        """The body of the request that has begun: read to its end, with credit for what was read."""
+        got = b""
+        while (frame := await self.next(Kind.BODY, Kind.END)).kind is Kind.BODY:
+            got += frame.payload
+            self.say(Frame(Kind.CREDIT, frame.call, struct.pack("<I", len(frame.payload))))
+        return got
+
+    def close(self):
+        self.writer.close()
+
+
+class Board:
+    """A router with an instance `web` at a listener of its own, and the supervisor's end of its socket."""
+
+    def __init__(self, sock, address):
+        self.sock = sock
+        self.address = address
+        self._numbers = iter(range(1, 100))
+        self._reports = asyncio.Queue()
+        self._writers = []
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+
+    def _readable(self):
+        with contextlib.suppress(BlockingIOError):
+            data, _ = framing.receive_packet(self.sock)
+            self._reports.put_nowait(REPORTS.decode(data))
+
+    async def report(self, kind):
+        """The router's next report of this kind."""
+        report = None
+        while not isinstance(report, kind):
+            report = await self._reports.get()
+        return report
+
+    def tell(self, message, *fds):
+        framing.send_packet(self.sock, msgspec.json.encode(message), fds)
+
+    async def worker(self, *, serve=True, reuses=False, whole=False, **limits):
+        """A new worker with a channel."""
+        ours, theirs = socket.socketpair()
+        number, page_fd = next(self._numbers), stats_page.create_page("web")
+        message = helper_api.AddChannel("web", number, Limits(**limits), reuses, whole)
+        with theirs:
+            self.tell(message, theirs.fileno(), page_fd)
+        worker = await Worker(number, ours, stats_page.StatsPage(page_fd)).open()
+        framing.close_all([page_fd])
+        if serve:
+            self.tell(helper_api.ServeChannel(number))
+        return worker
+
+    async def client(self):
+        reader, writer = await asyncio.open_connection(*self.address)
+        self._writers.append(writer)
+        return Client(reader, writer)
+
+
+class Client:
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def ask(self, request=GET):
+        self.writer.write(request)
+
+    async def answer(self):
+        """Status, fields and body of the next answer."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        status, _, rest = head.partition(b"\r\n")
+        fields = dict(line.split(b": ", 1) for line in rest.split(b"\r\n") if line)
+        if fields.get(b"transfer-encoding") == b"chunked":
+            body = b""
+            while size := int(await self.reader.readuntil(b"\r\n"), 16):
+                body += (await self.reader.readexactly(size + 2))[:-2]
+            fields[b"trailers"] = await self.reader.readuntil(b"\r\n")
+        else:
+            body = await self.reader.readexactly(int(fields.get(b"content-length", b"0")))
+        return int(status.split()[1]), fields, body
+
+    def close(self):
+        self.writer.close()
+
+    def reset(self):
+        """Go away so that the router notices: an end of what is sent could be half of a conversation."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def board(tmp_path):
+    async with asyncio.timeout(30):
+        ours, theirs = framing.socket_pair()
+        ours.setblocking(False)
+        the_router = router.Router(None, theirs, str(tmp_path), router.Clients(mmap.mmap(-1, 4096)))
+        running = asyncio.ensure_future(the_router.run())
+        listener = socket.create_server(("127.0.0.1", 0))
+        it = Board(ours, listener.getsockname())
+        it.tell(helper_api.AddListener("web"), listener.detach())
+        yield it
+        asyncio.get_running_loop().remove_reader(ours)
+        ours.close()
+        await running
+
+
+@pytest.mark.asyncio
+async def test_a_request_reaches_its_worker_as_it_was_sent_and_its_answer_goes_out_whole(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(b"GET /a?b HTTP/1.1\r\nHost: board\r\nX-Mine: 1\r\n\r\n")
+        frame = await worker.next(Kind.WHOLE_REQUEST)
+        assert frame.payload == b"GET /a?b http board\r\nhost: board\r\nx-mine: 1\r\n"
+        worker.answer(frame.call)
+        status, fields, body = await client.answer()
+        assert (status, fields[b"content-type"], fields[b"content-length"], body) == (200, b"text/plain", b"2", b"hi")
+        assert worker.page.read().calls == {CallOutcome.OK: 1}
+        assert worker.page.number() == 0
+
+
+@pytest.mark.parametrize("size", [1, 5000, INITIAL_CREDIT_BYTES, INITIAL_CREDIT_BYTES + 1, 700_000])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.asyncio
+async def test_bodies_pass_both_ways_whatever_their_size_and_framing(tmp_path, size, chunked):
+    sent = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        if chunked:
+            framed = b"%x\r\n%b\r\n0\r\nx-end: 1\r\n\r\n" % (size, sent)
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + framed)
+        else:
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + sent)
+        call = (await worker.next(Kind.REQUEST)).call
+        got = b""
+        while (frame := await worker.next(Kind.BODY, Kind.END)).kind is Kind.BODY:
+            got += frame.payload
+            worker.say(Frame(Kind.CREDIT, call, struct.pack("<I", len(frame.payload))))
+        assert got == sent
+        assert frame.payload == (b"x-end: 1\r\n" if chunked else b"")
+        credit, left = INITIAL_CREDIT_BYTES, sent
+        worker.say(Frame(Kind.RESPONSE, call, HEAD))
+        answer = asyncio.ensure_future(client.answer())
+        while left:
+            while not credit:
+                credit += struct.unpack("<I", (await worker.next(Kind.CREDIT)).payload)[0]
+            piece = left[: min(credit, 65536)]
+            credit, left = credit - len(piece), left[len(piece) :]
+            worker.say(Frame(Kind.BODY, call, piece))
+        worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\n"))
+        assert (await answer)[2] == sent
+
+
+@pytest.mark.asyncio
+async def test_a_worker_runs_one_call_at_a_time_and_small_ones_are_written_ahead(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker = await the_board.worker()
+        clients = [await the_board.client() for _ in range(6)]
+        for client in clients:
+            client.ask()
+        calls = [(await worker.next(Kind.WHOLE_REQUEST)).call for _ in range(channel.AHEAD_MAX)]
+        assert calls == [1, 2, 3, 4]
+        assert worker.page.number() == 1
+        worker.answer(1, b"first")
+        assert (await worker.next(Kind.WHOLE_REQUEST)).call == 5
+        assert worker.page.number() == 2
+        for call in (2, 3, 4, 5):
+            worker.answer(call)
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        answers = [await client.answer() for client in clients]
+        assert sorted(body for _, _, body in answers) == [b"first", *[b"hi"] * 5]
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_written_ahead_to_a_worker_while_there_is_another_or_behind_a_body(tmp_path):
+    async with board(tmp_path) as the_board:
+        one = await the_board.worker()
+        first, second = await the_board.client(), await the_board.client()
+        first.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n" + b"x" * 80_000)
+        await one.next(Kind.REQUEST)
+        second.ask()
+        two = await the_board.worker()
+        worker_two_call = (await two.next(Kind.WHOLE_REQUEST)).call
+        two.answer(worker_two_call)
+        assert (await second.answer())[0] == 200
+        first.ask(b"x" * 20_000)
+        assert len(await one.body()) == 100_000
+        one.answer(1)
+        assert (await first.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_an_answer_goes_out_as_the_guest_flushes_it(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(GET.replace(b"host", b"te: trailers\r\nhost"))
+        call = (await worker.next(Kind.WHOLE_REQUEST)).call
+        worker.say(Frame(Kind.RESPONSE, call, HEAD))
+        assert b"transfer-encoding: chunked" in await client.reader.readuntil(b"\r\n\r\n")
+        for piece in (b"one", b"two"):
+            worker.say(Frame(Kind.BODY, call, piece))
+            assert await client.reader.readexactly(8) == b"3\r\n%b\r\n" % piece
+        worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\nx-sum: 6\r\n"))
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"0\r\nx-sum: 6\r\n\r\n"
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_begins_before_the_answer_is_set_waits_for_its_head(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask()
+        call = (await worker.next(Kind.WHOLE_REQUEST)).call
+        worker.say(Frame(Kind.RESPONSE, call), Frame(Kind.BODY, call, b"early "))
+        worker.say(Frame(Kind.RESPONSE, call, HEAD), Frame(Kind.BODY, call, b"late"))
+        worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\n"))
+        assert (await client.answer())[::2] == (200, b"early late")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "body"),
+    [
+        (b"error 15\r\n", 500, b"the component answered with the error HTTP-request-denied\n"),
+        (b"unanswered", 500, b"the component gave no answer\n"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_guest_without_an_answer_is_said_to_its_client_and_in_its_log(tmp_path, end, status, body):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask()
+        worker.say(Frame(Kind.END, (await worker.next()).call, end))
+        assert (await client.answer())[::2] == (status, body)
+        assert (await the_board.report(helper_api.ChannelNote)).text == f"host: {body.decode().strip()}"
+        assert (worker.page.read().calls, worker.page.read().errors) == ({CallOutcome.OK: 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        (HEAD + b"content-length: 101\r\n", "a body of 101 bytes, at most 100 are allowed"),
+        (b"99\r\n", "status 99"),
+        (b"200\r\nbad name: x\r\n", "header line"),
+        (b"no head\r\n", "begins with no status"),
+        (b"200\r\ncontent-length: 99999999999999999999\r\n", "a content-length of 20 digits"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_an_answer_that_is_not_http_is_refused(tmp_path, head, why):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(response_bytes=100), await the_board.client()
+        client.ask()
+        worker.answer((await worker.next()).call, head=head)
+        status, _, body = await client.answer()
+        assert (status, body.startswith(b"the component's answer is not one")) == (502, True)
+        assert why in (await the_board.report(helper_api.ChannelNote)).text
+
+
+@pytest.mark.parametrize(
+    ("head", "pieces", "got"),
+    [
+        (HEAD + b"content-length: 4\r\n", [b"too long"], b""),
+        (HEAD + b"content-length: 40\r\n", [b"too short"], b"too short"),
+        (HEAD, [b"x" * 60, b"y" * 60], b"3c\r\n" + b"x" * 60 + b"\r\n"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_an_answer_that_breaks_its_own_length_is_cut_off(tmp_path, head, pieces, got):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(response_bytes=100), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        worker.say(Frame(Kind.RESPONSE, call, head))
+        await client.reader.readuntil(b"\r\n\r\n")
+        read = b""
+        for piece in pieces:
+            worker.say(Frame(Kind.BODY, call, piece))
+            if len(read) < len(got):
+                read += await client.reader.readexactly(len(got))
+        worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\n"))
+        assert await client.reader.read() == b""
+        assert read == got
+        assert "cut off" in (await the_board.report(helper_api.ChannelNote)).text
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(CallOutcome.GUEST_TRAP, 500), (CallOutcome.GUEST_TIMEOUT, 504)])
+@pytest.mark.asyncio
+async def test_a_call_that_fails_is_answered_and_those_written_ahead_run_after_the_token(tmp_path, outcome, status):
+    async with board(tmp_path) as the_board:
+        worker = await the_board.worker()
+        clients = [await the_board.client() for _ in range(3)]
+        for client in clients:
+            client.ask()
+            await worker.next(Kind.WHOLE_REQUEST)
+        token = b"0123456789abcdef"
+        # The store may have been in the middle of a frame: what follows is the token, then whole frames.
+        worker._decoder = TokenDecoder(token)
+        worker.fail(outcome.encode(), b"it broke", token)
+        assert (await clients[0].answer())[::2] == (status, b"it broke\n")
+        for client in clients[1:]:
+            worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+            assert (await client.answer())[0] == 200
+        assert worker.page.read().calls == {outcome: 1, CallOutcome.OK: 2}
+
+
+class TokenDecoder:
+    """Forgets everything up to a token."""
+
+    def __init__(self, token):
+        self._token, self._data, self._inner = token, b"", None
+
+    def feed(self, data):
+        if self._inner is None:
+            self._data += data
+            _, found, data = self._data.partition(self._token)
+            if not found:
+                return []
+            self._inner = FrameDecoder(TO_GUEST)
+        return self._inner.feed(data)
+
+
+@pytest.mark.asyncio
+async def test_a_store_that_was_replaced_between_calls_costs_none(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(reuses=True), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        token = b"0123456789abcdef"
+        worker._decoder = TokenDecoder(token)
+        worker.say(Frame(Kind.END, call, b"unanswered"))
+        assert (await client.answer())[0] == 500
+        client.ask()  # waits: the stream is about to begin anew
+        worker.fail(b"", b"", token)
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await client.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_calls_that_had_not_begun_go_to_another_worker_whatever_their_method(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker = await the_board.worker()
+        clients = [await the_board.client() for _ in range(3)]
+        for client in clients:
+            client.ask(GET.replace(b"GET", b"POST"))
+            await worker.next(Kind.WHOLE_REQUEST)
+        worker.close()
+        assert (await clients[0].answer())[0] == 502
+        another = await the_board.worker()
+        for client in clients[1:]:
+            another.answer((await another.next(Kind.WHOLE_REQUEST)).call)
+            assert (await client.answer())[0] == 200
+
+
+@pytest.mark.parametrize(("method", "statuses"), [(b"GET", [200]), (b"POST", [502])])
+@pytest.mark.asyncio
+async def test_a_call_that_ran_in_a_worker_that_died_is_repeated_only_where_that_is_safe(tmp_path, method, statuses):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(GET.replace(b"GET", method))
+        await worker.next(Kind.WHOLE_REQUEST)
+        worker.close()
+        another = await the_board.worker()
+        if statuses == [200]:
+            another.answer((await another.next(Kind.WHOLE_REQUEST)).call)
+        assert (await client.answer())[0] == statuses[0]
+
+
+@pytest.mark.asyncio
+async def test_a_swap_gives_new_calls_to_the_new_worker_and_lets_the_old_one_finish(tmp_path):
+    async with board(tmp_path) as the_board:
+        old, first = await the_board.worker(), await the_board.client()
+        first.ask()
+        call = (await old.next()).call
+        new = await the_board.worker()
+        the_board.tell(helper_api.DrainChannel(old.number))
+        for _ in range(3):
+            other = await the_board.client()
+            other.ask()
+            new.answer((await new.next(Kind.WHOLE_REQUEST)).call)
+            assert (await other.answer())[0] == 200
+        old.answer(call)
+        assert (await first.answer())[0] == 200
+        assert (await the_board.report(helper_api.ChannelDrained)).worker == old.number
+        first.ask()  # its connection stays where it is
+        new.answer((await new.next(Kind.WHOLE_REQUEST)).call)
+        assert (await first.answer())[0] == 200
+        assert not old.has_more
+
+
+@pytest.mark.asyncio
+async def test_a_worker_leaves_its_loop_between_two_calls_and_is_given_none_meanwhile(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        the_board.tell(helper_api.YieldChannel(worker.number))
+        worker.answer(call)
+        assert await worker.next() == Frame(Kind.YIELD, 0)
+        assert (await client.answer())[0] == 200
+        other.ask()
+        the_board.tell(helper_api.DrainChannel(worker.number))  # as after a state was saved
+        await the_board.report(helper_api.ChannelDrained)
+        assert not worker.has_more
+        worker.say(Frame(Kind.END, 0))
+        the_board.tell(helper_api.ServeChannel(worker.number))
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_each_call_that_takes_long_is_reported_also_if_it_was_written_ahead(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, clients = await the_board.worker(), [await the_board.client() for _ in range(3)]
+        for client in clients:
+            client.ask()
+        for client in clients:
+            call = (await worker.next()).call
+            assert await the_board.report(helper_api.LongCall) == helper_api.LongCall(worker.number, call)
+            worker.answer(call)
+            assert (await client.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_the_log_says_that_requests_wait_for_one_that_takes_long(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, clients = await the_board.worker(), [await the_board.client() for _ in range(2)]
+        clients[0].ask()
+        call = (await worker.next()).call
+        await the_board.report(helper_api.LongCall)
+        clients[1].ask()
+        assert "limits.concurrency allows 1 at a time" in (await the_board.report(helper_api.ChannelNote)).text
+        worker.answer(call)
+        worker.answer((await worker.next()).call)
+        for client in clients:
+            assert (await client.answer())[0] == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.asyncio
+async def test_a_guest_that_streams_for_nobody_is_ended_and_one_that_answers_is_not(tmp_path, streams):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        if streams:
+            worker.say(Frame(Kind.RESPONSE, call, HEAD), Frame(Kind.BODY, call, b"first"))
+            await client.reader.readuntil(b"first")
+        client.reset()
+        if streams:
+            assert await worker.next() == Frame(Kind.CANCEL, call)
+            assert await the_board.report(helper_api.CallAbandoned) == helper_api.CallAbandoned(worker.number, call)
+            worker._decoder = TokenDecoder(b"t" * 16)
+            worker.fail(b"guest-trap", b"cancelled")
+        else:
+            worker.answer(call)
+        another = await the_board.client()
+        another.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await another.answer())[0] == 200
+        counted = {CallOutcome.CLIENT_GONE: 1, CallOutcome.OK: 1} if streams else {CallOutcome.OK: 2}
+        assert worker.page.read().calls == counted
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_stands_still_in_its_body_is_not_waited_for_longer_than_a_guest_may_be_idle(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(idle_ms=50), await the_board.client()
+        client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n" + b"x" * 70_000)
+        call = (await worker.next(Kind.REQUEST)).call
+        worker.say(Frame(Kind.CREDIT, call, struct.pack("<I", 65536)))
+        got = 0
+        while (frame := await worker.next(Kind.BODY, Kind.CANCEL)).kind is Kind.BODY:
+            got += len(frame.payload)
+        assert (got, frame) == (70_000, Frame(Kind.CANCEL, call))
+        assert await client.reader.read() == b""
+        worker._decoder = TokenDecoder(b"t" * 16)
+        worker.fail(b"guest-trap", b"cancelled")
+        another = await the_board.client()
+        another.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        await another.answer()
+        assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
+
+
+@pytest.mark.parametrize("framing_", ["length", "chunks"])
+@pytest.mark.asyncio
+async def test_a_body_beyond_the_limit_is_refused(tmp_path, framing_):
+    async with board(tmp_path) as the_board:
+        await the_board.worker(request_bytes=1000)
+        client = await the_board.client()
+        if framing_ == "length":
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n")
+        else:
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001)
+        assert (await client.answer())[0] == 413
+
+
+@pytest.mark.asyncio
+async def test_what_is_no_frame_ends_the_channel_and_the_supervisor_hears_of_it(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(GET.replace(b"GET", b"POST"))
+        await worker.next()
+        worker.writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        assert (await client.answer())[0] == 502
+        assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
+        assert await worker.next() is None
+
+
+@pytest.mark.parametrize("instance", ["web", "closed meanwhile"])
+@pytest.mark.asyncio
+async def test_the_router_takes_over_connections_with_what_has_come_of_their_next_request(tmp_path, instance):
+    async with board(tmp_path) as the_board:
+        worker = await the_board.worker()
+        ours, theirs = framing.socket_pair()
+        the_board.tell(helper_api.AdoptConnections(instance), theirs.fileno())
+        theirs.close()
+        there, here = socket.socketpair()
+        with ours, here:
+            framing.send_packet(ours, connection.PASSED + GET[:20], (here.fileno(),))
+        client = Client(*await asyncio.open_unix_connection(sock=there))
+        if instance == "web":
+            client.ask(GET[20:])
+            worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+            assert (await client.answer())[0] == 200
+        else:
+            assert await client.reader.read() == b""
+        client.close()
+        other = await the_board.client()
+        other.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_calls_that_wait_are_refused_when_their_instance_goes(tmp_path):
+    async with board(tmp_path) as the_board:
+        client = await the_board.client()
+        client.ask()
+        await the_board.client()  # its connection shows that the router has read what came before
+        the_board.tell(helper_api.RemoveListener("web"))
+        assert (await client.answer())[0] == 503
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_takes_whole_bodies_waits_for_none(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, slow, other = await the_board.worker(whole=True), await the_board.client(), await the_board.client()
+        slow.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 200_000)
+        other.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
+        slow.ask(b"x" * 100_000)
+        call = (await worker.next(Kind.REQUEST)).call
+        assert len(await worker.body()) == 300_000
+        worker.answer(call)
+        assert (await slow.answer())[0] == 200

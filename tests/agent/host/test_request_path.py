@@ -1,0 +1,217 @@
+"""Requests to workers by frames, on a running host: the router is the only HTTP server, and workers run a loop."""
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import threading
+
+import pytest
+import support
+from host_processes import children, lanes_of
+from support import Grants, Health, Limits
+from traffic import Traffic
+from wire import Wire
+
+from agent.host.ipc import host_api
+
+REQUEST_PATHS = ("frames",)
+GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
+
+
+def start(host, generation=1, *, port=None, name="web", guest="probe", **limits):
+    run = support.a_run(name, generation, port=port, grants=GRANTS, limits=Limits(**limits))
+    reply = host.start(guest, run)
+    assert isinstance(reply, host_api.Started), reply
+    return reply
+
+
+def ask(port, path, *, method="GET", fields="", body=b"", sock=None):
+    length = f"content-length: {len(body)}\r\n" if body else ""
+    return support.http(port, f"{method} {path} HTTP/1.1\r\nhost: board\r\n{fields}{length}\r\n".encode() + body, sock)
+
+
+@pytest.fixture
+def port():
+    return support.free_port()
+
+
+@pytest.mark.parametrize(("per_instance", "counted"), [(0, [b"1"] * 3), (2, [b"1", b"2", b"1"])])
+def test_an_instance_answers_as_many_requests_as_it_may(host, port, per_instance, counted):
+    start(host, port=port, requests_per_instance=per_instance)
+    assert [ask(port, "/count")[2].strip() for _ in range(3)] == counted
+    assert host.health("web").calls == {"ok": 3}
+
+
+@pytest.mark.parametrize("size", [1, 60_000, 300_000, 3_000_000])
+@pytest.mark.parametrize("per_instance", [0, 100])
+def test_bodies_stream_both_ways_at_once(host, port, size, per_instance):
+    start(host, port=port, requests_per_instance=per_instance, request_bytes=4 << 20, response_bytes=4 << 20)
+    body = os.urandom(size)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        for _ in range(3):
+            head = f"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
+            writer = threading.Thread(target=kept.sendall, args=(head + body,))
+            writer.start()
+            assert support.read_answer(kept)[2] == body
+            writer.join()
+
+
+def test_an_echo_answers_before_its_request_has_ended(host, port):
+    start(host, port=port, request_bytes=4 << 20, response_bytes=4 << 20)
+    with Wire(port) as wire:
+        wire.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 200_000)
+        assert wire.head()[0] == 200
+        first = wire.chunk()
+        assert first
+        wire.send(b"x" * 100_000)
+        assert first + b"".join(iter(wire.chunk, b"")) == b"x" * 300_000
+
+
+@pytest.mark.parametrize("per_instance", [0, 100])
+def test_a_guest_that_spins_is_interrupted_at_its_limit_and_the_next_request_is_answered(host, port, per_instance):
+    start(host, port=port, call_ms=300, requests_per_instance=per_instance)
+    status, _, body = ask(port, "/spin")
+    assert (status, b"used up its time" in body) == (504, True)
+    assert ask(port, "/")[0] == 200
+    health = host.health("web")
+    assert (health.calls, health.restarts) == ({"ok": 1, "guest-timeout": 1}, 0)
+    assert host.event(lambda event: isinstance(event, host_api.Trapped)).instance == "web"
+
+
+@pytest.mark.parametrize("per_instance", [0, 100])
+def test_a_trap_is_the_guests_fault_and_costs_no_worker(host, port, per_instance):
+    start(host, port=port, requests_per_instance=per_instance)
+    before = lanes_of(host)
+    for _ in range(3):
+        assert ask(port, "/trap")[0] == 500
+        assert ask(port, "/", method="POST", body=b"x" * 100_000)[0] == 200
+    assert lanes_of(host) == before
+    health = host.health("web")
+    assert (health.calls, health.restarts, health.errors) == ({"ok": 3, "guest-trap": 3}, 0, 3)
+
+
+def test_requests_sent_at_once_are_answered_in_their_order(host, port):
+    start(host, port=port, requests_per_instance=1000)
+    requests = b"".join(b"GET /status/%d HTTP/1.1\r\nhost: x\r\n\r\n" % (400 + n) for n in range(20))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+        sock.sendall(requests)
+        assert [support.read_answer(sock)[0] for _ in range(20)] == [400 + n for n in range(20)]
+
+
+@pytest.mark.parametrize("per_instance", [0, 1000])
+def test_swaps_and_reverts_lose_nothing(host, port, per_instance):
+    limits = {"requests_per_instance": per_instance, "request_bytes": 2 << 20, "response_bytes": 2 << 20}
+    start(host, 1, port=port, **limits)
+    traffic = Traffic(port, path="/echo", kept=4, new=2, slow=1)
+    try:
+        for generation in range(2, 8):
+            traffic.await_answers(traffic.answers + 100)
+            start(host, generation, port=port, **limits)
+            if generation % 3 == 0:
+                assert isinstance(host.ask(host_api.Revert, instance="web", generation=generation), host_api.Started)
+            else:
+                host.ask(host_api.Commit, instance="web", generation=generation)
+        traffic.await_answers(traffic.answers + 100)
+    finally:
+        traffic.stop()
+    assert traffic.lost == []
+    assert host.health("web").restarts == 0
+
+
+def test_a_worker_that_is_killed_in_a_call_is_replaced_and_who_waits_is_answered(host, port):
+    start(host, port=port, total_ms=60_000)
+    with contextlib.ExitStack() as stack:
+        stuck = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(3)]
+        stuck[0].sendall(b"POST /spin HTTP/1.1\r\nhost: x\r\n\r\n")
+        support.await_read(stuck[0])
+        for other in stuck[1:]:
+            other.sendall(b"POST / HTTP/1.1\r\nhost: x\r\n\r\n")
+            support.await_read(other)
+        (lane,) = lanes_of(host)
+        os.kill(lane, signal.SIGKILL)
+        assert support.read_answer(stuck[0])[0] == 502
+        assert [support.read_answer(other)[0] for other in stuck[1:]] == [200, 200]
+
+
+def test_the_death_of_the_router_is_no_crash_of_any_component(tmp_path, port):
+    host = support.Host(tmp_path, request_path="frames")
+    start(host, port=port)
+    start(host, name="shared")
+    assert ask(port, "/")[0] == 200
+    (router,) = [
+        pid
+        for pid, command in children(host.process.pid).items()
+        if b"agent.host.cli" in command and pid != host.process.pid
+    ]
+    os.kill(router, signal.SIGKILL)
+    assert ask(port, "/")[0] == 200
+    assert ask(host.port, "/shared/")[0] == 200
+    for name in ("web", "shared"):
+        assert host.health(name).restarts == 0
+    assert not [event for event in host.events if isinstance(event, host_api.Trapped)]
+    host.close()
+
+
+def test_a_client_that_leaves_a_stream_ends_it_without_blame(host, port):
+    start(host, port=port)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+        sock.sendall(b"GET /events HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert ask(port, "/")[0] == 200
+    health = host.health("web")
+    assert (health.calls, health.errors, health.restarts) == ({"ok": 1, "client-gone": 1}, 0, 0)
+
+
+def test_neighbours_reach_an_instance_that_takes_frames(host, port):
+    start(host, name="server")
+    grants = Grants(interfaces=("wasi:http/outgoing-handler",), instances=("server",))
+    host.start("probe", support.a_run("web", 1, port=port, grants=grants))
+    body = ask(port, "/get?server.internal/")[2]
+    assert b"hello over wasi:http" in body
+
+
+@pytest.mark.parametrize("side", ["answer", "body"])
+def test_a_client_that_stands_still_is_ended_and_the_guest_is_not_blamed(host, port, side):
+    start(host, port=port, idle_ms=300, request_bytes=1 << 20, response_bytes=64 << 20)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", port))
+        if side == "answer":
+            sock.sendall(b"GET /large/32 HTTP/1.1\r\nhost: x\r\n\r\n")
+        else:
+            sock.sendall(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\n" + b"x" * 100_000)
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        assert ask(port, "/")[0] == 200  # which had to wait for the end of that call
+    health = host.health("web")
+    assert (health.calls, health.errors, health.restarts) == ({"ok": 1, "client-slow": 1}, 0, 0)
+
+
+def test_health_is_asked_between_two_calls_while_the_loop_runs(host, port):
+    run = support.a_run("web", 1, port=port, grants=GRANTS, health=Health(check=True))
+    assert isinstance(host.start("probe", run), host_api.Started)
+    for n in range(1, 4):
+        assert ask(port, "/")[0] == 200
+        host.ask(host_api.Status, check="web")
+        checks = host.health("web").checks
+        assert (checks.asked >= n, checks.missed, checks.well) == (True, 0, True)
+    assert host.health("web").calls == {"ok": 3}
+
+
+def test_an_instance_behind_the_shared_port_gets_what_the_router_forwards(host):
+    start(host)
+    request = b"PUT /web/describe?q=1 HTTP/1.1\r\nhost: device\r\nx-a: 1\r\nconnection: x-b\r\nx-b: 2\r\n\r\n"
+    assert support.http(host.port, request)[2] == b"put /describe?q=1 http device\nx-a=1\nx-forwarded-prefix=/web\n"
+
+
+def test_who_waits_for_an_instance_that_is_stopped_is_told(host, port):
+    start(host, port=port)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        assert ask(port, "/", sock=kept)[0] == 200
+        assert isinstance(host.ask(host_api.Stop, instance="web"), host_api.Done)
+        assert kept.recv(100) == b""
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/")
