@@ -90,11 +90,8 @@ class Guest:
         log: Log,
         data: str = "",
         outgoing: Requests | None = None,
-        wrote: Callable[[int], None] | None = None,
     ) -> None:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
-
-        `wrote`: called when a call of a channel begins (0), and before so many bytes are written to the channel.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
@@ -113,8 +110,8 @@ class Guest:
         self._config = config
         self._log = log
         self._outgoing = outgoing or DenyOutgoing(log)
-        self._metered = wrote is not None
-        self._linker, self._wasi = _linker(image, config, log, self._outgoing, wrote or (lambda _bytes: None))
+        self._wrote: Callable[[int], None] | None = None
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing, self._meter)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -212,6 +209,14 @@ class Guest:
             return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
             raise guest_error(str(error)) from error
+
+    def meter(self, wrote: Callable[[int], None]) -> None:
+        """Let `wrote` be called when a call of a channel begins (0), and before so many bytes go to the channel."""
+        self._wrote = wrote
+
+    def _meter(self, size: int) -> None:
+        if self._wrote is not None:
+            self._wrote(size)
 
     def await_interrupts(self, armed: Callable[[], None]) -> None:
         """Let the next epoch end a request, or the start of a next instance: none comes but to interrupt it.
@@ -356,15 +361,10 @@ def start(
     log: Log,
     data: str = "",
     outgoing: adapter_abi.Requests | None = None,
-    channel: bool = False,
-    wrote: Callable[[int], None] | None = None,
 ) -> Guest:
-    """Instantiate a guest of either world; raises what `Guest` raises.
-
-    `channel`: one of wasi:http gets its calls from standard input, see `ChannelGuest`. `wrote`: see `Guest`.
-    """
-    kind = (ChannelGuest if channel else WasiHttpGuest) if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing, wrote=wrote)
+    """Instantiate a guest of either world; raises what `Guest` raises."""
+    kind = WasiHttpGuest if image.adapted else Guest
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
 
 
 class WasiHttpGuest(Guest):
@@ -470,11 +470,11 @@ class ChannelGuest(Guest):
             GuestError: the call in flight ended in a trap or a limit; a `CancelledCallError` is no fault of the guest.
         """
         assert self._serve is not None
-        calls = min(self._left, 1 if self._metered else self._STEP)
+        calls = min(self._left, self._STEP if self._wrote is None else 1)
         self._arm(0)
         self._armed()
         try:
-            said: int = self._serve(self._store, calls, calls == self._left, self._metered, token)
+            said: int = self._serve(self._store, calls, calls == self._left, self._wrote is not None, token)
         except WasmtimeError as error:
             self.ended = True
             raise guest_error(str(error)) from error

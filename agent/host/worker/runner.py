@@ -123,7 +123,8 @@ class GuestRunner:
         return self._kinds
 
     def _instantiate(self) -> Guest:
-        return start(
+        make = ChannelGuest if self._channel and self._image.adapted else start
+        guest = make(
             self._image,
             limits=self.limits,
             grants=self._grants,
@@ -131,9 +132,10 @@ class GuestRunner:
             log=self.log,
             data=self._data,
             outgoing=self._outgoing,
-            channel=self._channel,
-            wrote=None if self._meter is None else self._wrote,
         )
+        if self._meter is not None:
+            guest.meter(self._wrote)
+        return guest
 
     def _wrote(self, size: int) -> None:
         """Take note of a call that begins (0), or of bytes that are about to go to the channel, and not to a file."""
@@ -317,7 +319,7 @@ class GuestRunner:
         if self._writes is None:
             return
         with self._counting:
-            # By the pipe in place of standard output, or to the channel.
+            # Bytes that went through the pipe in place of standard output, or to the channel.
             answered = self._sent_bytes if self._way is None else self._way.read_bytes
             too_much = self._writes.look(answered=answered - self._answered)
             self._answered = answered
