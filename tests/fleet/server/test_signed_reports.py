@@ -140,7 +140,7 @@ def statements(fleet):
 async def test_that_a_device_signs_is_written_with_its_first_report(new_fleet):
     async with new_fleet() as fleet:
         crane, lift = await fleet.device("crane"), await fleet.device("lift")
-        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest, store = fleet.server._ingest, fleet.server._store
         ingest.flush()
         seen = statements(fleet)
         for device in (crane, lift):
@@ -159,7 +159,7 @@ async def test_that_a_device_signs_is_written_with_its_first_report(new_fleet):
 async def test_that_a_device_signs_is_written_later_when_its_batch_is_lost(new_fleet, monkeypatch):
     async with new_fleet() as fleet:
         crane = await fleet.device("crane")
-        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest, store = fleet.server._ingest, fleet.server._store
         ingest.flush()
 
         def full(_row):
@@ -182,7 +182,7 @@ async def test_reports_of_one_batch_raise_the_revision_of_their_rollout_once(new
         device = await fleet.device("a", behaviour=behaviours["silent"])
         view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"))
         await device.until(lambda device: device.accepted)
-        ingest, store = fleet.server._bus._on_message.__self__, fleet.server._store
+        ingest, store = fleet.server._ingest, fleet.server._store
         ingest.flush()
         before = store.rollouts.get(view.id).revision
         for sequence, phase in enumerate((Phase.FETCHING, Phase.COMPILING, Phase.SWAPPING), 1):
