@@ -99,14 +99,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty
     if not console().is_terminal:
         grid = _grid(columns, [None] * len(columns))
         for row in cells:
-            grid.add_row(*row)
+            _add_row(grid, row)
         show(grid)
         return
     widths = _widths(columns, cells, console().width)
     beside, whole = columns[: len(widths)], len(widths) == len(columns)
     grid = _grid(beside, widths)
     for row in cells:
-        grid.add_row(*row[: len(widths)])
+        _add_row(grid, row[: len(widths)])
         if not whole and (below := _below(columns[len(widths) :], row[len(widths) :])):
             console().print(grid)
             console().print(Padding(below, (0, 0, 0, _INDENT)))
@@ -116,10 +116,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty
 
 
 def _grid(columns: Sequence[str], widths: Sequence[int | None], *, header: bool = True) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=header)
-    for name, width in zip(columns, widths, strict=True):
+    """Return a table with an empty column between each two; rich before 14.3 counts padding behind the last one too."""
+    grid = Table(box=None, pad_edge=False, padding=0, header_style="bold", show_header=header)
+    for number, (name, width) in enumerate(zip(columns, widths, strict=True)):
+        if number:
+            grid.add_column(width=_GAP)
         grid.add_column(name, overflow="fold", width=width, no_wrap=width is None)
     return grid
+
+
+def _add_row(grid: Table, cells: Sequence[Text]) -> None:
+    first, *others = cells
+    grid.add_row(first, *(part for cell in others for part in ("", cell)))
 
 
 def _widths(columns: Sequence[str], cells: Sequence[Sequence[Text]], room: int) -> list[int]:
