@@ -320,7 +320,7 @@ class ExchangeReply(Message, frozen=True, kw_only=True):
         next_s: after which the device asks again; 0 for at once.
     """
 
-    MAX_BYTES: ClassVar[int] = 2 * bounds.API_BODY_MAX_BYTES
+    MAX_BYTES: ClassVar[int] = bounds.API_BODY_MAX_BYTES
     session: Word
     down: tuple[Packet, ...] = ()
     next_s: Count = 0
