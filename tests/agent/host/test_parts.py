@@ -193,7 +193,7 @@ def test_whatever_workers_write_into_their_pages_fits_into_a_message():
 
 
 def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(resources, "can_assign_users", lambda: True)
     given = resources.UidAllocator(tmp_path / "uids.json")
     first, second = given.allocate("a"), given.allocate("b")
     assert len({first, second, given.allocate("a")}) == 2
@@ -203,12 +203,12 @@ def test_a_user_belongs_to_one_instance_for_good(tmp_path, monkeypatch):
     assert again.allocate("c") not in {first, second}
     (tmp_path / "uids.json").write_text("torn")
     assert resources.UidAllocator(tmp_path / "uids.json").allocate("z") == first
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(resources, "can_assign_users", lambda: False)
     assert again.allocate("a") is None
 
 
 def test_hosts_beside_each_other_give_away_users_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(resources, "can_assign_users", lambda: True)
     assert abs(resources.first_of(Path("/srv/one")) - resources.first_of(Path("/srv/other"))) >= resources.COUNT
     one = resources.UidAllocator(tmp_path / "uids.json").allocate("web")
     assert one == resources.first_of(tmp_path)
