@@ -94,7 +94,11 @@ def _connect(address: Path | str, *, uri: bool = False) -> sqlite3.Connection:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database to read it, also on a read-only file system, where SQLite cannot make its shared index."""
+    """Open a database to read it, also on a read-only file system, where SQLite cannot make its shared index.
+
+    Raises:
+        StoreError: the directory is not writable for this user, and somebody else may write there.
+    """
     address = f"{path.absolute().as_uri()}?mode=ro"
     db = _connect(address, uri=True)
     try:
@@ -102,6 +106,8 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError:
         db.close()
         if not is_read_only(path.parent):
+            if not os.access(path.parent, os.W_OK):
+                raise StoreError(f"{path.parent} is not writable: check its mode and its file system") from None
             raise
         # Nobody can write there, so no lock is needed, and the index of the log may be in this process's memory.
         has_log = path.with_name(f"{path.name}-wal").exists()
