@@ -163,6 +163,7 @@ OLD_ANSWERS = [
     (worker_api.Check(), "checked", {"id": ..., "problem": None}),
     (worker_api.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
     (worker_api.Probe(), "probed", {"id": ...}),
+    (worker_api.Configure(config={}), "configured", {"id": ..., "problem": None}),
     (worker_api.SaveState(), "state-saved", {"length": 3, "problem": None}),
     (worker_api.LoadState(length=3), "state-loaded", {"problem": None}),
 ]
@@ -173,6 +174,7 @@ ANSWER_OF = {
     worker_api.Check: worker_api.Checked,
     worker_api.Task: worker_api.Ran,
     worker_api.Probe: worker_api.Probed,
+    worker_api.Configure: worker_api.Configured,
     worker_api.SaveState: worker_api.StateSaved,
     worker_api.LoadState: worker_api.StateLoaded,
 }
