@@ -6,7 +6,7 @@ is stored here is ahead of a restored database: it gets none until an operator d
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -18,8 +18,19 @@ from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, 
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack
 from fleet.protocol.topics import Down, Topic
-from fleet.rollout.effective import Effective, Group, Key, Overlay, SettledValue, Withdrawal, effective, sources
-from fleet.rollout.model import Member, Value, held_back, wants
+from fleet.rollout.effective import (
+    Effective,
+    Fitness,
+    Group,
+    Key,
+    Overlay,
+    SettledValue,
+    Withdrawal,
+    effective,
+    safe_value,
+    sources,
+)
+from fleet.rollout.model import Member, held_back, wants
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.delivery import BoxRow
 from fleet.store.rows import AssignmentRow, DeviceRow, RolloutRow, SettledRow
@@ -114,26 +125,48 @@ class Director:
     def _settled(self, facts: DeviceFacts, group: str, after: Withdrawal | None) -> dict[str, SettledValue]:
         """Return the settled values of a group for one device, by instance.
 
-        A rollout whose selector left the device out settled nothing for it: the value before that one stands, if its
-        release is still published.
+        A rollout whose selector left the device out settled nothing for it: the value before that one stands, or what
+        takes its place when its release was withdrawn.
         """
         values, unselected = _values(facts.settled[group], after), facts.unselected
         for instance, held in list(values.items()):
             if held.rollout not in unselected:
                 continue
-            history = self._store.rollouts.settled_history(group=group, device="", instance=instance)
-            before = (each for each in history if each.rollout not in unselected and self._stands(each.value, after))
-            found = next(before, None)
+            history = self._store.rollouts.settled_history(
+                group=group, device="", instance=instance, without=unselected
+            )
+            found = self._standing(history, after)
             if found is None:
                 del values[instance]
             else:
                 values[instance] = found
         return values
 
-    def _stands(self, value: Value, after: Withdrawal | None) -> bool:
-        """Tell whether the release of a value is published, and stays so after a withdrawal; a removal stands."""
-        gone = after is not None and value.target == after.target
-        return value.target is None or (not gone and self._repository.release(value.target) is not None)
+    def _standing(self, history: Sequence[SettledValue], after: Withdrawal | None) -> SettledValue | None:
+        """Return the newest of some values, or what takes its place where its release is not published any more."""
+        if not history:
+            return None
+        newest, gone = history[0], "" if after is None else after.target
+        target = newest.value.target
+        if target is None or (target != gone and self._repository.release(target) is not None):
+            return newest
+        return self.replacement(newest.rollout, history[1:], without=gone)
+
+    def replacement(self, rollout: str, history: Iterable[SettledValue], *, without: str = "") -> SettledValue | None:
+        """Return the value that takes the place of a withdrawn one; None: the devices run nothing.
+
+        Args:
+            rollout: id of the rollout that brought the withdrawn value; empty for none.
+            history: values before it, newest first.
+            without: target of a release that is about to be withdrawn; empty for none.
+        """
+        brought = self._store.rollouts.get(rollout) if rollout else None
+        published = {
+            release.name.path: Fitness(release.manifest.security_epoch, release.manifest.data_schema)
+            for release in self._repository.releases()
+            if release.name.path != without
+        }
+        return safe_value(Fitness(0, 0) if brought is None else brought.plan.fitness, history, published)
 
     def keys(self, device: DeviceRow, wanted: Mapping[str, Effective]) -> dict[str, dict[str, Key]]:
         """Return the configuration keys of each wanted instance of a device, each with its value and source."""

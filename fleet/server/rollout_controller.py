@@ -21,7 +21,7 @@ from fleet.protocol.codes import OPEN_STATES, PauseCause, RolloutState
 from fleet.rollout import advance
 from fleet.rollout.advance import Step, advance_set
 from fleet.rollout.decide import Close, Offer, Pause, Revert, Rollout
-from fleet.rollout.effective import Fitness, SettledValue, Withdrawal, safe_value
+from fleet.rollout.effective import SettledValue, Withdrawal
 from fleet.rollout.model import OPEN, Member, Value, leave, overtaken
 from fleet.rollout.presence import Polls, by_polls, polled
 from fleet.rollout.steady import Witness
@@ -469,16 +469,10 @@ class RolloutController:
 
     def _replacement(self, settled: SettledRow, *, without: str = "") -> SettledValue | None:
         """Return the newest value that may take the place of a withdrawn one; None: the devices run nothing."""
-        rollouts = self._store.rollouts
-        brought = rollouts.get(settled.rollout) if settled.rollout else None
-        facts = Fitness(0, 0) if brought is None else brought.plan.fitness
-        history = rollouts.settled_history(group=settled.group, device=settled.device, instance=settled.instance)
-        fit = {
-            release.name.path: Fitness(release.manifest.security_epoch, release.manifest.data_schema)
-            for release in self._repository.releases()
-            if release.name.path != without
-        }
-        return safe_value(facts, history, fit)
+        history = self._store.rollouts.settled_history(
+            group=settled.group, device=settled.device, instance=settled.instance
+        )
+        return self._director.replacement(settled.rollout, history, without=without)
 
     def _replace_withdrawn(self, settled: SettledRow) -> None:
         """Settle the value that takes the place of a withdrawn one."""

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -43,6 +44,7 @@ from fleet.store.store import Store
 from signing.policy import Release
 
 _LIMITS: Final = PlanLimits.__struct_fields__
+_NAMED_MAX: Final = 5
 
 
 class RolloutPlanner:
@@ -481,6 +483,7 @@ class RolloutPlanner:
         except effective.NothingToUndoError as error:
             raise Refusal(409, "nothing-to-undo", str(error), action=error.action) from error
         _check_waves(sizes)
+        self._check_had_before(past, value)
         if value.target is not None and self._repository.release(value.target) is None:
             raise Refusal(409, "revoked", f"{value.target} is not published any more", action="deploy another version")
         asked = RolloutRequest(
@@ -494,6 +497,28 @@ class RolloutPlanner:
             attempt=value.attempt,
         )
         return asked, value
+
+    def _check_had_before(self, past: RolloutRow, value: Value) -> None:
+        """Refuse to take a rollout back on devices that the value before it had left out: they had another one.
+
+        Raises:
+            Refusal: naming some of the devices.
+        """
+        rollouts = self._store.rollouts
+        scope = {"group": past.group, "device": past.device, "instance": past.instance}
+        settled = [rollouts.settled_by(**scope), *(each.rollout for each in rollouts.settled_history(**scope))]
+        before = next((each for own, each in pairwise(settled) if own == past.id), "")
+        reached = [member.device for member in rollouts.members(past.number) if member.wave]
+        others = sorted(device for device, out in rollouts.unselected(reached).items() if before in out)
+        if others:
+            some = ", ".join(others[:_NAMED_MAX]) + ", ..." * (len(others) > _NAMED_MAX)
+            had = value.target or "nothing"
+            raise Refusal(
+                409,
+                "nothing-to-undo",
+                f"not all devices of rollout {past.number} had {had} before it: --where left out {some}",
+                action="deploy to each of them what it had, with --where; fleet rollouts lists the rollouts before",
+            )
 
     def _past(self, request: UndoRequest) -> RolloutRow:
         if request.rollout:

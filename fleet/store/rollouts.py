@@ -358,13 +358,18 @@ class Rollouts:
             found.setdefault(member.device, []).append(Undecided(rollout, member, version))
         return found
 
-    def settled_history(self, *, group: str, device: str, instance: str) -> list[SettledValue]:
-        """Return the settled values of an instance in one scope, newest first, the present one left out."""
+    def settled_history(
+        self, *, group: str, device: str, instance: str, without: Iterable[str] = ()
+    ) -> list[SettledValue]:
+        """Return the newest settled values of an instance in one scope, newest first, the present one left out.
+
+        `without`: ids of rollouts whose values are left out, before any are counted.
+        """
         sql = (
             'SELECT value, rollout FROM settled_history WHERE "group" = ? AND device = ? AND instance = ? '
-            "ORDER BY id DESC LIMIT 100"
+            "AND rollout NOT IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT 100"
         )
-        found = self._db.rows(sql, group, device, instance)
+        found = self._db.rows(sql, group, device, instance, text(sorted(without)))
         return [SettledValue(msgspec.json.decode(row["value"], type=Value), row["rollout"]) for row in found]
 
     def all_settled(self) -> list[SettledRow]:

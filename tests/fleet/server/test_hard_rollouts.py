@@ -231,3 +231,38 @@ async def test_hostile_selectors_are_refused_by_name_and_shown_without_their_sig
         assert shown.code == 0
         assert not {"\x1b", "\u202e"} & set(shown.stdout)
         assert not any(line.startswith("ROLLOUT 9") for line in shown.stdout.splitlines())
+
+
+@pytest.mark.asyncio
+async def test_who_was_left_out_does_not_go_to_a_version_with_other_data(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        berlin, paris = await sited(fleet, "berlin", "paris")
+        one = await operator.publish("1.0.0")
+        two, three, four = [await operator.publish(f"{number}.0.0", data_schema=2) for number in (2, 3, 4)]
+        for target in (one, two, three):
+            await operator.decided(await operator.deploy(target))
+        await operator.decided(await operator.deploy(four, where="site=berlin"))
+        await operator.revoke("3.0.0")
+        await runs(paris, two)
+        await operator.revoke("2.0.0")
+        await paris.until(lambda device: device.items.get("hello") is None or device.items["hello"].target != two)
+        assert not paris.items, "1.0.0 has another schema"
+        assert berlin.items["hello"].target == four
+
+
+@pytest.mark.asyncio
+async def test_an_undo_offers_nobody_a_version_that_where_kept_from_it(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        berlin, paris = await sited(fleet, "berlin", "paris")
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        await operator.decided(await operator.deploy(one))
+        await operator.decided(await operator.deploy(two, where="site=berlin"))
+        await operator.decided(await operator.deploy(three, where="site=paris"))
+        problem = await operator.problem("POST", "/v1/undo", operator_api.UndoRequest())
+        assert (problem.status, problem.type) == (409, "nothing-to-undo")
+        assert problem.title == f"not all devices of rollout 3 had {two} before it: --where left out {paris.id}"
+        assert (berlin.items["hello"].target, paris.items["hello"].target) == (two, three)
+        await operator.decided(await operator.deploy(one, where="site=paris"))
+        assert (berlin.items["hello"].target, paris.items["hello"].target) == (two, one)

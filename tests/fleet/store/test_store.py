@@ -323,6 +323,14 @@ def test_times_for_people_are_kept_from_the_first_moment(store):
     assert store.rollouts.member(row.number, A)[1].ended_at is None
 
 
+def test_a_value_is_found_behind_any_number_of_those_that_are_left_out(store):
+    scope = {"group": "edge", "device": "", "instance": "hello"}
+    for number in range(151):
+        store.rollouts.settle(**scope, value=Value(f"v{number}"), rollout=f"r{number}", now=float(number))
+    without = {f"r{number}" for number in range(1, 151)}
+    assert [each.rollout for each in store.rollouts.settled_history(**scope, without=without)] == ["r0"]
+
+
 def test_settled_values_come_and_go_with_their_history(store):
     scope = {"group": "edge", "device": "", "instance": "hello"}
     for number in (1, 2):
