@@ -118,7 +118,7 @@ class Named:
     label: bool
 
     def __str__(self) -> str:
-        return _PREFIX + self.name if self.label and self.name in NAMES else self.name
+        return _PREFIX + self.name if self.label and self.name in {*NAMES, *_KEYWORDS} else self.name
 
     def of(self, device: "Device") -> Value | None:
         """Return a device's value under this name; None for none."""
