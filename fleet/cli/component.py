@@ -154,7 +154,11 @@ def _devices(options: Options, group: str, device: str) -> list[DeviceRow]:
     with load_operator(options).client() as client:
         if device:
             return [client.device(device).row]
-        return [row for row in client.devices().devices if group in row.groups]
+        rows = [row for row in client.devices().devices if group in row.groups]
+        if not rows:
+            client.policy(group)  # the server refuses a name that no group has
+            raise Fault(f"the group {group!r} has no devices", "", "leave --group out, or name another one")
+        return rows
 
 
 @command("compose", examples="fleet component compose server.wasm -o whole.wasm && wasm-tools validate whole.wasm")

@@ -177,6 +177,24 @@ def test_other_architectures_are_judged_by_what_devices_reported(saved, fleet, d
     assert (result.exit_code, json.loads(result.stdout)["problems"]) == (1, ["none of these devices could run it"])
 
 
+NO_DEVICES = operator_api.Devices(devices=())
+
+
+def test_a_group_without_devices_is_no_proof_that_they_can_run_it(saved, fleet, desk):
+    desk.routes["GET", "/v1/devices"] = NO_DEVICES
+    result = fleet("component", "check", saved(HELLO), "--group", "edge-eu")
+    assert (result.exit_code, "the group 'edge-eu' has no devices" in result.stderr) == (2, True), result
+
+
+@pytest.mark.parametrize("command", [("component", "check"), ("push", "--dry-run", "--waves", "1, 100%")])
+def test_a_group_that_is_not_there_is_refused(saved, fleet, desk, command):
+    desk.routes["GET", "/v1/devices"] = NO_DEVICES
+    unknown = operator_api.Problem(type="unknown-group", title="there is no group 'edge-ue'", status=404)
+    desk.routes["GET", "/v1/groups/edge-ue/policy"] = unknown
+    result = fleet(*command, saved(HELLO), "--group", "edge-ue")
+    assert (result.exit_code != 0, "there is no group 'edge-ue'" in result.stderr) == (True, True), result
+
+
 def test_a_dry_run_asks_the_host_and_devices_and_fails_for_what_cannot_run(saved, fleet, desk):
     desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=DEVICES)
     file = saved(odd_components.server(odd_components.NEWER))
