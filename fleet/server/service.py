@@ -395,11 +395,15 @@ class Server:
 
         Its last command makes it ask over HTTPS, where it is told that it is revoked: a broker gives no reason.
         """
-        self._director.command(device, CheckIn())
-        await self._bus.acknowledged(LAST_COMMAND_S)
-        self._exchanges.forget(device)
-        self._broker.shut_out(self._denied())
-        self._budget.clear(device, Topic(device, Down.DESIRED))
+        try:
+            self._director.command(device, CheckIn())
+            await self._bus.acknowledged(LAST_COMMAND_S)
+        except SigningError as error:
+            log.warning("%s is not told that it is revoked: %s", device, error)
+        finally:
+            self._exchanges.forget(device)
+            self._broker.shut_out(self._denied())
+            self._budget.clear(device, Topic(device, Down.DESIRED))
 
     def _publish(self, topic: Topic, payload: bytes) -> bool:
         retain = topic.channel in RETAINED

@@ -22,6 +22,7 @@ from fleet.server.broker import broker, embedded
 from fleet.server.broker.embedded import RefusedError
 from fleet.server.config import Address, ServerConfig, ServerPaths
 from fleet.server.service import ServeError, Server
+from signing.errors import SigningError
 
 
 async def knock(device, *, client_id, context=None, will=None):
@@ -200,6 +201,19 @@ async def test_a_device_that_was_shut_out_can_neither_stay_nor_come_back(new_fle
         assert fleet.server._store.delivery.reports(device.id, 10) == before
         if broker == "embedded":
             assert await knock(device, client_id=device.id) is None
+
+
+@pytest.mark.asyncio
+async def test_a_device_is_shut_out_although_its_last_command_cannot_be_signed(new_fleet, monkeypatch):
+    async with new_fleet("embedded") as fleet:
+        device = await fleet.device("a")
+
+        def refuse(*_):
+            raise SigningError("root names another key for the director")
+
+        monkeypatch.setattr("fleet.server.director.director.sign_command", refuse)
+        await fleet.operator.send(operator_api.DeviceDetail, "POST", f"/v1/devices/{device.id}/revoke")
+        assert await knock(device, client_id=device.id) is None
 
 
 @pytest.mark.asyncio
