@@ -50,7 +50,7 @@ from agent.host.ipc.helper_api import (
     FromRouter,
     LongCall,
 )
-from agent.host.ipc.stats_page import StatsPage
+from agent.host.ipc.stats_page import CallPage
 from agent.host.ipc.worker_api import TokenBucket
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
@@ -540,7 +540,7 @@ class Channel:
         serves: whether it takes calls.
     """
 
-    def __init__(self, calls: "InstanceCalls", worker: int, sock: socket.socket, page: StatsPage) -> None:
+    def __init__(self, calls: "InstanceCalls", worker: int, sock: socket.socket, page: CallPage) -> None:
         self.worker = worker
         self.page = page
         self.flight: deque[Call] = deque()
@@ -827,7 +827,7 @@ class InstanceCalls:
         """Return a new call, which is submitted once enough of its body has come."""
         return Call(self, client, exchange)
 
-    def add(self, worker: int, sock: socket.socket, page: StatsPage) -> Channel:
+    def add(self, worker: int, sock: socket.socket, page: CallPage) -> Channel:
         """Add the channel of a worker."""
         channel = Channel(self, worker, sock, page)
         self.channels.append(channel)

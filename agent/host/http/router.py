@@ -43,7 +43,7 @@ from agent.host.ipc.helper_api import (
     YieldChannel,
 )
 from agent.host.ipc.packet_writer import PacketWriter
-from agent.host.ipc.stats_page import StatsPage
+from agent.host.ipc.stats_page import CallPage
 from agent.host.sandbox import sandbox
 
 IDLE_S: Final = 75
@@ -384,9 +384,9 @@ class Router:
         return self._calls.setdefault(instance, InstanceCalls(instance, self))
 
     def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
-        channel_fd, page_fd = fds
-        page = StatsPage(page_fd)
-        framing.close_all([page_fd])
+        channel_fd, *page_fds = fds
+        page = CallPage(*page_fds)
+        framing.close_all(page_fds)
         calls = self._calls_of(message.instance)
         calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
         self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}

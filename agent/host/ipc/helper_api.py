@@ -106,9 +106,9 @@ class AdoptConnections(msgspec.Struct, frozen=True, tag="adopt-connections"):
 
 
 class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
-    """Add a worker's channel, which takes no calls until `ServeChannel`. Its page of figures comes along behind it.
+    """Add a worker's channel, which takes no calls until `ServeChannel`. Two pages come along behind it.
 
-    The page counts the calls that go over the channel; everything else in it is written by the worker.
+    The first records the calls that go over the channel, see `stats_page.CallPage`. The second is the worker's own.
 
     Attributes:
         worker: number of the worker in every message between supervisor and router.

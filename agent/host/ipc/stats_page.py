@@ -1,8 +1,11 @@
 """Page of a worker's figures in shared memory: the worker writes, the supervisor reads without waking it.
 
-A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). Each
-figure in it has a single writer: of a worker with a channel, the router writes the calls and the worker the rest. A
+A page is a memfd of fixed size (sealed against resizing, so that no worker can truncate it under the supervisor). A
 reader may see a call that is only partly counted, which statistics tolerate.
+
+A worker with a channel has two. Its calls are in the one that the router writes, and the worker never has a descriptor
+of it: by that page the supervisor knows which call runs, whatever code in the worker does. The worker writes the other;
+there the router only repeats the number of the call, for the thread in the worker that carries out interrupts.
 """
 
 import bisect
@@ -107,6 +110,10 @@ class StatsPage:
         _U64.pack_into(self._map, _NUMBER, 0)
         _U64.pack_into(self._map, _WAITS, 0)
 
+    def repeat(self, number: int) -> None:
+        """Let the worker know the number of the call in flight, which another page records; 0 for none."""
+        _U64.pack_into(self._map, _NUMBER, number)
+
     def wait(self, waits: bool) -> None:  # noqa: FBT001 - written as it is
         """Record whether the call in flight waits for its client."""
         _U64.pack_into(self._map, _WAITS, waits)
@@ -181,3 +188,27 @@ class StatsPage:
     def close(self) -> None:
         """Unmap the page."""
         self._map.close()
+
+
+class CallPage(StatsPage):
+    """Page of the calls in a channel, for the router, which writes it."""
+
+    def __init__(self, fd: int, worker_fd: int) -> None:
+        """`worker_fd`: the worker's own page, where the number of the call is repeated."""
+        super().__init__(fd)
+        self._repeated = StatsPage(worker_fd)
+
+    def begin(self, now_ns: int, number: int) -> None:
+        """Record the begin of a call."""
+        super().begin(now_ns, number)
+        self._repeated.repeat(number)
+
+    def rest(self) -> None:
+        """Record that no call is in flight."""
+        super().rest()
+        self._repeated.repeat(0)
+
+    def close(self) -> None:
+        """Unmap both pages."""
+        super().close()
+        self._repeated.close()

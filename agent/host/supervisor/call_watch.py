@@ -8,8 +8,9 @@ worker's processor clock is read when a limit can be reached at the earliest: a 
                    waiting for its client does not count, which the router times
     limits.total   time that has passed: killed
 
-The number in the worker's page of figures says whether the call still runs. The router writes it; a router that writes
-nonsense delays no limit but its own calls', and `Instance.tick` kills what is left after all limits.
+The number in the page of the channel's calls says whether the call still runs. The router writes it, and the worker has
+no part in it. A router that writes nonsense delays no limit but its own calls', and `Instance.tick` kills what is left
+after all limits.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ class CallWatch:
     @property
     def runs(self) -> bool:
         """True while the call is in the worker."""
-        return self._worker.alive and self._worker.page.number() == self.call
+        return self._worker.alive and self._worker.calls.number() == self.call
 
     def abandon(self) -> None:
         """End the call, whose answer nobody wants."""
@@ -78,9 +79,9 @@ class CallWatch:
         if not self.runs or self._interrupted:
             return
         now_s, used_ns = time.monotonic(), self._processor_ns()
-        if used_ns != self._used_ns or self._worker.page.waits():
+        if used_ns != self._used_ns or self._worker.calls.waits():
             self._used_ns, self._changed_s = used_ns, now_s
-        total_ms = (time.monotonic_ns() - self._worker.page.began_ns()) // 1_000_000
+        total_ms = (time.monotonic_ns() - self._worker.calls.began_ns()) // 1_000_000
         own_ms, idle_ms = (used_ns - self._first_ns) // 1_000_000, int((now_s - self._changed_s) * 1000)
         limits = self._limits
         if own_ms >= limits.call_ms:

@@ -222,7 +222,7 @@ class Generation:
         """Return the sum of its workers' figures, including workers that have ended."""
         total = self.past
         for worker in self.workers:
-            total = total.plus(worker.page.read())
+            total = total.plus(worker.figures())
         return total
 
     def keep_state(self, saved: SavedState) -> None:

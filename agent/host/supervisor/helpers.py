@@ -328,7 +328,7 @@ class RouterHandle(HelperProcess):
         with contextlib.closing(channel):
             whole = worker.ready is not None and worker.ready.whole
             message = helper_api.AddChannel(instance, number, limits, reuses, whole)
-            self._tell(message, channel.sock.fileno(), channel.page_fd)
+            self._tell(message, channel.sock.fileno(), channel.page_fd, channel.worker_page_fd)
         handle = ChannelHandle(self, number, worker)
         if self.running:
             self._channels[number] = handle

@@ -290,7 +290,7 @@ class Instance:
         limits = generation.run.limits
         longest_ms = max(limits.total_ms, limits.start_ms) + _OVERDUE_GRACE_MS
         for worker in generation.workers:
-            began_ns = worker.page.began_ns()
+            began_ns = worker.began_ns()
             taken_ms = (time.monotonic_ns() - began_ns) // 1_000_000
             if worker.alive and began_ns and taken_ms > longest_ms:
                 reason = f"a call was still there after {taken_ms} ms, past all its time"
@@ -329,7 +329,7 @@ class Instance:
             case worker_api.Refused(message=text):
                 self._log.note(f"host: {text}")
             case worker_api.Overdue(call=call, why=reason):
-                if worker.page.number() == call:  # otherwise the call has ended, and its worker has counted it
+                if worker.calls.number() == call:  # otherwise the call has ended, and its worker has counted it
                     self._kill_for_call(generation, worker, reason)
             case worker_api.Busy():
                 if generation.is_serving:
@@ -378,7 +378,7 @@ class Instance:
         if worker not in generation.workers:
             return
         generation.workers.remove(worker)
-        generation.past = generation.past.plus(worker.page.read())
+        generation.past = generation.past.plus(worker.figures())
         reason = worker.describe_end()
         worker.close()
         if not generation.is_serving:

@@ -344,7 +344,7 @@ class WorkerProcess:
 
     def slot_in_call(self) -> "WorkerHandle | None":
         """Return the slot that is in a call now; None for none."""
-        return next((slot for slot in self.slots if slot.page.began_ns()), None)
+        return next((slot for slot in self.slots if slot.began_ns()), None)
 
     def private_bytes_per_slot(self) -> int:
         """Return a slot's share of the process's own memory; 0 if the kernel does not report it.
@@ -415,15 +415,17 @@ class WorkerProcess:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """Router's end of a worker's channel, and the worker's page of figures; its owner closes both."""
+    """Router's end of a worker's channel, the page of its calls and the worker's own page; its owner closes them."""
 
     sock: socket.socket
     page_fd: int
+    worker_page_fd: int
 
     def close(self) -> None:
-        """Close both."""
+        """Close all of them."""
         self.sock.close()
         os.close(self.page_fd)
+        os.close(self.worker_page_fd)
 
 
 class WorkerHandle:
@@ -431,7 +433,8 @@ class WorkerHandle:
 
     Attributes:
         channel: for the router to take, of a worker that is ready and takes frames.
-        page: figures of its calls, in memory shared with the worker.
+        page: figures that the worker writes.
+        calls: page of its calls: of a worker with a channel the router writes it, else the worker, and it is `page`.
         ready: the worker's `Ready`; None until it is set up.
         since_s: when it became ready, on the monotonic clock.
         blamed: after the end of a shared process: whether this slot was the cause.
@@ -448,7 +451,7 @@ class WorkerHandle:
         self.name = name
         self.process = process
         self.page_fd = stats_page.create_page(name)
-        self.page = stats_page.StatsPage(self.page_fd)
+        self.page = self.calls = stats_page.StatsPage(self.page_fd)
         self.channel: Channel | None = None
         self.ready: worker_api.Ready | None = None
         self.since_s = time.monotonic()
@@ -514,7 +517,9 @@ class WorkerHandle:
         self.since_s = time.monotonic()
         self.control.allow(log_lines_a_minute=log_lines_a_minute)
         if channel is not None and ready.frames:
-            self.channel = Channel(channel, self.page_fd)
+            calls_fd = stats_page.create_page(self.name)
+            self.calls = stats_page.StatsPage(calls_fd)
+            self.channel = Channel(channel, calls_fd, self.page_fd)
         else:
             os.close(self.page_fd)
             if channel is not None:
@@ -525,6 +530,15 @@ class WorkerHandle:
         """Return the channel, which the caller then owns; None without one, or if it has been taken."""
         channel, self.channel = self.channel, None
         return channel
+
+    def figures(self) -> stats_page.CallStats:
+        """Read its figures."""
+        own = self.page.read()
+        return own if self.calls is self.page else own.plus(self.calls.read())
+
+    def began_ns(self) -> int:
+        """Return the begin of the call in flight, or of another order that it carries out; 0 for none."""
+        return self.calls.began_ns() or self.page.began_ns()
 
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Pass a message on."""
@@ -579,6 +593,8 @@ class WorkerHandle:
         """Close its descriptors, once it has ended."""
         self.control.unplug()
         self.page.close()
+        if self.calls is not self.page:
+            self.calls.close()
         if (channel := self.take_channel()) is not None:
             channel.close()
         if self.page_fd >= 0:

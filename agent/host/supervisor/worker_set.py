@@ -219,7 +219,7 @@ class WorkerSet:
     def can_move(self, generation: Generation) -> bool:
         """Return whether its only worker is idle and a fuller shared worker has a slot for it."""
         workers = generation.alive
-        if not generation.may_share or len(workers) != 1 or workers[0].page.began_ns():
+        if not generation.may_share or len(workers) != 1 or workers[0].began_ns():
             return False
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
@@ -348,7 +348,7 @@ class WorkerSet:
         """End a worker on purpose and keep its figures: now if `drained`, else when its connections are handed over."""
         if worker in generation.workers:
             generation.workers.remove(worker)
-            generation.past = generation.past.plus(worker.page.read())
+            generation.past = generation.past.plus(worker.figures())
         self._close_when_ended(worker)
         if worker.is_draining and not drained:
             self.tasks.spawn(worker.end_when_drained("it was replaced", DRAIN_MS / 1000))

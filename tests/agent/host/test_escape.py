@@ -51,8 +51,14 @@ def as_nobody():
     raise AssertionError
 
 
+@pytest.fixture(params=["http", "frames"])
+def request_path(request):
+    """The way of requests to workers (decision 15)."""
+    return request.param
+
+
 @pytest.fixture(params=[pytest.param(ROOT, marks=pytest.mark.root), USER, USER_WITHOUT])
-def escaped(request):
+def escaped(request, request_path):
     """A host run one of the three ways, in whose workers every guest is an escaped one."""
     directory = Path(tempfile.mkdtemp(prefix="wasmfleet-escape-"))
     prefix, python = ([], sys.executable) if request.param == ROOT else as_nobody()
@@ -61,7 +67,8 @@ def escaped(request):
     if prefix and os.geteuid() == 0:
         os.chown(directory, NOBODY, NOBODY)
     path = os.pathsep.join([str(Path(__file__).parent / "escape"), str(support.ROOT), sysconfig.get_path("purelib")])
-    host = support.Host(directory, prefix=prefix, python=python, env={"PYTHONPATH": path, "SOME_TOKEN": SECRET})
+    env = {"PYTHONPATH": path, "SOME_TOKEN": SECRET}
+    host = support.Host(directory, prefix=prefix, python=python, env=env, request_path=request_path)
     host.column = request.param
     host.directory = directory
     yield host
@@ -70,7 +77,7 @@ def escaped(request):
     shutil.rmtree(directory)
 
 
-def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
+def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped, request_path):
     host = escaped
     key = host.directory / "device.key"
     key.write_text("secret")
@@ -106,15 +113,30 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     assert {what: result for what, result in said["tried"].items() if result not in {"EPERM", "EACCES", "ENOSYS"}} == {}
     assert len(said["tried"]) > 20
     # Its descriptors: the standard three, what wasmtime maps, its epoll; sockets: supervisor, listener, client, egress.
+    # With a channel, that is its standard input and output, in place of listener and client.
     kinds = list(said["descriptors"].values())
     assert kinds.count("socket") <= 4 + (said["descriptors"].get("2") == "socket")
+    assert [said["descriptors"][fd] for fd in "01"] == ["socket" if request_path == "frames" else "device"] * 2
     assert len(kinds) <= 11, said["descriptors"]
+    assert said["pages"] == 1, "its own page of figures, and not that in which the router records its calls"
     assert SECRET not in str(said["environment"])
     if host.column == ROOT:
         assert said["uid"] not in {0, Path(f"/proc/{sibling}").stat().st_uid}
         assert not support.remembers(lane, SECRET.encode())
         assert support.remembers(sibling, SECRET.encode()), "this way of looking would have found it"
     assert host.health("sibling").restarts == 0
+
+
+@pytest.mark.parametrize("request_path", ["frames"], indirect=True)
+def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):
+    """Over the channel, its limits hold from outside: the router records the call where the worker cannot write."""
+    host = escaped
+    limits = support.Limits(start_ms=60_000, call_ms=300)
+    host.start("hello", support.a_run("bad", 1, limits=limits))
+    status, _, answer = support.http(host.port, "GET /bad/hang HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert status == 502, answer
+    ended = host.event(lambda event: isinstance(event, host_api.Trapped))
+    assert "of its own time, 300 are allowed" in ended.message
 
 
 def test_who_escapes_in_a_shared_worker_has_its_mates_and_nothing_beyond(escaped):

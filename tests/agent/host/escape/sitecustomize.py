@@ -6,6 +6,7 @@ A request's target says what to try; the answer is JSON: attempt -> what came of
 import sys
 
 if "agent.host.worker.zygote" in sys.orig_argv:
+    import contextlib
     import ctypes
     import errno
     import gc
@@ -14,6 +15,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
     import os
     import stat
 
+    from agent.host.ipc import stats_page
     from agent.host.worker import runner
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -92,6 +94,17 @@ if "agent.host.worker.zygote" in sys.orig_argv:
                 continue
         return "EPERM"
 
+    def pages():
+        found = []
+        for fd in range(3, 1024):
+            with contextlib.suppress(OSError):
+                if os.fstat(fd).st_size == stats_page.SIZE:
+                    found.append(fd)
+        return found
+
+    def truncate_the_page():
+        return [attempt(os.ftruncate, fd, 0) for fd in pages()][0]
+
     def try_everything(facts):
         host, key, other = facts["host"], facts["key"], facts["other"]
         unix = ctypes.create_string_buffer(b"\x01\x00" + facts["sock"].encode() + b"\0" * 8)
@@ -120,15 +133,20 @@ if "agent.host.worker.zygote" in sys.orig_argv:
             "bpf": call("bpf", 0, None, 0),
             "executable memory": attempt(mmap.mmap, -1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7),
             "overwrite the image": overwrite_the_image(),
+            "truncate the page of figures": truncate_the_page(),
         }
         del unix
         return results
 
-    def handle(self, request, way):
-        facts = json.loads(bytes(request.body))
+    def attack(caller, target, body):
+        if target == b"/hang":
+            # Every figure that this process can write says that no call is in flight, while one never ends.
+            while True:
+                caller._page.rest()
         answer = {
-            "tried": try_everything(facts),
+            "tried": try_everything(json.loads(body)),
             "descriptors": descriptors(),
+            "pages": len(pages()),
             "uid": os.getuid(),
             "environment": dict(os.environ),
             "known": [
@@ -139,4 +157,11 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         }
         return 200, b"", json.dumps(answer).encode()
 
-    runner.GuestRunner.handle = handle
+    def handle(self, request, way):
+        return attack(self, bytes(request.target), bytes(request.body))
+
+    def answer(self, method, target, headers, body, control):
+        return attack(self, bytes(target), bytes(body))
+
+    runner.GuestRunner.handle = handle  # of a worker with an HTTP server
+    runner.GuestRunner.answer = answer  # of one with a channel

@@ -102,12 +102,13 @@ class Board:
     async def worker(self, *, serve=True, reuses=False, whole=False, **limits):
         """A new worker with a channel."""
         ours, theirs = socket.socketpair()
-        number, page_fd = next(self._numbers), stats_page.create_page("web")
+        number, page_fd, own_fd = next(self._numbers), stats_page.create_page("web"), stats_page.create_page("own")
         message = helper_api.AddChannel("web", number, Limits(**limits), reuses, whole)
         with theirs:
-            self.tell(message, theirs.fileno(), page_fd)
+            self.tell(message, theirs.fileno(), page_fd, own_fd)
         worker = await Worker(number, ours, stats_page.StatsPage(page_fd)).open()
-        framing.close_all([page_fd])
+        worker.own = stats_page.StatsPage(own_fd)
+        framing.close_all([page_fd, own_fd])
         if serve:
             self.tell(helper_api.ServeChannel(number))
         return worker
@@ -172,6 +173,7 @@ async def test_a_request_reaches_its_worker_as_it_was_sent_and_its_answer_goes_o
         client.ask(b"GET /a?b HTTP/1.1\r\nHost: board\r\nX-Mine: 1\r\n\r\n")
         frame = await worker.next(Kind.WHOLE_REQUEST)
         assert frame.payload == b"GET /a?b http board\r\nhost: board\r\nx-mine: 1\r\n"
+        assert (worker.page.number(), worker.own.number(), worker.own.began_ns()) == (1, 1, 0)
         worker.answer(frame.call)
         status, fields, body = await client.answer()
         assert (status, fields[b"content-type"], fields[b"content-length"], body) == (200, b"text/plain", b"2", b"hi")

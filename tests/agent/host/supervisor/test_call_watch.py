@@ -23,14 +23,14 @@ class Worker:
         self.process = subprocess.Popen([sys.executable, "-c", program])
         self.pid = self.process.pid
         self.alive = True
-        self.page = stats_page.StatsPage(stats_page.create_page("web"))
+        self.calls = stats_page.StatsPage(stats_page.create_page("web"))
         self.messages = asyncio.Queue()
 
     def notify(self, message):
         self.messages.put_nowait(message)
 
     def begin(self, call):
-        self.page.begin(time.monotonic_ns(), call)
+        self.calls.begin(time.monotonic_ns(), call)
 
 
 class Judge:
@@ -76,7 +76,7 @@ async def test_an_interrupt_that_helps_is_all():
         with a_worker(SPINS) as worker, a_worker(SPINS) as other:
             CallWatch(worker, 7, Limits(call_ms=50), judge)
             await worker.messages.get()
-            worker.page.rest()
+            worker.calls.rest()
             CallWatch(other, 7, Limits(call_ms=50), judge)
             assert (await judge.verdicts.get())[0] is other
             assert judge.verdicts.empty()
@@ -95,7 +95,7 @@ async def test_a_guest_that_stands_still_is_ended_unless_it_waits_for_its_client
     judge = Judge()
     async with asyncio.timeout(30):
         with a_worker(SLEEPS) as worker:
-            worker.page.wait(client)
+            worker.calls.wait(client)
             CallWatch(worker, 7, limits, judge)
             _, at_fault, reason = await judge.verdicts.get()
             assert (at_fault, words in reason) == (True, True), reason

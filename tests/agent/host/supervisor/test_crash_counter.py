@@ -65,7 +65,7 @@ async def test_a_life_of_some_length_resets_the_count(case):
 
 def a_worker(up_s):
     worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, is_draining=False)
-    worker.page = SimpleNamespace(began_ns=lambda: 0, read=CallStats)
+    worker.began_ns, worker.figures = lambda: 0, CallStats
     worker.ended = asyncio.get_running_loop().create_future()
     worker.end = lambda _reason: None
     return worker

@@ -19,7 +19,7 @@ class Worker:
 
     def __init__(self):
         self.process = SimpleNamespace(is_shared=False)
-        self.page = SimpleNamespace(read=CallStats)
+        self.figures = CallStats
         self.page_fd = -1
         self.ready = None
         self.is_draining = False
