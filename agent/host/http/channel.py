@@ -12,6 +12,11 @@ with its length; else it goes out in chunks, unless the guest said the length.
 
 After a trap, the worker goes on with a new store and does not know where in the stream that one stopped. It sends a
 token, which is sent back to it, and then every call that had not begun (`Kind.FAILED`).
+
+A call that was reported as long may be interrupted, and the interrupt may come when the call has just ended. So nothing
+is written behind a reported call, and after its end the worker leaves its loop once before it gets another: there it
+reads what was sent to it, and knows that the call has ended. A call that had been written ahead before the report can
+still be hit by such an interrupt. It is sent again, which is safe, as only idempotent requests are written ahead.
 """
 
 import asyncio
@@ -182,8 +187,13 @@ class Call:
 
     @property
     def is_whole(self) -> bool:
-        """True for a request without any body, which may be written ahead."""
+        """True for a request without any body."""
         return self._ended and not self._body_bytes and not self._trailers
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """True for a request that may be written ahead: without any body, and it may begin twice."""
+        return self.is_whole and self._exchange.repeatable
 
     @property
     def is_written(self) -> bool:
@@ -210,6 +220,20 @@ class Call:
     def can_be_sent_again(self) -> bool:
         """True while everything that was sent of the request is still here, and the guest has not answered."""
         return self._sent is not None and not self._status and not self._answering
+
+    def begin_again(self) -> bool:
+        """Forget what came of the answer, so that the call can be sent again; False where it must not be."""
+        if self._begun or self._client is None or not self._exchange.repeatable or self._sent is None:
+            return False
+        self._exchange.retried = True
+        self._status, self._fields, self._length, self._problem = 0, b"", None, ""
+        self._spool_bytes = self._sent_bytes = self._owed = 0
+        self._answering = False
+        self._out.clear()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        return True
 
     def _body_frames(self) -> bytes:
         """Take what may be sent of the body by now."""
@@ -556,7 +580,8 @@ class Channel:
         self._lost_place = False  # the store is about to end: everything written now is to be written again
         self._is_draining = False
         self._timer: asyncio.TimerHandle | None = None
-        self._told = 0
+        self._told = 0  # number of the call that was reported last
+        self._began_behind = 0  # number of the call that was written behind a reported one
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
@@ -573,7 +598,7 @@ class Channel:
 
     def may_write_ahead(self, call: Call) -> bool:
         """Return whether a call may be written behind those that are in the channel."""
-        if not self._takes or len(self.flight) >= AHEAD_MAX or not call.is_whole:
+        if not self._takes or self.is_in_long_call or len(self.flight) >= AHEAD_MAX or not call.may_go_ahead:
             return False
         ahead_bytes = call.head_bytes + sum(each.head_bytes for each in self.flight)
         return ahead_bytes <= AHEAD_MAX_BYTES and self.flight[-1].is_written
@@ -642,13 +667,14 @@ class Channel:
 
     def _still_there(self, call: Call) -> None:
         if self.is_open and self.flight and self.flight[0] is call:
+            self._told = call.number
             self._calls.reports.report(CallAbandoned(self.worker, call.number))
 
     # Orders of the supervisor's.
 
     @property
     def is_in_long_call(self) -> bool:
-        """True while the call that runs has been reported as long."""
+        """True while the call that runs has been reported."""
         return bool(self.flight) and self.flight[0].number == self._told
 
     def leave_loop(self) -> None:
@@ -671,7 +697,7 @@ class Channel:
         """Do what waited for the channel to be empty."""
         if self.flight or not self.is_open:
             return
-        if self._yields and not self._yielding:
+        if self._yields and not (self._yielding or self._lost_place):
             self._yields, self._yielding = 0, True
             self.write(encode(Frame(Kind.YIELD, 0)))
         if self._is_draining:
@@ -757,6 +783,9 @@ class Channel:
             case _:
                 end = heads.answer_head(frame.payload)
                 self._lost_place = self._calls.reuses and end.problem is not None
+                if self.is_in_long_call:
+                    self._yields += 1
+                    self._began_behind = self.flight[1].number if len(self.flight) > 1 else 0
                 self._end(call.settle(end))
 
     def _resume_after_failure(self, payload: bytes) -> None:
@@ -768,7 +797,11 @@ class Channel:
         self._lost_place = False
         self._forget_unsent()
         self.write(token)
+        if self._yielding:  # written before the token, and so not read
+            self._yields, self._yielding = self._yields + 1, False
         failed = self.flight[0] if outcome and self.flight else None
+        if failed is not None and self._was_meant_for_another(failed, outcome) and failed.begin_again():
+            failed = None
         for call in [each for each in self.flight if each is not failed]:
             if call.can_be_sent_again:
                 self._write_call(call)
@@ -779,6 +812,11 @@ class Channel:
             self._end(failed.fail(CallOutcome(outcome.decode()), why.decode(errors="replace")))
         elif self.flight:
             self.page.begin(self.flight[0].began_ns, self.flight[0].number)
+
+    def _was_meant_for_another(self, call: Call, outcome: bytes) -> bool:
+        """Return whether a call was ended by an interrupt of the call before it: nobody has asked for its own."""
+        late = outcome == CallOutcome.GUEST_TIMEOUT.encode()
+        return late and call.number == self._began_behind and not self.is_in_long_call
 
     def _lose(self) -> None:
         """Give the calls in the channel up, or to another worker where they had not begun."""

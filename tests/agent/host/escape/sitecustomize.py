@@ -103,7 +103,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         return found
 
     def truncate_the_page():
-        return [attempt(os.ftruncate, fd, 0) for fd in pages()][0]
+        return next(attempt(os.ftruncate, fd, 0) for fd in pages())
 
     def try_everything(facts):
         host, key, other = facts["host"], facts["key"], facts["other"]

@@ -26,6 +26,7 @@ class Worker:
     def __init__(self, number, sock, page):
         self.number = number
         self.page = page
+        self.leaves = True  # its loop by itself, when it is asked to
         self.reader = self.writer = None
         self._sock = sock
         self._decoder = FrameDecoder(TO_GUEST)
@@ -39,7 +40,10 @@ class Worker:
     async def _read(self):
         while data := await self.reader.read(65536):
             for frame in self._decoder.feed(data):
-                self._frames.put_nowait(frame)
+                if frame.kind is Kind.YIELD and self.leaves:
+                    self.say(Frame(Kind.END, 0))
+                else:
+                    self._frames.put_nowait(frame)
         self._frames.put_nowait(None)
 
     async def next(self, *kinds):
@@ -396,14 +400,18 @@ async def test_a_store_that_was_replaced_between_calls_costs_none(tmp_path):
         assert (await client.answer())[0] == 200
 
 
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
 @pytest.mark.asyncio
-async def test_calls_that_had_not_begun_go_to_another_worker_whatever_their_method(tmp_path):
+async def test_calls_that_had_not_begun_go_to_another_worker_whatever_their_method(tmp_path, method):
     async with board(tmp_path) as the_board:
         worker = await the_board.worker()
         clients = [await the_board.client() for _ in range(3)]
-        for client in clients:
-            client.ask(GET.replace(b"GET", b"POST"))
-            await worker.next(Kind.WHOLE_REQUEST)
+        clients[0].ask(GET.replace(b"GET", b"POST"))
+        await worker.next(Kind.WHOLE_REQUEST)
+        for client in clients[1:]:
+            client.ask(GET.replace(b"GET", method))
+            if method == b"GET":  # only what may begin twice is written ahead
+                await worker.next(Kind.WHOLE_REQUEST)
         worker.close()
         assert (await clients[0].answer())[0] == 502
         another = await the_board.worker()
@@ -453,6 +461,7 @@ async def test_a_worker_leaves_its_loop_between_two_calls_and_is_given_none_mean
     async with board(tmp_path) as the_board:
         worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()
         client.ask()
+        worker.leaves = False
         call = (await worker.next()).call
         the_board.tell(helper_api.YieldChannel(worker.number))
         worker.answer(call)
@@ -479,6 +488,77 @@ async def test_each_call_that_takes_long_is_reported_also_if_it_was_written_ahea
             assert await the_board.report(helper_api.LongCall) == helper_api.LongCall(worker.number, call)
             worker.answer(call)
             assert (await client.answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_after_a_reported_call_the_worker_leaves_its_loop_before_it_gets_another(tmp_path):
+    """An interrupt that comes too late for the call meets no other: the worker reads it outside of its loop."""
+    async with board(tmp_path) as the_board:
+        worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()
+        worker.leaves = False
+        client.ask()
+        call = (await worker.next()).call
+        await the_board.report(helper_api.LongCall)
+        other.ask()  # not written behind it
+        worker.answer(call)
+        assert await worker.next() == Frame(Kind.YIELD, 0)
+        assert (await client.answer())[0] == 200
+        assert worker.page.number() == 0
+        worker.say(Frame(Kind.END, 0))
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await other.answer())[0] == 200
+
+
+@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.asyncio
+async def test_an_interrupt_that_came_too_late_costs_the_call_behind_nothing(tmp_path, answers):
+    async with board(tmp_path) as the_board:
+        worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        other.ask()
+        behind = (await worker.next(Kind.WHOLE_REQUEST)).call
+        await the_board.report(helper_api.LongCall)
+        worker._decoder = TokenDecoder(b"t" * 16)
+        end = [Frame(Kind.RESPONSE, call, HEAD), Frame(Kind.END, call, b"0 whole\r\n\r\n")]
+        begun = [Frame(Kind.RESPONSE, behind, HEAD), Frame(Kind.BODY, behind, b"half")] if answers else []
+        worker.say(*end, *begun, Frame(Kind.FAILED, 0, b"guest-timeout\r\nit used up its time\r\n" + b"t" * 16))
+        assert (await client.answer())[0] == 200
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call, b"all of it")
+        assert (await other.answer())[::2] == (200, b"all of it")
+        assert worker.page.read().calls == {CallOutcome.OK: 2}
+
+
+@pytest.mark.asyncio
+async def test_a_call_behind_another_that_ends_by_limits_of_its_own_is_blamed_for_it(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()
+        client.ask()
+        call = (await worker.next()).call
+        other.ask()
+        behind = (await worker.next(Kind.WHOLE_REQUEST)).call
+        await the_board.report(helper_api.LongCall)
+        worker.answer(call)
+        assert (await the_board.report(helper_api.LongCall)).call == behind
+        worker.fail(b"guest-timeout", b"it used up its time")
+        assert (await other.answer())[0] == 504
+        assert worker.page.read().calls == {CallOutcome.OK: 1, CallOutcome.GUEST_TIMEOUT: 1}
+
+
+@pytest.mark.asyncio
+async def test_a_worker_whose_store_ends_before_it_has_left_its_loop_is_asked_again(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(reuses=True), await the_board.client()
+        worker.leaves = False
+        the_board.tell(helper_api.YieldChannel(worker.number))
+        assert await worker.next() == Frame(Kind.YIELD, 0)
+        worker._decoder = TokenDecoder(b"t" * 16)
+        worker.fail(b"", b"")
+        assert await worker.next() == Frame(Kind.YIELD, 0)
+        client.ask()
+        worker.say(Frame(Kind.END, 0))
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await client.answer())[0] == 200
 
 
 @pytest.mark.asyncio
