@@ -73,6 +73,7 @@ _CREDIT_STEP_BYTES: Final = 16 * 1024  # credit in smaller steps would cost a fr
 _CREDIT: Final = struct.Struct("<I")
 _ABANDON_S: Final = 0.1  # from CANCEL, which ends a guest that waits, to the interrupt, which ends one that computes
 _TOTAL_MARGIN_S: Final = 0.25  # a call that its client delays ends before the supervisor would blame the guest
+_CLIENT_SHARE: Final = 0.25  # of limits.total: a client that took as much is the cause, not the guest
 _NOTES_A_MINUTE: Final = 60
 _FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with their length in one piece
 _QUEUE_SAID_EVERY_S: Final = 60
@@ -137,6 +138,7 @@ class Call:
         # The client.
         self._paused = False
         self._waits_since_s: float | None = None
+        self._waited_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
 
@@ -519,11 +521,18 @@ class Call:
         """True while the guest can go no further until the client sends or reads, as far as is known here."""
         return self._client is not None and (self._paused or not (self._ended or self._body))
 
+    @property
+    def is_delayed_by_client(self) -> bool:
+        """True while the client is waited for, or once it has taken a large part of the time that a call may take."""
+        return self.waits_for_client or self._waited_s >= _CLIENT_SHARE * self._calls.limits.total_ms / 1000
+
     def watch_client(self) -> None:
         """Note since when the client is waited for; no longer than a guest may wait for others."""
         if self.channel is None or not self.waits_for_client:
-            if self._waits_since_s is not None and self.channel is not None:
-                self.channel.page.wait(False)
+            if self._waits_since_s is not None:
+                self._waited_s += time.monotonic() - self._waits_since_s
+                if self.channel is not None:
+                    self.channel.page.wait(False)
             self._waits_since_s = None
         elif self._waits_since_s is None:
             self._waits_since_s = time.monotonic()
@@ -643,7 +652,7 @@ class Channel:
         left_s = total_s - min(_TOTAL_MARGIN_S, total_s / 4) - age_s
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._look)
-        elif call.waits_for_client:
+        elif call.is_delayed_by_client:
             call.end_for_slow_client()
 
     def _end(self, settled: Settled) -> None:

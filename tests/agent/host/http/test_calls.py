@@ -562,6 +562,30 @@ async def test_a_worker_whose_store_ends_before_it_has_left_its_loop_is_asked_ag
 
 
 @pytest.mark.asyncio
+async def test_a_client_that_was_slow_before_is_the_cause_of_a_call_that_takes_all_its_time(tmp_path):
+    """The guest waits for the client no more when the time is up; the client has had a large part of it."""
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(total_ms=100), await the_board.client()
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (INITIAL_CREDIT_BYTES + 1)
+        client.ask(head + b"x" * INITIAL_CREDIT_BYTES)
+        call = (await worker.next(Kind.REQUEST)).call
+        await the_board.report(helper_api.LongCall)
+        assert worker.page.waits()
+        worker.say(Frame(Kind.CREDIT, call, struct.pack("<I", 1)))
+        client.ask(b"x")
+        while (frame := await worker.next(Kind.BODY, Kind.END, Kind.CANCEL)).kind is not Kind.CANCEL:
+            pass
+        assert await client.reader.read() == b""
+        worker._decoder = TokenDecoder(b"t" * 16)
+        worker.fail(b"guest-trap", b"cancelled")
+        another = await the_board.client()
+        another.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        assert (await another.answer())[0] == 200
+        assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
+
+
+@pytest.mark.asyncio
 async def test_the_log_says_that_requests_wait_for_one_that_takes_long(tmp_path):
     async with board(tmp_path) as the_board:
         worker, clients = await the_board.worker(), [await the_board.client() for _ in range(2)]
