@@ -364,20 +364,27 @@ class RolloutController:
             self._store.access.audit(actor="server", act=f"rollout-{state}", subject=row.id, detail=reason, now=now)
 
     def settle(self, *, group: str, device: str, instance: str, value: Value | None, rollout: str) -> None:
-        """Set a settled value, or remove it (None); who waits for the value before it in a queue is superseded."""
+        """Set a settled value, or remove it (None); who waits for one before it in a queue is superseded.
+
+        Devices that the new value leaves out by `--where` go on waiting for the one that stands on them.
+        """
         rollouts = self._store.rollouts
-        before = rollouts.settled_by(group=group, device=device, instance=instance)
+        scope = {"group": group, "device": device, "instance": instance}
         with self._store.atomic():
-            rollouts.settle(
-                group=group, device=device, instance=instance, value=value, rollout=rollout, now=self._now()
-            )
-            old = rollouts.get(before) if before and before != rollout else None
-            if old is None:
-                return
-            waiting = [each for each in rollouts.members(old.number) if each.wave and each.outcome in OPEN]
-            if waiting:
-                ended = [overtaken(each, "another value took its place") for each in waiting]
-                rollouts.set_members(old.number, ended, now=self._now())
+            rollouts.settle(**scope, value=value, rollout=rollout, now=self._now())
+            queues = [each for each in rollouts.queued_on(**scope) if each.id != rollout]
+            members = {each.number: rollouts.members(each.number) for each in queues}
+            out = rollouts.unselected({member.device for found in members.values() for member in found})
+            stays = {each for each, left_out in out.items() if rollout in left_out}
+            for each in queues:
+                waiting = [member for member in members[each.number] if member.wave and member.outcome in OPEN]
+                ended = [
+                    overtaken(member, "another value took its place")
+                    for member in waiting
+                    if member.device not in stays
+                ]
+                stays -= {member.device for member in waiting}  # only the newest value stands
+                rollouts.set_members(each.number, ended, now=self._now())
 
     def _overtake(self, row: RolloutRow, devices: Sequence[str]) -> None:
         """Mark devices that are offered something else by now in the rollouts before."""
@@ -447,6 +454,13 @@ class RolloutController:
             self.end(row, RolloutState.REVOKED, f"{row.value.target} was withdrawn")
         for settled in self._settled_on(lambda target: target not in published):
             self._replace_withdrawn(settled)
+        for row in self._store.rollouts.queues():  # of values that stand beside a settled one
+            if row.value.target is not None and row.value.target not in published:
+                waiting = [
+                    each for each in self._store.rollouts.members(row.number) if each.wave and each.outcome in OPEN
+                ]
+                ended = [overtaken(each, "its release was withdrawn") for each in waiting]
+                self._store.rollouts.set_members(row.number, ended, now=self._now())
 
     def foresee(self, target: str) -> Withdrawal:
         """Return what would follow if a release were withdrawn now."""

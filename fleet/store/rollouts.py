@@ -166,14 +166,33 @@ class Rollouts:
         return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SCHEDULED)]
 
     def queues(self) -> list[RolloutRow]:
-        """Return succeeded rollouts that settled a present value and still have devices to come or under way."""
+        """Return succeeded rollouts whose value stands on some devices, of which some are to come or under way.
+
+        The value stands where it is settled, and on devices that the selector of the rollout which settled another has
+        left out.
+        """
         sql = """
-            SELECT DISTINCT r.* FROM rollouts r JOIN settled s ON s.rollout = r.id
-            JOIN rollout_devices b ON b.rollout = r.number
+            SELECT DISTINCT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number
             WHERE r.state = ? AND b.outcome IN ('pending', 'waiting', 'deferred', 'in-progress', 'lost')
+            AND (r.id IN (SELECT rollout FROM settled) OR EXISTS (
+                SELECT 1 FROM settled s JOIN rollouts n ON n.id = s.rollout
+                JOIN rollout_devices o ON o.rollout = n.number AND o.device = b.device
+                WHERE s."group" = r."group" AND s.device = r.device AND s.instance = r.instance
+                AND o.outcome = 'not-affected' AND json_extract(o.member, '$.cancelled')
+                AND json_extract(n.plan, '$.where') != ''
+            ))
             ORDER BY r.number
         """
         return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SUCCEEDED)]
+
+    def queued_on(self, *, group: str, device: str, instance: str) -> list[RolloutRow]:
+        """Return the succeeded rollouts of an instance in one scope that have devices without an outcome."""
+        sql = (
+            'SELECT DISTINCT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number WHERE r."group" = ? '
+            "AND r.device = ? AND r.instance = ? AND r.state = ? "
+            "AND b.outcome IN ('pending', 'waiting', 'deferred', 'in-progress', 'lost') ORDER BY r.number DESC"
+        )
+        return [read(RolloutRow, row) for row in self._db.rows(sql, group, device, instance, RolloutState.SUCCEEDED)]
 
     def without(self, devices: Mapping[str, Iterable[str]]) -> dict[str, list[RolloutRow]]:
         """Return open rollouts of groups, and those that settled a present value, which do not have a device.

@@ -266,3 +266,54 @@ async def test_an_undo_offers_nobody_a_version_that_where_kept_from_it(new_fleet
         assert (berlin.items["hello"].target, paris.items["hello"].target) == (two, three)
         await operator.decided(await operator.deploy(one, where="site=paris"))
         assert (berlin.items["hello"].target, paris.items["hello"].target) == (two, one)
+
+
+@pytest.mark.asyncio
+async def test_who_waits_in_a_queue_goes_on_waiting_there_when_where_leaves_it_out(new_fleet, behaviours):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await sited(fleet, "berlin", "paris")
+        away = [await fleet.device(f"away-{number}") for number in range(2)]
+        for device in away:
+            await label(operator, device, site="berlin")
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        await operator.decided(await operator.deploy(one))
+        for device in away:
+            await device.disconnect()
+        view = await operator.deploy(two, where="site=berlin", waves="100%", min_success="1")
+        view = await operator.decided(view)
+        waits = {"succeeded": 1, "pending": 2, "not-affected": 1}
+        assert view.counts == waits
+        await operator.decided(await operator.deploy(three, where="site=paris"))
+        view = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")
+        assert view.counts == waits
+        for device in away:
+            device.behaviour = behaviours["silent"]
+            await device.connect()
+        view = await operator.follow(view, lambda view: "waiting" in view.counts)
+        assert view.counts == waits | {"waiting": 1, "pending": 1}, "one at once"
+        for device in away:
+            await device.disconnect()
+        view = await operator.deploy(three, where="site=berlin", waves="100%", min_success="1")
+        assert (await operator.decided(view)).counts == waits
+        view = await operator.get(operator_api.RolloutView, "/v1/rollouts/2")
+        assert view.counts == {"succeeded": 1, "superseded": 2, "not-affected": 1}
+
+
+@pytest.mark.asyncio
+async def test_who_waits_beside_a_settled_value_for_a_withdrawn_release_is_superseded(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        _, _, away = await sited(fleet, "berlin", "paris", "away")
+        one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
+        await operator.decided(await operator.deploy(one))
+        await away.disconnect()
+        view = await operator.deploy(two, where="not site=paris", waves="100%", min_success="1")
+        await operator.decided(view)
+        await operator.decided(await operator.deploy(three, where="site=paris"))
+        await operator.revoke("2.0.0")
+        view = await operator.follow(view, lambda view: "pending" not in view.counts)
+        assert view.counts == {"succeeded": 1, "superseded": 1, "not-affected": 1}
+        await away.connect()
+        await runs(away, one)
+        assert two not in {item.target for each in away.accepted for item in each.items}
