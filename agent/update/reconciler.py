@@ -139,6 +139,7 @@ class Configured:
     """The instance that runs has the configuration of an item, or needs a change for it."""
 
     item: Item
+    generation: int
     done: bool
 
 
@@ -700,29 +701,33 @@ class Reconciler:
         have = self.state.committed[item.instance]
         task = asyncio.get_running_loop().create_task(self._effects.configure(have, item))
         self._configuring[item.instance] = task
-        task.add_done_callback(functools.partial(self._configure_ended, item))
+        task.add_done_callback(functools.partial(self._configure_ended, item, have.generation))
 
-    def _configure_ended(self, item: Item, task: asyncio.Task[bool]) -> None:
+    def _configure_ended(self, item: Item, generation: int, task: asyncio.Task[bool]) -> None:
         del self._configuring[item.instance]
         if not task.cancelled():
-            self.post(Configured(item, task.exception() is None and task.result()))
+            self.post(Configured(item, generation, task.exception() is None and task.result()))
 
     async def _configured(self, answer: Configured) -> None:
-        """Persist the item that an instance has been configured with, and report its state.
+        """Persist the item that an instance has been configured with, and report its state if it is still wanted.
 
-        After a power cut before this, the item is asked for again, which changes nothing.
+        Another one may be wanted by now: the plan can only undo what is on record. After a power cut before this, the
+        item is asked for again, which changes nothing.
         """
         item, instance, desired = answer.item, answer.item.instance, self.state.desired
         wanted, have = self.state.wanted().get(instance), self.state.committed.get(instance)
         if not answer.done:
             self._needs_change.add((instance, item_key(item)))
-        is_wanted = wanted is not None and item_key(wanted) == item_key(item) and instance not in self.state.active
-        if not answer.done or not is_wanted or have is None or desired is None or not reaches_running(have, item):
             return
-        await self._apply(Transition(committed=msgspec.structs.replace(have, item=item, assignment=desired.version)))
+        if have is None or have.generation != answer.generation or not reaches_running(have, item):
+            return
+        is_wanted = wanted is not None and item_key(wanted) == item_key(item) and instance not in self.state.active
+        version = desired.version if is_wanted and desired is not None else have.assignment
+        await self._apply(Transition(committed=msgspec.structs.replace(have, item=item, assignment=version)))
         await self._write_runset()
-        self._adopting.add(instance)
-        self._inspect()
+        if is_wanted:
+            self._adopting.add(instance)
+            self._inspect()
 
     async def _refuse_again(self, item: Item, version: int) -> None:
         """Report to the rollout that asks now that the item failed before and is not tried again."""

@@ -72,6 +72,8 @@ class SimHost:
         self.requests = []
         self.entrusted = {}  # (instance, generation) -> values by name
         self.hang_on = set()  # request types that are never answered
+        self.hold_on = set()  # request types that are carried out and answered by `release`
+        self.held = []
         self.die_on = None  # a request type at which the host dies
         self.protocol = host_api.PROTOCOL
         self.page = 64  # instances that fit in one packet
@@ -109,9 +111,17 @@ class SimHost:
                 return
             if type(request) in self.hang_on:
                 continue
+            if type(request) in self.hold_on:
+                self.held.append((peer, request))
+                continue
             host_api.send(peer, self._answer(request, fd))
             if fd is not None:
                 os.close(fd)
+
+    def release(self):
+        held, self.held = self.held, []
+        for peer, request in held:
+            host_api.send(peer, self._answer(request, None))
 
     def _drop(self, peer):
         asyncio.get_running_loop().remove_reader(peer)

@@ -65,6 +65,24 @@ async def test_what_a_live_key_was_set_to_is_there_after_a_power_cut(kit):
 
 
 @pytest.mark.asyncio
+async def test_a_live_key_that_is_undone_while_the_host_is_asked_does_not_stay(kit):
+    async with kit.running():
+        await kit.run(kit.assignment(1, item_of(kit)))
+        generation, _ = ran(kit)
+        kit.host.hold_on = {host_api.Configure}
+        await kit.deployer.desire(kit.assignment(2, item_of(kit, level="debug")))
+        await kit.until(lambda: kit.host.held)
+        await kit.deployer.desire(kit.assignment(3, item_of(kit)))
+        await kit.handled()
+        kit.host.hold_on = set()
+        kit.host.release()
+        await kit.settled()
+        assert ran(kit) == (generation, SEEN)
+        (committed,) = kit.committed()
+        assert (committed.item.config, committed.generation) == ({}, generation)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("config", [{"port": "2"}, {"level": "debug", "port": "2"}, {"refuse": "yes"}])
 async def test_another_key_or_a_host_that_cannot_makes_an_update(kit, config):
     async with kit.running():
