@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote
+from urllib.request import getproxies
 
 import msgspec
 
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
+from agent.proxy import Proxy, ProxyError
 from agent.report import check, device_info
 from agent.report.status import StatusReport, format_status, format_timeline
 from agent.systemd import KEPT_BYTES
@@ -49,10 +51,12 @@ _MASK: Final = b"[secret]"
 _PRIVATE: Final = re.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
 )
-_PASSWORD: Final = re.compile(rb"(?<=://)[^/\s@\"']+:[^/\s@\"']*(?=@)")
+_PASSWORD: Final = re.compile(rb"(?<=://)[^/\s@\"']+(?=@)")
 _TOKEN: Final = re.compile(rb"\bwf1\.[A-Za-z0-9_-]{16,}")
 _KEY_FILES: Final = ("device.key", "sealing.key", "mac.key")
 _SECRET_MIN_BYTES: Final = 16
+_PASSWORD_MIN_BYTES: Final = 6
+"""Shorter passwords would mask words; in an address they are masked all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +88,14 @@ class Source(NamedTuple):
 def write(subject: Subject, into: Path) -> list[str]:
     """Write the archive with mode 0600; return a line on each member. Raises `OSError`."""
     with subject.as_owner():
-        masks = _masks(subject.places)
+        masks = _masks(subject)
     fd = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with (
         os.fdopen(fd, "wb") as file,
         gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w|") as archive,
     ):
+        os.fchmod(fd, 0o600)  # of a file that was there
         return list(_members(subject, archive, masks))
 
 
@@ -102,7 +107,7 @@ def _members(subject: Subject, archive: tarfile.TarFile, masks: Iterable[bytes])
                 data = read()
         except Exception as error:  # noqa: BLE001 - what cannot be read is said, and the rest is still wanted
             data = f"cannot be read: {type(error).__name__}: {error}\n".encode()
-        data = masked(data[-most:], masks)
+        data = masked(data, masks)[-most:]  # a key cut in two would not be found
         if len(data) > left:
             omitted.append(name)
             continue
@@ -129,21 +134,32 @@ def masked(data: bytes, masks: Iterable[bytes]) -> bytes:
     return data
 
 
-def _masks(places: Paths) -> list[bytes]:
-    """Return this device's keys in the forms in which they could be written, longest first."""
-    found: set[bytes] = set()
+def _masks(subject: Subject) -> list[bytes]:
+    """Return this device's secrets in the forms in which they could be written, longest first."""
+    found = {each for each in _keys(subject.places) if len(each) >= _SECRET_MIN_BYTES}
+    found |= {each for each in _passwords(subject.settings) if len(each) >= _PASSWORD_MIN_BYTES}
+    return sorted(found, key=len, reverse=True)
+
+
+def _keys(places: Paths) -> Iterator[bytes]:
     for name in _KEY_FILES:
         with contextlib.suppress(OSError):
             key = (places.identity / name).read_bytes()
-            body = b"".join(line for line in key.splitlines() if not line.startswith(b"-----"))
-            for each in (key, body):
-                found |= {
-                    each,
-                    base64.b64encode(each),
-                    base64.urlsafe_b64encode(each).rstrip(b"="),
-                    each.hex().encode(),
-                }
-    return sorted((each for each in found if len(each) >= _SECRET_MIN_BYTES), key=len, reverse=True)
+            lines = [line for line in key.splitlines() if not line.startswith(b"-----")]
+            yield from lines
+            for each in (key, b"".join(lines)):
+                yield from (each, base64.b64encode(each), base64.urlsafe_b64encode(each).rstrip(b"="))
+                yield each.hex().encode()
+
+
+def _passwords(settings: Settings) -> Iterator[bytes]:
+    """Return users with passwords, and passwords, of the configured proxy and of the environment's."""
+    for address in (settings.network.proxy, *getproxies().values()):
+        pair = address.rpartition("@")[0].rpartition("//")[2]
+        for text in (pair, pair.partition(":")[2]):
+            yield from (os.fsencode(text), os.fsencode(unquote(text)))
+        with contextlib.suppress(ProxyError):
+            yield Proxy.parse(address).credentials.removeprefix("Basic ").encode()
 
 
 def _sources(subject: Subject) -> Iterator[Source]:
@@ -164,12 +180,18 @@ def _sources(subject: Subject) -> Iterator[Source]:
             yield Source(f"log/{path.name}", LOG_MAX_BYTES, path.read_bytes)
     logs = subject.host_state / "logs"
     found = list(logs.iterdir()) if os.access(logs, os.R_OK | os.X_OK) else []
-    for path in sorted(found, key=lambda each: each.stat().st_mtime, reverse=True):
+    for path in sorted(found, key=_modified, reverse=True):
         yield Source(f"log/instances/{path.name}", LOG_MAX_BYTES, path.read_bytes, by_root=True)
     if not found:
         for running in status.running:
             read = partial(_latest_lines, places, running.instance)
             yield Source(f"log/instances/{running.instance}.log", LOG_MAX_BYTES, read)
+
+
+def _modified(path: Path) -> float:
+    with contextlib.suppress(OSError):  # a log may be rotated away meanwhile
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _json(value: Any) -> bytes:
@@ -215,8 +237,7 @@ def _configuration(settings: Settings) -> Any:
     """Return the settings in force; of a proxy's address, no user and no password."""
     value = msgspec.to_builtins(settings)
     if proxy := settings.network.proxy:
-        split = urlsplit(proxy)
-        value["network"]["proxy"] = split._replace(netloc=split.netloc.rpartition("@")[2]).geturl()
+        value["network"]["proxy"] = f"http://{Proxy.parse(proxy)}"
     return value
 
 

@@ -8,12 +8,15 @@ import os
 import stat
 import tarfile
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from agent import systemd
 from agent.host.ipc import framing, host_api
+from agent.proxy import Proxy
 from agent.report import diagnose
 from agent.update.state import FailedItem, Transition
 from agent.update.store import Store
@@ -180,18 +183,59 @@ def test_an_archive_of_a_device_without_host_and_history(tmp_path):
         no_secret_in(bare, members)
 
 
+@pytest.mark.parametrize(
+    "address", ["user:{}@127.0.0.1:1", "http://user:{}'@127.0.0.1:1", "http://user:{}%40@127.0.0.1:1", "http://{}@h:1"]
+)
+def test_a_proxys_password_is_in_no_member_however_it_was_written(tmp_path, address):
+    proxy = address.format(PROXY_PASSWORD)
+    with RunningDevice(tmp_path, "web") as bare:
+        (tmp_path / "agent.toml").write_text(f'[network]\nproxy = "{proxy}"\n')
+        bare.places.log.parent.mkdir()
+        password = Proxy.parse(proxy)
+        bare.places.log.write_text(f"a library said: {proxy}, {password.credentials}, and no harm in it")
+        members = made(bare, "device.tar.gz")
+        no_secret_in(bare, members)
+        assert json.loads(members["configuration.json"])["network"]["proxy"].startswith("http://")
+        assert password.credentials.encode() not in members["log/agent.log"]
+        assert b"and no harm in it" in members["log/agent.log"]
+
+
+def test_an_archive_over_an_older_file_is_for_its_owner_only(tmp_path):
+    with RunningDevice(tmp_path) as bare:
+        (tmp_path / "device.tar.gz").touch(mode=0o644)
+        assert made(bare, "device.tar.gz")
+
+
+def test_a_log_that_is_rotated_away_meanwhile_does_not_end_the_archive(tmp_path):
+    with RunningDevice(tmp_path) as bare:
+        logs = tmp_path / "host" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "web.log").write_text("a line")
+        (logs / "gone.log").symlink_to(tmp_path / "nowhere")
+        members = made(bare, "device.tar.gz")
+        assert members["log/instances/web.log"] == b"a line"
+        assert b"cannot be read" in members["log/instances/gone.log"]
+
+
 def test_an_archive_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnose, "ALL_MAX_BYTES", 1000)
     sources = [diagnose.Source(f"{name}.txt", 600, lambda: b"x" * 5000 + b"end") for name in "abc"]
     monkeypatch.setattr(diagnose, "_sources", lambda _: iter(sources))
     buffer = io.BytesIO()
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         said = list(diagnose._members(SimpleNamespace(as_owner=nullcontext), archive, []))
     assert said[0] == "a.txt: 600 bytes"
     assert said[-1].endswith("b.txt, c.txt")
+
+
+def test_a_private_key_is_masked_where_the_bound_cuts_it(tmp_path, monkeypatch):
+    pem = b"-----BEGIN PRIVATE KEY-----\n" + b"MIGHAgEA" * 40 + b"\n-----END PRIVATE KEY-----\nend"
+    monkeypatch.setattr(diagnose, "_sources", lambda _: iter([diagnose.Source("a.txt", 200, lambda: pem)]))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        list(diagnose._members(SimpleNamespace(as_owner=nullcontext), archive, []))
+    assert b"MIGHAgEA" not in buffer.getvalue()
+    assert b"[secret]\nend" in buffer.getvalue()
 
 
 @pytest.mark.root
