@@ -47,7 +47,10 @@ class Proxy:
         if split.username is None:
             return cls(host, port)
         pair = f"{urllib.parse.unquote(split.username)}:{urllib.parse.unquote(split.password or '')}"
-        return cls(host, port, "Basic " + base64.b64encode(pair.encode()).decode())
+        try:
+            return cls(host, port, "Basic " + base64.b64encode(pair.encode()).decode())
+        except UnicodeEncodeError:  # bytes of the environment that are no UTF-8; the message contains the password
+            raise ProxyError(f"the proxy's address cannot be read: {form}") from None
 
     def __str__(self) -> str:
         return authority(self.host, self.port)

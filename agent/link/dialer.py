@@ -35,7 +35,7 @@ def proxy_for(host: str, configured: str) -> Proxy | None:
     if not found.get("https"):
         return None
     exempt = [each.strip().strip("[]").lower() for each in found.get("no", "").split(",")]
-    if host.lower() in exempt or (":" not in host and urllib.request.proxy_bypass(host)):
+    if not {"*", host.lower()}.isdisjoint(exempt) or (":" not in host and urllib.request.proxy_bypass(host)):
         return None
     return Proxy.parse(found["https"])
 

@@ -107,6 +107,20 @@ def test_a_command_whose_output_is_closed_ends_without_a_word(tmp_path, command)
     assert done.returncode in {0, 1, 128 + signal.SIGPIPE}
 
 
+@pytest.mark.parametrize("module", ["agent.cli", "agent.host.cli"])
+def test_a_command_without_any_output_works(module):
+    """As a supervisor starts it that closes descriptors: `fleet-agent check >&-`."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
 HOMELESS = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
 
 

@@ -169,6 +169,20 @@ def test_the_environment_exempts_an_ipv6_address_from_its_proxy(monkeypatch, exe
     assert dialer.proxy_for("::2", "") is not None
 
 
+def test_the_environment_exempts_every_address_with_an_asterisk(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "*")
+    assert [dialer.proxy_for(host, "") for host in ("fleet.example", "192.0.2.1", "2001:db8::1")] == [None] * 3
+
+
+def test_a_proxy_of_the_environment_that_is_no_text_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("https_proxy", os.fsdecode(b"http://jo:hush\xff@127.0.0.1:1"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(ProxyError, match="cannot be read") as refused:
+        dialer.proxy_for("fleet.example", "")
+    assert "hush" not in str(refused.value)
+
+
 def test_a_proxy_does_not_show_its_password():
     proxy = Proxy.parse("http://jo:hush@[::1]:3128")
     assert (str(proxy), "hush" in repr(proxy)) == ("[::1]:3128", False)
