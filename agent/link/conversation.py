@@ -34,6 +34,9 @@ FIRST_GRACE_S: Final = (5.0, 15.0)
 
 RETRY_FIRST_S: Final = 1.0
 RETRY_MAX_S: Final = 300.0
+STABLE_S: Final = 10.0
+"""Time after which a conversation that ends has worked: shorter than anything on the way lets a request wait."""
+
 OUTDATED_S: Final = 3600.0
 """Delay before the next attempt at a server that is too old to talk over HTTPS."""
 
@@ -114,9 +117,9 @@ class HttpsConversation:
 
     async def run(self) -> None:
         """Talk to the server, forever; end the conversation when cancelled."""
-        delay = RETRY_FIRST_S
+        loop, delay = asyncio.get_running_loop(), RETRY_FIRST_S
         while True:
-            wait_s, asked_s = OUTDATED_S, 0.0
+            wait_s, asked_s, began = OUTDATED_S, 0.0, loop.time()
             try:
                 await self._talk()
             except FetchError as error:
@@ -124,7 +127,8 @@ class HttpsConversation:
                     log.info("the server cannot talk over HTTPS: it is of an earlier version")
                 else:
                     log.info("cannot talk to the server over HTTPS: %s", error.message)
-                    delay = RETRY_FIRST_S if self.connected else min(RETRY_MAX_S, delay * 2)
+                    worked = self.connected and loop.time() - began >= STABLE_S
+                    delay = RETRY_FIRST_S if worked else min(RETRY_MAX_S, delay * 2)
                     wait_s = delay
                     asked_s = error.retry_after_s
                 if self.connected:

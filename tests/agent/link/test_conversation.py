@@ -222,6 +222,27 @@ async def test_the_servers_window_is_kept(monkeypatch):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(("stable_s", "grows"), [(module.STABLE_S, True), (0.0, False)])
+async def test_a_way_that_opens_and_fails_at_once_is_tried_less_and_less(monkeypatch, stable_s, grows):
+    """As through a proxy that refuses requests that are held."""
+    server, windows = Server(), []
+    monkeypatch.setattr(module, "STABLE_S", stable_s)
+    monkeypatch.setattr(module, "spread", lambda window_s, _=0.0: windows.append(window_s) or 0.001)
+    whole = server.request
+
+    def request(*arguments, body=None, **more):
+        if wire.decode(Exchange, body).wait_s:
+            raise FetchError(RejectCode.UNREACHABLE, "502", status=502)
+        return whole(*arguments, body=body, **more)
+
+    server.request = request
+    device = Device(server, Broker())
+    await device.until(lambda: len(windows) >= 4)
+    assert (windows[:4] == sorted(set(windows[:4]))) is grows
+    await device.stop()
+
+
+@pytest.mark.asyncio
 async def test_a_stop_does_not_wait_for_the_request_that_is_held():
     server = Server()
     device = Device(server, Broker())
