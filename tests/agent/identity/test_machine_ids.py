@@ -45,6 +45,18 @@ def test_the_agent_goes_on(device, here):
     assert "web: runs" in device.agent("status").stdout
 
 
+def test_an_id_in_memory_only_is_of_this_boot_and_raises_no_question(device):
+    """As systemd makes it up where /etc/machine-id cannot be written."""
+    path, memory = device.directory / "machine-id", device.directory / "memory"
+    path.write_text("fedcba9876543210fedcba9876543210\n")
+    memory.mkdir()
+    own = 'mount -t tmpfs none "$2" && cp "$1" "$2"/id && mount --bind "$2"/id /etc/machine-id'
+    script = f'{own} && shift 2 && exec "$@"'
+    device.prefix = [*unshare(), "sh", "-c", script, "sh", str(path), str(memory)]
+    said = device.agent("enroll", "--first-boot")
+    assert (said.returncode, said.stdout) == (0, "crane-0a1b2c3d is already enrolled\n")
+
+
 def test_the_owner_answers(device):
     has_machine_id(device, "fedcba9876543210fedcba9876543210\n")
     assert QUESTION in device.agent("enroll", "--first-boot").stdout

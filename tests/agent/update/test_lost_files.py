@@ -1,6 +1,8 @@
 """Committed instances whose files on this device were lost or damaged: fetched, compiled and started again."""
 
 import asyncio
+import contextlib
+import sqlite3
 import threading
 from types import SimpleNamespace
 
@@ -45,6 +47,23 @@ async def test_an_instance_without_artifact_and_image_heals_by_itself(kit, harm)
     await kit.until(lambda: kit.problems.texts() == [])
     assert len(kit.server.fetched) == 1
     assert kit.chain() == ["fetching", "compiling", "swapping", "probation", "committed"], "no change was begun"
+    await kit.pull_plug()
+
+
+@pytest.mark.asyncio
+async def test_a_version_on_probation_that_no_record_knows_is_taken_back(kit):
+    """As after the loss of the database: the run set has only what is committed."""
+    await kit.boot()
+    await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+    await kit.deployer.desire(kit.assignment(2, kit.publish("2.0.0", probation_ms=10 * 60 * 1000)))
+    await kit.until(lambda: kit.chain()[-1] == "probation")
+    await kit.stop_agent()
+    with contextlib.closing(sqlite3.connect(kit.places.database)) as db, db:
+        db.execute("DELETE FROM changes")
+    assert kit.host.targets() == {"web": V2}
+    await kit.start_agent()
+    await kit.until(lambda: kit.host.targets() == {"web": V1})
+    assert kit.host.running["web"].generation == kit.committed()[0].generation
     await kit.pull_plug()
 
 
