@@ -329,7 +329,7 @@ class Instance:
             case worker_api.Refused(message=text):
                 self._log.note(f"host: {text}")
             case worker_api.Overdue(call=call, why=reason):
-                if worker.calls.number() == call:  # otherwise the call has ended, and its worker has counted it
+                if worker.page.number() == call:  # otherwise the call has ended, and its worker has counted it
                     self._kill_for_call(generation, worker, reason)
             case worker_api.Busy():
                 if generation.is_serving:
