@@ -17,7 +17,7 @@ import msgspec
 from agent.proxy import Proxy, ProxyError
 from fleet.protocol import bounds, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
-from fleet.protocol.toml_lines import line_of
+from fleet.protocol.toml_lines import in_words, line_of, path_of
 
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
 HOST_STATE_DIR: Final = Path("/var/lib/wasmfleet-host")
@@ -202,7 +202,8 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(dict(merged), Settings)
     except msgspec.ValidationError as error:
-        raise _in_words(str(error)) from error
+        key, words = in_words(str(error))
+        raise ConfigError(words, key) from error
     positive = {
         "health_s": settings.health_s,
         "refresh_s": settings.refresh_s,
@@ -264,20 +265,9 @@ def load(file: Path, *, required: bool = False) -> Settings:
             try:
                 validate(part)
             except ConfigError as error:
-                line = line_of(texts[name], tuple(error.key.split(".")))
+                line = line_of(texts[name], path_of(error.key))
                 raise ConfigError(f"{name}: {error}" + (f" (line {line})" if line else "")) from None
         raise ConfigError(f"{file}: {merged}") from None
-
-
-def _in_words(error: str) -> ConfigError:
-    """Describe an error of msgspec by its key: `unknown key 'policy.memory'`."""
-    words, _, place = error.partition(" - at `$")
-    table = place.strip("`.")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", words)
-    if unknown is None:
-        return ConfigError(f"{table}: {words}" if table else words, table.partition("[")[0])
-    key = ".".join(filter(None, (table, unknown[1])))
-    return ConfigError(f"unknown key {key!r}", key)
 
 
 @dataclass(frozen=True, slots=True)

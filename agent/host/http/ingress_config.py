@@ -38,6 +38,7 @@ from agent.host.http.parser import HEAD_MAX_BYTES
 from agent.host.ipc.helper_api import ForwardedPolicy, IngressRules, RouteRule
 from fleet.component.toml_fields import BadUnitError, parse_size
 from fleet.protocol import names
+from fleet.protocol.toml_lines import in_words, line_of, path_of
 
 DEFAULT_FILE: Final = "/etc/wasmfleet/ingress.toml"
 READY: Final = b"ready"
@@ -52,6 +53,14 @@ _PATH: Final = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@%/]*")
 
 class IngressError(Exception):
     """The file is not valid, or a certificate cannot be used; the message names the file and the key."""
+
+
+class _WrongKeyError(Exception):
+    """A value that is not valid, with the dotted name of its key."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
 
 
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,22 +108,35 @@ class IngressConfig:
 
 
 def read(text: str, *, file: str = "ingress.toml") -> IngressConfig:
-    """Read the file's text. Raises `IngressError`."""
+    """Read the file's text. Raises `IngressError`, with the key and its line."""
     if len(text) > FILE_MAX_CHARS:
         raise IngressError(f"{file} has {len(text)} characters, at most {FILE_MAX_CHARS} are read")
     try:
-        found = msgspec.convert(tomllib.loads(text), _File)
+        return _understood(msgspec.convert(tomllib.loads(text), _File))
+    except msgspec.ValidationError as error:
+        key, words = in_words(str(error))
+        raise IngressError(f"{file}: {words}{_line(text, key)}") from error
+    except _WrongKeyError as error:
+        raise IngressError(f"{file}: {error}{_line(text, error.key)}") from error
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise IngressError(f"{file}: {error}") from error
-    rules = tuple(_rule(each, f"{file}: routes[{number}]") for number, each in enumerate(found.routes))
+        raise IngressError(f"{file} is not TOML: {error}") from error
+
+
+def _line(text: str, key: str) -> str:
+    line = line_of(text, path_of(key))
+    return f" (line {line})" if line else ""
+
+
+def _understood(found: _File) -> IngressConfig:
+    rules = tuple(_rule(each, f"routes[{number}]") for number, each in enumerate(found.routes))
     seen: set[tuple[str, str]] = set()
     for number, rule in enumerate(rules):
         if (rule.host, rule.path) in seen:
-            raise IngressError(f"{file}: routes[{number}]: {rule.host}{rule.path or '/'} is routed twice")
+            raise _WrongKeyError(f"routes[{number}]", f"{rule.host}{rule.path or '/'} is routed twice")
         seen.add((rule.host, rule.path))
     if found.tls is not None:
-        _check_tls(found.tls, file)
-    forwarded = _forwarded(found.forwarded, file)
+        _check_tls(found.tls)
+    forwarded = _forwarded(found.forwarded)
     return IngressConfig(IngressRules(rules=rules, forwarded=forwarded, by_name=found.by_name), found.tls)
 
 
@@ -122,14 +144,14 @@ def _rule(route: _Route, where: str) -> RouteRule:
     try:
         names.check_label(route.instance, "instance")
     except names.BadNameError as error:
-        raise IngressError(f"{where}.instance: {error}") from error
+        raise _WrongKeyError(f"{where}.instance", str(error)) from error
     host = route.host.lower().rstrip(".")
     if host and not _HOST.fullmatch(host):
-        raise IngressError(
-            f"{where}.host: {route.host!r} is not a host name, such as meter.example.com or *.example.com"
+        raise _WrongKeyError(
+            f"{where}.host", f"{route.host!r} is not a host name, such as meter.example.com or *.example.com"
         )
     if not _PATH.fullmatch(route.path):
-        raise IngressError(f"{where}.path: {route.path!r} is not a path, such as /api")
+        raise _WrongKeyError(f"{where}.path", f"{route.path!r} is not a path, such as /api")
     return RouteRule(
         instance=route.instance,
         host=host,
@@ -146,37 +168,37 @@ def _size(text: str, where: str, most: int = 1 << 40) -> int | None:
     try:
         size = parse_size(text)
     except BadUnitError as error:
-        raise IngressError(f"{where}: {error}") from error
+        raise _WrongKeyError(where, str(error)) from error
     if size > most:
-        raise IngressError(f"{where}: {text} is more than the {most} bytes that the host takes")
+        raise _WrongKeyError(where, f"{text} is more than the {most} bytes that the host takes")
     return size
 
 
-def _forwarded(forwarded: _Forwarded, file: str) -> ForwardedPolicy:
+def _forwarded(forwarded: _Forwarded) -> ForwardedPolicy:
     if forwarded.mode not in {"set", "pass", "drop"}:
-        raise IngressError(f"{file}: forwarded.mode: {forwarded.mode!r} is not one of set, pass, drop")
+        raise _WrongKeyError("forwarded.mode", f"{forwarded.mode!r} is not one of set, pass, drop")
     for each in forwarded.trust:
         try:
             ipaddress.ip_network(each)
         except ValueError as error:
-            raise IngressError(f"{file}: forwarded.trust: {each!r} is no address or network: {error}") from error
+            raise _WrongKeyError("forwarded.trust", f"{each!r} is no address or network: {error}") from error
     return ForwardedPolicy(mode=forwarded.mode, trust=forwarded.trust)
 
 
-def _check_tls(tls: Tls, file: str) -> None:
-    address(tls.listen, f"{file}: tls.listen")
+def _check_tls(tls: Tls) -> None:
+    address(tls.listen)
     for number, certificate in enumerate(tls.certificates):
-        where = f"{file}: tls.certificates[{number}].names"
+        where = f"tls.certificates[{number}].names"
         if number and not certificate.names:
-            raise IngressError(f"{where}: only the first certificate may have none")
+            raise _WrongKeyError(where, "only the first certificate may have none")
         for name in certificate.names:
             if not _HOST.fullmatch(name.lower()):
-                raise IngressError(f"{where}: {name!r} is not a host name")
+                raise _WrongKeyError(where, f"{name!r} is not a host name")
 
 
-def address(text: str, where: str) -> tuple[str, int]:
-    """Read `ADDRESS:PORT`. Raises `IngressError`."""
+def address(text: str) -> tuple[str, int]:
+    """Read the `ADDRESS:PORT` of `tls.listen`; `read` has checked it."""
     host, colon, port = text.rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:  # noqa: PLR2004
-        raise IngressError(f"{where}: {text!r} is not ADDRESS:PORT, such as 0.0.0.0:8443")
+        raise _WrongKeyError("tls.listen", f"{text!r} is not ADDRESS:PORT, such as 0.0.0.0:8443")
     return host.strip("[]") or "127.0.0.1", int(port)

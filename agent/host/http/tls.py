@@ -27,6 +27,12 @@ _CLIENTS_MAX: Final = 1024
 _HANDSHAKE_S: Final = 10
 _SHUTDOWN_S: Final = 5
 _HIGH_BYTES: Final = 256 * 1024
+_MISMATCH: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})
+"""Reasons of OpenSSL for a key of another certificate: of the same kind, or of another."""
+
+
+class _EncryptedError(Exception):
+    """The key needs a passphrase."""
 
 
 def contexts(certificates: Sequence[Certificate]) -> ssl.SSLContext:
@@ -62,15 +68,23 @@ def _context(certificate: Certificate) -> ssl.SSLContext:
     where = f"certificate {certificate.certificate} with key {certificate.key}"
     try:
         context.load_cert_chain(certificate.certificate, certificate.key, password=_no_password)
+    except _EncryptedError:
+        why = "the key is encrypted, and the host can ask nobody for its passphrase; decrypt it with 'openssl pkey'"
+        raise IngressError(f"cannot use {where}: {why}") from None
     except ssl.SSLError as error:
-        raise IngressError(f"cannot use {where}: {error.reason or error}") from error
+        why = (
+            "the key does not belong to the certificate"
+            if error.reason in _MISMATCH
+            else "one of them is not valid PEM"
+        )
+        raise IngressError(f"cannot use {where}: {why}: {error.reason or error}") from error
     except OSError as error:
         raise IngressError(f"cannot read {where}: {error.strerror or error}") from error
     return context
 
 
 def _no_password() -> str:
-    raise IngressError("the key is encrypted: the host can ask nobody for its passphrase")
+    raise _EncryptedError
 
 
 def run_terminator(

@@ -146,7 +146,7 @@ class SharedIngress:
         self._retired = [each for each in self._retired if each.running]
         listener = self._listener
         if tls is not None and (before is None or before.listen != tls.listen):
-            listener = self._open(*ingress_config.address(tls.listen, "tls.listen"))
+            listener = self._open(*ingress_config.address(tls.listen))
         made = None
         if tls is not None:
             assert listener is not None

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import support
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from echo_guest import ECHO
 from host_processes import children
 from peers import certificate
@@ -238,6 +240,17 @@ def test_a_reload_changes_certificates_without_a_lost_request(ingress, files, tm
     kept.close()
 
 
+PAIR = (
+    '[tls]\nlisten = "127.0.0.1:PORT"\n[[tls.certificates]]\ncertificate = "DIR/meter.example.pem"\nkey = "DIR/KEY"\n'
+)
+
+
+def encrypted_key():
+    encryption = serialization.BestAvailableEncryption(b"secret")
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -249,15 +262,25 @@ def test_a_reload_changes_certificates_without_a_lost_request(ingress, files, tm
         ),
         (
             '[tls]\nlisten = "127.0.0.1:PORT"\n[[tls.certificates]]\ncertificate = "FILE"\nkey = "FILE"\n',
-            "cannot use certificate",
+            "broken.pem: one of them is not valid PEM",
+        ),
+        (
+            PAIR.replace("KEY", "other.example.pem"),
+            "other.example.pem: the key does not belong to the certificate",
+        ),
+        (
+            PAIR.replace("KEY", "encrypted.key"),
+            "encrypted.key: the key is encrypted, and the host can ask nobody for its passphrase",
         ),
     ],
 )
 def test_what_is_not_valid_leaves_all_as_it_was_and_keeps_a_host_from_starting(ingress, files, tmp_path, text, said):
     (tmp_path / "broken.pem").write_text("no certificate\n")
+    (tmp_path / "encrypted.key").write_bytes(encrypted_key())
     made = ingress()
     made.reload(tls_text(made.tls_port, *files))
     text = text.replace("PORT", str(support.free_port())).replace("FILE", str(tmp_path / "broken.pem"))
+    text = text.replace("DIR", str(tmp_path))
     made.reload(text, said="the ingress goes on as before")
     assert said in made.log
     with connect(made.tls_port, "meter.example", files[0]) as sock:

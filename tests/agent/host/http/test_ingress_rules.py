@@ -223,6 +223,27 @@ def test_a_file_that_is_not_valid_names_the_key(text, said):
     assert "\n" not in str(caught.value)[:200]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("by_nam = true\n", "ingress.toml: unknown key 'by_nam' (line 1)"),
+        ('[[routes]]\ninstance = "a"\n[[routes]]\n', "ingress.toml: routes[1]: the key 'instance' is missing (line 3)"),
+        ('[[routes]]\ninstance = "a"\nlimits = 1\n', "ingress.toml: unknown key 'routes[0].limits' (line 3)"),
+        ('[tls]\nlisten = "0.0.0.0:8443"\n', "ingress.toml: tls: the key 'certificates' is missing (line 1)"),
+        ("\n[forwarded]\nmode = 3\n", "ingress.toml: forwarded.mode: Expected `str`, got `int` (line 3)"),
+        (
+            f'[tls]\nlisten = "0.0.0.0:8443"\n{CERTIFICATE}names = ["a b"]\n',
+            "ingress.toml: tls.certificates[0].names: 'a b' is not a host name (line 6)",
+        ),
+        ("x = [", "ingress.toml is not TOML: Invalid value (at end of document)"),
+    ],
+)
+def test_a_mistake_is_told_in_words_and_with_its_line(text, said):
+    with pytest.raises(IngressError) as caught:
+        ingress_config.read(text)
+    assert str(caught.value) == said
+
+
 def test_an_empty_file_changes_the_forwarded_fields_alone():
     found = ingress_config.read("")
     assert (found.tls, found.rules.rules, found.rules.by_name, found.rules.forwarded.mode) == (None, (), True, "set")
