@@ -40,18 +40,25 @@ _INIT: Final = "run 'fleet init --dev' here first, or name the fleet's directory
 
 def where_option(text: str) -> Callable[[F], F]:
     """Make the option `--where`, a selector of devices, which is read before anything is done."""
-    return click.option("--where", default="", callback=_selector, metavar="SELECTOR", help=text)
+    return click.option("--where", callback=_selector, metavar="SELECTOR", help=text)
 
 
-def _selector(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
-    """Return a selector unchanged. Raises `click.BadParameter` for one that cannot be read."""
-    if text:
-        from fleet.rollout.selector import BadSelectorError, parse  # noqa: PLC0415 - not for --help
+def _selector(_ctx: click.Context, _param: click.Parameter, text: str | None) -> str:
+    """Return a selector unchanged, empty where none was given.
 
-        try:
-            parse(text)
-        except BadSelectorError as error:
-            raise click.BadParameter(f"{error}.") from None
+    An empty text is no selector either: a script whose variable is empty would mean every device.
+
+    Raises:
+        click.BadParameter: the text cannot be read.
+    """
+    if text is None:
+        return ""
+    from fleet.rollout.selector import BadSelectorError, parse  # noqa: PLC0415 - not for --help
+
+    try:
+        parse(text)
+    except BadSelectorError as error:
+        raise click.BadParameter(f"{error}.") from None
     return text
 
 

@@ -635,3 +635,11 @@ def test_the_history_of_a_device_that_never_was_is_not_doubted(fleet, desk):
     assert result.exit_code == 4
     assert result.stderr == "error: there is no device gate-00000000; 'fleet devices' lists them\n"
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["devices", "deploy hello@1.0.0 --group edge-eu --dry-run"])
+def test_an_empty_selector_does_not_mean_every_device(fleet, desk, command):
+    result = fleet(*command.split(), "--where", "")
+    assert result.exit_code == 2
+    assert "'--where': column 1: expected a name such as site or arch" in result.stderr
+    assert not desk.seen
