@@ -399,7 +399,11 @@ class _Parser:
             wanted = "=" if sign.text == "==" else sign.text
             if wanted not in {"=", "!="} and named.fact.kind not in _ORDERED:
                 raise BadSelectorError(sign.column, _unordered(named, wanted))
-            return Compare(named, wanted, self._value(named))
+            token, value = self._next, self._value(named)
+            ordered = wanted not in {"=", "!="}
+            if ordered and named.fact.kind is Kind.VERSION and not any(each.isdigit() for each in str(value)):
+                raise BadSelectorError(token.column, f"expected {_EXPECTED[Kind.VERSION]}, found {token}")
+            return Compare(named, wanted, value)
         if sign.keyword == "in" or (sign.keyword == "not" and self._tokens[self._place + 1].keyword == "in"):
             negated = self._take().keyword == "not"
             if negated:
@@ -462,6 +466,9 @@ _EXPECTED: Final = {
 }
 
 
+_FORMS: Final = {Kind.TEXT: "a text", Kind.FLAG: "a flag", Kind.SEVERAL: "a list"}
+
+
 def _read(kind: Kind, text: str) -> Scalar | None:
     """Read a value of one kind; None for what is none."""
     match kind:
@@ -481,7 +488,8 @@ def _unordered(named: Named, sign: str) -> str:
     near = difflib.get_close_matches(named.name, NAMES, 1)
     hint = f"; did you mean {near[0]}?" if named.label and near else ""
     ordered = ", ".join(name for name, each in NAMES.items() if each.kind in _ORDERED)
-    return f"{named} is a {'label' if named.label else named.fact.kind.value}: {sign} compares {ordered}{hint}"
+    form = "a label" if named.label else _FORMS[named.fact.kind]
+    return f"{named} is {form}: {sign} compares {ordered}{hint}"
 
 
 def _tokens(text: str) -> Iterator[_Token]:
