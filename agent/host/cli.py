@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "check-component",
         help="compile, link and start components as a device does; print a JSON line for each",
         description="Compile, link and start components as a device does, each in a process of its own, and print a "
-        "JSON line for each. Exit with status 1 if one is refused.",
+        "JSON line for each. Exit with status 1 if one is refused, 2 if a request is not valid.",
         epilog="Without FILE, requests are read from standard input, one JSON line for each component: "
         '{"file": "hello.wasm", "manifest": {...}}. Without a manifest, everything that a device serves is granted.',
     )
@@ -236,11 +236,12 @@ def check_components(files: list[str]) -> int:
     lines: Iterable[bytes] = sys.stdin.buffer
     if files:
         lines = (msgspec.json.encode(ComponentCheckRequest(file=file)) for file in files)
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             request = msgspec.json.decode(line, type=ComponentCheckRequest)
         except wire.JSON_ERRORS as error:
-            sys.stderr.write(f"fleet-host: a request is not valid: {error}\n")
+            how = 'write {"file": "hello.wasm"}, or see fleet-host check-component --help'
+            sys.stderr.write(f"fleet-host: line {number} is no request: {error}; {how}\n")
             return 2
         reply = component_check.check(request, worker_pool.python_argv)
         sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")

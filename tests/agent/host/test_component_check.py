@@ -196,6 +196,14 @@ def test_one_line_for_each_component_in_order_whatever_became_of_the_one_before(
     assert ask(stdin=b"{}\n")[0] == 2
 
 
+def test_a_request_that_is_not_valid_is_named_by_its_line(tmp_path):
+    good = msgspec.json.encode(ComponentCheckRequest(file=str(tmp_path / "missing.wasm")))
+    done = subprocess.run(COMMAND, input=good + b"\nhello.wasm\n", capture_output=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.count(b"\n")) == (2, 1)
+    assert done.stderr.startswith(b"fleet-host: line 2 is no request: JSON is malformed")
+    assert b'write {"file": "hello.wasm"}' in done.stderr
+
+
 def test_a_host_says_which_packages_it_serves(host):
     welcome = host.ask(host_api.Hello)
     assert welcome.interfaces == wasi.SERVED
