@@ -5,7 +5,7 @@ Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; n
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
@@ -28,7 +28,7 @@ from fleet.protocol.operator_api import (
 )
 from fleet.protocol.trust_api import Role
 from fleet.rollout import advance, effective, group_plan
-from fleet.rollout.decide import Rollout
+from fleet.rollout.decide import Gate, Rollout
 from fleet.rollout.effective import Fitness, Group, SettledValue, Withdrawal
 from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
@@ -110,7 +110,8 @@ class RolloutPlanner:
         before = self._before(request)
         asked = [(request, value), *self._companions(request)]
         also_out = self._membership.left_out_of_all([_change(*each) for each in asked]) if request.also else None
-        drawn = self._membership.draw(_change(request, value), self._plan(request, value), also_out=also_out)
+        plan = self._plan(request, value)
+        drawn = self._membership.draw(_change(request, value), plan, also_out=also_out)
         refused = "" if request.also else self._unchanged(request, value, drawn)
         if not drawn.progress.gates:
             refused = drawn.unguarded or refusal(drawn.left_out)
@@ -124,7 +125,7 @@ class RolloutPlanner:
             excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(drawn.left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=(f"it is refused: {refused}",) if refused else (),
+            warnings=(f"it is refused: {refused}",) if refused else tuple(_approvals(plan, drawn.progress.gates)),
         )
 
     def foresee_withdrawal(self, target: str) -> Withdrawal:
@@ -831,6 +832,15 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
     )
     return wire.canonical(still).decode()
+
+
+def _approvals(plan: RolloutPlan, gates: Sequence[Gate]) -> Iterator[str]:
+    """Tell which approvals a rollout would wait for."""
+    if plan.approval:
+        yield "nothing is offered before the approval of a second person"
+    for wave, gate in enumerate(gates, 1):
+        if gate.approval:
+            yield f"wave {wave} wants the approval of a second person once it is done"
 
 
 def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:

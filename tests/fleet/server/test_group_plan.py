@@ -284,6 +284,26 @@ async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
 
 
 @pytest.mark.asyncio
+async def test_a_dry_run_tells_which_approvals_the_plan_wants(new_fleet):
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        await label(operator, await fleet.device("a"), ring="canary")
+        await fleet.device("b")
+        wish = operator_api.RolloutRequest(instance="hello", target=await operator.publish("1.0.0"), group="edge")
+        for plan, told in (
+            (GroupPlan(approval=True), ("nothing is offered before the approval of a second person",)),
+            (
+                GroupPlan(stages=(CANARY, PlanStage())),
+                ("wave 1 wants the approval of a second person once it is done",),
+            ),
+            (GroupPlan(soak_s=1), ()),
+        ):
+            await set_plan(operator, plan)
+            foreseen = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
+            assert foreseen.warnings == told
+
+
+@pytest.mark.asyncio
 async def test_a_group_cut_to_its_canary_waits_for_the_approval_of_a_later_stage(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
