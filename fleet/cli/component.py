@@ -102,7 +102,7 @@ def check(options: Options, *, file: Path, manifest_file: Path | None, group: st
     The host of this machine compiles, links and starts it where wasmfleet[agent] is installed; otherwise the table of
     interfaces that devices serve is asked. With --group or --device, devices of any architecture are judged by what
     they reported: engine, interfaces, memory. Exit code 0: it can run; 1: it cannot; 2: FILE or its component.toml
-    cannot be read.
+    cannot be read, or the group has no devices; 4: there is no such group or device.
     """
     if group and device:
         raise click.UsageError("Name either --group or --device.")

@@ -184,7 +184,9 @@ class _Reader:
         if char in "?*+{":
             raise self._wrong(f"nothing stands before {char} to repeat", 1)
         if char in "^$":
-            raise self._wrong(rf"{char} has no place: the whole value is meant; itself it is written \{char}", 1)
+            raise self._wrong(
+                rf"{char} has no place: the whole value is meant; the character itself is written \{char}", 1
+            )
         if char in "]}":
             raise self._wrong(rf"{char} closes nothing; the character itself is written \{char}", 1)
         return _Set(_ANY if char == "." else ((ord(char), ord(char)),))
