@@ -454,6 +454,6 @@ def read_file(file: Path, most: int) -> bytes:
     except FileNotFoundError:
         raise Fault(f"{file} does not exist", "", "check the path") from None
     except IsADirectoryError:
-        raise Fault(f"{file} is a directory", "the command needs a file", f"name a file in {file}") from None
+        raise Fault(f"{file} is a directory", "the command needs a file", "name a file in it") from None
     except OSError as error:
         raise Fault(f"cannot read {file}", reason(error), "check its permissions") from None

@@ -147,6 +147,14 @@ def test_people_read_who_judged_it(saved, fleet):
     assert any("one at a time" in line for line in lines)
 
 
+def test_a_directory_is_no_component(fleet):
+    result = fleet("component", "check", ".")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: . is a directory; the command needs a file; name a file in it\n",
+    )
+
+
 def row(name, **more):
     host = Versions(agent="1", host="1", engine="50.0.1", interfaces=wasi.SERVED)
     given = {"groups": ("edge-eu",), "online": True, "machine": "riscv64", "versions": host}
