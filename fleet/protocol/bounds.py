@@ -48,7 +48,7 @@ LOGS_MINUTES_MAX: Final = 60
 
 # Messages that travel over HTTPS at once where a network blocks MQTT, each way
 EXCHANGE_MESSAGES_MAX: Final = 64
-EXCHANGE_MAX_BYTES: Final = 448 * KIB  # of their payloads; as text in JSON they may be twice as long, in a body of 1 MiB
+EXCHANGE_MAX_BYTES: Final = 448 * KIB  # of their payloads; as text in JSON they may be twice that, in a body of 1 MiB
 EXCHANGE_WAIT_MAX_S: Final = 55
 
 # JSON that people and machines post to the HTTP API
