@@ -87,6 +87,13 @@ def test_where_a_request_goes(host, target, instance, arrives, prefix):
     assert (found.instance, found.target, found.prefix) == (instance, arrives.encode(), prefix.encode())
 
 
+def test_a_host_that_no_name_can_be_has_no_rules():
+    """Each of its labels would be a key to look up: 64 KiB of them in one request kept the router busy."""
+    routes = table(RULES, *ALL)
+    assert routes.find(b"a." * 100 + b"example.com", b"/").instance == "star"
+    assert routes.find(b"a." * 130 + b"example.com", b"/").instance == "home"
+
+
 def test_a_host_with_rules_serves_nothing_else():
     rules = '[[routes]]\nhost = "a.example"\npath = "/x"\ninstance = "meter"\n[[routes]]\ninstance = "home"\n'
     routes = table(rules, *ALL)
