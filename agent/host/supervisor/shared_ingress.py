@@ -21,7 +21,7 @@ _READY_S: Final = 10.0
 _DRAIN_S: Final = 5.0
 
 Open = Callable[[str, int], socket.socket]
-"""Opens a listening socket."""
+"""Opens a listening socket; raises `IngressError`."""
 
 
 def load(path: Path | None) -> IngressConfig:
@@ -70,6 +70,8 @@ class TerminatorHandle(HelperProcess):
             data = framing.receive_packet(self._sock)[0]
         if not self._answered.done():
             self._answered.set_result(data)
+        elif data not in {b"", READY}:  # in place of one that ended; its files have changed meanwhile
+            _say(f"the TLS terminator cannot start: {data.decode(errors='replace')}")
         super()._readable()
 
     async def ready(self) -> None:

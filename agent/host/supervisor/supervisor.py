@@ -419,6 +419,7 @@ def _instance_of(request: host_api.Request) -> str:
 
 
 def _listen(address: str, port: int) -> socket.socket:
+    """Open a listening socket of the shared port. Raises `IngressError`."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -426,7 +427,7 @@ def _listen(address: str, port: int) -> socket.socket:
         sock.bind((address, port))
     except OSError as error:
         sock.close()
-        raise HostError(
+        raise IngressError(
             f"cannot listen on {address}:{port}: {error.strerror}; choose another address (--ingress, ingress.toml)"
         ) from error
     sock.listen(BACKLOG)

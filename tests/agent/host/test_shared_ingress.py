@@ -293,6 +293,18 @@ def test_what_is_not_valid_leaves_all_as_it_was_and_keeps_a_host_from_starting(i
     assert said in done.stderr.decode()
 
 
+def test_a_taken_port_leaves_all_as_it_was(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        made.reload(tls_text(port, *files), said="the ingress goes on as before")
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in made.log
+    assert "Traceback" not in made.log
+    with connect(made.tls_port, "meter.example", files[0]) as sock:
+        assert get(0, "h", "/", sock=sock)[0] == 200
+
+
 def test_tls_can_come_move_and_go_while_the_host_runs(ingress, files):
     made = ingress(ROUTES)
     made.reload(tls_text(made.tls_port, files[0]))
@@ -327,6 +339,17 @@ def test_a_terminator_or_router_that_is_killed_is_replaced(ingress, files):
             return False
 
     eventually(answers, "answers over TLS")
+
+
+def test_a_terminator_that_cannot_start_again_says_why(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    files[0].write_text("no certificate\n")
+    for pid, command in children(made.host.process.pid).items():
+        if b"agent.host.cli" in command:
+            os.kill(pid, signal.SIGKILL)
+    said = f"host: the TLS terminator cannot start: cannot use certificate {files[0]}"
+    eventually(lambda: said in made.log, said)
 
 
 def test_routes_of_a_host_of_an_earlier_version_are_not_asked_for(tmp_path):
