@@ -89,15 +89,15 @@ class LogFiles:
 
     def open(self, instance: str) -> LogFile:
         """Return the file of an instance; its directory is made if there is none."""
+        self._open.add(instance)
         with contextlib.suppress(OSError):
             self._directory.mkdir(mode=0o700, exist_ok=True)
             self._make_room()
-        self._open.add(instance)
         return LogFile(self._directory / f"{instance}.log", self)
 
     def _make_room(self) -> None:
         """Remove the oldest logs of instances that this host has not run, beyond the bound for all."""
-        found = sorted((path.stat().st_mtime, path, path.stat().st_size) for path in self._directory.iterdir())
+        found = sorted((path.lstat().st_mtime, path, path.lstat().st_size) for path in self._directory.iterdir())
         total = sum(size for _, _, size in found)
         for _, path, size in found:
             if total <= _ALL_MAX_BYTES:

@@ -1,5 +1,6 @@
 """Log of an instance on the disk: over restarts of everything, within its bound, and without secrets."""
 
+import os
 import re
 
 import pytest
@@ -72,6 +73,17 @@ def test_logs_of_instances_that_are_gone_are_kept_within_a_bound(tmp_path, monke
     again = LogFiles(tmp_path / "logs")
     again.open("third")
     assert sum(path.stat().st_size for path in (tmp_path / "logs").iterdir()) <= 1000
+
+
+def test_an_instance_that_starts_keeps_its_own_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_log, "_ALL_MAX_BYTES", 1000)
+    files = LogFiles(tmp_path / "logs")
+    for name in ("oldest", "second", "third"):
+        files.open(name).add("x" * 400, urgent=True)
+    oldest = tmp_path / "logs" / "oldest.log"
+    os.utime(oldest, (1, 1))
+    LogFiles(tmp_path / "logs").open("oldest")
+    assert [path.name for path in (tmp_path / "logs").iterdir() if path == oldest] == ["oldest.log"]
 
 
 def test_a_disk_that_cannot_be_written_costs_lines_and_nothing_else(tmp_path):
