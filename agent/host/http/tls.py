@@ -25,7 +25,9 @@ from agent.host.sandbox import sandbox
 
 _CLIENTS_MAX: Final = 1024
 _HANDSHAKE_S: Final = 10
-_SHUTDOWN_S: Final = 5
+_SHUTDOWN_S: Final = 60
+"""Time for a client to read what was written before the end; as long as the router lets one stall."""
+
 _HIGH_BYTES: Final = 256 * 1024
 _MISMATCH: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})
 """Reasons of OpenSSL for a key of another certificate: of the same kind, or of another."""
