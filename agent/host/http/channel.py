@@ -275,8 +275,10 @@ class Call:
         self.watch_client()
 
     def credited(self, more: int) -> None:
-        """Take credit for the request's body."""
+        """Take credit for the request's body. Raises `FrameError`: it is for more than was sent."""
         self._credit += more
+        if self._credit > INITIAL_CREDIT_BYTES:
+            raise FrameError("credit for more than was sent")
         if self.channel is not None:
             self.channel.write(self._body_frames())
         if self._client is not None:
@@ -337,6 +339,8 @@ class Call:
     def take_body(self, data: bytes) -> None:
         """Take a piece of the answer's body."""
         self._owed += len(data)
+        if self._owed > INITIAL_CREDIT_BYTES:
+            raise FrameError("more of a body than its credit")
         self._spool_bytes += len(data)
         if self._client is None or self._problem:
             return

@@ -720,3 +720,22 @@ async def test_a_worker_that_takes_whole_bodies_waits_for_none(tmp_path):
         assert len(await worker.body()) == 300_000
         worker.answer(call)
         assert (await slow.answer())[0] == 200
+
+
+OVERRUNS = [
+    Frame(Kind.CREDIT, 1, struct.pack("<I", 1)),
+    Frame(Kind.CREDIT, 1, b"\xff" * 4),
+    *[Frame(Kind.BODY, 1, b"x" * 1024)] * 65,
+]
+
+
+@pytest.mark.parametrize("said", [OVERRUNS[:1], OVERRUNS[1:2], OVERRUNS[2:]], ids=["credit", "all", "body"])
+@pytest.mark.asyncio
+async def test_a_worker_that_overruns_its_credit_or_grants_more_than_it_took_loses_its_channel(tmp_path, said):
+    """Else the router would keep whole bodies for a guest that does not read, or a client that does not."""
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        call = (await worker.next(Kind.REQUEST, Kind.WHOLE_REQUEST)).call
+        worker.say(*(frame._replace(call=call) for frame in said))
+        assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
