@@ -139,6 +139,7 @@ class Call:
         self._paused = False
         self._waits_since_s: float | None = None
         self._waited_s = 0.0
+        self._moved = 0
         self._timer: asyncio.TimerHandle | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
 
@@ -179,11 +180,18 @@ class Call:
 
     def drop(self) -> None:
         """Take note that the client has gone."""
+        self._leave(CallOutcome.CLIENT_GONE)
+
+    def drop_slow(self) -> None:
+        """Take note that the client is not waited for any longer."""
+        self._leave(CallOutcome.CLIENT_SLOW)
+
+    def _leave(self, outcome: CallOutcome) -> None:
         self._client = None
         if self.channel is None:
             self._calls.withdraw(self)
         elif self._begun or not self._ended:
-            self._abandon(CallOutcome.CLIENT_GONE)
+            self._abandon(outcome)
 
     # The request.
 
@@ -540,14 +548,18 @@ class Call:
             self._waits_since_s = None
         elif self._waits_since_s is None:
             self._waits_since_s = time.monotonic()
+            assert self._client is not None
+            self._moved = self._client.moved
             self.channel.page.wait(True)
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(self._calls.idle_s, self._judge_client)
 
     def _judge_client(self) -> None:
         self._timer = None
-        if self._waits_since_s is None:
+        if self._waits_since_s is None or self._client is None:
             return
+        if (moved := self._client.moved) != self._moved:  # a slow client, which has a rate to keep (`pace`)
+            self._moved, self._waits_since_s = moved, time.monotonic()
         left_s = self._waits_since_s + self._calls.idle_s - time.monotonic()
         if left_s > 0:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._judge_client)

@@ -24,6 +24,7 @@ _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPS
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 REFUSALS: Final = {
     400: "the request is not HTTP/1.1",
+    408: "the request came too slowly",
     413: "the request's body is larger than this component takes",
     417: "only 100-continue may be expected",
     431: "the request's header fields are too large",
@@ -63,6 +64,8 @@ class Http1Connection:
         self._waits = False  # the client of `_now` waits for 100 Continue
         self._raw: bytearray | None = bytearray()
         self._completed = False
+        self.turn = 0
+        """Number of the message that is read now."""
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the client's; whole requests appear in `requests`. Returns what to send at once."""
@@ -102,6 +105,15 @@ class Http1Connection:
         """True at a message boundary with nothing to answer."""
         return not self._reader.within and not self.requests
 
+    @property
+    def lacks(self) -> bool:
+        """True within a message of which nothing can be answered before the client sends more."""
+        return self._reader.within and not self.requests
+
+    def give_up(self) -> None:
+        """Refuse the message that is being read, since it comes too slowly."""
+        self._reader.give_up(408)
+
     # Called by the parser.
 
     def head(self, head: RequestHead) -> None:
@@ -127,6 +139,7 @@ class Http1Connection:
         self._now.keep_alive = keep_alive
         self.requests.append(self._now)
         self._now, self._waits = None, False
+        self.turn += 1
         self._completed = True
 
     def refused(self, status: int) -> None:

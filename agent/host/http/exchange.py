@@ -11,6 +11,10 @@ _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", 
 class Asker(Protocol):
     """Client side of an exchange."""
 
+    @property
+    def moved(self) -> int:
+        """A number that grows with each byte that the client sends or takes."""
+
     def send(self, data: bytes) -> None:
         """Send bytes of the response."""
 

@@ -138,6 +138,11 @@ class RequestParser:
         self._status = status
         raise _StopError
 
+    def give_up(self, status: int) -> None:
+        """Stop reading between two pieces of what the client sends."""
+        self._status = status
+        self._refuse()
+
     def _refuse(self) -> None:
         self.refused = True
         self.within = False

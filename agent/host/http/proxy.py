@@ -31,6 +31,7 @@ import httptools
 from agent.host.http import connection
 from agent.host.http.channel import Call, InstanceCalls
 from agent.host.http.exchange import Asker, Exchange, Upstream
+from agent.host.http.pace import Pace, acknowledged
 from agent.host.http.parser import Fields, RequestHead, RequestParser
 from agent.host.http.routing import (
     Known,
@@ -311,6 +312,9 @@ class ClientConnection(asyncio.Protocol):
         self._closing = False  # nothing more is read from the client
         self._over = False  # nothing more is sent to the client
         self._discarded = 0
+        self._turn = 0  # of the client's: it has ended a request, or may send again
+        self._received = self._sent = 0
+        self._sending, self._reading = Pace(), Pace()
 
     # The client's side.
 
@@ -344,6 +348,36 @@ class ClientConnection(asyncio.Protocol):
         """Hang up."""
         self._transport.abort()
 
+    def mind_pace(self, now_s: float) -> None:
+        """End a connection whose client sends or reads too slowly."""
+        is_reading = self._transport.get_write_buffer_size() > 0
+        if self._reading.is_slow(now_s, self._taken() if is_reading else 0, 0 if is_reading else None):
+            self._leave_slow()
+            self.close()
+            return
+        is_sending = self._reader.within and not (self._paused or self._closing)
+        lacks = is_sending and (not self._queue or not self._queue[0].complete)
+        if self._sending.is_slow(now_s, self._received, self._turn if lacks else None):
+            self._leave_slow()
+            self._reader.give_up(408)
+            self._advance()
+
+    def _taken(self) -> int:
+        """Return how much the client has taken so far; only differences mean anything."""
+        sock = self._transport.get_extra_info("socket")
+        unsent: int = self._transport.get_write_buffer_size()
+        return self._sent - unsent + acknowledged(sock)
+
+    @property
+    def moved(self) -> int:
+        """A number that grows with each byte that the client sends or takes."""
+        return self._received + self._taken()
+
+    def _leave_slow(self) -> None:
+        """End the call under way, if there is one, as its client's doing."""
+        if self._queue and isinstance(call := self._queue[0].upstream, Call):
+            call.drop_slow()
+
     def end_when_idle(self) -> None:
         """Answer what was asked, then hang up."""
         if self.idle:
@@ -353,7 +387,7 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of requests."""
-        self.last_s = time.monotonic()
+        self._received += len(data)
         if self._closing:
             self._discarded += len(data)
             if self._discarded > _LINGER_MAX_BYTES:
@@ -371,6 +405,8 @@ class ClientConnection(asyncio.Protocol):
         if len(self._queue) > 1 and not self._paused:
             self._paused = True
             self._transport.pause_reading()
+        if self._queue or self._reader.within:  # empty lines between requests do not keep a connection
+            self.last_s = time.monotonic()
         self._advance()
 
     def _learn(self, data: bytes) -> None:
@@ -417,6 +453,7 @@ class ClientConnection(asyncio.Protocol):
         exchange.trailers = trailers
         exchange.keep_alive = keep_alive
         exchange.complete = True
+        self._turn += 1
 
     def refused(self, status: int) -> None:
         """Queue a refusal behind the requests before it; the connection ends with it."""
@@ -533,6 +570,7 @@ class ClientConnection(asyncio.Protocol):
         """Read on from the client: the instance takes more."""
         if self._paused and len(self._queue) <= 1 and not self._closing:
             self._paused = False
+            self._turn += 1
             self._transport.resume_reading()
 
     # Answers.
@@ -540,6 +578,7 @@ class ClientConnection(asyncio.Protocol):
     def send(self, data: bytes) -> None:
         """Send bytes of the response."""
         self.last_s = time.monotonic()
+        self._sent += len(data)
         self._transport.write(data)
 
     def pause_writing(self) -> None:

@@ -433,9 +433,13 @@ class Router:
         while True:
             await asyncio.sleep(_SWEEP_S)
             self._pool.sweep()
-            now = time.monotonic()
-            for client in self._all_clients():
-                if client.is_trusted or client.waits_for_guest:
-                    continue
-                if now - client.last_s > (IDLE_S if client.idle else STALL_S):
-                    client.close()
+            self.mind_clients(time.monotonic())
+
+    def mind_clients(self, now_s: float) -> None:
+        """End connections of clients that are quiet for too long, or too slow."""
+        for client in self._all_clients():
+            if client.is_trusted:
+                continue
+            client.mind_pace(now_s)
+            if not client.waits_for_guest and now_s - client.last_s > (IDLE_S if client.idle else STALL_S):
+                client.close()

@@ -35,6 +35,7 @@ _MISMATCH: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CE
 
 class _EncryptedError(Exception):
     """The key needs a passphrase."""
+_LOW_BYTES: Final = 192 * 1024  # so that the router sees a slow client take its answer in small steps, see `pace`
 
 
 def contexts(certificates: Sequence[Certificate]) -> ssl.SSLContext:
@@ -198,7 +199,7 @@ class _Side(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        self.transport.set_write_buffer_limits(high=_HIGH_BYTES)
+        self.transport.set_write_buffer_limits(high=_HIGH_BYTES, low=_LOW_BYTES)
 
     def data_received(self, data: bytes) -> None:
         if self.other is not None:

@@ -22,6 +22,7 @@ from typing import Final
 from agent.host.engine.runtime import GuestError
 from agent.host.http import connection
 from agent.host.http.connection import BadAnswerError, Http1Connection, Request
+from agent.host.http.pace import Pace, acknowledged
 from agent.host.ipc import framing, worker_api
 from agent.host.worker.runner import GuestRunner
 from agent.host.worker.streaming import StreamingResponse
@@ -52,6 +53,19 @@ class Client:
         self.awaits = select.EPOLLIN
         self.lingers_until_s = 0.0  # 0: not lingering
         self.discarded_bytes = 0
+        self.received = self.sent = 0
+        self.sending, self.reading = Pace(), Pace()
+
+    def is_slow_to_send(self, now_s: float) -> bool:
+        """Return whether its request comes below the minimum rate."""
+        turn = self.state.turn if self.state.lacks and not self.out else None
+        return self.sending.is_slow(now_s, self.received, turn)
+
+    def is_slow_to_read(self, now_s: float) -> bool:
+        """Return whether it takes its answer below the minimum rate."""
+        if not self.out:
+            return self.reading.is_slow(now_s, 0, None)
+        return self.reading.is_slow(now_s, self.sent + acknowledged(self.sock), 0)
 
 
 class HttpServer:
@@ -83,6 +97,7 @@ class HttpServer:
         self._deadline_s = 0.0
         self._passed = self._cut = 0
         self._next_sweep_s = 0.0
+        self._busy_s = 0.0  # time in calls, in which no client is attended to
         self._queue: tuple[socket.socket, socket.socket] | None = None  # to put clients in, and to take them out
         self._calling: Client | None = None
         self._lock = threading.Lock()  # of what `relieve` touches while a call is in flight
@@ -154,6 +169,8 @@ class HttpServer:
     def resume(self) -> None:
         """Go on as before `hold`."""
         self._release()
+        for client in self._clients.values():
+            client.sending = Pace()  # it was not read meanwhile
         if self._listener is not None:
             self._accept_or_wait()
         for client in list(self._clients.values()):
@@ -207,15 +224,22 @@ class HttpServer:
             return
         self._next_sweep_s = now + SWEEP_S
         for client in list(self._clients.values()):
-            quiet_s = now - client.last_s
-            if client.lingers_until_s:
-                if now > client.lingers_until_s:
-                    self._drop(client)
-            elif client.out and quiet_s > STALL_S:
-                self._caller.count(CallOutcome.CLIENT_SLOW, None)
+            self._mind(client, now)
+
+    def _mind(self, client: Client, now: float) -> None:
+        """End what a client has kept waiting for too long."""
+        quiet_s, free_s = now - client.last_s, now - self._busy_s
+        if client.lingers_until_s:
+            if now > client.lingers_until_s:
                 self._drop(client)
-            elif not client.trusted and quiet_s > (IDLE_S if client.state.idle else STALL_S):
-                self._drop(client)
+        elif client.out and (quiet_s > STALL_S or (not client.trusted and client.is_slow_to_read(free_s))):
+            self._caller.count(CallOutcome.CLIENT_SLOW, None)
+            self._drop(client)
+        elif not client.trusted and not self._held and client.is_slow_to_send(free_s):
+            client.state.give_up()
+            self._work(client)
+        elif not client.trusted and quiet_s > (IDLE_S if client.state.idle else STALL_S):
+            self._drop(client)
 
     # Connections.
 
@@ -285,9 +309,11 @@ class HttpServer:
             self._take(client, data)
 
     def _take(self, client: Client, data: bytes) -> None:
-        client.last_s = time.monotonic()
+        client.received += len(data)
         if at_once := client.state.feed(data):
             client.out = bytes(client.out) + at_once
+        if not client.state.idle:  # empty lines between requests do not keep a connection
+            client.last_s = time.monotonic()
         self._work(client)
 
     def _work(self, client: Client) -> None:
@@ -298,7 +324,10 @@ class HttpServer:
                 request.keep_alive = False
             with self._lock:
                 self._calling = client
+            began_s = time.monotonic()
             client.out = self._answers.answer(client.sock, request)
+            client.last_s = time.monotonic()
+            self._busy_s += client.last_s - began_s
             with self._lock:
                 self._calling = None
             self._accept_again()
@@ -322,6 +351,7 @@ class HttpServer:
             self._caller.count(CallOutcome.CLIENT_GONE, None)
             self._drop(client)
             return
+        client.sent += sent
         client.out = memoryview(client.out)[sent:] if sent < len(client.out) else b""  # a view: nothing is copied
 
     def _send(self, client: Client) -> None:

@@ -20,6 +20,7 @@ from agent.host.engine import adapter_abi
 from agent.host.engine.adapter_abi import READ_BYTES, drain_stdout, stdout_pipe
 from agent.host.http import connection
 from agent.host.http.connection import BadAnswerError, Request
+from agent.host.http.pace import Pace, acknowledged
 from agent.host.http.parser import HEAD_MAX_BYTES
 
 _HIGH_BYTES: Final = 128 * 1024
@@ -35,9 +36,13 @@ class StreamingResponse:
             "_chunked",
             "_fd",
             "_left",
+            "_moved",
+            "_pace",
             "_sock",
             "_spooling",
             "_taken",
+            "_taken_bytes",
+            "_waited_ms",
             "begun",
             "ended",
             "failed",
@@ -68,6 +73,8 @@ class StreamingResponse:
         self.read_bytes = 0
         """Bytes that the guest has written, its head included."""
         self.stalled_ms = 0
+        self._pace = Pace()
+        self._waited_ms = self._taken_bytes = self._moved = 0  # `_taken_bytes`: by the kernel; `_moved`: to the client
         self.ended = ""
         """Why the guest is to end: `gone`, `slow`, or empty."""
         self.problem = ""
@@ -105,9 +112,21 @@ class StreamingResponse:
                 self._send()
 
     def waited(self, ms: int, *, most_ms: int) -> None:
-        """Count `ms` more of the call; end it for a client that has taken nothing for `most_ms`."""
-        self.stalled_ms = self.stalled_ms + ms if self.out and not self.ended else 0
-        if self.stalled_ms > most_ms:
+        """Count `ms` more of the call; end it for a client that has taken nothing for `most_ms`, or takes too little.
+
+        The router, which is no TCP client, takes care of its own clients' pace.
+        """
+        if not self.out or self.ended or self._sock is None:
+            self.stalled_ms = 0
+            self._pace.is_slow(0, 0, None)
+            return
+        self._waited_ms += ms
+        self.stalled_ms += ms
+        moved = self._taken_bytes + acknowledged(self._sock)
+        if moved != self._moved:
+            self._moved, self.stalled_ms = moved, 0
+        is_slow = self._sock.family != socket.AF_UNIX and self._pace.is_slow(self._waited_ms / 1000, moved, 0)
+        if is_slow or self.stalled_ms > most_ms:
             self.end("slow")
 
     def end(self, why: str) -> None:
@@ -179,6 +198,7 @@ class StreamingResponse:
             except OSError:
                 self.end("gone")
                 return
+            self._taken_bytes += sent
             self.stalled_ms = 0
             del self.out[:sent]
 

@@ -163,6 +163,7 @@ async def board(tmp_path):
         running = asyncio.ensure_future(the_router.run())
         listener = socket.create_server(("127.0.0.1", 0))
         it = Board(ours, listener.getsockname())
+        it.router = the_router
         it.tell(helper_api.AddListener("web"), listener.detach())
         yield it
         asyncio.get_running_loop().remove_reader(ours)
@@ -645,6 +646,57 @@ async def test_a_client_that_stands_still_in_its_body_is_not_waited_for_longer_t
         worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
         await another.answer()
         assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_sends_a_byte_now_and_then_ends_its_call_and_no_other(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n" + b"x" * 65_536)
+        call = (await worker.next(Kind.REQUEST)).call
+        await worker.next(Kind.BODY)
+        worker.say(Frame(Kind.CREDIT, call, struct.pack("<I", 65536)))
+        (theirs,) = the_board.router._all_clients()
+        now_s = theirs.last_s
+        for _ in range(6):
+            the_board.router.mind_clients(now_s)
+            client.ask(b"x")
+            frame = await worker.next(Kind.BODY, Kind.CANCEL)
+            if frame.kind is Kind.CANCEL:
+                break
+            now_s += 8
+            theirs.last_s = now_s
+        assert frame == Frame(Kind.CANCEL, call)
+        assert (await client.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
+        worker._decoder = TokenDecoder(b"t" * 16)
+        worker.fail(b"guest-trap", b"cancelled")
+        another = await the_board.client()
+        another.ask()
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
+        await another.answer()
+        assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_goes_on_sending_is_waited_for_longer_than_a_guest_may_be_idle(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(idle_ms=60_000), await the_board.client()
+        client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n" + b"x" * 65_536)
+        call = (await worker.next(Kind.REQUEST)).call
+        await worker.next(Kind.BODY)
+        worker.say(Frame(Kind.CREDIT, call, struct.pack("<I", 200_000)))
+        client.ask(b"x" * 8000)
+        await worker.next(Kind.BODY)  # from now on there is credit for all, and the client is waited for
+        running = the_board.router._calls["web"].channels[0].flight[0]
+        for _ in range(4):
+            client.ask(b"x" * 8000)
+            await worker.next(Kind.BODY)
+            running._waits_since_s -= 61  # as if it had taken the client so long
+            running._judge_client()
+            assert running.waits_for_client
+        running._waits_since_s -= 61
+        running._judge_client()
+        assert await worker.next(Kind.CANCEL) == Frame(Kind.CANCEL, call), "and now it has stood still"
 
 
 @pytest.mark.parametrize("framing_", ["length", "chunks"])
