@@ -29,7 +29,7 @@ from agent.update.machine import Effect, Event, retry_delay_s
 from agent.update.probation import Judgement, ProbationSample, Terms, Verdict, confirm, judge
 from agent.update.restore import run_of, start
 from agent.update.secrets import SecretStore
-from agent.update.state import DONE, Change, Committed, DeploymentState, EffectResult, lost, refused
+from agent.update.state import DONE, Change, Committed, DeploymentState, EffectResult, fault, lost, refused
 from agent.update.store import Run
 from agent.update.trust import DeviceTrust
 from fleet.component import reader
@@ -40,6 +40,8 @@ from signing.errors import Rejected
 
 WATCH_S: Final = 1.0
 PROGRESS_BYTES: Final = 1 << 20
+_OF_THIS_DISK: Final = frozenset({RejectCode.NOT_FOUND, RejectCode.HASH_MISMATCH, RejectCode.IMAGE_DAMAGED})
+"""Codes of the image store for files that this device lost or damaged after their check: no verdict on them."""
 
 
 def _delayed(code: RejectCode, message: str) -> EffectResult:
@@ -223,11 +225,11 @@ class EffectRunner:
             # In a thread: hashing and reading 64 MiB of somebody's bytes would hold up every other instance.
             read = await asyncio.to_thread(_read, path, change.item)
         except OSError as error:
-            return refused(RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}")
+            return fault(f"cannot read {path}: {error.strerror}")
         except reader.NotAComponentError as error:
             return refused(RejectCode.NOT_A_COMPONENT, str(error))
         if read is None:
-            return refused(RejectCode.HASH_MISMATCH, "the artifact was changed on this device's disk, and is removed")
+            return fault("the artifact was changed on this device's disk, and is removed")
         assert change.manifest is not None
         grants = change.manifest.grants if change.item.grants is None else change.item.grants
         missing = read.missing(grants, world=change.manifest.world)
@@ -248,7 +250,7 @@ class EffectRunner:
                 fuel=manifest.limits.fuel > 0,
             )
         except ImageError as error:
-            return _delayed(error.code, error.message)
+            return fault(error.message) if error.code in _OF_THIS_DISK else _delayed(error.code, error.message)
         return DONE
 
     async def swap(self, change: Change, together: tuple[str, ...] = ()) -> EffectResult:
@@ -268,6 +270,8 @@ class EffectRunner:
             if error.code is RejectCode.INTERRUPTED:
                 await self._back_off(change)
                 return lost(error.message)  # the compiler was stopped: no verdict, and the swap is repeated
+            if isinstance(error, ImageError) and error.code in _OF_THIS_DISK:
+                return fault(error.message)
             return refused(error.code, error.message)
         except HostRefusedError as error:
             return refused(error.failed.code, error.failed.message, error.failed.log)

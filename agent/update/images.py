@@ -9,6 +9,7 @@ the update is refused.
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import hmac
 import logging
@@ -35,6 +36,9 @@ CHUNK_BYTES: Final = 1 << 20
 COMPILER_VARIABLE: Final = "WASMFLEET_COMPILER"
 DESCRIBE_MAX_S: Final = 60.0
 STDERR_MAX_BYTES: Final = 16 * 1024
+TRANSIENT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+"""Errors that say nothing of the file that was to be read."""
+
 VMSTAT: Final = Path("/proc/vmstat")
 
 _OWN_SIGNALS: Final = frozenset(
@@ -253,8 +257,8 @@ class ImageStore:
             fuel: compile for a limited number of instructions.
 
         Raises:
-            ImageError: HASH_MISMATCH, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT, NO_SPACE, or
-                INTERRUPTED: the compiler was stopped, which says nothing of the component.
+            ImageError: HASH_MISMATCH, NOT_FOUND, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT, NO_SPACE,
+                INTERNAL, or INTERRUPTED: the compiler was stopped, which says nothing of the component.
         """
         async with self._making:
             await self._make(artifact, sha256, manifest_sha256, fuel=fuel)
@@ -268,7 +272,9 @@ class ImageStore:
         try:
             data = await asyncio.to_thread(artifact.read_bytes)
         except OSError as error:
-            raise ImageError(RejectCode.NOT_FOUND, f"cannot read {artifact}: {error.strerror}") from error
+            lost = isinstance(error, FileNotFoundError)
+            reason = RejectCode.NOT_FOUND if lost else RejectCode.INTERNAL
+            raise ImageError(reason, f"cannot read {artifact}: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ImageError(RejectCode.HASH_MISMATCH, f"{artifact} was changed on this device's disk")
         kills = _oom_kills()
@@ -317,7 +323,11 @@ class ImageStore:
             opened = _seal(image, note.length)
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error
-        except (OSError, *wire.JSON_ERRORS) as error:
+        except OSError as error:
+            if error.errno in TRANSIENT:
+                raise ImageError(RejectCode.INTERNAL, f"the image cannot be read: {error.strerror}") from error
+            raise self._remove(name, f"the image cannot be read: {error}") from error
+        except wire.JSON_ERRORS as error:
             raise self._remove(name, f"the image cannot be read: {error}") from error
         is_intact = (
             hmac.compare_digest(self._mac(note), note.mac)

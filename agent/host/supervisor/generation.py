@@ -31,7 +31,7 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
     that a rollback finds the old data unchanged.
 
     Raises:
-        StartError: the directory cannot be made or copied.
+        StartError: NO_SPACE or INTERNAL: the directory cannot be made or copied, which is not the component's fault.
     """
     if not any(name.startswith("wasi:filesystem") for name in run.grants.interfaces):
         return ""
@@ -46,16 +46,20 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
         if uid is not None:
             os.chown(path, uid, uid, follow_symlinks=False)
     except OSError as error:
-        raise StartError(RejectCode.START_FAILED, f"{run.instance}: cannot make the data directory: {error}") from error
+        code = RejectCode.NO_SPACE if error.errno in {errno.ENOSPC, errno.EDQUOT} else RejectCode.INTERNAL
+        raise StartError(code, f"{run.instance}: cannot make the data directory: {error}") from error
     return str(path)
 
 
 async def _copy(old: str, new: Path) -> None:
-    process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE)
+    plain = {**os.environ, "LC_ALL": "C"}  # its words are read below
+    process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE, env=plain)
     _, errors = await process.communicate()
     if process.returncode != 0:
         await _remove(new)
-        raise OSError(f"its data cannot be copied for another schema: {errors.decode(errors='replace').strip()[-300:]}")
+        said = errors.decode(errors="replace").strip()[-300:]
+        is_full = any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT))
+        raise OSError(errno.ENOSPC if is_full else errno.EIO, f"its data cannot be copied for another schema: {said}")
 
 
 async def _remove(path: Path) -> None:
