@@ -559,7 +559,9 @@ class Call:
         if self._waits_since_s is None or self._client is None:
             return
         if (moved := self._client.moved) != self._moved:  # a slow client, which has a rate to keep (`pace`)
-            self._moved, self._waits_since_s = moved, time.monotonic()
+            now_s = time.monotonic()
+            self._waited_s += now_s - self._waits_since_s
+            self._moved, self._waits_since_s = moved, now_s
         left_s = self._waits_since_s + self._calls.idle_s - time.monotonic()
         if left_s > 0:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._judge_client)

@@ -694,6 +694,7 @@ async def test_a_client_that_goes_on_sending_is_waited_for_longer_than_a_guest_m
             running._waits_since_s -= 61  # as if it had taken the client so long
             running._judge_client()
             assert running.waits_for_client
+        assert running._waited_s > 4 * 61, "which is the client's time, should the call end at its limit"
         running._waits_since_s -= 61
         running._judge_client()
         assert await worker.next(Kind.CANCEL) == Frame(Kind.CANCEL, call), "and now it has stood still"
