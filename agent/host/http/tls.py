@@ -29,7 +29,7 @@ _SHUTDOWN_S: Final = 60
 """Time for a client to read what was written before the end; as long as the router lets one stall."""
 
 _HIGH_BYTES: Final = 256 * 1024
-_LOW_BYTES: Final = 192 * 1024  # so that the router sees a slow client take its answer in small steps, see `pace`
+_LOW_BYTES: Final = 192 * 1024  # a slow client takes its answer in small steps, for the judgement in `pace`
 _MISMATCH: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})
 """Reasons of OpenSSL for a key of another certificate: of the same kind, or of another."""
 

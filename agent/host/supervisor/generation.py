@@ -52,7 +52,7 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
 
 
 async def _copy(old: str, new: Path) -> None:
-    plain = {**os.environ, "LC_ALL": "C"}  # its words are read below
+    plain = {**os.environ, "LC_ALL": "C"}  # messages are searched below
     process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE, env=plain)
     _, errors = await process.communicate()
     if process.returncode != 0:

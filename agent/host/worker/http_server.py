@@ -57,12 +57,12 @@ class Client:
         self.sending, self.reading = Pace(), Pace()
 
     def is_slow_to_send(self, now_s: float) -> bool:
-        """Return whether its request comes below the minimum rate."""
+        """Return whether the request comes below the minimum rate."""
         turn = self.state.turn if self.state.lacks and not self.out else None
         return self.sending.is_slow(now_s, self.received, turn)
 
     def is_slow_to_read(self, now_s: float) -> bool:
-        """Return whether it takes its answer below the minimum rate."""
+        """Return whether the client takes the answer below the minimum rate."""
         if not self.out:
             return self.reading.is_slow(now_s, 0, None)
         return self.reading.is_slow(now_s, self.sent + acknowledged(self.sock), 0)
@@ -170,7 +170,7 @@ class HttpServer:
         """Go on as before `hold`."""
         self._release()
         for client in self._clients.values():
-            client.sending = Pace()  # it was not read meanwhile
+            client.sending = Pace()  # nothing was read meanwhile
         if self._listener is not None:
             self._accept_or_wait()
         for client in list(self._clients.values()):
