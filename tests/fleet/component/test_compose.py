@@ -47,9 +47,9 @@ def test_the_same_two_give_the_same_bytes(whole):
     assert compose.compose(compose.load_adapter(), PROBE) == whole
 
 
-def test_the_whole_exports_the_bridge_alone_and_imports_no_http(whole):
+def test_the_whole_exports_the_bridge_in_place_of_the_handler_and_imports_no_http(whole):
     found = reader.read(whole)
-    assert [reader.bare(name) for name in found.exports] == [compose.BRIDGE]
+    assert {reader.bare(name) for name in found.exports} == {compose.BRIDGE, "wasmfleet:http/health"}
     assert not [name for name in found.imports if name.startswith("wasi:http")]
     assert [name for name in found.imports if name.startswith("wasmfleet:")] == [f"{compose.HOST}@0.1.0"]
 
