@@ -72,11 +72,11 @@ async def test_a_blocked_agent_does_not_notify_the_watchdog(manager, monkeypatch
     db, stands_still, go_on = Database(Store(tmp_path / "store.db")), asyncio.Event(), asyncio.Event()
     turns = iter(range(1, 1000))
 
-    async def work(call):
+    async def work(call, *arguments):
         if next(turns) == 2:
             stands_still.set()
             await go_on.wait()
-        await db(call)
+        await db(call, *arguments)
 
     state, presence = DeploymentState(committed={"web": None}), SimpleNamespace(connected=True)
     dog = asyncio.ensure_future(Watchdog(db=work, state=state, presence=presence).run())

@@ -102,7 +102,7 @@ def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
         ('(component (import "host-log" (func)))', "a device can call one of"),
         (
             '(component (import "host-log" (func)) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))',
-            "'host-log', which belongs to no package",
+            "'host-log' belongs to no package",
         ),
     ],
     ids=["a library", "nothing to call", "a function of no package"],
