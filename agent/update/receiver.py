@@ -208,6 +208,8 @@ class AssignmentReceiver:
         self._due = asyncio.Event()
         self._asked_s = 0.0
         self._reordered_until = 0.0
+        self._accepted_before = 0  # version of the assignment from before that time
+        self._taken: set[int] = set()  # versions accepted since
         self._nonce = ""
         self._unvouched: _Unvouched | None = None
         self._acted_on = (b"", 0.0)
@@ -237,7 +239,7 @@ class AssignmentReceiver:
     async def new_nonce(self) -> str:
         """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)
-        self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
+        self._may_be_reordered(await self._db(Store.counter, "accepted"))
         await self._db(_use_nonce, self._nonce)
         return self._nonce
 
@@ -298,21 +300,35 @@ class AssignmentReceiver:
             case FreshnessArrived(envelope):
                 await self._judge_freshness(envelope)
             case PollAnswered(envelope, statement, nonce):
-                before = await self._db(Store.envelope)
+                before, version = await self._db(Store.envelope), await self._db(Store.counter, "accepted")
                 await self._judge(envelope, statement=statement, nonce=nonce)
                 if envelope != before and envelope == await self._db(Store.envelope):
-                    self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
+                    self._may_be_reordered(version)
                     self._suspect_broker(envelope)
             case BundleArrived():
                 await self._judge_bundle()
 
+    def _may_be_reordered(self, accepted: int) -> None:
+        """Expect the broker to deliver for a while what is older than what came another way.
+
+        Args:
+            accepted: version of the assignment that the device had before.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._reordered_until:
+            self._accepted_before = accepted
+            self._taken = {version for version in self._taken if version > accepted}
+        self._reordered_until = now + REORDERED_S
+
     async def _is_late(self, envelope: bytes) -> bool:
         """Tell whether an assignment of the director's is older than the accepted one only since it came another way.
 
-        Replayed later, the same is refused and reported: nothing honest explains it then.
+        One that the device had before, or that comes later, is refused and reported: nothing honest explains it.
         """
         claimed = remembered_assignment(envelope)
         if claimed is None or asyncio.get_running_loop().time() >= self._reordered_until:
+            return False
+        if claimed.version < self._accepted_before or claimed.version in self._taken:
             return False
         if claimed.version >= await self._db(Store.counter, "accepted"):
             return False
@@ -455,6 +471,7 @@ class AssignmentReceiver:
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return None
         self._problems.clear("assignment")
+        self._taken.add(accepted.assignment.version)
         return accepted
 
     async def _act(self, accepted: Accepted, envelope: bytes) -> None:

@@ -112,6 +112,25 @@ async def test_an_assignment_that_https_overtook_is_no_alarm(case):
 
 
 @pytest.mark.asyncio
+async def test_an_assignment_that_the_device_had_before_is_an_alarm_at_any_time(case):
+    """Nothing honest delivers it again behind a newer one."""
+    await case.desired.new_nonce()
+    old = case.server.assignment(3)
+    await case.judge(old, case.server.assignment(4), old)
+    assert case.codes() == [RejectCode.ROLLBACK]
+
+
+@pytest.mark.asyncio
+async def test_an_assignment_from_before_the_one_at_the_connection_is_an_alarm(case):
+    await case.judge(case.server.assignment(5))
+    await case.desired.new_nonce()
+    case.server.envelope = case.server.assignment(7)
+    await case.poll()
+    await case.judge(case.server.assignment(6), case.server.assignment(4))
+    assert case.codes() == [RejectCode.ROLLBACK]
+
+
+@pytest.mark.asyncio
 async def test_an_older_assignment_long_after_a_connection_is_one(case, monkeypatch):
     monkeypatch.setattr(desired_module, "REORDERED_S", 0.0)
     await case.desired.new_nonce()
