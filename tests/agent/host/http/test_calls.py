@@ -17,7 +17,24 @@ from fleet.protocol.manifest import Limits
 
 HEAD = b"200\r\ncontent-type: text/plain\r\n"
 GET = b"GET /a HTTP/1.1\r\nhost: board\r\n\r\n"
+TOKEN = b"0123456789abcdef"
 REPORTS = msgspec.json.Decoder(helper_api.FromRouter)
+
+
+class TokenDecoder:
+    """Decoder that forgets everything up to a token."""
+
+    def __init__(self, token):
+        self._token, self._data, self._inner = token, b"", None
+
+    def feed(self, data):
+        if self._inner is None:
+            self._data += data
+            _, found, data = self._data.partition(self._token)
+            if not found:
+                return []
+            self._inner = FrameDecoder(TO_GUEST)
+        return self._inner.feed(data)
 
 
 class Worker:
@@ -62,8 +79,20 @@ class Worker:
     def answer(self, call, body=b"hi", *, head=HEAD, end=b"0 whole\r\n\r\n"):
         self.say(Frame(Kind.RESPONSE, call, head), Frame(Kind.BODY, call, body), Frame(Kind.END, call, end))
 
-    def fail(self, outcome, why, token=b"t" * 16):
-        self.say(Frame(Kind.FAILED, 0, b"%b\r\n%b\r\n%b" % (outcome, why, token)))
+    def lose_place(self):
+        """Forget everything up to the token: the store may have been in the middle of a frame."""
+        self._decoder = TokenDecoder(TOKEN)
+
+    def fail(self, outcome, why):
+        """Report the end of the store, and read on behind the token."""
+        self.lose_place()
+        self.say(Frame(Kind.FAILED, 0, b"%b\r\n%b\r\n%b" % (outcome, why, TOKEN)))
+
+    async def answer_next(self, client):
+        """Answer the next request, which is this client's."""
+        client.ask()
+        self.answer((await self.next(Kind.WHOLE_REQUEST)).call)
+        assert (await client.answer())[0] == 200
 
     async def body(self):
         """The body of the request that has begun: read to its end, with credit for what was read."""
@@ -358,31 +387,12 @@ async def test_a_call_that_fails_is_answered_and_those_written_ahead_run_after_t
         for client in clients:
             client.ask()
             await worker.next(Kind.WHOLE_REQUEST)
-        token = b"0123456789abcdef"
-        # The store may have been in the middle of a frame: what follows is the token, then whole frames.
-        worker._decoder = TokenDecoder(token)
-        worker.fail(outcome.encode(), b"it broke", token)
+        worker.fail(outcome.encode(), b"it broke")
         assert (await clients[0].answer())[::2] == (status, b"it broke\n")
         for client in clients[1:]:
             worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
             assert (await client.answer())[0] == 200
         assert worker.page.read().calls == {outcome: 1, CallOutcome.OK: 2}
-
-
-class TokenDecoder:
-    """Forgets everything up to a token."""
-
-    def __init__(self, token):
-        self._token, self._data, self._inner = token, b"", None
-
-    def feed(self, data):
-        if self._inner is None:
-            self._data += data
-            _, found, data = self._data.partition(self._token)
-            if not found:
-                return []
-            self._inner = FrameDecoder(TO_GUEST)
-        return self._inner.feed(data)
 
 
 @pytest.mark.asyncio
@@ -391,12 +401,11 @@ async def test_a_store_that_was_replaced_between_calls_costs_none(tmp_path):
         worker, client = await the_board.worker(reuses=True), await the_board.client()
         client.ask()
         call = (await worker.next()).call
-        token = b"0123456789abcdef"
-        worker._decoder = TokenDecoder(token)
+        worker.lose_place()
         worker.say(Frame(Kind.END, call, b"unanswered"))
         assert (await client.answer())[0] == 500
         client.ask()  # waits: the stream is about to begin anew
-        worker.fail(b"", b"", token)
+        worker.fail(b"", b"")
         worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
         assert (await client.answer())[0] == 200
 
@@ -520,10 +529,10 @@ async def test_an_interrupt_that_came_too_late_costs_the_call_behind_nothing(tmp
         other.ask()
         behind = (await worker.next(Kind.WHOLE_REQUEST)).call
         await the_board.report(helper_api.LongCall)
-        worker._decoder = TokenDecoder(b"t" * 16)
+        worker.lose_place()
         end = [Frame(Kind.RESPONSE, call, HEAD), Frame(Kind.END, call, b"0 whole\r\n\r\n")]
         begun = [Frame(Kind.RESPONSE, behind, HEAD), Frame(Kind.BODY, behind, b"half")] if answers else []
-        worker.say(*end, *begun, Frame(Kind.FAILED, 0, b"guest-timeout\r\nit used up its time\r\n" + b"t" * 16))
+        worker.say(*end, *begun, Frame(Kind.FAILED, 0, b"guest-timeout\r\nit used up its time\r\n" + TOKEN))
         assert (await client.answer())[0] == 200
         worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call, b"all of it")
         assert (await other.answer())[::2] == (200, b"all of it")
@@ -541,7 +550,6 @@ async def test_a_call_behind_another_that_ends_by_limits_of_its_own_is_blamed_fo
         await the_board.report(helper_api.LongCall)
         worker.answer(call)
         assert (await the_board.report(helper_api.LongCall)).call == behind
-        worker._decoder = TokenDecoder(b"t" * 16)
         worker.fail(b"guest-timeout", b"it used up its time")
         assert (await other.answer())[0] == 504
         assert worker.page.read().calls == {CallOutcome.OK: 1, CallOutcome.GUEST_TIMEOUT: 1}
@@ -554,7 +562,6 @@ async def test_a_worker_whose_store_ends_before_it_has_left_its_loop_is_asked_ag
         worker.leaves = False
         the_board.tell(helper_api.YieldChannel(worker.number))
         assert await worker.next() == Frame(Kind.YIELD, 0)
-        worker._decoder = TokenDecoder(b"t" * 16)
         worker.fail(b"", b"")
         assert await worker.next() == Frame(Kind.YIELD, 0)
         client.ask()
@@ -577,12 +584,8 @@ async def test_a_client_that_was_slow_before_is_the_cause_of_a_call_that_takes_a
         assert len(await worker.body()) == INITIAL_CREDIT_BYTES + 1
         assert await worker.next() == Frame(Kind.CANCEL, call)
         assert await client.reader.read() == b""
-        worker._decoder = TokenDecoder(b"t" * 16)
         worker.fail(b"guest-trap", b"cancelled")
-        another = await the_board.client()
-        another.ask()
-        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-        assert (await another.answer())[0] == 200
+        await worker.answer_next(await the_board.client())
         assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
 
 
@@ -615,14 +618,10 @@ async def test_a_guest_that_streams_for_nobody_is_ended_and_one_that_answers_is_
         if streams:
             assert await worker.next() == Frame(Kind.CANCEL, call)
             assert await the_board.report(helper_api.CallAbandoned) == helper_api.CallAbandoned(worker.number, call)
-            worker._decoder = TokenDecoder(b"t" * 16)
             worker.fail(b"guest-trap", b"cancelled")
         else:
             worker.answer(call)
-        another = await the_board.client()
-        another.ask()
-        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-        assert (await another.answer())[0] == 200
+        await worker.answer_next(await the_board.client())
         counted = {CallOutcome.CLIENT_GONE: 1, CallOutcome.OK: 1} if streams else {CallOutcome.OK: 2}
         assert worker.page.read().calls == counted
 
@@ -639,12 +638,8 @@ async def test_a_client_that_stands_still_in_its_body_is_not_waited_for_longer_t
             got += len(frame.payload)
         assert (got, frame) == (70_000, Frame(Kind.CANCEL, call))
         assert await client.reader.read() == b""
-        worker._decoder = TokenDecoder(b"t" * 16)
         worker.fail(b"guest-trap", b"cancelled")
-        another = await the_board.client()
-        another.ask()
-        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-        await another.answer()
+        await worker.answer_next(await the_board.client())
         assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
 
 
@@ -668,12 +663,8 @@ async def test_a_client_that_sends_a_byte_now_and_then_ends_its_call_and_no_othe
             theirs.last_s = now_s
         assert frame == Frame(Kind.CANCEL, call)
         assert (await client.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408 ")
-        worker._decoder = TokenDecoder(b"t" * 16)
         worker.fail(b"guest-trap", b"cancelled")
-        another = await the_board.client()
-        another.ask()
-        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-        await another.answer()
+        await worker.answer_next(await the_board.client())
         assert worker.page.read().calls == {CallOutcome.CLIENT_SLOW: 1, CallOutcome.OK: 1}
 
 
