@@ -27,6 +27,22 @@ REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of hosts
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
+IN_PLACE_OF_THE_ADAPTER = """(component
+  (core module $guest
+    (memory (export "memory") 1)
+    (data (i32.const 64) "\\00\\01\\00\\00{length}")
+    (data (i32.const 256) "{said}")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 32768))
+    (func (export "handle") (param i32 i32) (result i32) (i32.const 64))
+    (func (export "flush")))
+  (core instance $guest (instantiate $guest))
+  (func $handle (param "head" string) (result string) (canon lift (core func $guest "handle")
+    (memory (core memory $guest "memory")) (realloc (core func $guest "realloc"))))
+  (func $flush (canon lift (core func $guest "flush")))
+  (instance $bridge (export "handle" (func $handle)) (export "flush" (func $flush)))
+  (export "wasmfleet:adapter/bridge@0.1.0" (instance $bridge)))
+"""
+
 
 def wasm(guest):
     """A guest's text or bytes: a name in components/guests, demo or adapter, or WAT itself."""
@@ -38,6 +54,16 @@ def wasm(guest):
         if path.exists():
             return path.read_bytes()
     raise FileNotFoundError(guest)
+
+
+def hexed(data):
+    return "".join(f"\\{byte:02x}" for byte in data)
+
+
+def in_place_of_the_adapter(said):
+    """A guest of wasi:http whose adapter says this at the end of each answer, which has no body."""
+    length = hexed(len(said).to_bytes(4, "little"))
+    return IN_PLACE_OF_THE_ADAPTER.replace("{length}", length).replace("{said}", hexed(said))
 
 
 def compiled(guest, *, fuel=False) -> bytes:

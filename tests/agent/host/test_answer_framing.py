@@ -12,25 +12,6 @@ from agent.host.ipc import host_api
 from tests.eventually import eventually
 
 HELLO = '(data (i32.const 64) "\\c8\\00\\00\\00" "\\00\\00\\00\\00\\00\\00\\00\\00" "\\10\\00\\00\\00\\06\\00\\00\\00")'
-IN_PLACE_OF_THE_ADAPTER = """(component
-  (core module $guest
-    (memory (export "memory") 1)
-    (data (i32.const 64) "\\00\\01\\00\\00{length}")
-    (data (i32.const 256) "{said}")
-    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 32768))
-    (func (export "handle") (param i32 i32) (result i32) (i32.const 64))
-    (func (export "flush")))
-  (core instance $guest (instantiate $guest))
-  (func $handle (param "head" string) (result string) (canon lift (core func $guest "handle")
-    (memory (core memory $guest "memory")) (realloc (core func $guest "realloc"))))
-  (func $flush (canon lift (core func $guest "flush")))
-  (instance $bridge (export "handle" (func $handle)) (export "flush" (func $flush)))
-  (export "wasmfleet:adapter/bridge@0.1.0" (instance $bridge)))
-"""
-
-
-def hexed(data):
-    return "".join(f"\\{byte:02x}" for byte in data)
 
 
 def native(status, headers, body):
@@ -40,16 +21,15 @@ def native(status, headers, body):
     text = support.wasm("hello").decode().partition("\n")[2]
     assert HELLO in text
     return text.replace(
-        HELLO, f'(data (i32.const 64) "{hexed(words)}")\n(data (i32.const 200) "{hexed(headers + body)}")'
+        HELLO,
+        f'(data (i32.const 64) "{support.hexed(words)}")\n(data (i32.const 200) "{support.hexed(headers + body)}")',
     )
 
 
 def adapted(status, headers, body):
     """A guest of wasi:http whose adapter says so; without a body."""
     assert not body
-    said = b"%d whole\r\n%b\r\n" % (status, headers)
-    length = hexed(len(said).to_bytes(4, "little"))
-    return IN_PLACE_OF_THE_ADAPTER.replace("{length}", length).replace("{said}", hexed(said))
+    return support.in_place_of_the_adapter(b"%d whole\r\n%b\r\n" % (status, headers))
 
 
 @pytest.fixture(params=["own port", "shared port"])

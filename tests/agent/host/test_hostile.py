@@ -203,29 +203,10 @@ def test_data_nested_deeper_than_python_follows_are_forgotten_all_the_same(host)
     subprocess.run(["rm", "-rf", str(data)], check=True)
 
 
-IN_PLACE_OF_THE_ADAPTER = """
-(component
-  (core module $guest
-    (memory (export "memory") 1)
-    (data (i32.const 64) "\\00\\01\\00\\00\\{length}")
-    (data (i32.const 256) "{said}")
-    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 32768))
-    (func (export "handle") (param i32 i32) (result i32) (i32.const 64))
-    (func (export "flush")))
-  (core instance $guest (instantiate $guest))
-  (func $handle (param "head" string) (result string) (canon lift (core func $guest "handle")
-    (memory (core memory $guest "memory")) (realloc (core func $guest "realloc"))))
-  (func $flush (canon lift (core func $guest "flush")))
-  (instance $bridge (export "handle" (func $handle)) (export "flush" (func $flush)))
-  (export "wasmfleet:adapter/bridge@0.1.0" (instance $bridge)))
-"""
-
-
 @pytest.mark.parametrize("said", ["9" * 5000 + " whole", "error " + "9" * 5000, "-1 whole", "2_00 whole"])
 def test_a_number_that_nobody_can_read_is_an_error_of_the_component_alone(host, neighbour, said):
     """Python refuses to read numbers of more than 4,300 digits, with an error that nobody expects."""
-    length = "\\".join(f"{byte:02x}" for byte in len(said).to_bytes(4, "little"))
-    guest = IN_PLACE_OF_THE_ADAPTER.lstrip().replace("{length}", length).replace("{said}", said)
+    guest = support.in_place_of_the_adapter(said.encode())
     assert isinstance(host.start(guest, support.a_run("odd", 1)), host_api.Started)
     for _ in range(2):
         status, _, body = support.http(host.port, "GET /odd/ HTTP/1.1\r\nhost: x\r\n\r\n")
