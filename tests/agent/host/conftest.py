@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import support
+from peers import Peer
 
 from agent.host.ipc import host_api
 
@@ -39,6 +40,20 @@ def _shared(tmp_path_factory):
     yield shared
     for host in hosts.values():
         host.close()
+
+
+@pytest.fixture
+def peer():
+    """Start a server on loopback: `peer(behave)`."""
+    made = []
+
+    def make(behave):
+        made.append(Peer(behave))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 @pytest.fixture

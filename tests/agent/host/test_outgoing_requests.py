@@ -21,7 +21,7 @@ import support
 from authority import DAY, Authority
 from heard import Heard
 from host_processes import forks
-from peers import HANDLER, OK, Peer, answers, encrypted, says
+from peers import HANDLER, OK, answers, encrypted, says
 
 from agent.host.engine import adapter_abi
 from agent.host.ipc import host_api
@@ -90,19 +90,6 @@ def outward(running, names, request):
     for one in running.ask(host_api.Status).instances:
         running.ask(host_api.Stop, instance=one.instance)
     running.events.clear()
-
-
-@pytest.fixture
-def peer():
-    made = []
-
-    def make(behave):
-        made.append(Peer(behave))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 def code(name):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from peers import HANDLER, OK, Device, Peer, answers, certificate, encrypted, says
+from peers import HANDLER, OK, Device, answers, certificate, encrypted, says
 
 from agent.host import egress
 from agent.host.engine import adapter_abi
@@ -115,19 +115,6 @@ async def test_an_address_for_which_there_is_no_socket_counts_as_one_that_does_n
         with pytest.raises(RefusedError, match="Address family not supported") as caught:
             await connected(port, "::1")
     assert caught.value.error == "destination-unavailable"
-
-
-@pytest.fixture
-def peer():
-    made = []
-
-    def make(behave):
-        made.append(Peer(behave))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 @pytest.fixture(scope="module")
