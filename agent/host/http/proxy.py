@@ -637,9 +637,10 @@ class ClientConnection(asyncio.Protocol):
         self._transport.close()
 
     def _reply(self, exchange: Exchange, status: int, why: str) -> None:
-        keep_alive = exchange.keep_alive and exchange.complete
+        keep_alive, request = exchange.keep_alive and exchange.complete, exchange.request
         exchange.keep_alive = keep_alive
-        self.send(connection.note(status, why, head=exchange.request.method == b"HEAD", keep_alive=keep_alive))
+        head = request.method == b"HEAD"
+        self.send(connection.note(status, why, head=head, keep_alive=keep_alive, old=request.old))
         self._next(exchange)
 
     def _next(self, exchange: Exchange) -> None:

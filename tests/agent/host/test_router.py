@@ -41,6 +41,18 @@ def test_bodies_of_every_framing_and_size(echo):
             assert support.http(echo.port, chunked, kept)[2] == body
 
 
+def test_an_answer_of_the_routers_own_tells_a_client_of_http_1_0_that_its_connection_is_kept(host):
+    """Such a client waits for the connection's end unless the answer says otherwise."""
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as kept:
+        for _ in range(2):
+            status, headers, _ = support.http(
+                host.port, b"GET /nobody/ HTTP/1.0\r\nhost: x\r\nconnection: keep-alive\r\n\r\n", kept
+            )
+            assert (status, headers["connection"]) == (404, "keep-alive")
+    status, headers, _ = support.http(host.port, b"GET /nobody/ HTTP/1.0\r\nhost: x\r\n\r\n")
+    assert (status, headers["connection"]) == (404, "close")
+
+
 def test_requests_sent_at_once_are_answered_in_their_order(echo):
     requests = b"".join(
         b"POST /echo/ HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n%d" % n
