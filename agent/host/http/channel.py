@@ -79,7 +79,6 @@ _FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with
 _QUEUE_SAID_EVERY_S: Final = 60
 _QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 _SERVER_ERROR: Final = 500
-_BODILESS: Final = frozenset({204, 304})
 
 
 class Reports(Protocol):
@@ -332,7 +331,7 @@ class Call:
     def _set_head(self, status: int, headers: bytes) -> None:
         try:
             self._length = connection.declared_length(headers)
-            has_body = self._exchange.request.method != b"HEAD" and status not in _BODILESS
+            has_body = self._exchange.request.method != b"HEAD" and status not in connection.BODILESS
             most = self._calls.limits.response_bytes
             self._fields = connection.guest_fields(status, headers, (self._length or 0) if has_body else 0, most)
         except BadAnswerError as error:
@@ -396,7 +395,7 @@ class Call:
 
     @property
     def _bodiless(self) -> bool:
-        return self._exchange.request.method == b"HEAD" or self._status in _BODILESS
+        return self._exchange.request.method == b"HEAD" or self._status in connection.BODILESS
 
     def _framed(self) -> bytes:
         """Take what has come of the body, as it goes out."""
@@ -480,14 +479,16 @@ class Call:
         trailers = self._taken_trailers(trailers)
         head, old = exchange.request.method == b"HEAD", exchange.request.old
         body = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-        if not (self._problem or head or self._bodiless) and self._length not in {None, len(body)}:
-            why = f"a body of {len(body)} bytes, its content-length says {self._length}"
-            self._reject(BadAnswerError(why, public=True))
+        if not self._problem:
+            try:
+                connection.check_length(self._status, self._length, len(body), head=head)
+            except BadAnswerError as error:
+                self._reject(error)
         if self._problem:
             self._calls.note(f"host: its answer is refused: {self._problem}")
             return self._reply(502, self._sentence)._replace(error=True)
         exchange.answering = True
-        keep_alive, error = self._keeps_alive(), self._status >= _SERVER_ERROR
+        keep_alive, failed = self._keeps_alive(), self._status >= _SERVER_ERROR
         if head and self._length is not None:
             answer = connection.answer_head(
                 self._status, self._fields, length=self._length, chunked=False, keep_alive=keep_alive, old=old
@@ -496,7 +497,7 @@ class Call:
             answer = connection.answer(
                 self._status, self._fields, body, head=head, keep_alive=keep_alive, trailers=trailers, old=old
             )
-        return Settled(CallOutcome.OK, error, lambda: client.finish(exchange, answer))
+        return Settled(CallOutcome.OK, failed, lambda: client.finish(exchange, answer))
 
     def fail(self, outcome: CallOutcome, why: str) -> Settled:
         """Take the end of a call that ended without an answer."""

@@ -21,6 +21,9 @@ PASSED: Final = b"C"
 _TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
 _REASONS: Final = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+BODILESS: Final = frozenset({204, 304})
+"""Statuses of responses without a body (RFC 9112, section 6.3)."""
+
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 REFUSALS: Final = {
     400: "the request is not HTTP/1.1",
@@ -179,7 +182,7 @@ def answer(
 
     With `trailers` the body is sent as one chunk. `old`: to an HTTP/1.0 client.
     """
-    bodiless = status in {204, 304}
+    bodiless = status in BODILESS
     length = None if bodiless or trailers else len(body)
     chunked = bool(trailers) and not bodiless
     lines = answer_head(status, headers, length=length, chunked=chunked, keep_alive=keep_alive, old=old)
@@ -226,16 +229,14 @@ def declared_length(headers: bytes) -> int | None:
     return None
 
 
-def check_length(status: int, headers: bytes, length: int, *, head: bool) -> int | None:
-    """Compare a whole body of `length` bytes with the guest's Content-Length, and return that; None without one.
+def check_length(status: int, declared: int | None, length: int, *, head: bool) -> None:
+    """Compare a whole body of `length` bytes with the guest's Content-Length; None without one.
 
     Raises:
         BadAnswerError: they differ, and the body is one that a client would read.
     """
-    declared = declared_length(headers)
-    if declared is not None and declared != length and not head and status not in {204, 304}:
+    if declared not in {None, length} and not head and status not in BODILESS:
         raise BadAnswerError(f"a body of {length} bytes, its content-length says {declared}", public=True)
-    return declared
 
 
 def note(status: int, why: str, *, head: bool = False, keep_alive: bool = True, old: bool = False) -> bytes:

@@ -52,7 +52,6 @@ KEPT_IN_ALL_MAX: Final = 256
 KEPT_S: Final = 60
 READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
 _HIGH_BYTES: Final = 256 * 1024
-_BODILESS: Final = frozenset({204, 304})
 _SHORT_S: Final = 0.1
 """Time in which a worker may end by accident: a request that it had read for longer is not sent to another."""
 
@@ -240,7 +239,7 @@ class UpstreamConnection(HttpUpstream, asyncio.Protocol):
         assert self.exchange is not None
         self._head_done = True
         self._reusable = self._parser.should_keep_alive()
-        if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in _BODILESS:
+        if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in connection.BODILESS:
             self._done = True
 
     def on_body(self, _body: bytes) -> None:

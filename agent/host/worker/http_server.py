@@ -530,7 +530,8 @@ class Responder:
             if way is not None and way.begun:
                 return self._end(way, began_ns)
             fields = connection.guest_fields(status, headers, len(body), self._limits.response_bytes)
-            declared = connection.check_length(status, headers, len(body), head=head)
+            declared = connection.declared_length(headers)
+            connection.check_length(status, declared, len(body), head=head)
         except BadAnswerError as error:
             return self._refuse(way, request, error, began_ns)
         self._caller.count(CallOutcome.OK, began_ns, error=status >= _SERVER_ERROR)

@@ -163,7 +163,7 @@ class StreamingResponse:
             self.problem = str(error)
             return
         self._taken.clear()
-        self._bodiless = self.request.method == b"HEAD" or status in {204, 304}
+        self._bodiless = self.request.method == b"HEAD" or status in connection.BODILESS
         self._chunked = length is None and not self.request.old
         self._left = -1 if length is None else length
         if length is None and self.request.old:
