@@ -29,7 +29,8 @@ from typing import Any, Final
 import httptools
 
 from agent.host.http import connection
-from agent.host.http.channel import Call, InstanceCalls
+from agent.host.http.call import Call
+from agent.host.http.channel import InstanceCalls
 from agent.host.http.exchange import Asker, Exchange, Upstream
 from agent.host.http.pace import Pace, acknowledged
 from agent.host.http.parser import Fields, RequestHead, RequestParser
