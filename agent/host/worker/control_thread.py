@@ -42,9 +42,8 @@ class ControlThread:
         self._page = page
         self._tick = tick
         self._say = say
-        self._more = (
-            select.poll()
-        )  # under the lock; the thread has one of its own, as no two threads may use one at once
+        # Under the lock; the thread has one of its own, as no two threads may use one at once.
+        self._more = select.poll()
         self._more.register(sock, select.POLLIN)
         self._messages: deque[ControlMessage] = deque()
         self._calls = threading.Lock()

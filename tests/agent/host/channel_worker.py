@@ -69,7 +69,7 @@ class Zygote:
 
 @dataclass
 class Answer:
-    """What came for a call."""
+    """Frames that came for a call."""
 
     heads: list[bytes] = field(default_factory=list)
     body: bytes = b""

@@ -28,7 +28,7 @@ def request_path():
 
 @pytest.fixture(scope="session")
 def _shared(tmp_path_factory):
-    """One host for all tests that do not end it, by the way of requests to workers."""
+    """Host for all tests that do not end it, by the way of requests to workers."""
     hosts = {}
 
     def shared(request_path):

@@ -12,7 +12,7 @@ for name in ("unshare", "mount", "umount2", "pivot_root", "setns"):
 rules.load()
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""What Docker's and Podman's filter of system calls forbids without CAP_SYS_ADMIN."""
+"""Filter of system calls as Docker's and Podman's without CAP_SYS_ADMIN."""
 
 NO_NAMESPACES = (sys.executable, "-c", FORBID)
 KEPT = ["chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap", "net_bind_service"]

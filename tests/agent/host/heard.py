@@ -1,11 +1,11 @@
-"""What a host's processes say on standard error."""
+"""Standard error of a host's processes, read while they run."""
 
 import os
 import threading
 
 
 class Heard:
-    """What a host's processes say on standard error: by a pipe, since confined ones may write to no file."""
+    """Reader of a host's standard error: by a pipe, since confined processes may write to no file."""
 
     def __init__(self, directory):
         os.mkfifo(directory / "host.log")

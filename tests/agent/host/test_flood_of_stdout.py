@@ -57,7 +57,7 @@ FLOODS = """(component
 
 
 def test_output_without_the_end_of_a_head_is_neither_kept_nor_searched_again(host, neighbour):
-    """It would be kept whole, and searched from its start for each piece."""
+    """Otherwise all of it would be kept, and searched from its start for each piece."""
     limits = Limits(call_ms=30_000, total_ms=60_000, response_bytes=1 << 20)
     reply = host.start(FLOODS.replace("{times}", str(64 * 256)), support.a_run("floods", 1, limits=limits))
     assert isinstance(reply, host_api.Started), reply

@@ -3,7 +3,6 @@
 import os
 import re
 
-import pytest
 import support
 from support import Grants
 
@@ -83,7 +82,7 @@ def test_an_instance_that_starts_keeps_its_own_log(tmp_path, monkeypatch):
     oldest = tmp_path / "logs" / "oldest.log"
     os.utime(oldest, (1, 1))
     LogFiles(tmp_path / "logs").open("oldest")
-    assert [path.name for path in (tmp_path / "logs").iterdir() if path == oldest] == ["oldest.log"]
+    assert oldest.exists()
 
 
 def test_a_disk_that_cannot_be_written_costs_lines_and_nothing_else(tmp_path):
@@ -94,10 +93,9 @@ def test_a_disk_that_cannot_be_written_costs_lines_and_nothing_else(tmp_path):
     assert log.lines() == ("host: one",)
 
 
-@pytest.mark.parametrize("name", ["web"])
-def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path, name):
+def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "other").write_text("")
-    (tmp_path / "logs" / f"{name}.log").symlink_to(tmp_path / "other")
-    LogFiles(tmp_path / "logs").open(name).add("a line", urgent=True)
+    (tmp_path / "logs" / "web.log").symlink_to(tmp_path / "other")
+    LogFiles(tmp_path / "logs").open("web").add("a line", urgent=True)
     assert (tmp_path / "other").read_text() == ""

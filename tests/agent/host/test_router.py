@@ -116,7 +116,7 @@ def test_an_instance_that_dies_in_a_call_is_a_502_and_nobody_elses_trouble(echo)
 
 
 def test_a_request_that_was_ended_for_waiting_too_long_is_not_run_a_second_time(host):
-    """Its worker is ended with it, which looks like a worker that ended before it had read it."""
+    """The worker ends with its request, and looks like one that ended before it had read it."""
     grants = Grants(interfaces=("wasi:io", "wasi:clocks"))
     run = support.a_run("waits", 1, grants=grants, limits=Limits(idle_ms=500))
     assert isinstance(host.start("sleep", run), host_api.Started)

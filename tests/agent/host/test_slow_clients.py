@@ -32,7 +32,7 @@ def started(host, port=None):
 
 
 def trickled(sock, begin, piece):
-    """What the host says to a client that sends a piece five times a second; empty if it only hangs up."""
+    """Send a piece five times a second; return what the host says, nothing if it only hangs up."""
     sock.sendall(begin)
     sock.settimeout(0.2)
     for _ in range(300):

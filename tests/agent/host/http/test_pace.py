@@ -24,7 +24,7 @@ STEP_S = router._SWEEP_S
 
 
 def looked_at(*movements, step_s=STEP_S, turn=0):
-    """Whether a client is slow at each look, between which so many bytes move."""
+    """Return for each look whether a client is slow of which so many bytes moved since the look before."""
     watched, moved, found = Pace(), 0, [Pace().is_slow(0.0, 0, turn)]
     watched.is_slow(0.0, 0, turn)
     for number, more in enumerate(movements, 1):

@@ -205,7 +205,7 @@ def test_calls_behind_one_that_traps_are_void_and_are_sent_again(probe):
 
 
 def test_a_token_is_found_wherever_a_body_was_cut(probe):
-    """What comes before it has beginnings of it, and the frame in hand is never finished."""
+    """Before the token come beginnings of it, and the frame in hand is never finished."""
     probe.write(probe.request("/trap", method=b"POST", body=b"")[0])
     answer = probe.answer(1)
     token = answer.failed[-1].encode()

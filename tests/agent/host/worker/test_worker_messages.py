@@ -1,4 +1,4 @@
-"""What a worker says to a supervisor that is behind: lines of a log are dropped, and nothing else is."""
+"""Messages of a worker to a supervisor that is behind: lines of a log are dropped, and nothing else is."""
 
 import select
 import socket
