@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from host_processes import children, ended, lanes_of
+from host_processes import children, ended, forks, lanes_of
 
 from agent.host.ipc import host_api
 
@@ -99,11 +99,7 @@ def test_a_loop_of_deaths_ends_in_quarantine_and_a_new_generation_ends_that(host
 def test_the_router_is_replaced_too_and_the_log_says_how_many_connections_were_lost_with_it(tmp_path):
     host = support.Host(tmp_path)
     host.start("hello", support.a_run("web", 1))
-    (router,) = [
-        pid
-        for pid, command in children(host.process.pid).items()
-        if b"agent.host.cli" in command and pid != host.process.pid
-    ]
+    (router,) = forks(host)
     get = "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n"
     with contextlib.ExitStack() as open_connections:
         for _ in range(3):

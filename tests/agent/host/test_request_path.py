@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import support
-from host_processes import children, lanes_of
+from host_processes import forks, lanes_of
 from support import Grants, Health, Limits
 from traffic import Traffic
 from wire import Wire
@@ -146,11 +146,7 @@ def test_the_death_of_the_router_is_no_crash_of_any_component(tmp_path, port):
     start(host, port=port)
     start(host, name="shared")
     assert ask(port, "/")[0] == 200
-    (router,) = [
-        pid
-        for pid, command in children(host.process.pid).items()
-        if b"agent.host.cli" in command and pid != host.process.pid
-    ]
+    (router,) = forks(host)
     os.kill(router, signal.SIGKILL)
     assert ask(port, "/")[0] == 200
     assert ask(host.port, "/shared/")[0] == 200

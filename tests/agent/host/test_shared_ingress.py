@@ -16,7 +16,7 @@ import support
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from echo_guest import ECHO
-from host_processes import children
+from host_processes import forks
 from peers import certificate
 from wire import Wire
 
@@ -325,8 +325,7 @@ def test_tls_can_come_move_and_go_while_the_host_runs(ingress, files):
 def test_a_terminator_or_router_that_is_killed_is_replaced(ingress, files):
     made = ingress()
     made.reload(tls_text(made.tls_port, *files))
-    helpers = [pid for pid, command in children(made.host.process.pid).items() if b"agent.host.cli" in command]
-    for pid in helpers:
+    for pid in forks(made.host):
         os.kill(pid, signal.SIGKILL)
     for name in ("router", "TLS terminator"):
         eventually(lambda said=f"host: the {name} ended": said in made.log, name)
@@ -345,9 +344,8 @@ def test_a_terminator_that_cannot_start_again_says_why(ingress, files):
     made = ingress()
     made.reload(tls_text(made.tls_port, *files))
     files[0].write_text("no certificate\n")
-    for pid, command in children(made.host.process.pid).items():
-        if b"agent.host.cli" in command:
-            os.kill(pid, signal.SIGKILL)
+    for pid in forks(made.host):
+        os.kill(pid, signal.SIGKILL)
     said = f"host: the TLS terminator cannot start: cannot use certificate {files[0]}"
     eventually(lambda: said in made.log, said)
 
