@@ -224,6 +224,11 @@ def test_every_outcome_of_tls_has_its_error_code_and_its_reason_in_the_log(outwa
     assert (b"GET / HTTP/1.1" in there.received) is (expected == 200)
 
 
+def speaks_plain_http(peer, connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+
+
 def hangs_up(peer, connection):
     connection.recv(65536)
     connection.close()
@@ -238,21 +243,14 @@ def resets(peer, connection):
 @pytest.mark.parametrize(
     ("behave", "expected"),
     [
-        (answers(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"), "TLS-protocol-error"),
+        (speaks_plain_http, "TLS-protocol-error"),
         (hangs_up, "connection-terminated"),
         (resets, "connection-terminated"),
         (says(b"", then="keep"), "connection-timeout"),
     ],
 )
 def test_a_port_that_does_not_speak_tls_is_named(outward, names, peer, behave, expected):
-    def speaks(peer, connection):
-        if expected == "TLS-protocol-error":
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
-        else:
-            behave(peer, connection)
-
-    there = peer(speaks)
+    there = peer(behave)
     names.names["server.test"] = ["127.0.0.1"]
     assert ask_tls(outward, "server.test", there.port, limits=Limits(idle_ms=1500)) == expected
 
@@ -307,8 +305,9 @@ def test_the_devices_trust_store_is_read_whatever_form_it_has(tmp_path, names, p
     others.mkdir()
     (others / "private.pem").write_bytes(given)
     certificates = {"private.pem" if store == "directory alone" else "readme": given if "alone" in store else b"x"}
-    env = {"SSL_CERT_FILE": {store: str(authority.file)}, "SSL_CERT_DIR": {store: str(others)}}.get(store, {})
-    with started_host(tmp_path, certificates=certificates, env={store: env[store]} if env else {}) as host:
+    places = {"SSL_CERT_FILE": authority.file, "SSL_CERT_DIR": others}
+    env = {store: str(places[store])} if store in places else {}
+    with started_host(tmp_path, certificates=certificates, env=env) as host:
         assert ask_tls(host, "server.test", there.port) == ("TLS-certificate-error" if store == "nothing" else 200)
         if store == "nothing":
             says_in_log(host, "install ca-certificates")
