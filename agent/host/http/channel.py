@@ -36,7 +36,7 @@ from agent.host.ipc.helper_api import (
     LongCall,
 )
 from agent.host.ipc.stats_page import CallPage
-from agent.host.ipc.worker_api import TokenBucket
+from agent.host.ipc.worker_api import QUEUE_SAID_EVERY_S, QUEUED, TokenBucket
 from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
 
@@ -52,8 +52,6 @@ _READ_BYTES: Final = 128 * 1024
 _ABANDON_S: Final = 0.1  # from CANCEL, which ends a guest that waits, to the interrupt, which ends one that computes
 _TOTAL_MARGIN_S: Final = 0.25  # a call that its client delays ends before the supervisor would blame the guest
 _NOTES_A_MINUTE: Final = 60
-_QUEUE_SAID_EVERY_S: Final = 60
-_QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 
 
 class Reports(Protocol):
@@ -396,9 +394,9 @@ class InstanceCalls:
             return
         waits = self._waiting or any(len(channel.flight) > 1 for channel in serving)
         now_s = time.monotonic()
-        if waits and now_s - self._queue_said_s > _QUEUE_SAID_EVERY_S:
+        if waits and now_s - self._queue_said_s > QUEUE_SAID_EVERY_S:
             self._queue_said_s = now_s
-            self.note(_QUEUED.format(self.limits.concurrency))
+            self.note(QUEUED.format(self.limits.concurrency))
 
     def withdraw(self, call: Call) -> None:
         """Forget a call that waits."""

@@ -34,6 +34,11 @@ RENEW: Final = 76
 IMAGES_MAX: Final = 32
 """Images that one shared worker may have open."""
 
+QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
+"""Line of an instance's log, at most one in `QUEUE_SAID_EVERY_S`."""
+
+QUEUE_SAID_EVERY_S: Final = 60
+
 
 FORKED: Final = b"F"
 EXITED: Final = b"X"

@@ -33,8 +33,6 @@ IDLE_S: Final = 75  # a client may keep a quiet connection this long
 STALL_S: Final = 30  # and may be silent this long within a message, or leave an answer unread
 SWEEP_S: Final = 10
 CLIENTS_MAX: Final = 512
-_QUEUE_SAID_EVERY_S: Final = 60
-_QUEUED: Final = "host: requests wait for one that takes long: limits.concurrency allows {} at a time"
 _READ_BYTES: Final = 64 * 1024
 _PASS_TIMEOUT_S: Final = 1.0
 _LINGER_S: Final = 5  # time for which bytes after a refusal are read and discarded
@@ -436,10 +434,10 @@ class HttpServer:
                     self._pass(client, prefix, self._queue[0])
 
     def note_queue(self) -> None:
-        """Log, once in a while, that requests wait for the call in flight. For the ticker's thread."""
+        """Log, once in a while, that requests wait for the call in flight. Called on the watchdog's thread."""
         with self._lock:
             now_s = time.monotonic()
-            if self._calling is None or now_s - self._queue_said_s < _QUEUE_SAID_EVERY_S:
+            if self._calling is None or now_s - self._queue_said_s < worker_api.QUEUE_SAID_EVERY_S:
                 return
             own = self._calling.sock.fileno()
             accepting = self._listener.fileno() if self._accepting and self._listener is not None else -1
@@ -447,7 +445,7 @@ class HttpServer:
             waits = any(fd == accepting or (fd in self._clients and _asks(self._clients[fd])) for fd in ready)
         if waits:
             self._queue_said_s = now_s
-            self._caller.say(worker_api.Line(text=_QUEUED.format(self._limits.concurrency)))
+            self._caller.say(worker_api.Line(text=worker_api.QUEUED.format(self._limits.concurrency)))
 
     def _finish_leaving(self) -> None:
         if self._leaving and not self._clients and not self._sources:

@@ -93,7 +93,7 @@ class GuestRunner:
         self.relieve: Callable[[], None] = lambda: None
         """Called by the ticker once a call takes its time: nobody should wait behind it."""
         self.queued: Callable[[], None] = lambda: None
-        """Called by the ticker once a call takes long: others may be waiting for it."""
+        """Called by the watchdog once a call takes long: others may be waiting for it."""
         self._lines = TokenBucket(limits.log_lines_per_minute)
         self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
         self._dropped = 0
