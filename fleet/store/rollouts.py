@@ -24,6 +24,13 @@ _LIVE: Final = """
         UNION SELECT r.number FROM rollouts r JOIN live ON r.superseded_by = live.number
     )
 """
+_STANDS: Final = """(r.id IN (SELECT rollout FROM settled) OR EXISTS (
+    SELECT 1 FROM settled s JOIN rollouts n ON n.id = s.rollout
+    JOIN rollout_devices o ON o.rollout = n.number AND o.device = b.device
+    WHERE s."group" = r."group" AND s.device = r.device AND s.instance = r.instance
+    AND o.outcome = 'not-affected' AND json_extract(o.member, '$.cancelled') AND json_extract(n.plan, '$.where') != ''
+))"""
+"""Condition that the value of a rollout `r` stands on its device `b`: settled, or left alone by the one that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +178,11 @@ class Rollouts:
         The value stands where it is settled, and on devices that the selector of the rollout which settled another has
         left out.
         """
-        sql = """
-            SELECT DISTINCT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number
-            WHERE r.state = ? AND b.outcome IN ('pending', 'waiting', 'deferred', 'in-progress', 'lost')
-            AND (r.id IN (SELECT rollout FROM settled) OR EXISTS (
-                SELECT 1 FROM settled s JOIN rollouts n ON n.id = s.rollout
-                JOIN rollout_devices o ON o.rollout = n.number AND o.device = b.device
-                WHERE s."group" = r."group" AND s.device = r.device AND s.instance = r.instance
-                AND o.outcome = 'not-affected' AND json_extract(o.member, '$.cancelled')
-                AND json_extract(n.plan, '$.where') != ''
-            ))
-            ORDER BY r.number
-        """
+        sql = (
+            "SELECT DISTINCT r.* FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "  # noqa: S608 - ours
+            "WHERE r.state = ? AND b.outcome IN ('pending', 'waiting', 'deferred', 'in-progress', 'lost') "
+            f"AND {_STANDS} ORDER BY r.number"
+        )
         return [read(RolloutRow, row) for row in self._db.rows(sql, RolloutState.SUCCEEDED)]
 
     def queued_on(self, *, group: str, device: str, instance: str) -> list[RolloutRow]:
@@ -283,8 +283,8 @@ class Rollouts:
     def busy(self, but: Iterable[int]) -> frozenset[str]:
         """Return the devices that rollouts and catch-up queues have in progress, without those of some rollouts."""
         sql = (
-            "SELECT DISTINCT b.device FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "
-            "WHERE (r.state IN (?, ?) OR (r.state = ? AND r.id IN (SELECT rollout FROM settled))) "
+            "SELECT DISTINCT b.device FROM rollouts r JOIN rollout_devices b ON b.rollout = r.number "  # noqa: S608 - ours
+            f"WHERE (r.state IN (?, ?) OR (r.state = ? AND {_STANDS})) "
             "AND b.outcome IN ('waiting', 'deferred', 'in-progress', 'lost') "
             "AND r.number NOT IN (SELECT value FROM json_each(?))"
         )

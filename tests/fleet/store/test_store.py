@@ -256,10 +256,10 @@ def test_the_audit_log_can_only_grow(store, path):
 # Rollouts and delivery
 
 
-def begin(store, *, instance="hello", value=None, group="edge"):
+def begin(store, *, instance="hello", value=None, group="edge", where=""):
     new = NewRollout(
         id=f"r{instance}{value}", group=group, device="", instance=instance, value=Value(value or "v1"), before=None,
-        waves="1, 100%", plan=RolloutPlan(stages=parse_waves("1, 100%")), by="admin",
+        waves="1, 100%", plan=RolloutPlan(stages=parse_waves("1, 100%"), where=where), by="admin",
         progress=Rollout(RolloutState.RUNNING, (Gate(), Gate())), members=(Member(A, 1), Member(B, 2)),
     )  # fmt: skip
     return store.rollouts.create(new, now=1.0)
@@ -295,6 +295,24 @@ def test_a_superseded_rollout_stays_in_force_while_its_successor_is_open(store):
     assert in_force(store, A) == ["v1", "v2"]
     store.rollouts.save(second.number, replace(second.model, state=RolloutState.REVERTED), reason="", now=5.0)
     assert in_force(store, A) == []
+
+
+def test_a_device_is_busy_in_the_queue_of_a_value_that_stands_beside_the_settled_one(store):
+    scope = {"group": "edge", "device": "", "instance": "hello"}
+    first = begin(store, value="v1")
+    offer(store, first, A, now=2.0)
+    store.rollouts.save(first.number, replace(first.model, state=RolloutState.SUCCEEDED), reason="", now=3.0)
+    store.rollouts.settle(**scope, value=first.value, rollout=first.id, now=3.0)
+    assert store.rollouts.busy([]) == {A}
+    second = begin(store, value="v2", where="site=paris")
+    left_out = Member(A, 0, outcome=Outcome.NOT_AFFECTED, cancelled=True)
+    store.rollouts.set_members(second.number, [left_out], now=4.0)
+    store.rollouts.save(second.number, replace(second.model, state=RolloutState.SUCCEEDED), reason="", now=5.0)
+    store.rollouts.settle(**scope, value=second.value, rollout=second.id, now=5.0)
+    assert first.number in [row.number for row in store.rollouts.queues()]
+    assert store.rollouts.busy([]) == {A}
+    store.rollouts.settle(**scope, value=Value("v3"), rollout="r3", now=6.0)
+    assert store.rollouts.busy([]) == frozenset(), "nobody was left out of the third"
 
 
 def test_each_change_of_a_rollout_raises_its_revision(store):
