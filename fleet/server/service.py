@@ -367,7 +367,7 @@ class Server:
             artifacts=self._artifacts,
             enrolment=enrolment,
             clock=clock,
-            talk=Talk(logs, self._exchanges),
+            talk=Talk(logs, self._exchanges, suspended=self._budget.suspended),
             ahead=ahead,
         )
 

@@ -8,7 +8,7 @@ are accepted only for an operator's command, and only while somebody reads them.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -129,15 +129,23 @@ class LogRelay:
 BROKER_SLACK_S: Final = 120.0
 """Time for the broker to deliver an assignment; a device that still fetches it here did not get it from the broker."""
 
+_ASKING_MAX_BYTES: Final = 4 * bounds.KIB
+"""Largest `Exchange` of a suspended device: ten times one without messages."""
+
 _NAMED_MAX: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """Ways by which devices and the server talk over HTTPS, beside requests for files."""
+    """Ways by which devices and the server talk over HTTPS, beside requests for files.
+
+    Attributes:
+        suspended: devices whose messages are refused now (`DeviceBudget`).
+    """
 
     logs: LogRelay
     exchanges: Exchanges
+    suspended: Collection[str]
 
 
 class DeviceApi:
@@ -154,7 +162,7 @@ class DeviceApi:
         clock: Callable[[], datetime],
         talk: Talk,
     ) -> None:
-        self.logs, self._exchanges = talk.logs, talk.exchanges
+        self.logs, self._exchanges, self._suspended = talk.logs, talk.exchanges, talk.suspended
         self._ahead, self._controller = ahead, ahead.controller
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, ahead.director, clock
@@ -198,13 +206,24 @@ class DeviceApi:
 
     async def exchange(self, request: Request, device: DeviceRow) -> Response:
         """POST /v1/exchange: the conversation of a device that cannot reach the broker."""
+        data = await self._read_exchange(request, device)
         try:
-            said = wire.decode(Exchange, await http.read(request, Exchange.MAX_BYTES))
+            said = wire.decode(Exchange, data)
         except wire.WireError as error:
             raise Refusal(400, "bad-request", "this is no exchange of messages", str(error)) from error
         self._controller.polled(device.id)
         reply = await self._exchanges.answer(device.id, said)
         return Response(wire.encode(reply), media_type="application/json", headers={"cache-control": "no-store"})
+
+    async def _read_exchange(self, request: Request, device: DeviceRow) -> bytes:
+        """Read a request, of a suspended device no more than it takes to ask: it still receives, as over MQTT."""
+        if device.id not in self._suspended:
+            return await http.read(request, Exchange.MAX_BYTES)
+        try:
+            return await http.read(request, _ASKING_MAX_BYTES)
+        except Refusal:
+            title = f"{device.id} is suspended: the server reads no messages of it"
+            raise Refusal(429, "suspended", title, action="wait until the suspension is over") from None
 
     def _doubt_broker(self, device: DeviceRow) -> None:
         """Note that the broker did not deliver an assignment to a device, until the device is heard over the broker."""

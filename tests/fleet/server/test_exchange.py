@@ -258,6 +258,19 @@ async def test_what_is_no_exchange_is_refused_with_a_problem(new_fleet, body):
 
 
 @pytest.mark.asyncio
+async def test_a_suspended_device_still_receives_and_its_messages_are_not_read(new_fleet):
+    async with new_fleet() as fleet, silent_device(fleet) as device:
+        session = (await exchange(device)).session
+        fleet.server._budget.suspended.add(device.id)
+        for up in (Packet(channel=Up.REPORT, payload="x" * 100_000), Packet(channel="none", payload="x" * 10_000)):
+            reply = await post(device, Exchange(session=session, up=(up,)))
+            assert (reply.status_code, reply.json()["type"], reply.headers["retry-after"]) == (429, "suspended", "60")
+        fleet.server._director.command(device.id, CheckIn())
+        down = (await exchange(device, session=session, wait_s=50)).down
+        assert [each.channel for each in down] == [Down.COMMAND]
+
+
+@pytest.mark.asyncio
 async def test_a_device_cannot_speak_for_another_over_https(new_fleet):
     async with new_fleet() as fleet, silent_device(fleet) as device:
         foreign = wire.encode(State(device="other-01234567", online=True)).decode()
