@@ -148,8 +148,7 @@ class RolloutController:
         for row in (*rollouts.open(), *rollouts.scheduled(), *rollouts.queues()):
             if row.state in OPEN_STATES or row.reason:
                 reason = f": {row.reason}" if row.reason else ""
-                early = row.state is RolloutState.SCHEDULED and row.progress.unapproved
-                if PauseCause.APPROVAL in row.progress.causes or early:
+                if wants_approval(row):
                     reason += f"; {approvers(row)}"
                 said.append(f"rollout {row.number} ({row.instance} to {row.group or row.device}) {row.state}{reason}")
         return said[:_WAITING_MAX]
@@ -606,6 +605,12 @@ def beside_open(rows: Sequence[RolloutRow]) -> str:
     if not rows:
         return ""
     return f"rollout {rows[0].number} of {rows[0].instance} is {rows[0].state}, also on devices that --where leaves out"
+
+
+def wants_approval(row: RolloutRow) -> bool:
+    """Tell whether a rollout waits for an approval, or will when it begins."""
+    early = row.state is RolloutState.SCHEDULED and row.progress.unapproved
+    return PauseCause.APPROVAL in row.progress.causes or early
 
 
 def approvers(row: RolloutRow) -> str:

@@ -35,7 +35,7 @@ from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
 from fleet.server.facts import read_selector
 from fleet.server.retries import nothing_to_retry
-from fleet.server.rollout_controller import RolloutController, approvers, beside_open
+from fleet.server.rollout_controller import RolloutController, approvers, beside_open, wants_approval
 from fleet.server.rollout_members import Change, Drawn, Membership, refusal
 from fleet.server.tuf_repository import TufRepository
 from fleet.store.rollouts import NewRollout
@@ -600,7 +600,7 @@ class RolloutPlanner:
         match verb:
             case "abort":
                 if keep:
-                    self._pin_kept(row, now=now)
+                    self._pin_kept(row)
                 self._conductor.end(row, RolloutState.ABORTED, f"aborted by {by}", keep=keep)
             case "pause":
                 for each in self._conductor.set_of(row):
@@ -641,21 +641,20 @@ class RolloutPlanner:
             )
 
     def _approve(self, row: RolloutRow, *, by: str) -> None:
-        early = row.state is RolloutState.SCHEDULED and row.progress.unapproved
-        if PauseCause.APPROVAL not in row.progress.causes and not early:
+        if not wants_approval(row):
             raise Refusal(409, "approval", f"rollout {row.number} waits for no approval")
         if by == row.by:
             raise Refusal(403, "approval", f"{by} began rollout {row.number}", action=approvers(row))
         for each in self._conductor.set_of(row):
             self._conductor.save(each, advance.approve(each.model), reason="")
 
-    def _pin_kept(self, row: RolloutRow, *, now: float) -> None:
+    def _pin_kept(self, row: RolloutRow) -> None:
         """Pin the value on devices that keep it when their rollout is aborted."""
         for each in self._conductor.set_of(row):
             for member in self._store.rollouts.members(each.number):
                 if member.outcome is Outcome.SUCCEEDED or (member.began_at is not None and member.outcome in OPEN):
-                    self._store.rollouts.settle(
-                        group="", device=member.device, instance=each.instance, value=each.value, rollout="", now=now
+                    self._conductor.settle(
+                        group="", device=member.device, instance=each.instance, value=each.value, rollout=""
                     )
 
     def cancel(self, row: RolloutRow, device: str, *, by: str) -> None:
