@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from datetime import datetime
@@ -36,6 +36,9 @@ from signing.errors import SigningError
 log = logging.getLogger(__name__)
 _BATCH: Final = 50
 """After so many devices the loop lets others run."""
+
+_AGAIN_S: Final = 5.0
+"""Delay after a mistake before the next round."""
 
 _REST: Final = 4
 _REST_MAX_S: Final = 1.0
@@ -119,7 +122,7 @@ class RolloutController:
                 await self.step()
             except Exception:
                 log.exception("a round of the rollout loop failed; it is tried again")
-                self._look_at(self.steady() + 5)
+                self._look_at(self.steady() + _AGAIN_S)
             # a round over thousands of devices costs something: never more than a fifth of the time goes there
             await asyncio.sleep(min(_REST_MAX_S, _REST * (self._monotonic() - began)))
             pause = None if self._next is None else max(0.05, self._next - self.steady())
@@ -135,11 +138,22 @@ class RolloutController:
         self._note_presence()
         await self._join_dirty()
         for row in self._store.rollouts.scheduled():
-            self._begin_scheduled(row.number)
+            with self._apart(row):
+                self._begin_scheduled(row.number)
         for row in (*self._store.rollouts.open(), *self._store.rollouts.queues()):
-            await self._advance(row.number)
+            with self._apart(row):
+                await self._advance(row.number)
         await self._settle_dirty()
         self._watch.changed()
+
+    @contextlib.contextmanager
+    def _apart(self, row: RolloutRow) -> Iterator[None]:
+        """Log a mistake over one rollout and try it again later, so that it holds up no other one."""
+        try:
+            yield
+        except Exception:
+            log.exception("a round of the rollout loop failed over rollout %s; it is tried again", row.number)
+            self._look_at(self.steady() + _AGAIN_S)
 
     def waiting(self) -> list[str]:
         """Return what each open rollout and catch-up queue waits for, as sentences."""

@@ -114,6 +114,27 @@ async def test_a_freeze_holds_a_scheduled_rollout_back_and_its_members_are_those
         assert {each.device for each in view.devices} == {device.id, late.id}
 
 
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_a_rollout_that_cannot_begin_holds_up_no_other_one(new_fleet, caplog):
+    async with new_fleet() as fleet:
+        operator, device = fleet.operator, await fleet.device("a")
+        one, two = await operator.publish("1.0.0"), await operator.publish("1.0.0", name="other")
+        tomorrow = datetime.now(UTC) + timedelta(days=1)
+        broken = await operator.deploy(one, where="site=berlin", starts_at=tomorrow)
+        # as a server leaves it that reads selectors which this one does not
+        plan = "json_set(plan, '$.where', 'site ~ berlin', '$.starts_at', 0)"
+        fleet.server._store._db.run(f"UPDATE rollouts SET plan = {plan} WHERE number = ?", broken.number)
+        view = await operator.deploy(two, instance="other", starts_at=datetime.now(UTC))
+        await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
+        assert device.items["other"].target == two
+        assert f"a round of the rollout loop failed over rollout {broken.number}" in caplog.text
+        view = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{broken.id}")
+        assert view.state is RolloutState.SCHEDULED
+
+
 # -- catch-up queues ---------------------------------------------------------------------------------------------------
 
 
