@@ -337,7 +337,6 @@ def _foresee(
     if not refused:
         drawn = f"the waves are drawn: --seed {seed} draws these"
         preflight = msgspec.structs.replace(preflight, warnings=(*preflight.warnings, drawn))
-    if not refused:
         preflight = _checked(who, client, targets, preflight)
     if options.json:
         output.show_json(preflight)

@@ -17,7 +17,7 @@ Each comparison is true or false, never unknown: of a value that a device does n
 every other comparison is false. Names that an update may change (`Fact.passing`) choose devices at one moment, as in a
 filter or at the beginning of a rollout, and never define a group or a stage.
 
-The parser is written out since this package imports the standard library alone; the grammar has three rules.
+The parser is written out: three rules need no library.
 """
 
 import difflib

@@ -102,9 +102,8 @@ class Simulation:
         self._ticking = False
         self._silences: list[tuple[float, str]] = []  # of members: when each is silent for too long, unless heard
         self._silent_at: dict[str, float] = {}
-        self._late: tuple[dict[str, None], int] | None = (
-            None  # members without an outcome when it succeeded; the others
-        )
+        # of a rollout that succeeded: members without an outcome by then, and how many others are counted
+        self._late: tuple[dict[str, None], int] | None = None
 
     def run(self) -> "Simulation":
         """Play until nothing is left to happen, or the horizon."""
