@@ -11,6 +11,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -34,6 +35,7 @@ from fleet.protocol.manifest import ConfigKey, Http, Manifest
 from fleet.protocol.messages import Ack, Enrolled, EnrolRequest, Hello, Report, State, Token, Versions
 from fleet.protocol.names import TargetName
 from fleet.protocol.topics import Down, Topic, Up, device_subscriptions
+from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
 from fleet.server.broker import broker as brokers
 from fleet.server.broker.broker import Child
 from fleet.server.config import Address, ServerConfig, ServerPaths
@@ -142,6 +144,24 @@ class Operator:
 
     async def decided(self, rollout: operator_api.RolloutView) -> operator_api.RolloutView:
         return await self.follow(rollout, lambda view: view.state not in codes.OPEN_STATES)
+
+    async def label(self, device: "Device", **labels: str | None) -> None:
+        """Set labels of a device; None takes one away."""
+        request = operator_api.LabelsRequest(labels=labels)
+        await self.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", request)
+
+    async def set_plan(self, plan: operator_api.GroupPlan | None, **more: Any) -> operator_api.GroupPolicy:
+        """Set the plan of the group edge; None takes it away."""
+        request = operator_api.GroupPolicyRequest(plan=plan, **more)
+        found: operator_api.GroupPolicy = await self.send(
+            operator_api.GroupPolicy, "PUT", "/v1/groups/edge/policy", request
+        )
+        return found
+
+    async def another(self, name: str = "bob", role: Role = Role.OPERATOR) -> dict[str, str]:
+        """Make another operator; return the headers with the token."""
+        reply = await self.send(OperatorReply, "PUT", f"/v1/operators/{name}", OperatorRequest(role=role))
+        return {"authorization": f"Bearer {reply.token}"}
 
 
 def good(item: Item) -> list[Report]:
@@ -446,6 +466,15 @@ class Fleet:
 
     async def stop(self) -> None:
         await self.server.stop()
+
+    def pass_time(self, at: datetime) -> None:
+        """Have the rollouts begin whose time comes until `at`, without a wait for it."""
+        controller = self.server._conductor
+        clock = controller._clock
+        ahead = at - clock()
+        controller._clock = lambda: clock() + ahead
+        controller._witness = replace(controller._witness, utc=at.timestamp())
+        controller.wake()
 
     async def start_with(self, broker: str) -> None:
         """Start the server with another broker."""

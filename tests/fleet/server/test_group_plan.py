@@ -8,13 +8,9 @@ import pytest
 from fleet.protocol import operator_api
 from fleet.protocol.codes import OnBreach, PauseCause, Phase, RejectCode, RolloutState
 from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest, PlanBudget, PlanLimits, PlanStage
-from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
+from fleet.protocol.trust_api import Role
 
 PATH = "/v1/groups/edge/policy"
-
-
-async def set_plan(operator, plan, **more):
-    return await operator.send(GroupPolicy, "PUT", PATH, GroupPolicyRequest(plan=plan, **more))
 
 
 async def audit(operator, act):
@@ -22,36 +18,25 @@ async def audit(operator, act):
     return [(each.actor, each.subject, each.detail) for each in entries if each.act == act]
 
 
-async def second(operator, role=Role.OPERATOR, name="bob"):
-    """Another operator: the headers with the token."""
-    reply = await operator.send(OperatorReply, "PUT", f"/v1/operators/{name}", OperatorRequest(role=role))
-    return {"authorization": f"Bearer {reply.token}"}
-
-
-async def label(operator, device, **labels):
-    wish = operator_api.LabelsRequest(labels=labels)
-    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", wish)
-
-
 @pytest.mark.asyncio
 async def test_a_plan_is_set_shown_tried_and_cleared(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         canary, _ = await fleet.device("a"), await fleet.device("b")
-        await label(operator, canary, ring="canary")
+        await operator.label(canary, ring="canary")
         plan = GroupPlan(stages=(PlanStage(select={"ring": "canary"}, approval=True), PlanStage()))
-        tried = await set_plan(operator, plan, dry_run=True)
+        tried = await operator.set_plan(plan, dry_run=True)
         assert [(each.text, each.devices, each.approval) for each in tried.stages] == [
             ("ring=canary: 100%", 1, True),
             ("100%", 1, False),
         ]
         assert (await operator.get(GroupPolicy, PATH)).plan is None
-        assert await set_plan(operator, plan) == tried == await operator.get(GroupPolicy, PATH)
+        assert await operator.set_plan(plan) == tried == await operator.get(GroupPolicy, PATH)
         (group,) = (await operator.get(operator_api.Groups, "/v1/groups")).groups
         assert group.planned
         ((by, subject, detail),) = await audit(operator, "group-policy")
         assert (by, subject, '"ring":"canary"' in detail) == ("admin", "edge", True)
-        assert (await set_plan(operator, None)).plan is None
+        assert (await operator.set_plan(None)).plan is None
         assert await operator.get(GroupPolicy, PATH) == GroupPolicy(group="edge")
 
 
@@ -68,7 +53,7 @@ async def test_a_plan_that_cannot_be_meant_and_one_for_no_group_are_refused(new_
         for method in ("GET", "PUT"):
             body = None if method == "GET" else GroupPolicyRequest()
             assert (await operator.problem(method, "/v1/groups/nowhere/policy", body)).type == "unknown-group"
-        operator.http.headers.update(await second(operator))
+        operator.http.headers.update(await operator.another())
         assert (await operator.problem("PUT", PATH, GroupPolicyRequest())).status == 403
 
 
@@ -77,11 +62,11 @@ async def test_a_rollout_takes_what_the_plan_says_and_an_explicit_value_wins(new
     async with new_fleet() as fleet:
         operator = fleet.operator
         devices = [await fleet.device(name) for name in "abcd"]
-        await label(operator, devices[2], ring="canary")
+        await operator.label(devices[2], ring="canary")
         one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         limits = PlanLimits(on_breach=OnBreach.PAUSE)
         stages = (PlanStage(select={"ring": "canary"}, size="1"), PlanStage(size="2", soak_s=3600), PlanStage())
-        await set_plan(operator, GroupPlan(limits=limits, stages=stages))
+        await operator.set_plan(GroupPlan(limits=limits, stages=stages))
         view = await operator.deploy(one)
         view = await operator.follow(view, lambda view: view.counts == {"succeeded": 3, "pending": 1})
         assert [(each.text, each.devices) for each in view.waves] == [("ring=canary: 1", 1), ("2", 2), ("100%", 1)]
@@ -104,8 +89,8 @@ async def test_an_operator_who_is_no_admin_keeps_to_the_plan(new_fleet):
         operator = fleet.operator
         await fleet.device("a")
         one = await operator.publish("1.0.0")
-        await set_plan(operator, GroupPlan(soak_s=0, limits=PlanLimits(failures="0"), stages=(PlanStage(),)))
-        operator.http.headers.update(await second(operator))
+        await operator.set_plan(GroupPlan(soak_s=0, limits=PlanLimits(failures="0"), stages=(PlanStage(),)))
+        operator.http.headers.update(await operator.another())
         wish = operator_api.RolloutRequest(instance="hello", target=one, group="edge", waves="1, 100%", failures=3)
         problem = await operator.problem("POST", "/v1/rollouts", wish)
         assert (problem.status, problem.type) == (403, "plan")
@@ -122,12 +107,12 @@ async def test_the_budget_of_a_site_holds_for_an_undo_and_the_stages_do_not(new_
         operator = fleet.operator
         devices = [await fleet.device(name) for name in "ab"]
         for device in devices:
-            await label(operator, device, site="berlin")
+            await operator.label(device, site="berlin")
         one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         for target in (one, two):
             await operator.decided(await operator.deploy(target))
         budget = PlanBudget(by="site", min_available=1)
-        await set_plan(operator, GroupPlan(soak_s=0, budget=budget, stages=(PlanStage(),)))
+        await operator.set_plan(GroupPlan(soak_s=0, budget=budget, stages=(PlanStage(),)))
         view = await operator.send(operator_api.RolloutView, "POST", "/v1/undo", operator_api.UndoRequest(group="edge"))
         view = await operator.decided(view)
         assert (view.state, [each.text for each in view.waves]) == (RolloutState.SUCCEEDED, ["1", "100%"])
@@ -146,14 +131,14 @@ async def test_a_device_that_joins_counts_in_the_budget_of_its_site(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         first = await fleet.device("a")
-        await label(operator, first, site="berlin")
-        await set_plan(operator, GroupPlan(budget=PlanBudget(by="site", min_available=1), stages=(PlanStage(),)))
+        await operator.label(first, site="berlin")
+        await operator.set_plan(GroupPlan(budget=PlanBudget(by="site", min_available=1), stages=(PlanStage(),)))
         one = await operator.publish("1.0.0")
         view = await operator.deploy(one)
         view = await operator.follow(view, lambda view: bool(view.reason))
         assert view.counts == {"pending": 1}, "the site has no device to spare"
         later = await fleet.device("b", group="other")
-        await label(operator, later, site="berlin")
+        await operator.label(later, site="berlin")
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", operator_api.GroupRequest(add=(later.id,)))
         view = await operator.decided(view)
         assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
@@ -172,8 +157,8 @@ async def waiting_for_approval(fleet, **more):
     """A rollout whose canary has succeeded, at the gate that wants an approval; the canary and the other device."""
     operator = fleet.operator
     canary, other = await fleet.device("a"), await fleet.device("b")
-    await label(operator, canary, ring="canary")
-    await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+    await operator.label(canary, ring="canary")
+    await operator.set_plan(GroupPlan(stages=(CANARY, PlanStage())))
     one = await operator.publish("1.0.0")
     view = await operator.deploy(one, **more)
     return canary, other, await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
@@ -188,7 +173,7 @@ async def test_a_stage_waits_for_the_approval_of_somebody_else(new_fleet):
         assert view.reason == "wave 1 is done and wants the approval of a second person"
         (said,) = (await operator.get(operator_api.Status, "/v1/status")).waiting
         assert said.endswith(f"{view.reason}; somebody other than admin: fleet rollout approve {view.number}")
-        bob, eve = await second(operator), await second(operator, Role.VIEWER, "eve")
+        bob, eve = await operator.another(), await operator.another("eve", Role.VIEWER)
         own = await act(operator, view, "approve")
         assert (own.status_code, "admin began rollout" in own.text) == (403, True)
         assert (await act(operator, view, "approve", eve)).status_code == 403
@@ -212,7 +197,7 @@ async def test_a_canary_that_fails_while_its_stage_waits_for_an_approval_takes_t
         canary._say(failed, canary.accepted[-1])
         view = await operator.decided(view)
         assert (view.state, other.items) == (RolloutState.REVERTED, {})
-        late = await act(operator, view, "approve", await second(operator))
+        late = await act(operator, view, "approve", await operator.another())
         assert (late.status_code, "is over" in late.text) == (409, True)
 
 
@@ -221,7 +206,7 @@ async def test_who_retries_a_rollout_is_the_one_who_asked(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         _, _, view = await waiting_for_approval(fleet)
-        bob = await second(operator)
+        bob = await operator.another()
         await operator.send(
             operator_api.RolloutView, "POST", f"/v1/rollouts/{view.number}/abort", operator_api.AbortRequest()
         )
@@ -240,11 +225,11 @@ async def test_a_retry_goes_by_the_plan_that_the_group_has_by_now(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         device = await fleet.device("a")
-        await label(operator, device, ring="canary")
+        await operator.label(device, ring="canary")
         at = {"starts_at": datetime.now(UTC) + timedelta(days=1)}
         view = await operator.deploy(await operator.publish("1.0.0"), **at)
         assert (await act(operator, view, "abort")).is_success
-        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        await operator.set_plan(GroupPlan(stages=(CANARY, PlanStage())))
         reply = await act(operator, view, "retry")
         assert reply.is_success, reply.text
         view = msgspec.json.decode(reply.content, type=operator_api.RolloutView)
@@ -261,7 +246,7 @@ async def test_an_approval_holds_over_a_restart_of_the_server(new_fleet):
         await fleet.start()
         view = await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.number}")
         assert (view.state, view.causes, other.items) == (RolloutState.PAUSED, (PauseCause.APPROVAL,), {})
-        assert (await act(operator, view, "approve", await second(operator))).is_success
+        assert (await act(operator, view, "approve", await operator.another())).is_success
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
@@ -270,10 +255,10 @@ async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
         device = await fleet.device("a")
-        await label(operator, device, ring="canary")
-        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        await operator.label(device, ring="canary")
+        await operator.set_plan(GroupPlan(stages=(CANARY, PlanStage())))
         one = await operator.publish("1.0.0")
-        operator.http.headers.update(await second(operator))
+        operator.http.headers.update(await operator.another())
         leave = operator_api.GroupRequest(remove=(device.id,))
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", leave)
         view = await operator.deploy(one, allow_empty=True)
@@ -287,7 +272,7 @@ async def test_who_empties_a_group_does_not_get_round_its_approval(new_fleet):
 async def test_a_dry_run_tells_which_approvals_the_plan_wants(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await label(operator, await fleet.device("a"), ring="canary")
+        await operator.label(await fleet.device("a"), ring="canary")
         await fleet.device("b")
         wish = operator_api.RolloutRequest(instance="hello", target=await operator.publish("1.0.0"), group="edge")
         for plan, told in (
@@ -298,7 +283,7 @@ async def test_a_dry_run_tells_which_approvals_the_plan_wants(new_fleet):
             ),
             (GroupPlan(soak_s=1), ()),
         ):
-            await set_plan(operator, plan)
+            await operator.set_plan(plan)
             foreseen = await operator.send(operator_api.Preflight, "POST", "/v1/preflight", wish)
             assert foreseen.warnings == told
 
@@ -307,13 +292,13 @@ async def test_a_dry_run_tells_which_approvals_the_plan_wants(new_fleet):
 async def test_a_group_cut_to_its_canary_waits_for_the_approval_of_a_later_stage(new_fleet):
     async with new_fleet() as fleet:
         operator = fleet.operator
-        await label(operator, await fleet.device("a"), ring="canary")
+        await operator.label(await fleet.device("a"), ring="canary")
         beta = PlanStage(select={"ring": "beta"}, approval=True)
-        await set_plan(operator, GroupPlan(stages=(PlanStage(select={"ring": "canary"}), beta, PlanStage())))
+        await operator.set_plan(GroupPlan(stages=(PlanStage(select={"ring": "canary"}), beta, PlanStage())))
         view = await operator.deploy(await operator.publish("1.0.0"))
         view = await operator.follow(view, lambda view: view.state is not RolloutState.RUNNING)
         assert (view.state, view.causes) == (RolloutState.PAUSED, (PauseCause.APPROVAL,))
-        assert (await act(operator, view, "approve", await second(operator))).is_success
+        assert (await act(operator, view, "approve", await operator.another())).is_success
         assert (await operator.decided(view)).state is RolloutState.SUCCEEDED
 
 
@@ -323,7 +308,7 @@ async def test_a_rollout_that_could_ask_for_no_approval_is_refused(new_fleet, sc
     async with new_fleet() as fleet:
         operator = fleet.operator
         device = await fleet.device("a")
-        await set_plan(operator, GroupPlan(stages=(CANARY, PlanStage())))
+        await operator.set_plan(GroupPlan(stages=(CANARY, PlanStage())))
         one = await operator.publish("1.0.0")
         at = {"starts_at": datetime.now(UTC)} if scheduled else {}
         view = await operator.deploy(one, allow_empty=True, **at)

@@ -6,30 +6,14 @@ import pytest
 
 from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, RolloutState
-from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest
-from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
-
-
-async def set_plan(operator, plan):
-    await operator.send(GroupPolicy, "PUT", "/v1/groups/edge/policy", GroupPolicyRequest(plan=plan))
-
-
-async def bob(operator):
-    """Make another operator; return the headers with the token."""
-    reply = await operator.send(OperatorReply, "PUT", "/v1/operators/bob", OperatorRequest(role=Role.OPERATOR))
-    return {"authorization": f"Bearer {reply.token}"}
-
-
-async def label(operator, device, **labels):
-    wish = operator_api.LabelsRequest(labels=labels)
-    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", wish)
+from fleet.protocol.operator_api import GroupPlan
 
 
 async def sited(fleet, *names):
     """Return a device at each site, which is named as the device is."""
     devices = [await fleet.device(name) for name in names]
     for name, device in zip(names, devices, strict=True):
-        await label(fleet.operator, device, site=name)
+        await fleet.operator.label(device, site=name)
     return devices
 
 
@@ -51,11 +35,11 @@ async def test_a_withdrawn_release_ends_rollouts_that_have_offered_nothing_yet(n
     async with new_fleet() as fleet:
         operator, device = fleet.operator, await fleet.device("a")
         one, two = await operator.publish("1.0.0"), await operator.publish("1.0.0", name="other")
-        await set_plan(operator, GroupPlan(approval=True))
+        await operator.set_plan(GroupPlan(approval=True))
         unapproved = await is_in(operator, await operator.deploy(one), RolloutState.PAUSED)
         later = datetime.now(UTC) + timedelta(days=1)
         scheduled = await operator.deploy(two, instance="other", starts_at=later)
-        headers = await bob(operator)
+        headers = await operator.another()
         assert (await act(operator, scheduled, "approve", headers)).status_code == 200
         again = await act(operator, scheduled, "approve", headers)
         assert (again.status_code, again.json()["type"]) == (409, "approval")
@@ -73,8 +57,8 @@ async def test_pauses_for_several_causes_each_end_by_their_own_act(new_fleet):
         operator = fleet.operator
         await fleet.device("a")
         target = await operator.publish("1.0.0")
-        await set_plan(operator, GroupPlan(approval=True))
-        headers = await bob(operator)
+        await operator.set_plan(GroupPlan(approval=True))
+        headers = await operator.another()
         view = await is_in(operator, await operator.deploy(target), RolloutState.PAUSED)
         freeze = operator_api.FreezeRequest(group="edge", reason="fair")
         await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
@@ -94,13 +78,15 @@ async def test_a_scheduled_rollout_has_no_devices_to_cancel_and_judges_where_at_
         operator = fleet.operator
         berlin, paris = await sited(fleet, "berlin", "paris")
         target = await operator.publish("1.0.0")
-        view = await operator.deploy(target, where="site=berlin", starts_at=datetime.now(UTC) + timedelta(seconds=4))
+        later = datetime.now(UTC) + timedelta(days=1)
+        view = await operator.deploy(target, where="site=berlin", starts_at=later)
         cancel = operator_api.CancelRequest(device=berlin.id)
         problem = await operator.problem("POST", f"/v1/rollouts/{view.number}/cancel-device", cancel)
         assert (problem.status, problem.type) == (409, "not-begun")
         assert "over" not in problem.title
-        await label(operator, paris, site="berlin")
-        await label(operator, berlin, site="paris")
+        await operator.label(paris, site="berlin")
+        await operator.label(berlin, site="paris")
+        fleet.pass_time(later)
         view = await is_in(operator, view, RolloutState.SUCCEEDED)
         assert {each.device: each.outcome for each in view.devices} == {
             berlin.id: Outcome.NOT_AFFECTED,
@@ -275,7 +261,7 @@ async def test_who_waits_in_a_queue_goes_on_waiting_there_when_where_leaves_it_o
         await sited(fleet, "berlin", "paris")
         away = [await fleet.device(f"away-{number}") for number in range(2)]
         for device in away:
-            await label(operator, device, site="berlin")
+            await operator.label(device, site="berlin")
         one, two, three = [await operator.publish(f"{number}.0.0") for number in (1, 2, 3)]
         await operator.decided(await operator.deploy(one))
         for device in away:

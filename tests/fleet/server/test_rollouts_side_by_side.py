@@ -6,28 +6,12 @@ import pytest
 
 from fleet.protocol import operator_api
 from fleet.protocol.codes import Outcome, PauseCause, Phase, RolloutState
-from fleet.protocol.operator_api import GroupPlan, GroupPolicy, GroupPolicyRequest, PlanBudget, PlanStage
-from fleet.protocol.trust_api import OperatorReply, OperatorRequest, Role
-
-
-async def set_plan(operator, plan):
-    await operator.send(GroupPolicy, "PUT", "/v1/groups/edge/policy", GroupPolicyRequest(plan=plan))
-
-
-async def headers_of(operator, name):
-    """Make another operator; return the headers with the token."""
-    reply = await operator.send(OperatorReply, "PUT", f"/v1/operators/{name}", OperatorRequest(role=Role.OPERATOR))
-    return {"authorization": f"Bearer {reply.token}"}
+from fleet.protocol.operator_api import GroupPlan, PlanBudget, PlanStage
 
 
 async def approve(operator, view, headers):
     """Approve a rollout as the operator of a token; return the status."""
     return (await operator.http.post(f"/v1/rollouts/{view.number}/approve", headers=headers)).status_code
-
-
-async def label(operator, device, **labels):
-    wish = operator_api.LabelsRequest(labels=labels)
-    await operator.send(operator_api.DeviceDetail, "PUT", f"/v1/devices/{device.id}/labels", wish)
 
 
 def say(device, instance, *phases):
@@ -44,8 +28,8 @@ async def test_nothing_is_offered_before_the_approval_that_the_plan_wants_first(
     async with new_fleet() as fleet:
         operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
-        await set_plan(operator, GroupPlan(approval=True))
-        bob = await headers_of(operator, "bob")
+        await operator.set_plan(GroupPlan(approval=True))
+        bob = await operator.another()
         view = await operator.deploy(target)
         view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
         assert (view.causes, view.wave) == ((PauseCause.APPROVAL,), 0)
@@ -68,9 +52,10 @@ async def test_an_approval_before_the_time_of_a_scheduled_rollout_lets_it_begin(
         operator = fleet.operator
         await fleet.device("a")
         target = await operator.publish("1.0.0")
-        await set_plan(operator, GroupPlan(approval=True))
-        bob = await headers_of(operator, "bob")
-        view = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(seconds=5))
+        await operator.set_plan(GroupPlan(approval=True))
+        bob = await operator.another()
+        later = datetime.now(UTC) + timedelta(days=1)
+        view = await operator.deploy(target, starts_at=later)
         waiting = (await operator.get(operator_api.Status, "/v1/status")).waiting
         said = f"scheduled: {view.reason}; somebody other than admin: fleet rollout approve {view.number}"
         assert any(each.endswith(said) for each in waiting), waiting
@@ -79,6 +64,7 @@ async def test_an_approval_before_the_time_of_a_scheduled_rollout_lets_it_begin(
         assert await approve(operator, view, bob) == 200
         assert not (await operator.get(operator_api.Status, "/v1/status")).waiting
         assert (await operator.get(operator_api.RolloutView, f"/v1/rollouts/{view.id}")).state is RolloutState.SCHEDULED
+        fleet.pass_time(later)
         await operator.follow(view, lambda view: view.state is RolloutState.SUCCEEDED)
 
 
@@ -87,7 +73,7 @@ async def test_an_empty_group_does_not_settle_what_nobody_approved(new_fleet):
     async with new_fleet() as fleet:
         operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
-        await set_plan(operator, GroupPlan(approval=True))
+        await operator.set_plan(GroupPlan(approval=True))
         change = operator_api.GroupRequest(remove=(device.id,))
         await operator.send(operator_api.GroupRow, "PUT", "/v1/groups/edge", change)
         view = await operator.deploy(target, allow_empty=True)
@@ -102,9 +88,11 @@ async def test_a_freeze_holds_a_scheduled_rollout_back_and_its_members_are_those
     async with new_fleet() as fleet:
         operator, device = fleet.operator, await fleet.device("a")
         target = await operator.publish("1.0.0")
-        view = await operator.deploy(target, starts_at=datetime.now(UTC) + timedelta(seconds=1))
+        later = datetime.now(UTC) + timedelta(days=1)
+        view = await operator.deploy(target, starts_at=later)
         freeze = operator_api.FreezeRequest(group="edge", reason="trade fair")
         await operator.send(operator_api.Freezes, "POST", "/v1/freeze", freeze)
+        fleet.pass_time(later)
         view = await operator.follow(view, lambda view: view.reason == "frozen: trade fair")
         assert (view.state, view.causes, view.devices) == (RolloutState.SCHEDULED, (), ())
         late = await fleet.device("late")
@@ -184,9 +172,9 @@ async def test_rollouts_of_two_instances_share_the_budget_of_a_site(new_fleet, b
         devices = {device.id: device for device in [await fleet.device(name) for name in ("a", "b", "c")]}
         for device in devices.values():
             device.behaviour = behaviours["silent"]
-            await label(operator, device, site="berlin")
+            await operator.label(device, site="berlin")
         hello, other = await operator.publish("1.0.0"), await operator.publish("1.0.0", name="other")
-        await set_plan(operator, GroupPlan(budget=PlanBudget(by="site", min_available=2), stages=(PlanStage(),)))
+        await operator.set_plan(GroupPlan(budget=PlanBudget(by="site", min_available=2), stages=(PlanStage(),)))
         first = await operator.deploy(hello)
         first = await operator.follow(first, lambda view: view.counts == {"waiting": 1, "pending": 2})
         (busy,) = [each.device for each in first.devices if each.outcome is Outcome.WAITING]
