@@ -235,7 +235,7 @@ def test_push_says_that_requests_wait_for_each_other(saved, fleet, desk):
 
 @pytest.fixture
 def foreseen(desk):
-    """What the server answers when it is asked what a rollout would do."""
+    """Ask the server what a rollout would do."""
     desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=DEVICES)
     desk.routes["POST", "/v1/preflight"] = operator_api.Preflight(waves=(("new",), ("small", "old")))
     return desk

@@ -1,4 +1,4 @@
-"""What a push to a thousand devices, and their health, cost the server. It prints; nothing is timed to pass."""
+"""Cost of a push to a thousand devices, and of their health, for the server: printed, and never timed to pass."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""How devices join and stay: tokens, certificates over real TLS, renewal, and being shut out."""
+"""Devices join and stay: tokens, certificates over real TLS, renewal, and being shut out."""
 
 import asyncio
 import contextlib

@@ -43,7 +43,7 @@ async def renew_device(device, key=None):
 
 
 async def refused_by_the_broker(device):
-    """Whether a TLS connection with what the device holds comes to nothing."""
+    """Tell whether a TLS connection with what the device holds comes to nothing."""
     address = httpx.URL(device.enrolled.mqtt[0])
     try:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=device.context())

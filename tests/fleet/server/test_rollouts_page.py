@@ -90,7 +90,7 @@ class Scene:
         self.view = await self.operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
 
     async def sited(self) -> None:
-        """One device is in berlin."""
+        """A device is in berlin."""
         await self.quiet()
         assert (await self.fleet.command("label", self.devices[0].id, "site=berlin")).code == 0
 

@@ -53,7 +53,7 @@ async def fetched(device, ref):
 
 
 async def opened(device, instance="hello"):
-    """What the device's newest assignment gives an instance, opened with the device's own key."""
+    """Return what the newest assignment gives an instance, opened with the device's own key."""
     item = next(item for item in device.accepted[-1].items if item.instance == instance)
     values = {}
     for ref in item.secrets:

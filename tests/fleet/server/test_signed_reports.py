@@ -1,4 +1,4 @@
-"""What a device says counts when its own key signed it: nobody on the bus, and no server, speaks for a device."""
+"""Signed reports: a device's word counts by its own key, and nobody on the bus, nor a server, speaks for it."""
 
 import asyncio
 import base64
@@ -125,7 +125,7 @@ async def test_records_that_an_earlier_server_stored_are_named_and_everything_el
 
 
 def statements(fleet):
-    """The statements that the server's database runs from now on, but for what only reads."""
+    """Record the statements that the server's database runs from now on, but for what only reads."""
     seen = []
 
     def note(statement):

@@ -1,4 +1,4 @@
-"""How often the simulated server looks at its members: by counts, so that large fleets can be played."""
+"""Looks of the simulated server at its members: by counts, so that large fleets can be played."""
 
 from collections import Counter
 from dataclasses import replace
