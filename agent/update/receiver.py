@@ -208,8 +208,8 @@ class AssignmentReceiver:
         self._due = asyncio.Event()
         self._asked_s = 0.0
         self._reordered_until = 0.0
-        self._accepted_before = 0  # version of the assignment from before that time
-        self._taken: set[int] = set()  # versions accepted since
+        self._accepted_at_start = 0
+        self._brought: dict[bool, int] = {}  # newest version that the broker (True) or HTTPS messages (False) brought
         self._nonce = ""
         self._unvouched: _Unvouched | None = None
         self._acted_on = (b"", 0.0)
@@ -239,7 +239,9 @@ class AssignmentReceiver:
     async def new_nonce(self) -> str:
         """Return a nonce for the next hello; only the newest is valid."""
         self._nonce = secrets.token_hex(16)
-        self._may_be_reordered(await self._db(Store.counter, "accepted"))
+        self._may_be_reordered()
+        if not self._presence.broker_connected:  # the server keeps nothing for a device that is away
+            self._brought[False] = await self._db(Store.counter, "accepted")
         await self._db(_use_nonce, self._nonce)
         return self._nonce
 
@@ -254,6 +256,7 @@ class AssignmentReceiver:
     async def resume(self) -> None:
         """Resume the assignment that was accepted before this start; needs no network."""
         await self._look_for_violations()
+        self._accepted_at_start = await self._db(Store.counter, "accepted")
         envelope = await self._db(Store.envelope)
         assignment = None if envelope is None else remembered_assignment(envelope)
         if assignment is not None:
@@ -295,40 +298,37 @@ class AssignmentReceiver:
         match item:
             case AssignmentArrived(envelope):
                 self._problems.clear("broker")  # even if the message is refused, the broker is not silent
-                if not await self._is_late(envelope):
-                    await self._judge(envelope)
+                by_broker = self._presence.broker_connected
+                if await self._is_late(envelope, by_broker=by_broker):
+                    return
+                await self._judge(envelope)
+                if envelope == await self._db(Store.envelope):
+                    self._brought[by_broker] = await self._db(Store.counter, "accepted")
             case FreshnessArrived(envelope):
                 await self._judge_freshness(envelope)
             case PollAnswered(envelope, statement, nonce):
-                before, version = await self._db(Store.envelope), await self._db(Store.counter, "accepted")
+                before = await self._db(Store.envelope)
                 await self._judge(envelope, statement=statement, nonce=nonce)
                 if envelope != before and envelope == await self._db(Store.envelope):
-                    self._may_be_reordered(version)
+                    self._may_be_reordered()
                     self._suspect_broker(envelope)
             case BundleArrived():
                 await self._judge_bundle()
 
-    def _may_be_reordered(self, accepted: int) -> None:
-        """Expect the broker to deliver for a while what is older than what came another way.
+    def _may_be_reordered(self) -> None:
+        """Expect messages for a while that are older than what came another way."""
+        self._reordered_until = asyncio.get_running_loop().time() + REORDERED_S
 
-        Args:
-            accepted: version of the assignment that the device had before.
-        """
-        now = asyncio.get_running_loop().time()
-        if now >= self._reordered_until:
-            self._accepted_before = accepted
-            self._taken = {version for version in self._taken if version > accepted}
-        self._reordered_until = now + REORDERED_S
+    async def _is_late(self, envelope: bytes, *, by_broker: bool) -> bool:
+        """Tell whether an assignment of the director's is older than the accepted one only since that came another way.
 
-    async def _is_late(self, envelope: bytes) -> bool:
-        """Tell whether an assignment of the director's is older than the accepted one only since it came another way.
-
-        One that the device had before, or that comes later, is refused and reported: nothing honest explains it.
+        Each way keeps its order: one behind a newer one of the same way is refused and reported, as is one that comes
+        later. The broker also keeps what HTTPS brought in its absence.
         """
         claimed = remembered_assignment(envelope)
         if claimed is None or asyncio.get_running_loop().time() >= self._reordered_until:
             return False
-        if claimed.version < self._accepted_before or claimed.version in self._taken:
+        if claimed.version < self._brought.get(by_broker, self._accepted_at_start):
             return False
         if claimed.version >= await self._db(Store.counter, "accepted"):
             return False
@@ -341,6 +341,7 @@ class AssignmentReceiver:
         else:
             return False
         if late:
+            self._brought[by_broker] = claimed.version
             log.info("assignment %d came after a newer one, by another way", claimed.version)
         return late
 
@@ -471,7 +472,6 @@ class AssignmentReceiver:
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return None
         self._problems.clear("assignment")
-        self._taken.add(accepted.assignment.version)
         return accepted
 
     async def _act(self, accepted: Accepted, envelope: bytes) -> None:

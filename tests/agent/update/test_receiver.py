@@ -131,6 +131,23 @@ async def test_an_assignment_from_before_the_one_at_the_connection_is_an_alarm(c
 
 
 @pytest.mark.asyncio
+async def test_what_the_broker_kept_while_https_brought_the_same_is_no_alarm(case, monkeypatch):
+    """As when a device comes back from a network that blocks MQTT."""
+    kept = [case.server.assignment(version) for version in (5, 6, 7)]
+    with monkeypatch.context() as patch:
+        patch.setattr(desired_module, "REORDERED_S", 0.0)  # long ago
+        case.server.envelope = case.server.assignment(4)
+        await case.poll()
+        await case.judge(*kept)
+    case.presence.connected = True
+    await case.desired.new_nonce()
+    await case.judge(*kept)
+    assert (case.codes(), case.problems.texts()) == ([], [])
+    await case.judge(kept[0])
+    assert case.codes() == [RejectCode.ROLLBACK]
+
+
+@pytest.mark.asyncio
 async def test_an_older_assignment_long_after_a_connection_is_one(case, monkeypatch):
     monkeypatch.setattr(desired_module, "REORDERED_S", 0.0)
     await case.desired.new_nonce()
