@@ -57,6 +57,10 @@ def item_key(item: Item) -> str:
     return hashlib.sha256(b"{%s}" % body).hexdigest()
 
 
+def _failure_key(item: Item) -> FailureKey:
+    return item.instance, item_key(item), item.attempt
+
+
 def reaches_running(before: "Committed", item: Item) -> bool:
     """Tell whether an item differs from a committed one only in keys whose change needs no restart."""
     unkeyed = [
@@ -272,7 +276,7 @@ class Transition:
         committed: item that runs from now on, also after a boot.
         removed: instance that no longer runs.
         failure: to be remembered.
-        forgiven: failure that is forgotten, as the same item and attempt is committed now.
+        forgiven: failures that are forgotten, of this attempt and earlier ones: the same item is committed now.
         epochs: security epoch by component, raised at a commit; epochs never fall.
         secrets: version by name of the secrets that the committed item uses; versions never fall.
         report: to be sent; its sequence is given when it is stored.
@@ -353,7 +357,7 @@ def transition(
         committed=_committed(following, at) if commits else None,
         removed=change.instance if following.item is None and left is Phase.IDLE else "",
         failure=failure,
-        forgiven=known.failure_key if commits and known is not None else None,
+        forgiven=_failure_key(following.item) if commits and following.item is not None else None,
         epochs=_epochs(following) if commits else {},
         secrets=_secrets(following) if commits else {},
         report=None if phase in _QUIET else report,
@@ -491,7 +495,9 @@ class DeploymentState:
         if step.removed:
             self.committed.pop(step.removed, None)
         if step.forgiven is not None:
-            self.failed.pop(step.forgiven, None)
+            instance, item, newest = step.forgiven
+            for attempt in [each for at, key, each in self.failed if (at, key) == (instance, item) and each <= newest]:
+                del self.failed[instance, item, attempt]
         if step.failure is not None:
             self.failed[step.failure.failure_key] = step.failure
 
@@ -509,7 +515,7 @@ class DeploymentState:
 
     def known_failure(self, item: Item | None) -> FailedItem | None:
         """Return the remembered failure of this item and attempt."""
-        return None if item is None else self.failed.get((item.instance, item_key(item), item.attempt))
+        return None if item is None else self.failed.get(_failure_key(item))
 
     def in_force(self, violation: Violation) -> Committed | None:
         """Return the committed item that a violation is about; None if another one is committed by now."""

@@ -291,7 +291,7 @@ class Store:
             if step.removed:
                 db.execute("DELETE FROM committed WHERE instance = ?", (step.removed,))
             if step.forgiven is not None:
-                db.execute("DELETE FROM failed WHERE instance = ? AND key = ? AND attempt = ?", step.forgiven)
+                db.execute("DELETE FROM failed WHERE instance = ? AND key = ? AND attempt <= ?", step.forgiven)
             forgotten = None if step.failure is None else self._remember(db, step.failure)
             if step.closed:
                 db.execute("DELETE FROM changes WHERE instance = ?", (step.closed,))

@@ -119,6 +119,22 @@ async def test_no_space_is_a_clean_refusal(kit):
 
 
 @pytest.mark.asyncio
+async def test_a_commit_forgets_how_earlier_attempts_at_the_item_failed(kit):
+    """`fleet-agent status` would go on to announce their next retry."""
+    async with kit.running():
+        for attempt in range(2):
+            kit.server.trouble = [FetchError(RejectCode.NO_SPACE, "full")]
+            await kit.run(kit.assignment(attempt + 1, kit.publish("1.0.0", attempt=attempt)))
+        kit.trust.trouble[V2] = [Rejected(RejectCode.REVOKED, "revoked")]
+        await kit.run(kit.assignment(3, kit.publish("2.0.0")))
+        assert len(kit.store.failed()) == 3
+        await kit.run(kit.assignment(4, kit.publish("1.0.0", attempt=2)))
+        assert kit.host.targets() == {"web": V1}
+        assert [failure.target for failure in kit.store.failed()] == [V2]
+        assert kit.deployer.state.failed.keys() == {failure.failure_key for failure in kit.store.failed()}
+
+
+@pytest.mark.asyncio
 async def test_an_artifact_changed_on_disk_is_fetched_again(kit):
     async with kit.running():
         item = kit.publish("1.0.0")
