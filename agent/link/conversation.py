@@ -315,7 +315,7 @@ class Conversation:
     async def _forward_https(self) -> None:
         while True:
             event = await self._https.events.get()
-            if not self.broker_connected:
+            if isinstance(event, Message) or not self.broker_connected:  # no server sends a received message again
                 self._events.put_nowait(event)
 
     async def _use_https(self) -> None:

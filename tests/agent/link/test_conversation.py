@@ -171,6 +171,24 @@ async def test_a_broker_takes_over_and_https_says_goodbye():
 
 
 @pytest.mark.asyncio
+async def test_a_message_that_https_brings_while_a_broker_takes_over_is_not_lost():
+    """Such as a command: the server sends none again that the device has received."""
+    server, broker = Server(), Broker()
+    device = Device(server, broker)
+    await device.until(lambda: Connected() in device.told)
+    broker.connected = True
+    server.say("a command")
+    await device.until(lambda: messages(device) == [b"a command"])
+    before, server.kept, server.session = len(server.said), (), "second"
+    server.news.set()
+    await device.until(lambda: len(server.said) > before, server.changed)
+    server.say("another")  # behind the new session's event
+    await device.until(lambda: messages(device) == [b"a command", b"another"])
+    assert device.told.count(Connected()) == 1, "the broker's connection is told by the broker"
+    await device.stop()
+
+
+@pytest.mark.asyncio
 async def test_a_server_that_forgot_the_session_is_greeted_again():
     server = Server()
     device = Device(server, Broker())
