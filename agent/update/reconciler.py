@@ -705,8 +705,11 @@ class Reconciler:
 
     def _configure_ended(self, item: Item, generation: int, task: asyncio.Task[bool]) -> None:
         del self._configuring[item.instance]
-        if not task.cancelled():
-            self.post(Configured(item, generation, task.exception() is None and task.result()))
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            log.error("%s: configure failed with an internal error", item.instance, exc_info=error)
+        self.post(Configured(item, generation, error is None and task.result()))
 
     async def _configured(self, answer: Configured) -> None:
         """Persist the item that an instance has been configured with, and report its state if it is still wanted.

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from agent.host.ipc import host_api
+from agent.update.effects import EffectRunner
 from agent.update.state import Committed, reaches_running
 from fleet.protocol.manifest import ConfigKey
 
@@ -103,6 +104,22 @@ async def test_a_host_of_before_makes_an_update(kit):
         await kit.run(kit.assignment(2, item_of(kit, level="debug")))
         await kit.settled()
         assert ran(kit) == (generation + 1, SEEN | {"level": "debug"})
+
+
+@pytest.mark.asyncio
+async def test_an_internal_error_makes_an_update_and_is_in_the_journal(kit, monkeypatch, caplog):
+    async def broken(*_):
+        raise ValueError("a fault of our own")
+
+    async with kit.running():
+        await kit.run(kit.assignment(1, item_of(kit)))
+        generation, _ = ran(kit)
+        monkeypatch.setattr(EffectRunner, "configure", broken)
+        await kit.run(kit.assignment(2, item_of(kit, level="debug")))
+        await kit.settled()
+        assert ran(kit) == (generation + 1, SEEN | {"level": "debug"})
+    assert "web: configure failed with an internal error" in caplog.text
+    assert "a fault of our own" in caplog.text
 
 
 @pytest.mark.parametrize(
