@@ -16,7 +16,7 @@ import msgspec
 
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
-from agent.link.https import FetchError
+from agent.link.https import FetchError, Poster
 from agent.update import state
 from agent.update.problems import Problems, ReportSink
 from agent.update.state import DeviceContext
@@ -137,21 +137,6 @@ KEEP_ALIVE_S: Final = 10.0
 FOLLOWS_MAX: Final = 4
 FAILURES_MAX: Final = 5
 _ERRORS: Final = ("error", "critical", "host:")
-
-
-class Poster(Protocol):
-    """Client that posts a chunk (`agent.link.https.HttpsClient`)."""
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        max_bytes: int,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> bytes:
-        """Return the body of the answer; raises `FetchError`."""
 
 
 @dataclass(frozen=True, slots=True)

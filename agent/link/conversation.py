@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
-from agent.link.https import FetchError, spread
+from agent.link.https import FetchError, Poster, spread
 from agent.link.mqtt import Connected, Disconnected, Event, Message
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
@@ -46,20 +46,8 @@ _NEWS_S: Final = 0.05
 """Delay before messages are posted, so that those that are made together travel together."""
 
 
-class Poster(Protocol):
+class Closable(Poster, Protocol):
     """Client that posts, and whose requests end when it is closed (`agent.link.https.HttpsClient`)."""
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        max_bytes: int,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-        within_s: float | None = None,
-    ) -> bytes:
-        """Return the body of the answer; raises `FetchError`."""
 
     def close(self) -> None:
         """End all requests under way."""
@@ -96,7 +84,7 @@ class HttpsConversation:
         events: of the connection, in order; for a single reader.
     """
 
-    def __init__(self, device: str, https: Poster) -> None:
+    def __init__(self, device: str, https: Closable) -> None:
         """Prepare the conversation of `device`; nothing is sent before `run`. `https` is used by nobody else."""
         self._device = device
         self._https = https

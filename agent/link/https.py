@@ -127,6 +127,22 @@ class Source(Protocol):
         """Return the body of the response; raises `FetchError`."""
 
 
+class Poster(Protocol):
+    """Client that posts too."""
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        max_bytes: int,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        within_s: float | None = None,
+    ) -> bytes:
+        """Return the body of the answer; raises `FetchError`."""
+
+
 class ArtifactSource(Source, Protocol):
     """Source of artifacts too."""
 
