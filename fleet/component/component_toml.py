@@ -45,7 +45,6 @@ from fleet.protocol.manifest import (
 )
 
 DEV_VERSION: Final = "0.0.0-dev.0"
-ARCHES: Final = ("x86_64", "aarch64", "riscv64")
 TOML_MAX_CHARS: Final = 64 * 1024
 
 # Interfaces that a component may export for the host to call: interface, trigger, world. The first match counts.
@@ -119,7 +118,9 @@ def load(
         secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
         security_epoch=table.whole("security_epoch", 0),
         data_schema=table.whole("data_schema", 0),
-        arch=table.texts("arch", lambda arch: None if arch in ARCHES else f"the known ones are {', '.join(ARCHES)}"),
+        arch=table.texts(
+            "arch", lambda arch: None if arch in names.ARCHES else f"the known ones are {', '.join(names.ARCHES)}"
+        ),
     )
     table.finish()
     if component is not None and manifest.secrets:

@@ -33,6 +33,9 @@ _SECRET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 MAX_VERSION_CHARS: Final = 64
 
+ARCHES: Final = ("x86_64", "aarch64", "riscv64")
+"""CPUs of devices, as devices report them and manifests name them."""
+
 
 class BadNameError(ValueError):
     """A name that does not follow the rules; the message says which rule, in one sentence."""

@@ -29,7 +29,7 @@ from decimal import Decimal
 from enum import Enum
 from typing import Final
 
-from fleet.protocol.names import BadNameError, check_label
+from fleet.protocol.names import ARCHES, BadNameError, check_label
 
 MAX_CHARS: Final = 1000
 """Longest text: room for some dozens of values."""
@@ -48,6 +48,7 @@ class Kind(Enum):
     """Form of a value: the way it is written and compared."""
 
     TEXT = "text"
+    ARCH = "arch"
     NUMBER = "number"
     SIZE = "size"
     VERSION = "version"
@@ -71,7 +72,7 @@ class Fact:
 NAMES: Final[Mapping[str, Fact]] = {
     "id": Fact(Kind.TEXT, "id of the device"),
     "name": Fact(Kind.TEXT, "name that it enrolled with"),
-    "arch": Fact(Kind.TEXT, "CPU: x86_64, aarch64, riscv64"),
+    "arch": Fact(Kind.ARCH, f"CPU: {', '.join(ARCHES)}"),
     "cpus": Fact(Kind.NUMBER, "number of CPUs"),
     "memory": Fact(Kind.SIZE, "memory that its kernel has, as 512MiB"),
     "disk": Fact(Kind.SIZE, "size of the disk that holds its components"),
@@ -458,6 +459,7 @@ class _Parser:
 
 _EXPECTED: Final = {
     Kind.TEXT: "a value",
+    Kind.ARCH: f"{', '.join(ARCHES[:-1])} or {ARCHES[-1]}",
     Kind.SEVERAL: "a value",
     Kind.NUMBER: "a number such as 4",
     Kind.SIZE: "a size such as 512MiB or 2GB",
@@ -466,7 +468,7 @@ _EXPECTED: Final = {
 }
 
 
-_FORMS: Final = {Kind.TEXT: "a text", Kind.FLAG: "a flag", Kind.SEVERAL: "a list"}
+_FORMS: Final = {Kind.TEXT: "a text", Kind.ARCH: "a text", Kind.FLAG: "a flag", Kind.SEVERAL: "a list"}
 
 
 def _read(kind: Kind, text: str) -> Scalar | None:
@@ -476,6 +478,8 @@ def _read(kind: Kind, text: str) -> Scalar | None:
             return _FLAGS.get(text.lower())
         case Kind.NUMBER:
             return int(text) if _NUMBER.fullmatch(text) else None
+        case Kind.ARCH:
+            return text if text in ARCHES else None
         case Kind.SIZE:
             found = _SIZE.fullmatch(text)
             unit = None if found is None else _UNITS.get(found[2].lower())

@@ -75,7 +75,7 @@ def test_a_device_is_not_taken(text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_of_a_value_that_is_not_known_only_the_opposites_are_true(name):
-    value = {Kind.FLAG: "true", Kind.NUMBER: "4", Kind.SIZE: "1GiB"}.get(NAMES[name].kind, "1")
+    value = {Kind.FLAG: "true", Kind.NUMBER: "4", Kind.SIZE: "1GiB", Kind.ARCH: "riscv64"}.get(NAMES[name].kind, "1")
     assert not parse(name).takes(BARE)
     assert not parse(f"{name} = {value}").takes(BARE)
     assert not parse(f"{name} in ({value})").takes(BARE)
@@ -104,6 +104,9 @@ def test_of_a_value_that_is_not_known_only_the_opposites_are_true(name):
         ("memory>=lots", 9, "expected a size such as 512MiB or 2GB, found 'lots'"),
         ("memory>=1PiB", 9, "expected a size"),
         ("memory>=-1", 9, "expected a size"),
+        ("arch=arm64", 6, "expected x86_64, aarch64 or riscv64, found 'arm64'"),
+        ("arch != amd64", 9, "expected x86_64, aarch64 or riscv64"),
+        ("not arch in (riscv64, riscv)", 23, "expected x86_64, aarch64 or riscv64"),
         ("cpus=four", 6, "expected a number such as 4"),
         ("online=maybe", 8, "expected true or false, found 'maybe'"),
         ("site>=berlin", 5, "site is a label: >= compares cpus, memory, disk, agent, host, engine, kernel"),
