@@ -482,8 +482,9 @@ def status(options: Options) -> Exit:
 def devices(options: Options, *, group: str, where: str) -> None:
     """List the devices."""
     with connect(options) as client:
-        answer = client.devices(where)
-    rows = tuple(row for row in answer.devices if not group or group in row.groups)
+        rows = tuple(row for row in client.devices(where).devices if not group or group in row.groups)
+        if group and not rows:
+            client.policy(group)  # the server refuses a name that no group has
     if options.json:
         output.show_json({"devices": list(rows)})
         return

@@ -180,6 +180,21 @@ def test_devices_of_a_group_as_json(fleet, fleet_of_two):
     assert [row["id"] for row in json.loads(result.stdout)["devices"]] == ["gate-0a0a0a0a"]
 
 
+@pytest.mark.parametrize("options", [(), ("--json",), ("--where", "site=berlin")])
+def test_devices_of_a_group_that_is_not_there_are_refused(fleet, fleet_of_two, options):
+    unknown = operator_api.Problem(type="unknown-group", title="there is no group 'edge-ue'", status=404)
+    fleet_of_two.routes["GET", "/v1/groups/edge-ue/policy"] = unknown
+    result = fleet("devices", "--group", "edge-ue", *options)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr.startswith("error: there is no group 'edge-ue'")
+
+
+def test_a_group_without_devices_is_an_empty_list(fleet, fleet_of_two):
+    fleet_of_two.routes["GET", "/v1/groups/spares/policy"] = operator_api.GroupPolicy(group="spares")
+    assert fleet("devices", "--group", "spares").stdout == "No such device: 'fleet devices' lists every one.\n"
+    assert json.loads(fleet("devices", "--group", "spares", "--json").stdout) == {"devices": []}
+
+
 def test_the_options_may_stand_before_the_command_too(fleet, fleet_of_two):
     assert json.loads(fleet("--json", "devices").stdout) == json.loads(fleet("devices", "--json").stdout)
 
