@@ -33,10 +33,12 @@ from fleet.protocol.codes import OnBreach
 from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import BadNameError, TargetName, check_label
-from fleet.protocol.operator_api import DeviceRow, Excluded, Preflight, RolloutRequest
+from fleet.protocol.operator_api import DeviceRow, Excluded, GroupPlan, Preflight, RolloutRequest
 from fleet.rollout import members
 from fleet.rollout.group_plan import stages_of
 
+_EMPTY_GROUP: Final = "the group has no devices; --allow-empty settles it for devices that come later"
+_EMPTY_WHERE: Final = "--where takes none of its devices; --allow-empty settles it for devices that come later"
 _PROGRESS_FROM_BYTES: Final = 256 * 1024
 
 _FILE: Final = click.argument("file", type=click.Path(path_type=Path))
@@ -532,18 +534,18 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     out = {entry.device for entry in excluded}
     fit = [device for device in devices if device.id not in out]
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
-    waves, unguarded = _waves(
-        _stages(client, request, len(fit)),
-        seed,
-        fit,
-    )
+    plan = (client.policy(request.group).plan if request.group else None) or GroupPlan()
+    drawn = _draw(_stages(plan, request, len(fit)), seed, fit)
+    empty = "" if devices or request.allow_empty else _EMPTY_WHERE if request.where else _EMPTY_GROUP
+    refused = drawn.refusal or empty
+    wanted = members.approvals((stage.approval for stage in drawn.stages), first=plan.approval)
     preflight = Preflight(
-        waves=waves,
+        waves=() if refused else drawn.waves,
         excluded=excluded,
         new_grants=new_grants(manifest.grants, None if before is None else before.manifest.grants),
         previous=previous,
         warnings=(
-            *((f"it is refused: {unguarded}",) if unguarded else ()),
+            *((f"it is refused: {refused}",) if refused else wanted),
             *(f"{device.id} is offline and gets it when it reconnects" for device in devices if not device.online),
             f"the waves are drawn: --seed {seed} draws these",
             *host_check.on_devices(seen, fit).notes,
@@ -555,6 +557,8 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
         output.show_json(preflight)
     else:
         _show_preflight(prepared, manifest, who, preflight)
+    if empty and not seen.problems:
+        return Exit.NOTHING_AFFECTED
     return Exit.OK if not seen.problems and (any(preflight.waves) or not devices) else Exit.FAILED
 
 
@@ -604,10 +608,9 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
     )
 
 
-def _stages(client: Client, request: RolloutRequest, devices: int) -> tuple[members.Stage, ...]:
+def _stages(plan: GroupPlan, request: RolloutRequest, devices: int) -> tuple[members.Stage, ...]:
     """Return the stages that the server would draw: as asked, else the plan's, else by the number of devices."""
-    plan = client.policy(request.group).plan if request.group and not request.waves else None
-    if plan is not None and plan.stages:
+    if plan.stages and not request.waves:
         return stages_of(plan)
     try:
         return members.parse_waves(request.waves or members.default_waves(devices))
@@ -615,13 +618,10 @@ def _stages(client: Client, request: RolloutRequest, devices: int) -> tuple[memb
         raise Fault(str(error)) from None
 
 
-def _waves(
-    stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRow]
-) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """Draw the waves as the server would with this seed; none, and the reason, where it would refuse them."""
+def _draw(stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRow]) -> members.Draw:
+    """Draw the waves as the server would with this seed."""
     candidates = [members.Candidate(row.id, row.online, row.labels) for row in devices]
-    drawn = members.draw(candidates, stages, seed=seed)
-    return ((), drawn.refusal) if drawn.refusal else (drawn.waves, "")
+    return members.draw(candidates, stages, seed=seed)
 
 
 def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:

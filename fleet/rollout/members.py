@@ -10,7 +10,7 @@ everybody's canary, and online devices come first, since a canary that cannot an
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -150,6 +150,15 @@ class Draw:
         if self.unguarded is None:
             return ""
         return f"the stage {self.unguarded} {UNGUARDED}"
+
+
+def approvals(waves: Iterable[bool], *, first: bool) -> Iterator[str]:
+    """Tell which approvals a rollout would wait for: of which waves, and before the first."""
+    if first:
+        yield "nothing is offered before the approval of a second person"
+    for wave, approval in enumerate(waves, 1):
+        if approval:
+            yield f"wave {wave} wants the approval of a second person once it is done"
 
 
 def lot(seed: int, device: str) -> str:

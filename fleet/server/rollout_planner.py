@@ -5,7 +5,7 @@ Deploy, removal, pin, undo and retry all end in a rollout or a raised attempt; n
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
@@ -28,9 +28,9 @@ from fleet.protocol.operator_api import (
 )
 from fleet.protocol.trust_api import Role
 from fleet.rollout import advance, effective, group_plan
-from fleet.rollout.decide import Gate, Rollout
+from fleet.rollout.decide import Rollout
 from fleet.rollout.effective import Fitness, Group, SettledValue, Withdrawal
-from fleet.rollout.members import Amount, BadWavesError, default_waves, parse_waves
+from fleet.rollout.members import Amount, BadWavesError, approvals, default_waves, parse_waves
 from fleet.rollout.model import OPEN, Value, cancel
 from fleet.server.director import Director, bad_value
 from fleet.server.facts import read_selector
@@ -117,7 +117,9 @@ class RolloutPlanner:
             refused = drawn.unguarded or refusal(drawn.left_out)
         release = None if value.target is None else self._repository.release(value.target)
         old = None if before is None or before.target is None else self._repository.release(before.target)
-        count = 0 if refused else len(drawn.progress.gates)
+        gates = drawn.progress.gates
+        count = 0 if refused else len(gates)
+        wanted = approvals((gate.approval for gate in gates), first=plan.approval)
         return Preflight(
             waves=tuple(
                 tuple(each.device for each in drawn.affected if each.wave == wave) for wave in range(1, count + 1)
@@ -125,7 +127,7 @@ class RolloutPlanner:
             excluded=tuple(Excluded(device=each, reason=reason) for each, reason in sorted(drawn.left_out.items())),
             new_grants=new_grants(release, old),
             previous="" if before is None else before.target or "",
-            warnings=(f"it is refused: {refused}",) if refused else tuple(_approvals(plan, drawn.progress.gates)),
+            warnings=(f"it is refused: {refused}",) if refused else tuple(wanted),
         )
 
     def foresee_withdrawal(self, target: str) -> Withdrawal:
@@ -831,15 +833,6 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
     )
     return wire.canonical(still).decode()
-
-
-def _approvals(plan: RolloutPlan, gates: Sequence[Gate]) -> Iterator[str]:
-    """Tell which approvals a rollout would wait for."""
-    if plan.approval:
-        yield "nothing is offered before the approval of a second person"
-    for wave, gate in enumerate(gates, 1):
-        if gate.approval:
-            yield f"wave {wave} wants the approval of a second person once it is done"
 
 
 def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:

@@ -128,6 +128,35 @@ def test_a_plan_whose_approval_nobody_could_be_asked_for_is_warned_of(fleet, des
     )
 
 
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        (operator_api.GroupPlan(approval=True), "nothing is offered before the approval of a second person"),
+        (
+            operator_api.GroupPlan(stages=(operator_api.PlanStage(size="1", approval=True), operator_api.PlanStage())),
+            "wave 1 wants the approval of a second person once it is done",
+        ),
+    ],
+)
+def test_approvals_that_the_plan_wants_are_told(fleet, desk, file, plan, told):
+    desk.routes["GET", "/v1/groups/edge-eu/policy"] = operator_api.GroupPolicy(group="edge-eu", plan=plan)
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["warnings"][0]) == (0, told)
+
+
+@pytest.mark.parametrize("where", [(), ("--where", "site=berlin")])
+def test_a_rollout_that_reaches_no_device_is_refused_unless_empty_is_allowed(fleet, desk, file, where):
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=())
+    dry = ("push", file, "--group", "edge-eu", "--dry-run", "--json", *where)
+    refused, allowed = fleet(*dry), fleet(*dry, "--allow-empty")
+    reason = "--where takes none of its devices" if where else "the group has no devices"
+    assert (refused.exit_code, json.loads(refused.stdout)["warnings"][0]) == (
+        5,
+        f"it is refused: {reason}; --allow-empty settles it for devices that come later",
+    )
+    assert (allowed.exit_code, "it is refused" in allowed.stdout) == (0, False)
+
+
 def test_waves_that_mean_nothing_are_named(fleet, file):
     result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--waves", "5%, 1, many")
     assert result.exit_code == 2
