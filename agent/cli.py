@@ -523,6 +523,8 @@ def _check(options: argparse.Namespace) -> int:
 def _diagnose(options: argparse.Namespace) -> int:
     from agent.report import diagnose  # noqa: PLC0415 - only this command needs it
 
+    if str(options.output) == "-":
+        raise UsageError("the archive does not go to standard output: give a file's name with -o")
     places = _places(options)
     as_owner = partial(_as_owner, places.state)
     with as_owner():

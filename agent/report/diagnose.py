@@ -11,11 +11,13 @@ could put a link to a file of root's there.
 
 import base64
 import contextlib
+import errno
 import gzip
 import io
 import os
 import platform
 import re
+import stat
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -90,6 +92,9 @@ def write(subject: Subject, into: Path) -> list[str]:
     with subject.as_owner():
         masks = _masks(subject)
     fd = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # root would take /dev/null from everybody else
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
     with (
         os.fdopen(fd, "wb") as file,
         gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,

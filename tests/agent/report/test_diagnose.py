@@ -206,6 +206,17 @@ def test_an_archive_over_an_older_file_is_for_its_owner_only(tmp_path):
         assert made(bare, "device.tar.gz")
 
 
+def test_an_archive_goes_into_a_file_and_changes_no_device(tmp_path):
+    _, terminal = os.openpty()
+    with RunningDevice(tmp_path) as bare:
+        mode = os.fstat(terminal).st_mode
+        for name, why in ((os.ttyname(terminal), "not a regular file"), ("-", "a file's name")):
+            done = bare.agent("diagnose", "-o", name)
+            assert (done.returncode, done.stdout, why in done.stderr) == (1, "", True), done
+        assert os.fstat(terminal).st_mode == mode
+        assert not Path("-").exists()
+
+
 def test_a_log_that_is_rotated_away_meanwhile_does_not_end_the_archive(tmp_path):
     with RunningDevice(tmp_path) as bare:
         logs = tmp_path / "host" / "logs"
