@@ -378,7 +378,7 @@ class _Accepted(Connection):
     def end(self) -> None:
         """Close at once."""
         if self._protocol is not None:
-            self._protocol.transport.abort()
+            abort(self._protocol.transport)
         elif self._task is not None:
             self._task.cancel()
         else:
@@ -412,7 +412,7 @@ class _Protocol(H11Protocol):
 
         self.app = with_certificate
         if not self._accepted.established(self, "" if der is None else _subject(der)):
-            transport.abort()
+            abort(transport)
             return
         self._await(h11.IDLE, self._deadlines.head)
 
@@ -441,7 +441,7 @@ class _Protocol(H11Protocol):
         """Give the client time to take what was sent."""
         super().pause_writing()
         if self._stall is None:
-            self._stall = self.loop.call_later(self._deadlines.stalled, self.transport.abort)
+            self._stall = self.loop.call_later(self._deadlines.stalled, abort, self.transport)
 
     def resume_writing(self) -> None:
         """End that wait."""
@@ -484,6 +484,16 @@ class _Protocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def abort(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once.
+
+    A connection over TLS that was closed twice ends by itself, with the goodbye of TLS; Python before 3.11.4 raises
+    AttributeError when asked to abort it.
+    """
+    with contextlib.suppress(AttributeError):
+        transport.abort()
 
 
 def _subject(der: bytes) -> str:

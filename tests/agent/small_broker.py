@@ -75,7 +75,8 @@ class Broker:
 
     def drop(self):
         for writer in self.writers:
-            writer.transport.abort()
+            if not writer.is_closing():  # Python before 3.11.4 raises over TLS after two closes
+                writer.transport.abort()
 
     async def stop(self):
         self.drop()

@@ -42,6 +42,7 @@ from fleet.protocol.topics import BadTopicError, Topic, Up
 from fleet.server.broker.allowance import Allowance, Waiting
 from fleet.server.broker.broker import MAX_PACKET_BYTES
 from fleet.server.config import Address
+from fleet.server.listener import abort
 
 log = logging.getLogger(__name__)
 _CONNECT_MAX_BYTES: Final = bounds.STATE_MAX_BYTES + 4 * bounds.KIB
@@ -317,7 +318,7 @@ class _Writer(StreamWriterAdapter):  # type: ignore[misc]
 
     def abort(self) -> None:
         """End the connection at once."""
-        self._writer.transport.abort()
+        abort(self._writer.transport)
 
     async def _patiently(self, taken: Coroutine[Any, Any, None]) -> None:
         try:

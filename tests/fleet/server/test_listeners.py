@@ -17,7 +17,7 @@ from fleet.ca import CertificateAuthority
 from fleet.server.config import Address
 from fleet.server.connections import Limits
 from fleet.server.limits import ServerLimits
-from fleet.server.listener import Deadlines, Listener, bind
+from fleet.server.listener import Deadlines, Listener, abort, bind
 from tests.eventually import eventually_async
 from tests.fleet.server.server_process import Crowd, serving
 
@@ -57,15 +57,21 @@ async def no_content(_scope, _receive, send):
     await send({"type": "http.response.body"})
 
 
-@contextlib.asynccontextmanager
-async def small_listener(directory, application=no_content):
-    """Serve an application, four connections to one address; yield where, and a client's context."""
+def server_tls(directory):
+    """Make an authority and the server's TLS context."""
     ca = CertificateAuthority.create(directory, fleet="test", now=datetime.now(UTC))
     pair = ca.server(["127.0.0.1"], now=datetime.now(UTC))
     (directory / "server.pem").write_bytes(pair.certificate_pem)
     (directory / "server.key").write_bytes(pair.key_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "server.pem", directory / "server.key")
+    return ca, context
+
+
+@contextlib.asynccontextmanager
+async def small_listener(directory, application=no_content):
+    """Serve an application, four connections to one address; yield where, and a client's context."""
+    ca, context = server_tls(directory)
     sockets = bind("127.0.0.1:0", "a test")
     listener = Listener(application, sockets, context, Limits(connections=10, per_address=4, per_device=1))
     await listener.start()
@@ -73,6 +79,25 @@ async def small_listener(directory, application=no_content):
         yield Address(*sockets[0].getsockname()), ssl.create_default_context(cadata=ca.pem)
     finally:
         await listener.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_was_closed_twice_can_be_aborted(tmp_path):
+    """Close as a deadline and an answer's end do in the same moment: Debian's Python raised for TLS."""
+    _, context = server_tls(tmp_path)
+    accepted = asyncio.get_running_loop().create_future()
+
+    async def served(_reader, writer):
+        accepted.set_result(writer)
+
+    server = await asyncio.start_server(served, "127.0.0.1", 0, ssl=context)
+    _, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), ssl=without_check())
+    for_client = await accepted
+    for_client.close()
+    for_client.close()
+    abort(for_client.transport)
+    writer.close()
+    server.close()
 
 
 @pytest.mark.asyncio
