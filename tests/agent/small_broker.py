@@ -75,7 +75,7 @@ class Broker:
 
     def drop(self):
         for writer in self.writers:
-            if not writer.is_closing():  # Python before 3.11.4 raises over TLS after two closes
+            if not writer.transport.is_closing():  # Python before 3.11.4 raises over TLS after two closes
                 writer.transport.abort()
 
     async def stop(self):
