@@ -62,6 +62,10 @@ class CallQueue(Protocol):
     whole: bool  # workers keep a request's body until it is complete
 
     @property
+    def request_max(self) -> int | None:
+        """Largest body of a request; None for any, where bodies stream."""
+
+    @property
     def idle_s(self) -> float:
         """Seconds that a client may keep its call waiting."""
 
@@ -138,7 +142,8 @@ class Call:
     def send_body(self, data: bytes) -> None:
         """Take a piece of the request's body."""
         self._body_bytes += len(data)
-        if self._body_bytes > self._calls.limits.request_bytes:
+        most = self._calls.request_max
+        if most is not None and self._body_bytes > most:
             self._refuse_body()
             return
         self._body.append(data)
@@ -154,7 +159,7 @@ class Call:
     @property
     def full(self) -> bool:
         """True while the client should send no more."""
-        # Otherwise the body is at most `limits.request`, and is kept here until it is whole.
+        # Of a guest that takes whole bodies the body is at most `limits.request`, and is kept here until it is whole.
         return self._pending_bytes >= INITIAL_CREDIT_BYTES and not (self._calls.whole and self.channel is None)
 
     def pause(self) -> None:

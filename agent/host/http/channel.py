@@ -363,6 +363,11 @@ class InstanceCalls:
         self._queue_said_s = -math.inf
 
     @property
+    def request_max(self) -> int | None:
+        """Largest body of a request; None for any, where bodies stream."""
+        return self.limits.request_bytes if self.whole else None
+
+    @property
     def idle_s(self) -> float:
         """Seconds that a client may keep its call waiting."""
         return self.limits.idle_ms / 1000

@@ -529,7 +529,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _call(self, exchange: Exchange, calls: InstanceCalls) -> bool:
         """Make a call to a worker that has a channel."""
-        if (exchange.request.length or 0) > calls.limits.request_bytes:
+        most = calls.request_max
+        if most is not None and (exchange.request.length or 0) > most:
             calls.count(CallOutcome.HOST_ERROR)
             exchange.keep_alive = False
             self._reply(exchange, 413, connection.REFUSALS[413])

@@ -59,6 +59,31 @@ def test_bodies_stream_both_ways_at_once(host, port, size, per_instance):
             writer.join()
 
 
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_an_upload_may_be_larger_than_limits_request_and_than_the_memory_of_the_guest(host, port, framing):
+    """A mebibyte for a whole body says nothing of one that streams; the guest's memory here is two."""
+    start(host, port=port, memory_bytes=2 << 20, response_bytes=4 << 20)
+    size, piece = 3 << 20, b"x" * 65536
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+
+        def send():
+            sized = framing == "length"
+            kind = b"content-length: %d" % size if sized else b"transfer-encoding: chunked"
+            sock.sendall(b"POST /echo HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n" % kind)
+            for _ in range(0, size, len(piece)):
+                sock.sendall(piece if sized else b"%x\r\n%b\r\n" % (len(piece), piece))
+            if not sized:
+                sock.sendall(b"0\r\n\r\n")
+
+        writer = threading.Thread(target=send)
+        writer.start()
+        status, _, body = support.read_answer(sock)
+        writer.join()
+    assert (status, len(body)) == (200, size)
+    health = host.health("web")
+    assert (health.calls, health.errors) == ({"ok": 1}, 0)
+
+
 def test_an_echo_answers_before_its_request_has_ended(host, port):
     start(host, port=port, request_bytes=4 << 20, response_bytes=4 << 20)
     with Wire(port) as wire:

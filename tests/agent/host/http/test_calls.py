@@ -693,15 +693,31 @@ async def test_a_client_that_goes_on_sending_is_waited_for_longer_than_a_guest_m
 
 @pytest.mark.parametrize("framing_", ["length", "chunks"])
 @pytest.mark.asyncio
-async def test_a_body_beyond_the_limit_is_refused(tmp_path, framing_):
+async def test_a_body_beyond_the_limit_is_refused_where_the_guest_takes_whole_bodies(tmp_path, framing_):
     async with board(tmp_path) as the_board:
-        await the_board.worker(request_bytes=1000)
+        await the_board.worker(whole=True, request_bytes=1000)
         client = await the_board.client()
         if framing_ == "length":
             client.ask(b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n")
         else:
             client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001)
         assert (await client.answer())[0] == 413
+
+
+@pytest.mark.parametrize("framing_", ["length", "chunks"])
+@pytest.mark.asyncio
+async def test_a_body_that_streams_may_be_of_any_size(tmp_path, framing_):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(request_bytes=1000), await the_board.client()
+        if framing_ == "length":
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 300_000)
+        else:
+            chunk = b"493e0\r\n%b\r\n0\r\n\r\n" % (b"x" * 300_000)
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + chunk)
+        call = (await worker.next(Kind.REQUEST)).call
+        assert await worker.body() == b"x" * 300_000
+        worker.answer(call)
+        assert (await client.answer())[0] == 200
 
 
 @pytest.mark.asyncio
