@@ -75,6 +75,12 @@ class CallQueue(Protocol):
     def withdraw(self, call: "Call") -> None:
         """Forget a call that waits."""
 
+    def keep(self, call: "Call") -> None:
+        """Let a call keep a large body until it is whole, by `keep_body`, at once or in its turn."""
+
+    def release(self, call: "Call") -> None:
+        """Take note that a call keeps no large body, or no longer."""
+
     def count(self, outcome: CallOutcome) -> None:
         """Count a request that was answered without the guest."""
 
@@ -116,6 +122,7 @@ class Call:
         self._body: deque[bytes] = deque()
         self._pending_bytes = self._body_bytes = 0
         self._ended = self._end_sent = False
+        self._asked_to_keep = self._keeps = False
         self._trailers = b""
         self._credit = INITIAL_CREDIT_BYTES
         self._sent: list[bytes] | None = []  # pieces of a small body, to send them again
@@ -159,8 +166,13 @@ class Call:
     @property
     def full(self) -> bool:
         """True while the client should send no more."""
-        # Of a guest that takes whole bodies the body is at most `limits.request`, and is kept here until it is whole.
-        return self._pending_bytes >= INITIAL_CREDIT_BYTES and not (self._calls.whole and self.channel is None)
+        return self._pending_bytes >= INITIAL_CREDIT_BYTES and not (self._keeps and self.channel is None)
+
+    def keep_body(self) -> None:
+        """Keep the body here until it is whole: at most `limits.request`, of a guest that takes no other."""
+        self._keeps = True
+        if self._client is not None:
+            self._client.resume_client()
 
     def pause(self) -> None:
         """Take note that the client takes no more of the answer for now."""
@@ -183,6 +195,7 @@ class Call:
 
     def _leave(self, outcome: CallOutcome) -> None:
         self._client = None
+        self._calls.release(self)
         if self.channel is None:
             self._calls.withdraw(self)
         elif self._begun or not self._ended:
@@ -213,6 +226,7 @@ class Call:
     def request_frames(self) -> bytes:
         """Return the frames of the request as far as it may be sent: all of a small one."""
         self._credit = INITIAL_CREDIT_BYTES
+        self._calls.release(self)
         if self.is_whole:
             return encode(Frame(Kind.WHOLE_REQUEST, self.number, self._exchange.head))
         if self._sent:  # again, in a stream that begins anew
@@ -270,9 +284,12 @@ class Call:
         if not self._submitted:
             if self.head_bytes > PAYLOAD_MAX_BYTES:  # field values that are no ASCII take more room in a frame
                 self.refuse(431, connection.REFUSALS[431])
-            elif self._ended or self.full:
+            elif self._ended or (self.full and not self._calls.whole):
                 self._submitted = True
                 self._calls.submit(self)
+            elif self.full and not self._asked_to_keep:
+                self._asked_to_keep = True
+                self._calls.keep(self)
         elif self.channel is not None and not self.is_whole:
             self.channel.write(self._body_frames())
         self.watch_client()
@@ -291,6 +308,7 @@ class Call:
     def refuse(self, status: int, why: str) -> None:
         """Answer in place of the guest, which has not been asked."""
         client, self._client = self._client, None
+        self._calls.release(self)
         if client is not None:
             client.reply(self._exchange, status, why)
 
@@ -395,17 +413,15 @@ class Call:
 
     def _framed(self) -> bytes:
         """Take what has come of the body, as it goes out."""
-        parts = []
-        for data in self._out:
-            self._sent_bytes += len(data)
-            if self._bodiless:
-                continue
-            if self._length is not None and self._sent_bytes > self._length:
-                self._problem = "a body longer than its content-length"
-                break
-            parts.append(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        data = b"".join(self._out)
         self._out.clear()
-        return b"".join(parts)
+        self._sent_bytes += len(data)
+        if self._bodiless or not data:
+            return b""
+        if self._length is not None and self._sent_bytes > self._length:
+            self._problem = "a body longer than its content-length"
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _keeps_alive(self) -> bool:
         self._exchange.keep_alive = self._exchange.keep_alive and self._exchange.complete

@@ -20,10 +20,12 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 from agent.host.http.call import CREDIT, Call, Settled
 from agent.host.http.exchange import Asker, Exchange
+from agent.host.http.turns import FRAMES_A_TURN
 from agent.host.ipc import heads
 from agent.host.ipc.frames import FROM_GUEST, TOKEN_BYTES, Frame, FrameDecoder, FrameError, Kind, encode
 from agent.host.ipc.helper_api import (
@@ -42,6 +44,12 @@ from fleet.protocol.manifest import Limits
 
 WAITING_MAX: Final = 1024
 """Calls of an instance that wait for a worker; as many clients wait at the listener of a worker (`BACKLOG`)."""
+
+KEPT_BYTES: Final = 8 * 1024 * 1024
+"""Large bodies of an instance that are kept until they are whole, or one of them, by their limit: other clients wait.
+
+Otherwise the clients of one instance could fill the memory of the process that serves all.
+"""
 
 AHEAD_MAX: Final = 4
 """Calls in one channel, the one that runs included (decision 15)."""
@@ -79,6 +87,7 @@ class Channel:
         self._calls = calls
         self._sock = sock
         self._decoder = FrameDecoder(FROM_GUEST)
+        self._frames: Iterator[Frame] | None = None  # read, and not handled yet
         self._unsent = bytearray()
         self._number = 0
         self._yields = 0  # requests of the supervisor's for which the worker has not left the loop yet
@@ -255,19 +264,41 @@ class Channel:
         if not data:
             self._lose()
             return
+        self._frames = self._decoder.feed(data)
+        if not self._handle_frames():
+            asyncio.get_running_loop().remove_reader(self._sock)
+            asyncio.get_running_loop().call_soon(self._go_on_with_frames)
+
+    def _go_on_with_frames(self) -> None:
+        if not self.is_open:
+            return
+        if not self._handle_frames():
+            asyncio.get_running_loop().call_soon(self._go_on_with_frames)
+        elif self.is_open:
+            asyncio.get_running_loop().add_reader(self._sock, self._readable)
+
+    def _handle_frames(self) -> bool:
+        """Handle frames that have come, not too many at once; return whether none is left."""
+        assert self._frames is not None
+        done = True
         try:
-            for frame in self._decoder.feed(data):
+            for number, frame in enumerate(self._frames, 1):
                 self._take(frame)
                 if not self.is_open:
-                    return
+                    return True
+                if number == FRAMES_A_TURN:
+                    done = False
+                    break
         except (FrameError, ValueError, struct.error) as error:
             self._calls.reports.report(ChannelBroken(self.worker, str(error)))
             self._lose()
-            return
-        if self.flight:
-            self.flight[0].flush_soon()
-        self._go_on()
-        self._calls.pump()
+            return True
+        if done:
+            if self.flight:
+                self.flight[0].flush_soon()
+            self._go_on()
+            self._calls.pump()
+        return done
 
     def _take(self, frame: Frame) -> None:
         if frame.kind is Kind.FAILED:
@@ -359,6 +390,8 @@ class InstanceCalls:
         self.reuses = self.whole = False
         self.channels: list[Channel] = []
         self._waiting: deque[Call] = deque()
+        self._keeping: list[Call] = []  # large bodies until they are whole, see `KEPT_BYTES`
+        self._to_keep: deque[Call] = deque()
         self._notes = TokenBucket(_NOTES_A_MINUTE)
         self._queue_said_s = -math.inf
 
@@ -371,6 +404,11 @@ class InstanceCalls:
     def idle_s(self) -> float:
         """Seconds that a client may keep its call waiting."""
         return self.limits.idle_ms / 1000
+
+    @property
+    def waiting(self) -> int:
+        """Number of calls that wait for a worker."""
+        return len(self._waiting)
 
     def call(self, client: Asker, exchange: Exchange) -> Call:
         """Return a new call, which is submitted once enough of its body has come."""
@@ -407,6 +445,23 @@ class InstanceCalls:
         """Forget a call that waits."""
         with contextlib.suppress(ValueError):
             self._waiting.remove(call)
+
+    def keep(self, call: Call) -> None:
+        """Let a call keep a large body until it is whole, at once or in its turn."""
+        self._to_keep.append(call)
+        self._keep_next()
+
+    def release(self, call: Call) -> None:
+        """Take note that a call keeps no large body, or no longer."""
+        for known in (self._keeping, self._to_keep):
+            if call in known:
+                known.remove(call)
+        self._keep_next()
+
+    def _keep_next(self) -> None:
+        while self._to_keep and len(self._keeping) < max(1, KEPT_BYTES // max(1, self.limits.request_bytes)):
+            self._keeping.append(self._to_keep.popleft())
+            self._keeping[-1].keep_body()
 
     def pump(self) -> None:
         """Give waiting calls to workers."""

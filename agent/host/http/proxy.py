@@ -24,6 +24,7 @@ import contextlib
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import httptools
@@ -44,6 +45,7 @@ from agent.host.http.routing import (
     guest_head,
     plain_address,
 )
+from agent.host.http.turns import PIECES_A_TURN, Refusals
 from fleet.protocol.codes import CallOutcome
 
 KEPT_MAX: Final = 4
@@ -63,6 +65,7 @@ class UpstreamPool:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self.calls: dict[str, InstanceCalls] = {}  # instances whose workers have channels
+        self.refusals = Refusals()
         self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
         self.spread: set[str] = set()  # of several workers: a kept connection would wait for one of them
         self._kept: dict[str, list[UpstreamConnection]] = {}
@@ -284,6 +287,28 @@ _LINGER_S: Final = 5  # time for which bytes after a refusal are read and discar
 _LINGER_MAX_BYTES: Final = 32 * 1024 * 1024
 
 
+class Clients(set["ClientConnection"]):
+    """Clients of a port.
+
+    Attributes:
+        left: called after a client has left.
+    """
+
+    def __init__(self, left: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.left = left
+
+    def discard(self, client: object) -> None:
+        """Forget a client that has gone."""
+        super().discard(client)
+        self.left()
+
+    def may_wait(self, waiting: int) -> bool:
+        """Return whether another client may wait for an instance for which `waiting` of them do."""
+        del waiting
+        return True
+
+
 class ClientConnection(asyncio.Protocol):
     """Connection of a client of the device."""
 
@@ -291,7 +316,7 @@ class ClientConnection(asyncio.Protocol):
         self,
         routes: RouteTable | OwnRoute,
         pool: UpstreamPool,
-        all_clients: "set[ClientConnection]",
+        all_clients: Clients,
         peer: Peer | None = None,
         *,
         is_trusted: bool = False,
@@ -306,6 +331,9 @@ class ClientConnection(asyncio.Protocol):
         self._all = all_clients
         self._transport: Any = None
         self._reader = RequestParser(self, spare=True)
+        self._rest = b""  # read, and not parsed yet: requests behind those in the queue
+        self._reads_on = False
+        self._was_refused = self._awaits_turn = False  # see `Refusals`
         self._queue: deque[Exchange] = deque()
         self._paused = False
         self._full = False
@@ -340,9 +368,15 @@ class ClientConnection(asyncio.Protocol):
         return not self._queue
 
     @property
+    def is_between_requests(self) -> bool:
+        """True while nothing has come of a next request."""
+        return not (self._queue or self._reader.within or self._rest)
+
+    @property
     def waits_for_guest(self) -> bool:
-        """True while its request is in a call, which has limits of its own."""
-        return bool(self._queue) and self._queue[0].complete and isinstance(self._queue[0].upstream, Call)
+        """True while its request is in a call, which has limits of its own, or waits for one: nothing of it is read."""
+        is_call = bool(self._queue) and isinstance(self._queue[0].upstream, Call)
+        return is_call and (self._queue[0].complete or self._paused)
 
     def close(self) -> None:
         """Hang up."""
@@ -393,21 +427,53 @@ class ClientConnection(asyncio.Protocol):
             if self._discarded > _LINGER_MAX_BYTES:
                 self._transport.abort()
             return
-        if self._queue or self._reader.within:
-            self._reader.feed(data)
-        elif not self._routes.forwarding.by_client and (known := self._known.get(data)) is not None:
+        self._parse(self._rest + data if self._rest else data)
+
+    def _parse(self, data: bytes) -> None:
+        """Read what has come of requests, as far as the second of them."""
+        self._rest = b""
+        begins = not (self._queue or self._reader.within)
+        if begins and not self._routes.forwarding.by_client and (known := self._known.get(data)) is not None:
             exchange = Exchange(known.request)
             exchange.complete, exchange.instance, exchange.head = True, known.instance, known.head
             self._queue.append(exchange)
         else:
-            self._reader.feed(data)
-            self._learn(data)
-        if len(self._queue) > 1 and not self._paused:
+            rest = self._feed(data)
+            if begins and not rest:
+                self._learn(data)
+            self._rest = b"" if self._closing else rest
+        if (len(self._queue) > 1 or self._rest) and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         if self._queue or self._reader.within:  # empty lines between requests do not keep a connection
             self.last_s = time.monotonic()
         self._advance()
+        if self._rest:
+            self.resume_client()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse request by request, and return what is left for a later turn."""
+        for _ in range(PIECES_A_TURN):
+            if not data or len(self._queue) > 1 or self._closing:
+                break
+            size = self._piece_bytes(data)
+            self._reader.feed(data[:size])
+            data = data[size:]
+        return data
+
+    def _piece_bytes(self, data: bytes) -> int:
+        """Return how many of these bytes are of one request: an empty line ends a head, and a body in chunks."""
+        exchange = self._queue[-1] if self._queue else None
+        if exchange is not None and not exchange.complete and exchange.request.length is not None:
+            return exchange.request.length - exchange.received
+        end = data.find(b"\r\n\r\n")
+        return len(data) if end < 0 else end + 4
+
+    def _parse_rest(self) -> None:
+        self._reads_on = False
+        if not self._closing:
+            self._parse(self._rest)
+            self.resume_client()
 
     def _learn(self, data: bytes) -> None:
         """Remember these bytes, which came between two messages, if they are one whole request without a body."""
@@ -473,15 +539,22 @@ class ClientConnection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Carry on with the exchange at the head of the queue; responses of the router's own are sent at once."""
-        while self._queue and not self._over:
+        while self._queue and not (self._over or self._awaits_turn):
             exchange = self._queue[0]
             if exchange.upstream is None:
+                if self._was_refused and not self._pool.refusals.take(self._take_turn):
+                    self._awaits_turn = True
+                    return
                 if not exchange.head and not self._routed(exchange):
                     continue
                 if not self._reach(exchange):
                     continue
             self._stream(exchange)
             return
+
+    def _take_turn(self) -> None:
+        self._awaits_turn = False
+        self._advance()
 
     def _routed(self, exchange: Exchange) -> bool:
         """Find the instance; send a refusal if there is none."""
@@ -535,9 +608,14 @@ class ClientConnection(asyncio.Protocol):
             exchange.keep_alive = False
             self._reply(exchange, 413, connection.REFUSALS[413])
             return False
+        if not self._all.may_wait(calls.waiting):
+            exchange.keep_alive = False
+            self._reply(exchange, 503, f"{exchange.instance} has too many clients who wait")
+            return False
         self._continue(exchange)
         call = calls.call(self, exchange)
         exchange.upstream = call
+        self._was_refused = False
         self._pace(call)
         return True
 
@@ -556,9 +634,11 @@ class ClientConnection(asyncio.Protocol):
         """Pass on the body as far as it was received."""
         upstream = exchange.upstream
         assert upstream is not None
-        while exchange.body and exchange.upstream is upstream:
+        if exchange.body:
             exchange.sent_body = True
-            upstream.send_body(exchange.body.popleft())
+            data = exchange.body[0] if len(exchange.body) == 1 else b"".join(exchange.body)
+            exchange.body.clear()
+            upstream.send_body(data)
         if exchange.complete and not exchange.ended and exchange.upstream is upstream:
             exchange.ended = True
             exchange.sent_body = exchange.sent_body or exchange.request.chunked
@@ -569,10 +649,15 @@ class ClientConnection(asyncio.Protocol):
 
     def resume_client(self) -> None:
         """Read on from the client: the instance takes more."""
-        if self._paused and len(self._queue) <= 1 and not self._closing:
+        if not self._paused or len(self._queue) > 1 or self._closing:
+            return
+        if not self._rest:
             self._paused = False
             self._turn += 1
             self._transport.resume_reading()
+        elif not self._reads_on:
+            self._reads_on = True
+            asyncio.get_running_loop().call_soon(self._parse_rest)
 
     # Answers.
 
@@ -640,6 +725,7 @@ class ClientConnection(asyncio.Protocol):
     def _reply(self, exchange: Exchange, status: int, why: str) -> None:
         keep_alive, request = exchange.keep_alive and exchange.complete, exchange.request
         exchange.keep_alive = keep_alive
+        self._was_refused = True
         head = request.method == b"HEAD"
         self.send(connection.note(status, why, head=head, keep_alive=keep_alive, old=request.old))
         self._next(exchange)

@@ -7,6 +7,7 @@ channels and the listeners of their instances as well.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import mmap
 import signal
@@ -21,7 +22,7 @@ import msgspec
 
 from agent.host.http.channel import Channel, InstanceCalls
 from agent.host.http.connection import PASSED
-from agent.host.http.proxy import ClientConnection, UpstreamPool
+from agent.host.http.proxy import ClientConnection, Clients, UpstreamPool
 from agent.host.http.routing import OwnRoute, Peer, RouteTable
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
@@ -58,20 +59,23 @@ _ALL_OWN_CLIENTS_MAX: Final = 1536
 """Clients of all of those: with the shared port's, no more than the router has descriptors for (`router_spec`)."""
 
 _COUNT: Final = struct.Struct("=I")
+_NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_ACCEPT_PAUSE_S: Final = 1.0
+_IDLE_WHERE_FULL_S: Final = 5.0
+"""Time after which a client between two requests gives its place to one who waits."""
 
 
 _decoder: Final[msgspec.json.Decoder[ToRouter]] = msgspec.json.Decoder(ToRouter)
 _tls_decoder: Final[msgspec.json.Decoder[TlsClient]] = msgspec.json.Decoder(TlsClient)
 
 
-class Clients(set[ClientConnection]):
-    """Clients of a router, counted in memory shared with the supervisor, which reports it if the router dies."""
+class SharedClients(Clients):
+    """Clients of the shared port, counted in memory shared with the supervisor, which reports it if the router dies."""
 
     def __init__(self, page: mmap.mmap) -> None:
         super().__init__()
         self._page = page
-        self.left: Callable[[], None] = lambda: None
-        """Called after a client has left."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, client: ClientConnection) -> None:
         """Add a client."""
@@ -82,7 +86,27 @@ class Clients(set[ClientConnection]):
         """Remove a client."""
         super().discard(client)
         _COUNT.pack_into(self._page, 0, len(self))
-        self.left()
+
+    def make_room(self) -> None:
+        """End the connection that has been idle for longest, where there is one (RFC 9112, section 9.4)."""
+        before_s = time.monotonic() - _IDLE_WHERE_FULL_S
+        idle = [client for client in self if client.is_between_requests and client.last_s < before_s]
+        if idle:
+            min(idle, key=lambda client: client.last_s).end_when_idle()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(1, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        if len(self) >= _CLIENTS_MAX:
+            self.make_room()
+
+    def may_wait(self, waiting: int) -> bool:
+        """Return whether another client may wait for an instance: as many do as there are places left for all others.
+
+        So a flood of one instance takes half of the port, one of two instances two thirds.
+        """
+        return waiting < max(1, _CLIENTS_MAX - len(self))
 
 
 def clients_of(page: mmap.mmap) -> int:
@@ -115,16 +139,24 @@ def run_router(
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.router_spec(str(directory)))
     where = "" if layers["mount"] else "."  # an address as short as possible, see `sandbox.apply`
-    loop.run_until_complete(Router(listener, sock, where, Clients(page), decrypted).run())
+    loop.run_until_complete(Router(listener, sock, where, SharedClients(page), decrypted).run())
 
 
 class Acceptor:
     """Listening socket whose clients are accepted while there is room for them."""
 
     def __init__(
-        self, listener: socket.socket, protocol: Callable[[Peer | None], ClientConnection], has_room: Callable[[], bool]
+        self,
+        listener: socket.socket,
+        protocol: Callable[[Peer | None], ClientConnection],
+        has_room: Callable[[], bool],
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make each client a `protocol`, told who it is where that is known beforehand."""
+        """Make each client a `protocol`, told who it is where that is known beforehand.
+
+        `make_room`: called where there is none, and somebody waits.
+        """
+        self._make_room = make_room
         self._listener = listener
         self._protocol = protocol
         self._has_room = has_room
@@ -141,10 +173,16 @@ class Acceptor:
     def _accept(self) -> None:
         if not self._has_room():  # the others wait at the listener until one has gone
             self.pause()
+            self._make_room()
             return
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno in _NO_RESOURCES:  # the listener stays readable, so asking again at once would never end
+                self.pause()
+                asyncio.get_running_loop().call_later(_ACCEPT_PAUSE_S, self.go_on)
             return
         self.welcome(sock)
 
@@ -177,6 +215,7 @@ class TlsAcceptor(Acceptor):
     def _accept(self) -> None:
         if not self._has_room():
             self.pause()
+            self._make_room()
             return
         try:
             data, fds = framing.receive_packet(self._listener)
@@ -192,12 +231,12 @@ class OwnListener:
     def __init__(self, instance: str, listener: socket.socket, pool: UpstreamPool, router: "Router") -> None:
         self.route = OwnRoute(instance)
         self._sources: list[socket.socket] = []
-        self.clients = _OwnClients(router.own_left)
+        self.clients = Clients(router.own_left)
         is_trusted = listener.family == socket.AF_UNIX
         self._acceptor = Acceptor(
             listener,
             lambda peer: ClientConnection(self.route, pool, self.clients, peer, is_trusted=is_trusted),
-            lambda: len(self.clients) < OWN_CLIENTS_MAX and router.has_room,
+            lambda: len(self.clients) < min(OWN_CLIENTS_MAX, router.own_spare),
         )
 
     def go_on(self) -> None:
@@ -233,19 +272,6 @@ class OwnListener:
             client.end_when_idle()
 
 
-class _OwnClients(set[ClientConnection]):
-    """Clients of an own listener."""
-
-    def __init__(self, left: Callable[[], None]) -> None:
-        super().__init__()
-        self._left = left
-
-    def discard(self, client: object) -> None:
-        """Forget a client that has gone."""
-        super().discard(client)
-        self._left()
-
-
 class Router:
     """Router process: accepts clients and passes their requests to the instances."""
 
@@ -254,7 +280,7 @@ class Router:
         listener: socket.socket | None,
         sock: socket.socket,
         directory: str,
-        clients: Clients,
+        clients: SharedClients,
         decrypted: socket.socket | None = None,
     ) -> None:
         """Serve the shared port on `listener`, or no shared port for None; `decrypted` as in `run_router`."""
@@ -279,7 +305,8 @@ class Router:
         loop.add_reader(self._sock, self._obey)
         for kind, source in ((Acceptor, self._listener), (TlsAcceptor, self._decrypted)):
             if source is not None:
-                self._shared.append(kind(source, self._client, lambda: len(self._clients) < _CLIENTS_MAX))
+                has_room = lambda: len(self._clients) < _CLIENTS_MAX  # noqa: E731
+                self._shared.append(kind(source, self._client, has_room, self._clients.make_room))
         self._clients.left = self._go_on
         sweep = asyncio.ensure_future(self._sweep())
         await self._ended.wait()
@@ -368,9 +395,9 @@ class Router:
                     calls.rest()
 
     @property
-    def has_room(self) -> bool:
-        """True while a further client of an instance's own listener may come."""
-        return sum(len(own.clients) for own in self._own.values()) < _ALL_OWN_CLIENTS_MAX
+    def own_spare(self) -> int:
+        """Number of places that clients of instances' own listeners have left; one listener's get no more than that."""
+        return _ALL_OWN_CLIENTS_MAX - sum(len(own.clients) for own in self._own.values())
 
     def own_left(self) -> None:
         """Take note that a client of an instance's own listener has gone."""

@@ -4,6 +4,8 @@ nothing that a stranger sends may end either process or put an answer on the wro
 Seeded and bounded by count; `make fuzz` tries many times as many.
 """
 
+import asyncio
+
 import pytest
 import support
 from echo_guest import ECHO
@@ -13,7 +15,7 @@ from support import Limits
 from wire import Wire
 
 from agent.host.http.connection import Http1Connection
-from agent.host.http.proxy import ClientConnection, HttpUpstream
+from agent.host.http.proxy import ClientConnection, Clients, HttpUpstream
 from agent.host.http.routing import RouteTable
 from agent.host.ipc import host_api
 
@@ -83,17 +85,25 @@ class Transport:
 
 def through_the_router(pieces):
     """The requests that a worker reads behind a router which is sent these pieces."""
+    return asyncio.run(_through_the_router(pieces))
+
+
+async def _through_the_router(pieces):
     routes, pool = RouteTable(), Pool()
     routes.up = {"echo": True}
-    client = ClientConnection(routes, pool, set())
+    client = ClientConnection(routes, pool, Clients())
     client.connection_made(Transport())
     for piece in pieces:
         client.data_received(piece)
-        # the instance answers whatever has become whole
-        while client._queue and client._queue[0].complete and client._queue[0].upstream is not None:
-            exchange = client._queue[0]
-            exchange.answering = True
-            client.answered(exchange)
+        while True:
+            # the instance answers whatever has become whole
+            while client._queue and client._queue[0].complete and client._queue[0].upstream is not None:
+                exchange = client._queue[0]
+                exchange.answering = True
+                client.answered(exchange)
+            if not (client._reads_on or client._awaits_turn):
+                break
+            await asyncio.sleep(0)  # for the turn in which the next request is read, or refused
     return pool.instance.read
 
 

@@ -54,7 +54,7 @@ class Web:
         self.now_s = 1000.0
         ours, theirs = socket.socketpair()
         self._kept = ours
-        self.router = router.Router(None, theirs, str(tmp_path), router.Clients(mmap.mmap(-1, 4096)))
+        self.router = router.Router(None, theirs, str(tmp_path), router.SharedClients(mmap.mmap(-1, 4096)))
         self.routes = RouteTable()
         self.routes.up["web"] = True
         self.came = asyncio.Event()
