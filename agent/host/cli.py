@@ -26,7 +26,6 @@ from fleet.protocol import wire
 from fleet.protocol.bounds import MIB
 from fleet.protocol.component_check import ComponentCheckRequest
 
-_DEFAULT_RUNTIME: Final = "/run/wasmfleet"
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
 _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would not help
@@ -34,6 +33,7 @@ _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would no
 EXAMPLES: Final = """examples:
   fleet-host check                                   show the engine and the isolation layers of this device
   fleet-host check-component hello.wasm              say whether this machine's host could start a component
+  fleet-host processes                               show memory, threads and files of agent and host, by process
   fleet-host run                                     run with the paths of the package, as root
   fleet-host run --state ~/device/host --runtime ~/device/run
   fleet-host run --ingress 0.0.0.0:8080              let other machines call components
@@ -50,7 +50,7 @@ def _address(text: str) -> tuple[str, int] | None:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-COMMANDS: Final = ("run", "check", "check-component")
+COMMANDS: Final = ("run", "check", "check-component", "processes")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--runtime",
         type=Path,
-        default=_DEFAULT_RUNTIME,
+        default=host_api.RUNTIME,
         metavar="DIR",
         help="directory of the sockets (default: %(default)s)",
     )
@@ -116,6 +116,21 @@ def _parser() -> argparse.ArgumentParser:
         "--request-path", type=RequestPath, default=RequestPath.HTTP, help=argparse.SUPPRESS
     )  # decision 15
     commands.add_parser("check", help="report the engine and the isolation layers of this device")
+    shown = commands.add_parser(
+        "processes",
+        help="show memory, threads, open files and start of the agent's and the host's processes",
+        description="Show memory in MB, threads, open files and start (UTC) of each process of the agent and the host. "
+        "PRIVATE is memory that no other process has; PSS divides what several share among them, so that its sum is "
+        "what all take together. As root: components' processes let nobody else read theirs.",
+    )
+    shown.add_argument(
+        "--runtime",
+        type=Path,
+        default=host_api.RUNTIME,
+        metavar="DIR",
+        help="directory of the host's sockets (default: %(default)s)",
+    )
+    shown.add_argument("--json", action="store_true", help="print JSON for programs")
     judge = commands.add_parser(
         "check-component",
         help="compile, link and start components as a device does; print a JSON line for each",
@@ -172,6 +187,8 @@ def _main(arguments: list[str] | None) -> int:
         return check()
     if options.command == "check-component":
         return check_components(options.file)
+    if options.command == "processes":
+        return show_processes(options.runtime, as_json=options.json)
     leave_first_process()
     try:
         _own_directory(options.runtime, "runtime", 0o700 if options.agent_group is None else 0o750)
@@ -248,6 +265,22 @@ def check_components(files: list[str]) -> int:
         sys.stdout.buffer.flush()
         refused = refused or not reply.ok
     return int(refused)
+
+
+def show_processes(runtime: Path, *, as_json: bool) -> int:
+    """Print the processes of agent and host; return 1 if there are none."""
+    from agent.host import processes  # noqa: PLC0415 - a running host has no use for it
+
+    found = processes.read(runtime)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        print("\n".join(processes.table(found)))
+        if any(each.private_bytes is None for each in found):
+            print("run as root for the memory and files of every process")
+    if not found:
+        sys.stderr.write(f"fleet-host: neither agent nor host runs with {runtime}; give another with --runtime\n")
+    return int(not found)
 
 
 async def _run(settings: HostSettings) -> None:

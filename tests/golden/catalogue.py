@@ -10,7 +10,7 @@ from typing import get_args
 import msgspec
 
 from agent import config, starts
-from agent.host import cli
+from agent.host import cli, processes
 from agent.host.compiler import __main__
 from agent.host.engine import guest, runtime
 from agent.host.http import ingress_config, routing
@@ -227,6 +227,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "compiler-refusal": images._CompilerResult,
     },
     "told-by-fleet-agent": {
+        "process": processes.ProcessFigures,
         "check": check.Result,
         "standing": status.StatusReport,
         "running": status.Running,

@@ -188,7 +188,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("agent.host.interfaces",),
         ("agent.host.compiler", "agent.host.worker", "agent.host.egress"),
         ("agent.host.supervisor",),
-        ("agent.host.cli",),
+        ("agent.host.cli", "agent.host.processes"),
     ),
     "signing": (
         ("signing.errors", "signing.state"),

@@ -41,6 +41,9 @@ CONFIGURES: Final = 3
 
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
+RUNTIME: Final = "/run/wasmfleet"
+"""Runtime directory of the packaged host, where its sockets are."""
+
 WHY_NOT: Final = "host.why"
 """File beside the host's socket: why it did not start the last time, in one sentence; removed once it has."""
 

@@ -25,7 +25,7 @@ from agent.host.http import router
 from agent.host.http.router import run_router
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.packet_writer import PacketWriter
-from agent.host.sandbox import sandbox
+from agent.host.sandbox import kernel, sandbox
 from agent.host.supervisor.resources import Listener
 from agent.host.supervisor.worker_handle import WorkerHandle
 from fleet.component.wasi import OUTGOING_HANDLER
@@ -508,6 +508,7 @@ def fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, so
         status = 1
         try:
             sandbox.die_with_parent(parent)
+            kernel.set_name(name)
             ours.close()
             run(theirs)
             status = 0

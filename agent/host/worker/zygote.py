@@ -31,7 +31,7 @@ from agent.host.engine.guest import Guest
 from agent.host.engine.runtime import Engine
 from agent.host.ipc import framing, worker_api
 from agent.host.ipc.worker_api import ZygoteMessage
-from agent.host.sandbox import sandbox, seccomp
+from agent.host.sandbox import kernel, sandbox, seccomp
 from agent.host.worker.worker import SharedWorker, Worker
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
@@ -46,6 +46,7 @@ def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
     next.
     """
     sandbox.die_with_parent(os.getppid())
+    kernel.set_name("zygote")
     sock = socket.socket(fileno=fd)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor decides, and closes the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -148,10 +149,12 @@ def _serve(sock: socket.socket, engine: Engine) -> None:
     first, fds = worker_api.receive_to_worker(sock)
     match first:
         case worker_api.Setup():
+            kernel.set_name(f"worker:{first.instance}")
             worker = Worker(sock, select.epoll())
             if worker.set_up(engine, first, fds):
                 worker.loop()
         case worker_api.OpenShared():
+            kernel.set_name("shared worker")
             commons = SharedWorker(sock, engine)
             if commons.open(first, fds):
                 commons.loop()
