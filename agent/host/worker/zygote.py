@@ -32,6 +32,7 @@ from agent.host.engine.runtime import Engine
 from agent.host.ipc import framing, worker_api
 from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.sandbox import kernel, sandbox, seccomp
+from agent.host.worker import free_blocks
 from agent.host.worker.worker import SharedWorker, Worker
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Limits
@@ -59,6 +60,7 @@ def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
         sys.stderr.write("zygote: the fast codec failed its self-test on this device: using the stock one\n")
     seccomp.prepare()
     gc.collect()
+    free_blocks.fill()
     gc.freeze()
     poll = select.poll()
     poll.register(sock, select.POLLIN)
