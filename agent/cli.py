@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from agent import clock, config, starts, systemd
+from agent import clock, config, disk, starts, systemd
 from agent.arguments import leave_first_process, parse, until_closed
 from agent.config import CONFIG_FILE, HOST_STATE_DIR, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
 from agent.host.ipc import host_api
@@ -25,7 +25,7 @@ from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
 from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
-from fleet.protocol.files import is_read_only, remove_leftovers
+from fleet.protocol.files import is_read_only
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
@@ -360,7 +360,7 @@ def _run(options: argparse.Namespace) -> int:
 
     async def main() -> int:
         with alone(places.lock):
-            remove_leftovers(places.state)
+            disk.remove_leftovers(places.state)
             reference = ReferenceClock(who.floor)
             db = Database(Store.renewed(places.database, version=device_info.agent_version()))
             if taken := await db(restore.take_over, places.runset, mac_key, now=reference.now()):

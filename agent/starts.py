@@ -12,8 +12,9 @@ from typing import Final
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from fleet.protocol import wire
-from fleet.protocol.files import atomic_write
 
 log = logging.getLogger("agent")
 
@@ -44,13 +45,13 @@ class Starts:
         recent = [at for at in self._read().at if 0 <= now - at < WITHIN_S][-ENDS_MAX:]
         with contextlib.suppress(OSError):  # a disk that is full or read-only must not keep the agent from starting
             content = StartLog(self._boot_id, (*recent, now))
-            atomic_write(self._file, msgspec.json.encode(content), mode=0o600)
+            disk.write(Write.STARTED, self._file, msgspec.json.encode(content), mode=0o600)
         return len(recent) >= ENDS_MAX
 
     def end(self) -> None:
         """Record an end in order."""
         with contextlib.suppress(OSError):
-            self._file.unlink()
+            disk.remove(Write.ENDED, self._file)
 
     def _read(self) -> StartLog:
         with contextlib.suppress(OSError, *wire.JSON_ERRORS):

@@ -14,6 +14,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
+from agent import disk
+from agent.disk import Write
 from fleet.protocol.printable import PrintableFormatter
 
 WATCHDOG_SHARE: Final = 3
@@ -69,8 +71,14 @@ class KeptLog(logging.handlers.RotatingFileHandler):
         self.setFormatter(formatter)
 
     def _open(self) -> TextIOWrapper:
-        Path(self.baseFilename).parent.mkdir(mode=0o700, exist_ok=True)
-        return super()._open()
+        path = Path(self.baseFilename)
+        disk.make_directory(Write.DIRECTORY, path.parent, mode=0o700)
+        descriptor = disk.open_descriptor(Write.AGENT_LOG, path, os.O_WRONLY | os.O_APPEND)
+        return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
+
+    def rotate(self, source: str, dest: str) -> None:
+        """Keep the full file beside the new one."""
+        disk.take_name(Write.AGENT_LOG_TURNED, Path(source), Path(dest))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of the standard library
         """Lose a record that cannot be written."""

@@ -60,10 +60,16 @@ class MemoryCache:
 
 
 class DirectoryCache:
-    """Cache in a directory; files are replaced atomically. On a full disk, files are not cached."""
+    """Cache in a directory; files are replaced atomically. On a full disk, files are not cached.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of the files.
+        write: replaces a file in a directory that exists, or raises `OSError`.
+    """
+
+    def __init__(self, directory: Path, *, write: Callable[[Path, bytes], None] | None = None) -> None:
         self._directory = directory
+        self._write = write or (lambda path, data: files.atomic_write(path, data, mode=0o644))
 
     def load(self, name: str) -> bytes | None:
         """See `Cache`; an unreadable file counts as none."""
@@ -80,7 +86,7 @@ class DirectoryCache:
         path = self._path(name)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.atomic_write(path, data, mode=0o644)
+            self._write(path, data)
 
     def _path(self, name: str) -> Path:
         assert ".." not in name.split("/")

@@ -15,7 +15,9 @@ from typing import Final
 
 import msgspec
 
+from agent import disk
 from agent.arguments import leave_first_process, parse, until_closed
+from agent.disk import Write
 from agent.host.http.ingress_config import DEFAULT_FILE
 from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
@@ -162,7 +164,7 @@ def _layers(text: str) -> frozenset[str]:
 
 def _own_directory(path: Path, what: str, mode: int) -> None:
     try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        disk.make_directory(Write.DIRECTORY, path, mode=mode)
         owner = path.stat().st_uid
     except OSError as error:
         raise HostError(

@@ -12,7 +12,6 @@ import http.client
 import logging
 import os
 import random
-import shutil
 import socket
 import ssl
 import urllib.parse
@@ -33,15 +32,16 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from agent import disk
 from agent.clock import ReferenceClock
 from agent.config import Paths
+from agent.disk import Write
 from agent.identity.identity import Identity
 from agent.link import dialer, https
 from agent.link.https import FetchError, FixedTls, HttpsClient, Problem
 from agent.proxy import ProxyError
 from fleet.protocol import bounds, names, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, sync_directory
 from fleet.protocol.messages import (
     EXPIRED,
     OUTDATED,
@@ -148,13 +148,12 @@ def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X
             sealing = load_pem_private_key((fresh / "sealing.key").read_bytes(), password=None)
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(sealing, X25519PrivateKey):
                 return key, sealing
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(mode=0o700, parents=True)
+    disk.remove_tree(Write.NEW_IDENTITY, fresh)
+    disk.make_directory(Write.NEW_IDENTITY, fresh, mode=0o700)
     key, sealing = ec.generate_private_key(ec.SECP256R1()), X25519PrivateKey.generate()
-    _write(fresh / "device.key", _private_pem(key))
-    _write(fresh / "sealing.key", _private_pem(sealing))
-    _write(fresh / "token.sha256", token_sha256.encode())
-    sync_directory(fresh)
+    disk.write(Write.NEW_KEY, fresh / "device.key", _private_pem(key), mode=0o600)
+    disk.write(Write.NEW_KEY, fresh / "sealing.key", _private_pem(sealing), mode=0o600)
+    disk.write(Write.NEW_FILE, fresh / "token.sha256", token_sha256, mode=0o600)
     return key, sealing
 
 
@@ -273,40 +272,30 @@ def _checked(
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _install(state: Path, files: dict[str, bytes]) -> None:
     """Install the new identity atomically, after removing everything of an old one."""
     fresh, final = state / NEW, state / "identity"
     for name, data in files.items():
-        _write(fresh / name, data)
-    (fresh / "token.sha256").unlink()
-    sync_directory(fresh)
+        disk.write(Write.NEW_FILE, fresh / name, data, mode=0o600)
+    disk.remove(Write.TOKEN_SPENT, fresh / "token.sha256")
     if final.exists():
         discard_identity(state)
-    fresh.rename(final)
-    sync_directory(state)
+    disk.move(Write.IDENTITY, fresh, final)
 
 
 def discard_identity(state: Path) -> None:
     """Remove an identity and all state that belongs to it."""
-    (state / "identity" / "enrolled.json").unlink(missing_ok=True)
+    disk.remove(Write.IDENTITY_DROPPED, state / "identity" / "enrolled.json", missing_ok=True)
     discard_state(state)
-    shutil.rmtree(state / "identity", ignore_errors=True)
+    disk.remove_tree(Write.IDENTITY_DROPPED, state / "identity")
 
 
 def discard_state(state: Path) -> None:
     """Remove the state of an identity: its counters and metadata are not valid in another fleet."""
     for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
-        (state / name).unlink(missing_ok=True)
+        disk.remove(Write.STATE_DROPPED, state / name, missing_ok=True)
     for name in ("trust", "images", "artifacts", "bundle", "secrets"):
-        shutil.rmtree(state / name, ignore_errors=True)
+        disk.remove_tree(Write.STATE_DROPPED, state / name)
 
 
 def renewal_request(identity: Path, device: str) -> str:
@@ -397,7 +386,7 @@ def install_certificate(identity: Path, pem: str) -> None:
         raise EnrolError(f"the renewed certificate cannot be read: {error}") from error
     if renewed.public_key() != _load_key(identity).public_key():
         raise EnrolError("the renewed certificate is for another key; the old one stays in use")
-    atomic_write(identity / "device.pem", pem.encode(), mode=0o600)
+    disk.write(Write.CERTIFICATE, identity / "device.pem", pem.encode(), mode=0o600)
 
 
 RENEW_CHECK_S: Final = 6 * 3600.0

@@ -13,7 +13,6 @@ identity and asks.
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,8 +21,10 @@ from typing import Final, Literal
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from fleet.protocol import wire
-from fleet.protocol.files import atomic_write, damage
+from fleet.protocol.files import damage
 
 log = logging.getLogger("agent.identity.identity")
 
@@ -38,7 +39,7 @@ _ENROL_AGAIN: Final = "restore it from a copy, or enrol again with 'fleet-agent 
 def note_production(directory: Path) -> None:
     """Record that the fleet has moved from development to production; raises `OSError`."""
     who = msgspec.structs.replace(load(directory), production=True)
-    atomic_write(directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
+    disk.write(Write.PRODUCTION, directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
     log.info("the fleet %s is now in production", who.fleet)
 
 
@@ -228,7 +229,7 @@ def note_machine(directory: Path, found: Mapping[str, str]) -> None:
     """Record the ids of the machine that has this identity; raises `OSError` and `IdentityError`."""
     machine = next((f"{name}:{value}" for name, value in found.items()), "")
     who = msgspec.structs.replace(load(directory), machine=machine, evidence=dict(found))
-    atomic_write(directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
+    disk.write(Write.MACHINE, directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
 
 
 def find_token(
@@ -280,16 +281,11 @@ def erase(found: Found) -> bool:
     if found.file is None:
         return False
     try:
-        with found.file.open("r+b") as file:
-            if found.file.name != NAME:
-                words = [word for word in file.read().decode().split() if word != f"{NAME}={found.text}"]
-                atomic_write(found.file, " ".join(words) + "\n", mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode))
-            file.seek(0)
-            file.write(b"\0" * os.fstat(file.fileno()).st_size)
-            file.flush()
-            os.fsync(file.fileno())
         if found.file.name == NAME:
-            found.file.unlink()
+            disk.erase(Write.BOOT_TOKEN, found.file)
+        else:
+            words = [word for word in found.file.read_text().split() if word != f"{NAME}={found.text}"]
+            disk.write_over(Write.BOOT_COMMAND, found.file, " ".join(words) + "\n")
     except (OSError, UnicodeDecodeError):
         return False
     return True

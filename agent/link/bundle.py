@@ -18,12 +18,13 @@ from typing import IO, Final
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from agent.link.https import FetchError, HttpsClient, finish
 from fleet.protocol import names, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, move_into_place
 from signing import dsse
 from signing.errors import Rejected
 
@@ -62,7 +63,7 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
         OSError: the directory cannot be written.
     """
     unpacked = directory.with_name(f"{directory.name}.new")
-    shutil.rmtree(unpacked, ignore_errors=True)
+    disk.remove_tree(Write.BUNDLE_DROPPED, unpacked)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = _members(tar)
@@ -73,13 +74,13 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
             for name in files:
                 _extract(tar, members[name], unpacked / name)
     except tarfile.TarError as error:
-        shutil.rmtree(unpacked, ignore_errors=True)
+        disk.remove_tree(Write.BUNDLE_DROPPED, unpacked)
         raise BundleError(f"not a bundle: {error}; 'fleet bundle create' makes one") from error
     except (BundleError, OSError):
-        shutil.rmtree(unpacked, ignore_errors=True)
+        disk.remove_tree(Write.BUNDLE_DROPPED, unpacked)
         raise
-    shutil.rmtree(directory, ignore_errors=True)
-    move_into_place(unpacked, directory)
+    disk.remove_tree(Write.BUNDLE_DROPPED, directory)
+    disk.move(Write.BUNDLE, unpacked, directory)
 
 
 def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
@@ -129,10 +130,10 @@ def _wanted(envelope: bytes) -> list[str]:
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
-    into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    disk.make_directory(Write.DIRECTORY, into.parent, mode=0o700)
     source = tar.extractfile(member)
     assert source is not None
-    with into.open("wb") as file:
+    with disk.open_file(Write.BUNDLE_FILE, into, begin=True) as file:
         shutil.copyfileobj(source, file)
 
 
@@ -156,8 +157,8 @@ class Bundle:
 
     def done(self, outcome: BundleVerdict) -> None:
         """Record the verdict, and remove the assignment, so that it is not verified again."""
-        atomic_write(self.directory / "outcome.json", msgspec.json.encode(outcome), mode=0o600)
-        shutil.rmtree(self.directory / "desired", ignore_errors=True)
+        disk.write(Write.BUNDLE_VERDICT, self.directory / "outcome.json", msgspec.json.encode(outcome), mode=0o600)
+        disk.remove_tree(Write.BUNDLE_DONE, self.directory / "desired")
 
     def request(self, method: str, path: str, *, max_bytes: int) -> bytes:
         """Return a file of the bundle; raises `FetchError` (NOT_FOUND) if the bundle does not contain it."""
@@ -243,8 +244,8 @@ class BundleSource:
         if kept is not None:
             part = into.with_name(into.name + ".part")
             try:
-                into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                kept.replace(part)
+                disk.make_directory(Write.DIRECTORY, into.parent, mode=0o700)
+                disk.move(Write.BUNDLE_ARTIFACT, kept, part)
                 finish(part, into, length, sha256)
             except OSError as error:
                 raise FetchError(RejectCode.INTERNAL, f"cannot write {into}: {error.strerror}") from error
@@ -255,7 +256,7 @@ class BundleSource:
 def listen(path: Path) -> int:
     """Create the FIFO that wakes the agent, and return the descriptor to read from. Raises `OSError`."""
     with contextlib.suppress(FileExistsError):
-        os.mkfifo(path, 0o600)
+        disk.make_fifo(Write.WAKE, path, mode=0o600)
     return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
 

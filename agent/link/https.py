@@ -30,14 +30,15 @@ from typing import Final, Protocol
 
 import msgspec
 
+from agent import disk
 from agent.clock import ReferenceClock
+from agent.disk import Write
 from agent.happy_eyeballs import NoAnswerError
 from agent.link import dialer
 from agent.link.partial_file import PartialFile
 from agent.proxy import authority
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import sync_directory
 
 log = logging.getLogger("agent.link.https")
 
@@ -370,7 +371,7 @@ class HttpsClient:
         """
         part = into.with_name(into.name + ".part")
         try:
-            into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            disk.make_directory(Write.DIRECTORY, into.parent, mode=0o700)
             partial = PartialFile(part)
             have = partial.proven()
             if have > length:
@@ -535,16 +536,14 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         PartialFile(part).forget()
         if size != length or found != sha256:
-            part.unlink()
+            disk.remove(Write.PART_DROPPED, part)
             raise FetchError(
                 RejectCode.HASH_MISMATCH,
                 f"the artifact has sha256 {found[:16]}..., but {sha256[:16]}... is signed: "
                 "it was changed in transit or on the server",
             )
         os.fchmod(file.fileno(), 0o444)
-        os.fsync(file.fileno())
-    part.rename(into)
-    sync_directory(into.parent)
+    disk.move(Write.ARTIFACT, part, into)
 
 
 NO_CHECK_TIME: Final = 0x200000

@@ -13,9 +13,10 @@ from typing import IO, Any, Final, Self
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from fleet.protocol import bounds, wire
 from fleet.protocol.bounds import Count
-from fleet.protocol.files import atomic_write
 
 STEP_BYTES: Final = bounds.MIB
 STEP_S: Final = 30.0
@@ -47,7 +48,7 @@ class PartialFile:
         except (OSError, *wire.JSON_ERRORS):
             return self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("r+b") as file:
+            with disk.open_file(Write.PART, self.path, begin=False) as file:
                 if _digest(file, known.bytes).hexdigest() == known.sha256:
                     file.truncate(known.bytes)
                     return known.bytes
@@ -59,11 +60,11 @@ class PartialFile:
     def remove(self) -> None:
         """Remove the file and its checkpoint."""
         self.forget()
-        self.path.unlink(missing_ok=True)
+        disk.remove(Write.PART_DROPPED, self.path, missing_ok=True)
 
     def forget(self) -> None:
         """Remove the checkpoint: the file is complete."""
-        self._mark.unlink(missing_ok=True)
+        disk.remove(Write.MARK_DROPPED, self._mark, missing_ok=True)
 
     def open(self, have: int) -> "Writer":
         """Open the file to continue it after `have` bytes. Raises `OSError`."""
@@ -76,7 +77,7 @@ class Writer:
     """Open partial file that is continued; makes checkpoints, the last when it is closed."""
 
     def __init__(self, path: Path, mark: Path, have: int) -> None:
-        self._file = path.open("r+b" if have else "wb")
+        self._file = disk.open_file(Write.PART, path, begin=not have)
         self._mark = mark
         self._digest = _digest(self._file, have)
         self._have = self._marked = have
@@ -107,7 +108,7 @@ class Writer:
         self._file.flush()
         os.fsync(self._file.fileno())
         made = Checkpoint(bytes=self._have, sha256=self._digest.hexdigest())
-        atomic_write(self._mark, msgspec.json.encode(made), mode=0o600)
+        disk.write(Write.MARK, self._mark, msgspec.json.encode(made), mode=0o600)
         self._marked = self._have
 
 

@@ -4,8 +4,6 @@ The first failure ends the checks, as the later ones would fail for the same rea
 """
 
 import asyncio
-import contextlib
-import os
 import platform
 import shutil
 import socket
@@ -20,9 +18,10 @@ from typing import Final
 
 import msgspec
 
-from agent import happy_eyeballs
+from agent import disk, happy_eyeballs
 from agent.clock import ReferenceClock
 from agent.config import Paths, Settings
+from agent.disk import Write
 from agent.happy_eyeballs import NoAnswerError
 from agent.identity import enrolment, identity
 from agent.link import dialer
@@ -300,16 +299,10 @@ def _disk(places: Paths, settings: Settings) -> str:
             f"{places.state} is on a read-only file system: look at 'dmesg' for its errors, and mount it writable"
         )
     try:
-        probe = temporary_name(places.state / "check")
-        with probe.open("xb") as file:
-            file.write(b"\0")
-            os.fsync(file.fileno())
-        probe.unlink()
+        disk.probe(Write.CHECK, temporary_name(places.state / "check"))
     except PermissionError:
         raise _FailedError(f"{places.state} is not writable by this user: run as the agent's user or as root") from None
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
         raise _FailedError(f"{places.state} cannot be written: {error.strerror}: check the disk") from error
     free = shutil.disk_usage(places.state).free
     if free < settings.disk.reserve_bytes:

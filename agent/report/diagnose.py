@@ -31,7 +31,9 @@ from urllib.request import getproxies
 
 import msgspec
 
+from agent import disk
 from agent.config import Paths, Settings
+from agent.disk import Write
 from agent.host.ipc import host_api
 from agent.proxy import Proxy, ProxyError
 from agent.report import check, device_info
@@ -91,7 +93,7 @@ def write(subject: Subject, into: Path) -> list[str]:
     """Write the archive with mode 0600; return a line on each member. Raises `OSError`."""
     with subject.as_owner():
         masks = _masks(subject)
-    fd = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = disk.open_descriptor(Write.ARCHIVE, into, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # root would take /dev/null from everybody else
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file")

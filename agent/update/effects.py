@@ -18,7 +18,9 @@ from typing import Final
 
 import msgspec
 
+from agent import disk
 from agent.config import Paths, Settings
+from agent.disk import Point, Write
 from agent.host.ipc import host_api
 from agent.link.bundle import BundleSource
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
@@ -58,7 +60,7 @@ def _sound(path: Path, length: int, sha256: str) -> bool:
         return False
     if found == (length, sha256):
         return True
-    path.unlink(missing_ok=True)
+    disk.remove(Write.ARTIFACT_DAMAGED, path, missing_ok=True)
     return False
 
 
@@ -71,7 +73,7 @@ def _read(path: Path, item: Item) -> reader.Component | None:
     """
     data = path.read_bytes()
     if len(data) != item.length or hashlib.sha256(data).hexdigest() != item.sha256:
-        path.unlink(missing_ok=True)
+        disk.remove(Write.ARTIFACT_DAMAGED, path, missing_ok=True)
         return None
     return reader.read(data, file_name=item.target)
 
@@ -159,7 +161,10 @@ class EffectRunner:
             Effect.COMMIT: lambda: self.commit(change),
             Effect.REVERT: lambda: self.revert(change, context.committed, context.renew),
         }
-        return await carry_out[effect]()
+        disk.reached(effect, Point.BEFORE, self._places.state, b"")
+        result = await carry_out[effect]()
+        disk.reached(effect, Point.AFTER, self._places.state, b"")
+        return result
 
     async def fetch(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
         """Find the target in the signed metadata, verify it, and download its artifact unless it is on disk."""

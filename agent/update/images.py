@@ -25,10 +25,11 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from agent.host.ipc import framing
 from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, create_exclusive, set_aside
 
 log = logging.getLogger("agent.update.images")
 KEY_BYTES: Final = 32
@@ -123,10 +124,13 @@ def load_key(path: Path) -> bytes:
     """
     try:
         if path.exists() and not _is_key(path.read_bytes()):
-            log.warning("%s was damaged: all images are compiled again under a new key", set_aside(path))
+            log.warning(
+                "%s was damaged: all images are compiled again under a new key",
+                disk.set_aside(Write.MAC_KEY_DAMAGED, path),
+            )
         if not path.exists():  # a read-only disk refuses the attempt
             with contextlib.suppress(FileExistsError):
-                create_exclusive(path, secrets.token_bytes(KEY_BYTES), mode=0o600)
+                disk.create(Write.MAC_KEY, path, secrets.token_bytes(KEY_BYTES), mode=0o600)
         return path.read_bytes()
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error
@@ -175,7 +179,7 @@ class ImageStore:
             memory_bytes: limit of the compiler's memory.
             seconds: limit of the compiler's CPU time and of its elapsed time.
         """
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        disk.make_directory(Write.DIRECTORY, directory, mode=0o700)
         self._directory = directory
         self._key = key
         self._memory_bytes = memory_bytes
@@ -298,8 +302,8 @@ class ImageStore:
             raise ImageError(RejectCode.NO_SPACE, f"cannot write an image: {error.strerror}") from error
 
     def _write(self, name: str, image: bytes, note: bytes) -> None:
-        for suffix, data in ((".cwasm", image), (".json", note)):
-            atomic_write(self._directory / f"{name}{suffix}", data, mode=0o444)
+        disk.write(Write.IMAGE, self._directory / f"{name}.cwasm", image, mode=0o444)
+        disk.write(Write.IMAGE_NOTE, self._directory / f"{name}.json", note, mode=0o444)
 
     async def open(self, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> OpenImage:
         """Return a sealed memfd of the verified image; the caller closes it.
@@ -345,7 +349,7 @@ class ImageStore:
         """Remove a damaged image, so that it is compiled again; return the error to raise."""
         for suffix in (".json", ".cwasm"):
             with contextlib.suppress(OSError):
-                (self._directory / f"{name}{suffix}").unlink()
+                disk.remove(Write.IMAGE_DAMAGED, self._directory / f"{name}{suffix}")
         return ImageError(RejectCode.IMAGE_DAMAGED, message)
 
     async def name(self, sha256: str, manifest_sha256: str, *, fuel: bool = False) -> str:
@@ -378,7 +382,7 @@ def evict(images: Path, artifacts: Path, *, keep: set[str], budget_bytes: int) -
             break
         if path.name.split(".")[0] not in keep:
             with contextlib.suppress(OSError):
-                path.unlink()
+                disk.remove(Write.EVICTED, path)
                 freed += size
     return freed
 

@@ -22,8 +22,9 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from agent import systemd
+from agent import disk, systemd
 from agent.config import Policy
+from agent.disk import Write
 from agent.host.ipc import host_api
 from agent.link.host_client import (
     HostClient,
@@ -42,7 +43,6 @@ from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import InstanceState, RejectCode
-from fleet.protocol.files import atomic_write, move_into_place
 from fleet.protocol.manifest import Manifest
 from signing.errors import Rejected
 from signing.state import VerifierState
@@ -94,7 +94,7 @@ def write_runset(path: Path, committed: Iterable[Committed], facts: VerifierStat
     """Write the committed items and what the verifier remembers to the run set; raises `OSError`."""
     runset = _Runset(items=tuple(committed), facts=facts)
     mac = _mac(wire.canonical(runset), key)
-    atomic_write(path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
+    disk.write(Write.RUNSET, path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
 
 
 def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
@@ -519,7 +519,7 @@ class HostRestorer:
                     progress=lambda _received: None,
                     cancelled=cancelled,
                 )
-                move_into_place(beside, self._materials.artifacts / f"{item.sha256}.wasm")
+                disk.move(Write.ARTIFACT_AGAIN, beside, self._materials.artifacts / f"{item.sha256}.wasm")
 
         try:
             await asyncio.to_thread(run)

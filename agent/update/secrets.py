@@ -14,13 +14,14 @@ from typing import Final
 
 import msgspec
 
+from agent import disk
+from agent.disk import Write
 from agent.host.ipc import framing
 from agent.identity.identity import Identity
 from agent.link.https import FetchError, Source
 from fleet.protocol import bounds
 from fleet.protocol.assignment import Item, SecretRef
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write
 from signing import sealing
 from signing.errors import KeyFileError, Rejected
 from signing.sealing import Purpose
@@ -49,8 +50,8 @@ class SecretStore:
         for ref in item.secrets:
             if self._read(ref) is None:
                 box = _fetched(ref, source)
-                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                atomic_write(self._path(ref), box, mode=0o600)
+                disk.make_directory(Write.DIRECTORY, self._directory, mode=0o700)
+                disk.write(Write.BOX, self._path(ref), box, mode=0o600)
         self._values(item)
 
     def descriptor(self, item: Item) -> int:
@@ -76,7 +77,7 @@ class SecretStore:
         with contextlib.suppress(OSError):
             for path in list(self._directory.iterdir()):
                 if path.suffix == _END and path.name not in names:
-                    path.unlink()
+                    disk.remove(Write.BOX_EVICTED, path)
 
     def _values(self, item: Item) -> dict[str, str]:
         if not item.secrets:

@@ -24,9 +24,11 @@ from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, Typ
 
 import msgspec
 
+from agent import disk
+from agent.disk import Point, Write
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
 from fleet.protocol import wire
-from fleet.protocol.files import is_read_only, set_aside
+from fleet.protocol.files import is_read_only
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
 
@@ -91,6 +93,22 @@ def _is_newer(version: str, than: str) -> bool:
 
 def _connect(address: Path | str, *, uri: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(address, uri=uri, isolation_level=None, check_same_thread=False, timeout=10)
+
+
+@contextmanager
+def _transaction(what: Write, db: sqlite3.Connection, path: Path) -> Iterator[sqlite3.Connection]:
+    """Write to the database in one transaction, which is undone after an error: the only door to it."""
+    disk.reached(what, Point.BEFORE, path, b"")
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        yield db
+        disk.reached(what, Point.MIDDLE, path, b"")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    disk.reached(what, Point.AFTER, path, b"")
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
@@ -182,8 +200,8 @@ class Store:
                 raise
         except DamagedStoreError as error:
             for suffix in ("-wal", "-shm"):  # of the damaged one
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            aside = set_aside(path)
+                disk.remove(Write.STORE_DAMAGED, path.with_name(path.name + suffix), missing_ok=True)
+            aside = disk.set_aside(Write.STORE_DAMAGED, path)
             log.error("%s: moved to %s", error, aside)  # noqa: TRY400 - a sentence for people
             store = cls(path)
             store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
@@ -231,22 +249,21 @@ class Store:
                 raise StoreError(f"{self._path} is of the older schema {version}: start the agent once")
             return
         for number in range(version, len(MIGRATIONS)):
-            script = f"BEGIN IMMEDIATE; {MIGRATIONS[number]}; PRAGMA user_version={number + 1}; COMMIT;"
-            self._db.executescript(script)
+            with _transaction(Write.STORE_SCHEMA, self._db, self._path) as db:
+                for statement in MIGRATIONS[number].split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version={number + 1}")
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, what: Write) -> Iterator[sqlite3.Connection]:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-            self._db.execute("COMMIT")
+            with _transaction(what, self._db, self._path) as db:
+                yield db
         except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
             if _is_damage(error):
                 raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
             if isinstance(error, sqlite3.Error):
@@ -281,7 +298,7 @@ class Store:
         Raises:
             StoreError: the database cannot be written, or is damaged; nothing of the step is stored.
         """
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_STEP) as db:
             step = self._with_generation(db, step)
             if step.change is not None:
                 db.execute("REPLACE INTO changes VALUES (?, ?)", (step.change.instance, step.change.encode()))
@@ -311,7 +328,7 @@ class Store:
             The report's sequence, 0 without one.
         """
         sequence = 0
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_SAVED) as db:
             if committed is not None:
                 self._commit(db, committed)
             if facts is not None:
@@ -335,7 +352,7 @@ class Store:
             facts: what the verifier remembers.
             sequence: reports go on after this one, as the server drops those whose sequence it has.
         """
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_FILLED) as db:
             for each in committed:
                 self._commit(db, each)
             self._set_facts(db, facts)
@@ -422,7 +439,7 @@ class Store:
 
     def accept(self, envelope: bytes, version: int, facts: VerifierState) -> None:
         """Persist an assignment whose envelope has been verified, before anything of it is fetched."""
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_ACCEPTED) as db:
             db.execute("REPLACE INTO meta VALUES ('envelope', ?)", (envelope,))
             self._set_facts(db, facts)
             db.execute("REPLACE INTO counters VALUES ('accepted', ?)", (version,))
@@ -463,7 +480,7 @@ class Store:
 
     def _set_meta(self, name: str, value: bytes) -> None:
         if self._meta(name) != value:
-            with self._transaction() as db:
+            with self._transaction(Write.STORE_META) as db:
                 db.execute("REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def _meta(self, name: str) -> bytes | None:
@@ -480,7 +497,7 @@ class Store:
     def set_counter(self, name: str, value: int) -> None:
         """Store a number if it differs from the stored one."""
         if self.counter(name) != value:
-            with self._transaction() as db:
+            with self._transaction(Write.STORE_COUNTER) as db:
                 db.execute("REPLACE INTO counters VALUES (?, ?)", (name, value))
 
     def _next_generation(self, db: sqlite3.Connection) -> int:
@@ -528,7 +545,7 @@ class Store:
         """Mark every report up to `sequence` as stored by the server; return whether any was not marked before."""
         if not self._rows("SELECT 1 FROM outbox WHERE acked = 0 AND sequence <= ? LIMIT 1", sequence):
             return False
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_ACKED) as db:
             db.execute("UPDATE outbox SET acked = 1 WHERE sequence <= ?", (sequence,))
             db.execute(
                 "DELETE FROM outbox WHERE acked = 1 AND sequence <= "
@@ -539,7 +556,7 @@ class Store:
 
     def unacknowledge(self, sequence: int) -> bool:
         """Send the reports after `sequence`, which the server lost, again; return whether there are any left here."""
-        with self._transaction() as db:
+        with self._transaction(Write.STORE_UNACKED) as db:
             return db.execute("UPDATE outbox SET acked = 0 WHERE acked = 1 AND sequence > ?", (sequence,)).rowcount > 0
 
     def acked(self) -> int:
@@ -614,7 +631,7 @@ def alone(lock: Path) -> Iterator[None]:
         NotAloneError: another process holds it.
         OSError: the lock file cannot be written.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = disk.open_descriptor(Write.LOCK, lock, os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,8 +19,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+from agent import disk
 from agent.clock import ReferenceClock
 from agent.config import Policy
+from agent.disk import Write
 from agent.identity.identity import Identity, note_production
 from agent.link.bundle import BundleSource
 from agent.link.https import FetchError, Source
@@ -74,6 +76,10 @@ class _DatabaseState:
         """See `StateStore`. Raises `StoreError`."""
         self._store.save(facts=state)
         self._clock.raise_floor(state.floor)
+
+
+def _write_metadata(path: Path, data: bytes) -> None:
+    disk.write(Write.TRUST, path, data, mode=0o644)
 
 
 def _fetch_from(source: Source) -> Fetch:
@@ -136,7 +142,7 @@ class DeviceTrust:
             pinned_root=root,
             fetch=self._fetch,
             states=self._state,
-            cache=DirectoryCache(cache),
+            cache=DirectoryCache(cache, write=_write_metadata),
             production=production,
         )
         self._refreshed = False

@@ -12,11 +12,9 @@ OWNER = ROOT / "fleet" / "protocol" / "files.py"
 
 # file -> why what it writes is no replacement that a power cut may tear
 OTHERS = {
+    "agent/disk.py": "a log, and a tree that is on the medium already",
     "agent/host/cli.py": "the reason why the host did not start, in a directory that a boot empties",
     "agent/host/supervisor/resources.py": "files of the kernel's control groups",
-    "agent/identity/enrolment.py": "a directory takes its name once each file in it is synced; its parent after",
-    "agent/link/bundle.py": "a part of a download, which `finish` hashes, syncs and names",
-    "agent/link/https.py": "a download takes its name once it is hashed and synced; its directory is synced after",
     "fleet/cli/base.py": "what is no file, such as /dev/stdout; a file by move_into_place",
     "fleet/cli/keys.py": "a directory that is made anew, or refused",
     "fleet/demo/environment.py": "the demo's own directory",

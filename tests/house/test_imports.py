@@ -105,7 +105,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], frozenset[str] | None]] = {
     "agent.update.probation": (("fleet.protocol",), frozenset()),
     "signing": (("fleet.protocol",), frozenset({"cryptography", "tuf", "securesystemslib", "msgspec"})),
     "agent.host": (
-        ("fleet.protocol", "fleet.component", "agent.arguments", "agent.happy_eyeballs", "agent.systemd"),
+        ("fleet.protocol", "fleet.component", "agent.arguments", "agent.disk", "agent.happy_eyeballs", "agent.systemd"),
         frozenset({"msgspec", "wasmtime", "httptools", "pyseccomp"}),
     ),
     "agent": (
@@ -167,6 +167,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
             "agent.arguments",
             "agent.clock",
             "agent.config",
+            "agent.disk",
             "agent.happy_eyeballs",
             "agent.proxy",
             "agent.starts",

@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Final
 
+from agent import disk
+from agent.disk import Write
 from agent.host.ipc.framing import sealed_memfd
 from fleet.protocol.bounds import MIB
-from fleet.protocol.files import atomic_write
 
 _DAY_S: Final = 86_400
 
@@ -60,7 +61,7 @@ class QuotaStore:
             return
         data = json.dumps({"day": self._day, "written": self._written}).encode()
         with contextlib.suppress(OSError):  # a full disk: the sum stays in memory, and is saved later
-            atomic_write(self._path, data, mode=0o600)
+            disk.write(Write.QUOTA, self._path, data, mode=0o600)
             self._unsaved = 0
             self.written_bytes += len(data)
 

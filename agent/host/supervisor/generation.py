@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from agent import disk
+from agent.disk import Point, Write
 from agent.host.ipc import host_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.stats_page import CallStats
@@ -22,6 +24,8 @@ from fleet.protocol.messages import HealthChecks
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _ENTRY_BYTES: Final = 4096
+_UNFINISHED: Final = ".copy"
+"""Copy for another schema until it is whole: a power cut must not leave half of it as the new version's data."""
 
 
 async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: "Generation | None") -> str:
@@ -41,8 +45,12 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
         if old is not None and old.data and old.run.manifest.data_schema != schema:
             if path.exists():  # from an aborted attempt
                 await _remove(path)
-            await _copy(old.data, path)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            unfinished = path.with_name(_UNFINISHED)
+            await _remove(unfinished)
+            await _copy(old.data, unfinished)
+            await _sync(unfinished)
+            disk.take_name(Write.DATA_COPIED, unfinished, path)
+        disk.make_directory(Write.DATA, path, mode=0o700)
         if uid is not None:
             os.chown(path, uid, uid, follow_symlinks=False)
     except OSError as error:
@@ -62,10 +70,18 @@ async def _copy(old: str, new: Path) -> None:
         raise OSError(errno.ENOSPC if is_full else errno.EIO, f"its data cannot be copied for another schema: {said}")
 
 
+async def _sync(path: Path) -> None:
+    """Bring a copied tree onto the medium before it gets its name, with the whole file system that it is on."""
+    process = await asyncio.create_subprocess_exec("sync", "-f", "--", str(path), stderr=subprocess.DEVNULL)
+    await process.wait()
+
+
 async def _remove(path: Path) -> None:
     """Remove a tree with `rm` (it is copied with `cp`): guests can nest directories deeper than Python can follow."""
+    disk.reached(Write.DATA_REMOVED, Point.BEFORE, path, b"")
     process = await asyncio.create_subprocess_exec("rm", "-rf", "--", str(path), stderr=subprocess.DEVNULL)
     await process.wait()
+    disk.reached(Write.DATA_REMOVED, Point.AFTER, path, b"")
 
 
 async def forget_other_schemas(data: str) -> None:

@@ -6,12 +6,13 @@ instance goes on.
 """
 
 import contextlib
-import os
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from agent import disk
+from agent.disk import Write
 from agent.host.ipc.host_api import plain
 from fleet.protocol import bounds
 from fleet.protocol.bounds import KIB, MIB
@@ -53,12 +54,7 @@ class LogFile:
             begins = _size(self._path) + len(data) > FILE_MAX_BYTES
             if begins:
                 self._path, self._other = self._other, self._path
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(self._path, flags | (os.O_TRUNC if begins else 0), 0o600)
-            try:
-                self._files.written_bytes += os.write(fd, data)
-            finally:
-                os.close(fd)
+            self._files.written_bytes += disk.append(Write.INSTANCE_LOG, self._path, data, begin=begins)
 
 
 def _size(path: Path) -> int:
@@ -91,7 +87,7 @@ class LogFiles:
         """Return the file of an instance; its directory is made if there is none."""
         self._open.add(instance)
         with contextlib.suppress(OSError):
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            disk.make_directory(Write.DIRECTORY, self._directory, mode=0o700)
             self._make_room()
         return LogFile(self._directory / f"{instance}.log", self)
 
@@ -103,7 +99,7 @@ class LogFiles:
             if total <= _ALL_MAX_BYTES:
                 return
             if path.name.partition(".")[0] not in self._open:
-                path.unlink()
+                disk.remove(Write.INSTANCE_LOG_EVICTED, path)
                 total -= size
 
 

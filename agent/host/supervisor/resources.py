@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from agent import disk
+from agent.disk import Write
 from agent.host.ipc import host_api
 from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
@@ -38,7 +40,6 @@ from agent.host.sandbox.sandbox import can_assign_users
 from agent.host.supervisor.instance_log import LogFiles
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.files import atomic_write, move_into_place, remove_leftovers
 
 BACKLOG: Final = 1024
 
@@ -158,7 +159,7 @@ class UidAllocator:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError):
-            path.unlink(missing_ok=True)  # written atomically, so the file is not ours
+            disk.remove(Write.UIDS_DAMAGED, path, missing_ok=True)  # written atomically, so the file is not ours
 
     def allocate(self, instance: str) -> int | None:
         """Return the uid of an instance, assigned if needed; None if this host cannot assign users."""
@@ -182,7 +183,7 @@ class UidAllocator:
         return self._given.pop(oldest)
 
     def _save(self) -> None:
-        atomic_write(self._path, json.dumps(self._given).encode(), mode=0o600)
+        disk.write(Write.UIDS, self._path, json.dumps(self._given).encode(), mode=0o600)
 
 
 class CrashCounter:
@@ -218,7 +219,7 @@ class CrashCounter:
 
     def _save(self) -> None:
         data = json.dumps(self._counts).encode()
-        atomic_write(self._path, data, mode=0o600)
+        disk.write(Write.CRASHES, self._path, data, mode=0o600)
         self.written_bytes += len(data)
 
 
@@ -353,7 +354,7 @@ def _renamed(old: Path, new: Path) -> Path:
     """Move a file of an older version to its present name, unless that is taken, and return that name."""
     with contextlib.suppress(OSError):  # most often there is none
         if not new.exists():
-            move_into_place(old, new)
+            disk.move(Write.CRASHES_RENAMED, old, new)
     return new
 
 
@@ -381,7 +382,7 @@ class HostResources:
         cls, *, state: Path, sockets: Path, address: str, request_path: RequestPath = RequestPath.HTTP
     ) -> "HostResources":
         """Load the resources from `state`; Unix sockets are in `sockets`, own ports are opened at `address`."""
-        remove_leftovers(state, recursive=False)  # instances' own files are below it
+        disk.remove_leftovers(state, recursive=False)  # instances' own files are below it
         return cls(
             data=state / "data",
             listeners=Listeners(sockets, address),
