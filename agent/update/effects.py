@@ -37,6 +37,7 @@ from agent.update.trust import DeviceTrust
 from fleet.component import reader
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
+from fleet.protocol.manifest import Manifest
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
 
@@ -254,9 +255,20 @@ class EffectRunner:
                 manifest_sha256=item.manifest_sha256,
                 fuel=manifest.limits.fuel > 0,
             )
+            await self._check_host_engine(manifest)
         except ImageError as error:
             return fault(error.message) if error.code in _OF_THIS_DISK else _delayed(error.code, error.message)
         return DONE
+
+    async def _check_host_engine(self, manifest: Manifest) -> None:
+        """Raise `ImageError` (HOST_GONE) where the host that runs has another engine than the compiler.
+
+        They differ after an upgrade of the package under a running host, which would call the images damaged.
+        """
+        host, ours = self._host.welcome, (await self._images.engine(fuel=manifest.limits.fuel > 0)).version
+        if host is not None and host.engine and ours and host.engine != ours:
+            why = f"fleet-host still runs wasmtime {host.engine}, and wasmtime {ours} is installed: restart fleet-host"
+            raise ImageError(RejectCode.HOST_GONE, why)
 
     async def swap(self, change: Change, together: tuple[str, ...] = ()) -> EffectResult:
         """Have the host start the new generation beside the old one, and hand over; in one moment with `together`."""
@@ -268,6 +280,7 @@ class EffectRunner:
             before = next((each for each in await self._figures() if each.instance == change.instance), None)
             if before is not None and before.generation != change.generation:
                 replaced = ProbationSample.of(before)
+            await self._check_host_engine(manifest)
             run = run_of(item, manifest, change.generation, self._settings.policy)
             artifacts = self._places.artifacts
             await start(self._host, item, run, self._images, artifacts, self._sealed, together, probation=True)

@@ -76,6 +76,7 @@ class SimHost:
         self.held = []
         self.die_on = None  # a request type at which the host dies
         self.protocol = host_api.PROTOCOL
+        self.engine = "50.0.1"
         self.page = 64  # instances that fit in one packet
         self._peers = []
         self._listener = None
@@ -135,7 +136,7 @@ class SimHost:
                     id=request.id,
                     session=self.session,
                     version="1",
-                    engine="50",
+                    engine=self.engine,
                     containment={},
                     ingress="",
                     protocol=self.protocol,

@@ -46,8 +46,11 @@ def test_an_upgrade_touches_no_component(running: Joined, next_version: str) -> 
     assert "0.99.0" in board.ok("dpkg-query --show wasmfleet-agent")
     assert running.pid("fleet-host") == host, "the host was not touched"
     assert running.pid("fleet-agent") != agent, "the agent is the new one"
-    # and the new one knows what runs, and can change it
+    # a zygote that dies is replaced by one of the host's own version, which starts workers as before
+    board.ok("pkill -KILL -f agent.host.worker.zygote")
+    # and the new agent knows what runs, and can change it
     running.updated()
+    assert running.pid("fleet-host") == host, "nor restarted afterwards"
 
 
 def test_removing_keeps_state_and_purging_leaves_nothing(running: Joined, boards: Boards) -> None:

@@ -61,6 +61,13 @@ class Configured(NamedTuple):
     said: str
 
 
+def in_place(script: str, tmp_path: Path) -> str:
+    """Return a script that finds what is installed below a directory."""
+    for place, there in (("/run/systemd/system", "systemd"), ("/run/wasmfleet-", "before-"), ("/usr/lib/", "lib/")):
+        script = script.replace(place, str(tmp_path / there) + place[len(place.rstrip("/")) :])
+    return script
+
+
 def configure(deb: Path, tmp_path: Path, *arguments: str) -> Configured:
     """Run a package's postinst with stand-ins for the programs that it calls."""
     subprocess.run(["dpkg-deb", "--control", str(deb), str(tmp_path / "control")], check=True)
@@ -74,7 +81,7 @@ def configure(deb: Path, tmp_path: Path, *arguments: str) -> Configured:
     for each in commands.iterdir():
         each.chmod(0o755)
     # as on a device with systemd, whether or not this machine has it
-    script = (tmp_path / "control/postinst").read_text().replace("/run/systemd/system", str(running))
+    script = in_place((tmp_path / "control/postinst").read_text(), tmp_path)
     environment = {"PATH": f"{commands}:/usr/sbin:/usr/bin:/sbin:/bin"}
     done = subprocess.run(
         ["sh", "-s", "configure", *arguments],
@@ -107,6 +114,23 @@ def test_only_an_upgrade_from_before_the_move_restarts_the_host(
 
 def test_the_versions_of_both_packages_lead_to_the_restart(packages: Packages, tmp_path: Path) -> None:
     assert "try-restart fleet-host.service" in configure(packages.new, tmp_path, version(packages.old)).invoked
+
+
+@pytest.mark.parametrize(("replaced_by", "restarts"), [("wasmtime-51.0.0", True), ("wasmtime-50.0.1", False)])
+def test_an_upgrade_to_another_engine_restarts_the_host(
+    packages: Packages, tmp_path: Path, replaced_by: str, restarts: bool
+) -> None:
+    site = tmp_path / "lib/wasmfleet/agent/lib/python3.13/site-packages"
+    (site / "wasmtime-50.0.1.dist-info").mkdir(parents=True)
+    subprocess.run(["dpkg-deb", "--control", str(packages.new), str(tmp_path / "before")], check=True)
+    preinst = in_place((tmp_path / "before/preinst").read_text(), tmp_path)
+    subprocess.run(["sh", "-s", "upgrade", "0.2.0", "0.2.1"], input=preinst, text=True, check=True)
+    (site / "wasmtime-50.0.1.dist-info").rename(site / f"{replaced_by}.dist-info")
+    done, said = configure(packages.new, tmp_path, "0.2.0")
+    assert ("try-restart fleet-host.service" in done) == restarts
+    assert ("fleet-host once: wasmtime-50.0.1 was replaced" in said) == restarts
+    assert "try-restart fleet-agent.service" in done
+    assert not list(tmp_path.glob("before-*"))
 
 
 # -- the device

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from agent.host.supervisor import agent_server, worker_pool
 from agent.host.supervisor.agent_server import AgentServer, EventQueue
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
+from agent.host.supervisor.pinned_modules import PinnedModules
 from agent.host.supervisor.resources import BACKLOG, HostResources
 from agent.host.supervisor.shared_ingress import SharedIngress
 from agent.host.supervisor.swap import SwapBarrier
@@ -94,7 +96,8 @@ class Supervisor:
         )
         self._layers = {**_probed(), "cgroup": self._resources.cgroups.available}
         self._runs_as = sandbox.way(self._layers)
-        self._pool = WorkerPool(ZygotePool(), self._resources.cgroups, self._resources.uids)
+        self._pinned = PinnedModules()
+        self._pool = WorkerPool(ZygotePool(self._pinned), self._resources.cgroups, self._resources.uids)
         self._barrier = SwapBarrier()
         self._ingress: SharedIngress | None = None
         self._router: RouterHandle | None = None  # of the shared port, or without one for workers that get frames
@@ -117,6 +120,7 @@ class Supervisor:
             )
         _raise_descriptor_limit()
         server = AgentServer(self._listen(), self, self.events, agent_group=self._settings.agent_group)
+        self._pin_modules()
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -138,6 +142,16 @@ class Supervisor:
             server.stop_accepting()
             (self._settings.runtime / agent_server.SOCKET_NAME).unlink(missing_ok=True)
             await self._end(server)
+
+    def _pin_modules(self) -> None:
+        """Keep this version's files for the helpers to come; without that the host goes on."""
+        try:
+            self._pinned.pin(self._settings.runtime / "modules")
+        except OSError as error:
+            sys.stderr.write(
+                f"host: cannot keep its modules for helpers: {error.strerror}; restart fleet-host after an upgrade\n"
+            )
+            sys.stderr.flush()
 
     async def _open_ingress(self, address: str, port: int) -> None:
         """Serve the shared port as the device's owner configured it. Raises `HostError`."""
@@ -194,6 +208,7 @@ class Supervisor:
             self._ingress.close()
         elif self._router is not None:
             self._router.close()
+        self._pinned.close()
 
     async def _stop_one(self, instance: Instance) -> None:
         async with instance.lock:

@@ -23,6 +23,7 @@ from agent.host.ipc import framing, worker_api
 from agent.host.ipc.packet_writer import PacketWriter
 from agent.host.ipc.worker_api import ZygoteMessage
 from agent.host.sandbox import sandbox
+from agent.host.supervisor.pinned_modules import PinnedModules
 from agent.host.supervisor.resources import Cgroups, UidAllocator
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerProcess
 from fleet.protocol.bounds import MIB
@@ -259,7 +260,7 @@ class _Fork:
 class ZygoteHandle:
     """Handle of a zygote process, and the registry of the workers that it forked."""
 
-    def __init__(self, namespace: str, *, fuel: bool, shared: bool) -> None:
+    def __init__(self, namespace: str, pinned: PinnedModules, *, fuel: bool, shared: bool) -> None:
         self.namespace = namespace
         self.idle_since_s: float | None = None
         self.workers: dict[int, WorkerProcess] = {}
@@ -276,7 +277,7 @@ class ZygoteHandle:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(),
+                env=_environment() | pinned.environment(),
             )
         self._sock = ours
         ours.setblocking(False)
@@ -366,7 +367,9 @@ class _ZygoteKey(NamedTuple):
 class ZygotePool:
     """Every zygote: one for each namespace, and others for its components with a fuel limit and those that share."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: PinnedModules | None = None) -> None:
+        """Start zygotes from these modules; without any, from the files that there are."""
+        self._pinned = PinnedModules() if pinned is None else pinned
         self._zygotes: dict[_ZygoteKey, ZygoteHandle] = {}
 
     async def fork(self, namespace: str, name: str, *, fuel: bool, shared: bool = False) -> WorkerProcess:
@@ -380,7 +383,7 @@ class ZygotePool:
     def _zygote(self, key: _ZygoteKey) -> ZygoteHandle:
         zygote = self._zygotes.get(key)
         if zygote is None or not zygote.alive:
-            zygote = self._zygotes[key] = ZygoteHandle(key.namespace, fuel=key.fuel, shared=key.shared)
+            zygote = self._zygotes[key] = ZygoteHandle(key.namespace, self._pinned, fuel=key.fuel, shared=key.shared)
         zygote.idle_since_s = None
         return zygote
 

@@ -521,7 +521,7 @@ async def test_a_full_disk_is_tried_again_until_there_is_space(kit, monkeypatch)
 
 
 STOPPED_COMPILER = """
-[ "$1" = --describe ] && { echo '{"engine": "1"}'; exit; }
+[ "$1" = --describe ] && { echo '{"engine": "50.0.1"}'; exit; }
 cat > /dev/null
 echo >> "$0.times"
 [ $(wc -l < "$0.times") -le LEFT ] && kill -NAME $$

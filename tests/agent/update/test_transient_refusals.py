@@ -110,6 +110,29 @@ async def test_a_start_that_the_host_refuses_for_now(kit, code):
         assert kit.store.failed() == ()
 
 
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.asyncio
+async def test_a_host_with_the_engine_from_before_an_upgrade(kit, connected):
+    async with kit.running():
+        item = await new_version(kit)
+        kit.host.engine = "49.0.0"
+        kit.host.kill()
+        kit.host.start()
+        if connected:
+            await kit.until(lambda: kit.link.welcome.engine == "49.0.0")
+        await kit.deployer.desire(kit.assignment(2, item))
+        await kit.until(lambda: any(each.code == RejectCode.HOST_GONE for each in kit.reports()))
+        said = next(each for each in kit.reports() if each.code == RejectCode.HOST_GONE)
+        assert "fleet-host still runs wasmtime 49.0.0, and wasmtime 50.0.1 is installed" in said.message
+        assert not kit.host.running.get("web") or kit.host.targets() == {"web": V1}
+        kit.host.engine = "50.0.1"
+        kit.host.kill()
+        kit.host.start()
+        await kit.until(lambda: kit.host.targets() == {"web": V2})
+        await kit.settled()
+        assert kit.store.failed() == ()
+
+
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
 @pytest.mark.parametrize(
     ("place", "name"),
