@@ -9,7 +9,7 @@ from typing import get_args
 
 import msgspec
 
-from agent import config, starts
+from agent import config, disk, starts
 from agent.host import cli, processes
 from agent.host.compiler import __main__
 from agent.host.engine import guest, runtime
@@ -319,7 +319,7 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
 # Words and structs between functions of one process.
 INTERNAL: frozenset[type] = frozenset(
     {routes.Access, machine.Event, machine.Effect, probation.Verdict, plan.Act, plan.Gate}
-    | {model.Expected, model.Observation, selector.Kind}
+    | {model.Expected, model.Observation, selector.Kind, disk.Write, disk.Point}
 )
 
 # stable name -> words that are constants

@@ -37,6 +37,10 @@ BESIDE = {
     "agent/host/sandbox/kernel.py": ({"os.open"}, "a file of the kernel"),
     "agent/host/sandbox/sandbox.py": ({"os.mkdir"}, "a file system in memory"),
     "agent/host/supervisor/agent_server.py": ({".unlink"}, "a socket in the runtime directory"),
+    "agent/host/supervisor/pinned_modules.py": (
+        {".mkdir", ".symlink_to", "shutil.rmtree"},
+        "links in the runtime directory",
+    ),
     "agent/host/supervisor/resources.py": (
         {".mkdir", ".rmdir", ".unlink", ".write_text"},
         "control groups, and sockets in the runtime directory",
@@ -125,9 +129,7 @@ def test_a_write_beside_the_doors_is_found(line):
     assert list(writes(ast.parse(line)))
 
 
-@pytest.mark.parametrize(
-    "line", ["p.open('rb')", "t.replace('a', 'b')", "disk.remove(x)", "os.open(p, os.O_RDONLY)"]
-)
+@pytest.mark.parametrize("line", ["p.open('rb')", "t.replace('a', 'b')", "disk.remove(x)", "os.open(p, os.O_RDONLY)"])
 def test_what_is_no_write_is_not_found(line):
     assert not list(writes(ast.parse(line)))
 

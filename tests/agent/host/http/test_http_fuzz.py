@@ -83,12 +83,8 @@ class Transport:
         return False
 
 
-def through_the_router(pieces):
-    """The requests that a worker reads behind a router which is sent these pieces."""
-    return asyncio.run(_through_the_router(pieces))
-
-
-async def _through_the_router(pieces):
+async def through_the_router(pieces):
+    """Return the requests that a worker reads behind a router which is sent these pieces."""
     routes, pool = RouteTable(), Pool()
     routes.up = {"echo": True}
     client = ClientConnection(routes, pool, Clients())
@@ -142,12 +138,13 @@ def routed(request):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_what_the_router_passes_on_is_what_was_asked(batch):
+@pytest.mark.asyncio
+async def test_what_the_router_passes_on_is_what_was_asked(batch):
     compared = 0
     for seed in range(batch * BATCH, (batch + 1) * BATCH):
         raw = at(b"/echo", mutant(seed))
         pieces = cut(seed, raw)
-        passed_on = through_the_router(pieces)
+        passed_on = await through_the_router(pieces)
         assert not any(request.refusal for request in passed_on), f"seed {seed}: {raw!r}"
         behind = [seen(request) for request in passed_on]
         alone = directly(pieces)
