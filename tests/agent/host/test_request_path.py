@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -10,7 +11,7 @@ import threading
 
 import pytest
 import support
-from host_processes import forks, lanes_of
+from host_processes import children, forks, lanes_of
 from support import Grants, Health, Limits
 from traffic import Traffic
 from wire import Wire
@@ -164,6 +165,76 @@ def test_a_worker_that_is_killed_in_a_call_is_replaced_and_who_waits_is_answered
         os.kill(lane, signal.SIGKILL)
         assert support.read_answer(stuck[0])[0] == 502
         assert [support.read_answer(other)[0] for other in stuck[1:]] == [200, 200]
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory):
+    host = support.Host(tmp_path_factory.mktemp("killable"), request_path="frames")
+    host.shared = True
+    yield host
+    host.close()
+
+
+@pytest.mark.parametrize(
+    ("victim", "keeps", "restarts"),
+    [
+        ("worker", {"connection", "memory"}, {"web": 1, "other": 0, "asks": 0}),
+        ("router", set(), {"web": 0, "other": 0, "asks": 0}),
+        ("egress", {"call", "connection", "memory"}, {"web": 0, "other": 0, "asks": 0}),
+        ("zygote", {"connection"}, {"web": 1, "other": 1, "asks": 1}),
+        ("supervisor", set(), {}),
+    ],
+)
+def test_who_loses_what_when_a_process_is_killed(killable, port, victim, keeps, restarts):
+    """The rows of docs/host.md: a call in flight, and of another instance a client's connection and the memory."""
+    start(killable, port=port)
+    (worker,), (router,) = lanes_of(killable), forks(killable)
+    grants = Grants(interfaces=("wasi:http/outgoing-handler",), outbound=("http://127.0.0.1:9",))
+    killable.start("probe", support.a_run("asks", 1, grants=grants))
+    killable.start("counter", support.a_run("other", 1, port=(own := support.free_port())))
+    with contextlib.ExitStack() as stack:
+        begun, kept = (stack.enter_context(socket.create_connection(("127.0.0.1", each), 30)) for each in (port, own))
+        assert int(ask(own, "/", sock=kept)[2]) == 1
+        begun.sendall(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 100_000)
+        assert begun.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 200"
+        (egress,) = forks(killable) - {router}
+        (zygote,) = [
+            pid
+            for pid, command in children(killable.process.pid).items()
+            if b"worker.zygote" in command and pid not in lanes_of(killable)
+        ]
+        pids = {"worker": worker, "router": router, "egress": egress, "zygote": zygote}
+        pid = pids.get(victim, killable.process.pid)
+        gone = os.pidfd_open(pid)
+        stack.callback(os.close, gone)
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([gone], [], [], 30)[0]
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            begun.sendall(b"x" * 200_000)
+        assert (read_to_end(begun) >= 300_000) == ("call" in keeps)
+        if "connection" in keeps:
+            assert int(ask(own, "/", sock=kept)[2]) == (2 if "memory" in keeps else 1)
+        else:
+            assert read_to_end(kept) == 0
+        if victim == "supervisor":
+            with pytest.raises(ConnectionRefusedError):
+                ask(own, "/")
+            return
+        assert ask(port, "/")[0] == 200
+        assert int(ask(own, "/")[2]) == (3 if "memory" in keeps else 2 if "connection" in keeps else 1)
+        assert {name: killable.health(name).restarts for name in restarts} == restarts
+        for name in restarts:
+            killable.ask(host_api.Stop, instance=name)
+
+
+def read_to_end(sock):
+    """How many bytes came until the end, or until an answer in chunks was complete."""
+    count, data = 0, b""
+    with contextlib.suppress(ConnectionResetError):
+        while not data.endswith(b"0\r\n\r\n") and (more := sock.recv(65536)):
+            count += len(more)
+            data = (data + more)[-5:]
+    return count
 
 
 def test_the_death_of_the_router_is_no_crash_of_any_component(tmp_path, port):

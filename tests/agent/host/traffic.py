@@ -1,7 +1,10 @@
 """Clients that send requests without pause while a test swaps instances."""
 
+import array
 import socket
+import statistics
 import threading
+import time
 
 import support
 
@@ -18,6 +21,7 @@ class Traffic:
         self.opened = 0
         self.lost = []
         self.slow_answers = 0
+        self.times_s = array.array("d")  # begin and end of each exchange but the slow ones, one after the other
         self._stop, self._news = threading.Event(), threading.Condition()
         self._threads = [threading.Thread(target=self._kept, args=(n,)) for n in range(kept)]
         self._threads += [threading.Thread(target=self._new) for _ in range(new)]
@@ -32,6 +36,7 @@ class Traffic:
 
     def _exchange(self, n, sock):
         request = self._request(n)
+        began_s = time.monotonic()
         if n % 5 == 0 and len(request) > 20:  # in two pieces: the swap may fall into the middle of a message
             sock.sendall(request[:20])
             self._stop.wait(0.002)
@@ -43,6 +48,7 @@ class Traffic:
             self._lose(f"status {status}")
         with self._news:
             self.answers += 1
+            self.times_s.extend((began_s, time.monotonic()))
             self._news.notify_all()
         return headers.get("connection") == "close"
 
@@ -126,6 +132,15 @@ class Traffic:
         if not data:
             raise ConnectionError("closed in an answer")
         return data
+
+    def p99_s(self, spans):
+        """99 of 100 answers took no longer: those within none of these spans of time, and those within one."""
+        apart, within, spans = [], [], sorted(spans)
+        for began_s, ended_s in sorted(zip(self.times_s[::2], self.times_s[1::2], strict=True)):
+            while spans and spans[0][1] < began_s:
+                del spans[0]
+            (within if spans and spans[0][0] < ended_s else apart).append(ended_s - began_s)
+        return [statistics.quantiles(each, n=100)[-1] if len(each) > 1 else 0.0 for each in (apart, within)]
 
     def stop(self):
         self._stop.set()

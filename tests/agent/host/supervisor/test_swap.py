@@ -1,6 +1,13 @@
-"""Swaps lose no request: of kept-alive and new clients, GET and POST, through the router and on own ports."""
+"""Swaps lose no request: of kept-alive and new clients, GET and POST, through the router and on own ports.
 
+A million requests through a thousand swaps (some ten minutes for each way):
+
+    WASMFLEET_TEST_SWAPS=1000 WASMFLEET_TEST_SWAP_REQUESTS=1000000 pytest -s -n 0 -k 1000 .../test_swap.py
+"""
+
+import os
 import socket
+import time
 
 import pytest
 import support
@@ -8,28 +15,35 @@ from traffic import Traffic
 
 from agent.host.ipc import host_api
 
-SWAPS = 12
+SWAPS = int(os.environ.get("WASMFLEET_TEST_SWAPS", "12"))
+REQUESTS = int(os.environ.get("WASMFLEET_TEST_SWAP_REQUESTS", str(SWAPS * 40)))
+MANY = pytest.param(200, 200 * 40, marks=pytest.mark.nightly)
 
 
+@pytest.mark.parametrize(("swaps", "requests"), [(SWAPS, REQUESTS), MANY])
 @pytest.mark.parametrize("way", ["own port", "router"])
-def test_swaps_lose_no_request_and_keep_connections_open(host, way):
+def test_swaps_lose_no_request_and_keep_connections_open(host, way, swaps, requests):
     port = support.free_port() if way == "own port" else None
     assert isinstance(host.start("hello", support.a_run("web", 1, port=port)), host_api.Started)
     traffic = Traffic(port or host.port, "/" if port else "/web/")
     try:
-        for generation in range(2, 2 + SWAPS):
-            before = traffic.answers
+        spans = []
+        for generation in range(2, 2 + swaps):
+            before, began_s = traffic.answers, time.monotonic()
             reply = host.start("hello", support.a_run("web", generation, port=port))
             assert reply == host_api.Started(
                 id=reply.id, instance="web", generation=generation, replaced=generation - 1, swap_ms=reply.swap_ms
             )
-            traffic.await_answers(before + 40)
+            spans.append((began_s, time.monotonic()))
+            traffic.await_answers(before + requests // swaps)
             if generation % 3 == 0:
                 host.ask(host_api.Commit, instance="web", generation=generation)
     finally:
         traffic.stop()
     assert traffic.lost == []
-    assert traffic.answers > SWAPS * 40
+    assert traffic.answers > requests - swaps
+    apart, within = (1000 * each for each in traffic.p99_s(spans))
+    print(f"{way}: {swaps} swaps, {traffic.answers} answers, 0 lost; p99 {apart:.0f} ms, within swaps {within:.0f} ms")
     # The three kept-alive clients were handed from generation to generation: nobody had to connect again.
     assert traffic.opened == 3
 
