@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         help="let members of this group command the host, besides root and its own user",
     )
     run.add_argument(
-        "--request-path", type=RequestPath, default=RequestPath.HTTP, help=argparse.SUPPRESS
+        "--request-path", type=RequestPath, default=RequestPath.FRAMES, help=argparse.SUPPRESS
     )  # decision 15
     commands.add_parser("check", help="report the engine and the isolation layers of this device")
     shown = commands.add_parser(

@@ -228,14 +228,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         total_ms: how long a call may take in all, waiting included.
         concurrency: workers at most.
         request_bytes, response_bytes: one HTTP body. In world `wasmfleet:http` an answer has at most
-            `NATIVE_ANSWER_MAX_BYTES`, whatever stands here.
+            `NATIVE_ANSWER_MAX_BYTES`, whatever stands here. In `wasi:http` a request that arrives may have a body of
+            any size, and `request_bytes` bounds those that the guest sends.
         log_lines_per_minute: further lines are dropped and counted.
         fuel: instructions of one call (wasmtime's fuel), 0 for no such limit.
         storage_bytes: the instance's own data.
         daily_written_bytes: bytes written to its data in one day (UTC).
         state_bytes: memory that it may hand to its successor at a swap.
         requests_per_instance: requests that one instance may answer before a fresh one replaces it; 0 for the default
-            of its world: one in `wasi:http` (a request with a body always gets its own), else any number.
+            of its world: one in `wasi:http`, else any number.
         table_elements: elements of each of its tables (functions that are called through a table, references).
         core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
     """

@@ -375,11 +375,11 @@ class HostResources:
     cgroups: Cgroups
     secrets: PendingSecrets
     logs: LogFiles
-    request_path: RequestPath = RequestPath.HTTP
+    request_path: RequestPath = RequestPath.FRAMES
 
     @classmethod
     def open(
-        cls, *, state: Path, sockets: Path, address: str, request_path: RequestPath = RequestPath.HTTP
+        cls, *, state: Path, sockets: Path, address: str, request_path: RequestPath = RequestPath.FRAMES
     ) -> "HostResources":
         """Load the resources from `state`; Unix sockets are in `sockets`, own ports are opened at `address`."""
         disk.remove_leftovers(state, recursive=False)  # instances' own files are below it

@@ -78,7 +78,7 @@ class HostSettings:
     require: frozenset[str] = frozenset()
     minimum: frozenset[str] = frozenset()
     agent_group: int | None = None
-    request_path: RequestPath = RequestPath.HTTP
+    request_path: RequestPath = RequestPath.FRAMES
     ingress_config: Path | None = None
 
 

@@ -22,7 +22,7 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
-REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "http")  # of hosts that tests start without another
+REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "frames")  # of hosts that tests start without another
 
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -181,7 +181,7 @@ class Host:
         self.shared = False
         self._id = 0
         self.stderr = (directory / "host.log").open("ab")
-        way = () if (request_path or REQUEST_PATH) == "http" else ("--request-path", request_path or REQUEST_PATH)
+        way = () if (request_path or REQUEST_PATH) == "frames" else ("--request-path", request_path or REQUEST_PATH)
         self.process = subprocess.Popen(
             [
                 *prefix,

@@ -84,7 +84,7 @@ class Transport:
 
 
 async def through_the_router(pieces):
-    """Return the requests that a worker reads behind a router which is sent these pieces."""
+    """The requests that a worker reads behind a router which is sent these pieces."""
     routes, pool = RouteTable(), Pool()
     routes.up = {"echo": True}
     client = ClientConnection(routes, pool, Clients())
