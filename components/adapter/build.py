@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build the wasi:http adapter and the guest of its tests from source, byte for byte the same on every machine.
+"""Build the wasi:http adapter and the guests of its tests from source, byte for byte the same on every machine.
 
 Usage: components/adapter/build.py [--check]
 
@@ -42,8 +42,11 @@ SOURCES = {
     "driver": ["driver.c"],
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
+    "waits": ["-DWAITS", "-Wno-unused", "probe.c"],
 }
-OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz", "probe.wasm": HERE / "probe.wasm"}
+GUESTS = ("probe", "waits")
+OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz"}
+OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm" for guest in GUESTS}
 
 
 def componentize(world: str, scratch: Path, wit: Path) -> bytes:
@@ -89,13 +92,14 @@ def older(wit: Path) -> Path:
 
 
 def build(scratch: Path) -> dict[str, bytes]:
-    """Build both files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
+    """Build the files. Raises CalledProcessError when a tool fails; it has said why on standard error."""
     wit = whole(scratch)
-    parts = (componentize(world, scratch, wit) for world in SOURCES if world != "probe")
+    parts = (componentize(world, scratch, wit) for world in SOURCES if world not in GUESTS)
     adapter = imports("shell", scratch, wit) + b"".join(binary.section(reader.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
     wasm_tools("validate", scratch / "whole.wasm")
-    return {"adapter.wasm": adapter, "probe.wasm": componentize("probe", scratch, older(wit))}
+    old = older(wit)
+    return {"adapter.wasm": adapter} | {f"{guest}.wasm": componentize(guest, scratch, old) for guest in GUESTS}
 
 
 def unpacked(path: Path) -> bytes:
@@ -105,7 +109,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def main() -> int:
-    """Build both, then write or compare."""
+    """Build, then write or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     check: bool = parser.parse_args().check

@@ -9,7 +9,7 @@
 #define AHEAD_MAX (16384u + 16u * (HEADER + 1u)) // whole requests behind the one in hand, with their frames
 #define TOO_LARGE TEXT("error 26") // an answer's fields: HTTP-response-header-section-size
 
-enum kind { REQUEST = 1, WHOLE_REQUEST, BODY, END, CREDIT, RESPONSE, YIELD, STORE_FAILED, CANCEL };
+enum kind { REQUEST = 1, WHOLE_REQUEST, BODY, END, CREDIT, RESPONSE, YIELD, STORE_FAILED, CANCEL, NUDGE };
 
 IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t channel_stdin(void);
 IMPORT("wasmfleet:engine/stdout@0.1.0", "get-stdout") int32_t channel_stdout(void);
@@ -18,6 +18,8 @@ void blocking_read(int32_t stream, uint64_t most, bytes_result *to);
 IMPORT(ENGINE_STREAMS, "[method]output-stream.check-write") void check_write(int32_t stream, count_result *to);
 IMPORT(ENGINE_STREAMS, "[method]output-stream.write")
 void write_now(int32_t stream, const char *data, size_t size, nothing_result *to);
+IMPORT(ENGINE_STREAMS, "[method]input-stream.subscribe") int32_t subscribe(int32_t stream);
+IMPORT(ENGINE_POLL, "[method]pollable.ready") int32_t has_arrived(int32_t pollable);
 IMPORT(HOST, "cancelled") void host_cancelled(void);
 IMPORT(HOST, "wrote") void host_wrote(uint32_t size);
 
@@ -27,7 +29,7 @@ typedef struct {
     uint32_t call;
 } frame;
 
-int looping, metered;
+int looping, metered, in_call;
 
 static int32_t in = -1, out = -1;
 static int exact;                                   // the next store reads on where this one stops
@@ -42,7 +44,7 @@ static uint32_t body_at, body_size, body_taken;
 static char trailers[PAYLOAD_MAX];
 static uint32_t trailers_size;
 static uint32_t call, credit, last_ended;
-static int body_open;
+static int body_open, body_skipped;
 
 // Nobody waits for this call any more: its guest ends here.
 static _Noreturn void give_up(void) {
@@ -103,7 +105,15 @@ static int skip(uint32_t size) {
     return 1;
 }
 
+static void give_credit(void);
+
 static int read_body(uint32_t size) {
+    if (body_skipped) {
+        body_taken += size;
+        if (!skip(size)) return 0;
+        give_credit();
+        return 1;
+    }
     if (size > sizeof body - body_size) __builtin_trap(); // more than its credit
     while (size) {
         uint32_t to = (body_at + body_size) % sizeof body, piece = sizeof body - to;
@@ -202,6 +212,8 @@ static void begin_call(uint32_t number, int with_body) {
     credit = INITIAL_CREDIT;
     body_at = body_size = body_taken = trailers_size = 0;
     body_open = with_body;
+    body_skipped = 0;
+    in_call = 1;
     if (metered) host_wrote(0);
 }
 
@@ -236,11 +248,18 @@ enum turn channel_next(int last, text *head) {
     }
 }
 
+static void give_credit(void) {
+    if (!body_open || body_taken < CREDIT_STEP) return;
+    put_frame(CREDIT, (text){(const char *)&body_taken, sizeof body_taken});
+    body_taken = 0;
+    channel_flush();
+}
+
+int channel_has_body(void) { return body_size || !body_open; }
+
+int channel_has_trailers(void) { return !body_open; }
+
 text channel_read(uint64_t most) {
-    while (!body_size && body_open) {
-        channel_flush();
-        take_frame();
-    }
     uint32_t size = sizeof body - body_at;
     if (size > body_size) size = body_size;
     if (size > most) size = (uint32_t)most;
@@ -249,30 +268,37 @@ text channel_read(uint64_t most) {
     body_at = (body_at + size) % sizeof body;
     body_size -= size;
     body_taken += size;
-    if (body_open && body_taken >= CREDIT_STEP) {
-        put_frame(CREDIT, (text){(const char *)&body_taken, sizeof body_taken});
-        body_taken = 0;
-        channel_flush();
-    }
+    give_credit();
     return (text){data, size};
 }
 
+void channel_skip_body(void) {
+    body_taken += body_size;
+    body_size = 0;
+    body_skipped = 1;
+    give_credit();
+}
+
 text channel_trailers(void) {
-    while (body_size || body_open) {
-        const void *mark = arena_mark();
-        channel_read(sizeof body);
-        arena_back(mark);
-    }
+    wait_for(PART(0, HEAD_OF));
     return (text){trailers, trailers_size};
 }
 
-uint32_t channel_room(void) {
-    while (!credit) {
-        channel_flush();
-        take_frame();
-    }
-    return credit < PAYLOAD_MAX ? credit : PAYLOAD_MAX;
+int32_t channel_arrival(void) {
+    static int32_t arrival = -1;
+    if (arrival < 0) arrival = subscribe(in);
+    return arrival;
 }
+
+int channel_has_read(void) { return in_at != in_end; }
+
+void channel_take(void) { take_frame(); }
+
+void channel_look(void) {
+    if (in_call && (channel_has_read() || has_arrived(channel_arrival()))) take_frame();
+}
+
+uint32_t channel_credit(void) { return credit < PAYLOAD_MAX ? credit : PAYLOAD_MAX; }
 
 // Further bytes in the frame of the body that was written last, so that small writes share one.
 static void grow_frame(const char *data, uint32_t size) {
@@ -288,7 +314,8 @@ static void grow_frame(const char *data, uint32_t size) {
 
 void channel_write(const char *data, size_t size) {
     while (size) {
-        uint32_t piece = channel_room();
+        uint32_t piece = channel_credit();
+        if (!piece) __builtin_trap(); // the caller has waited for credit
         uint32_t room = sizeof outbox - out_end;
         if (room < HEADER + 2) {
             channel_flush();
@@ -313,7 +340,7 @@ int channel_head(text head) {
 enum turn channel_end(text outcome, int last) {
     put_frame(END, outcome.size > PAYLOAD_MAX ? TOO_LARGE : outcome);
     channel_flush();
-    body_open = body_size = 0;
+    body_open = body_size = in_call = 0;
     last_ended = call;
     return last && (ahead_at != ahead_end || in_at != in_end) ? MISPLACED : CALL;
 }

@@ -10,6 +10,9 @@ extern int looping;
 // True where the host is told of calls and of bytes, see `host.wrote`.
 extern int metered;
 
+// True while a call of the channel is in hand.
+extern int in_call;
+
 // What the guest has in place of the engine's streams, see `OURS`: the bodies of the call in hand, and an empty one.
 #define REQUEST_BODY 0x7ffffff0u
 #define RESPONSE_BODY 0x7ffffff1u
@@ -23,13 +26,18 @@ enum turn { CALL, CHANNEL_ENDED, LEAVE, MISPLACED };
 int channel_align(text token);
 // Wait for the next call and read its head; `exact`: read nothing beyond it.
 enum turn channel_next(int exact, text *head);
-// At most `most` bytes of the request's body, waiting for the first; none at its end.
+// At most `most` bytes of the request's body, as far as they are there.
 text channel_read(uint64_t most);
-// The trailers of the request's body, as lines, once the body has been read or skipped.
+// Whether reading the body would give something, its end included; whether its trailers have come.
+int channel_has_body(void);
+int channel_has_trailers(void);
+// The guest reads no more of the body: what is left of it is skipped.
+void channel_skip_body(void);
+// The trailers of the request's body, as lines; waits for them.
 text channel_trailers(void);
 
-// Bytes of the response's body that the router takes now, waiting for the first.
-uint32_t channel_room(void);
+// Bytes of the response's body that the router takes now.
+uint32_t channel_credit(void);
 void channel_write(const char *data, size_t size);
 // Let the answer's head out, or an empty text where the body begins before it; 0 if it is too large.
 int channel_head(text head);
@@ -39,3 +47,9 @@ enum turn channel_end(text outcome, int last);
 uint32_t channel_ended(void);
 // Let out what is written.
 void channel_flush(void);
+// What arrives while a call is in hand: a pollable of the engine's for it, whether some of it has been read already, and
+// one frame of it. `channel_look` takes frames as long as that takes no time.
+int32_t channel_arrival(void);
+int channel_has_read(void);
+void channel_take(void);
+void channel_look(void);

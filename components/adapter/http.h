@@ -57,16 +57,19 @@ typedef struct {
     uint8_t error;
     uint8_t streaming;
     uint8_t sent; // the answer's head went out before its body
-    uint8_t asked; // the host was asked for an outgoing request
     uint32_t hops; // neighbours on this device that the request came through
     outgoing_response *response;
 } exchange;
 
 extern exchange now;
 
+// True once the host was asked for an outgoing request in the call in hand.
+extern uint8_t asked_host;
+
 // The stream for a request's body, and what is to be done at its end. Gives the error, 0 for none.
 int32_t request_stream(struct outgoing_request *it);
 uint32_t request_finished(struct outgoing_request *it);
+void request_dropped(struct outgoing_request *it);
 
 // option<result<result<T, error-code>>>, as futures give it: nothing yet, asked again, failed, or the value.
 typedef struct {
@@ -84,9 +87,6 @@ typedef struct {
 } nested_result;
 
 _Static_assert(sizeof(nested_result) == 56 && offsetof(nested_result, error) == 24, "the canonical layout");
-
-// A pollable that is ready: what this adapter gives out is there at once.
-static inline int32_t ready_pollable(void) { return give_pollable(ALWAYS); }
 
 IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t get_stdin(void);
 IMPORT("wasmfleet:engine/stdout@0.1.0", "get-stdout") int32_t get_stdout(void);

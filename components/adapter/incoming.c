@@ -4,7 +4,6 @@
 #include "http.h"
 
 DESTRUCTOR(incoming_request, "incoming-request")
-DESTRUCTOR(incoming_body, "incoming-body")
 DESTRUCTOR(future_trailers, "future-trailers")
 
 METHOD("incoming-request.method") const method *incoming_request_method(const incoming_request *it) {
@@ -42,22 +41,31 @@ METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_
     return ok_handle(give_input(looping ? OURS(REQUEST_BODY) : get_stdin()));
 }
 
+// The stream of an answer's body forgets the answer when it is dropped; without one, the body does.
+EXPORT(TYPES "#[dtor]incoming-body") void incoming_body_dtor(incoming_body *it) {
+    if (it->outgoing && !it->streamed) host_close(it->id);
+    live--;
+}
+
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {
     future_trailers *it = take_room(sizeof *it);
     incoming_body *from = incoming_body_take(body);
     *it = (future_trailers){.trailers = from->trailers, .awaited = looping && !from->outgoing};
+    if (it->awaited) channel_skip_body();
     return future_trailers_give(it);
 }
 
 METHOD("future-trailers.subscribe") int32_t future_trailers_subscribe(const future_trailers *it) {
-    (void)it;
-    return ready_pollable();
+    return give_pollable(it->awaited && !it->got ? PART(0, HEAD_OF) : ALWAYS);
 }
 
 // option<result<result<option<trailers>, error-code>>>: what came after the body, which may be heard once.
 METHOD("future-trailers.get") nested_result *future_trailers_get(future_trailers *it) {
     nested_result *answer = take_room(sizeof *answer);
-    *answer = (nested_result){.some = 1, .again = it->got};
+    int waits = it->awaited && !it->got && !channel_has_trailers();
+    if (waits) channel_look(), waits = !channel_has_trailers();
+    *answer = (nested_result){.some = !waits, .again = it->got};
+    if (waits) return answer;
     if (it->awaited && !it->got) read_lines(it->trailers, channel_trailers());
     if (!it->got && it->trailers && it->trailers->count) {
         answer->trailers.some = 1;

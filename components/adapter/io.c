@@ -45,7 +45,7 @@ int32_t give_input(int32_t engine) { return input_stream_new(take_object(engine)
 int32_t give_output(int32_t engine) { return output_stream_new(take_object(engine)); }
 
 EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
-    if (it->engine != ALWAYS) drop_pollable(it->engine);
+    if (it->engine >= 0) drop_pollable(it->engine);
     give_object_back(it);
 }
 
@@ -82,34 +82,111 @@ EXPORT("cabi_post_" ERROR "#[method]error.to-debug-string") void io_error_debug_
     arena_back(mark);
 }
 
-EXPORT(POLL "#[method]pollable.ready") int32_t pollable_ready(const pollable *it) {
-    return it->engine == ALWAYS || engine_ready(it->engine);
+// True while the guest has asked the host for an outgoing request in the call in hand.
+extern uint8_t asked_host;
+
+#define IS_CHANNELS(wanted) ((wanted) < ALWAYS && NUMBER(wanted) <= ROOM_OF)
+#define IS_HOSTS(wanted) ((wanted) < ALWAYS && NUMBER(wanted) > ROOM_OF)
+
+static int channel_has(uint32_t part) {
+    return part == ROOM_OF ? channel_credit() > 0 : part == BODY_OF ? channel_has_body() : channel_has_trailers();
 }
 
-// A guest that waits has written what it has to write for now.
+enum { NO_WAIT, NUDGED, WAITS, WAITS_A_MOMENT };
+
+// Ask the host which of these are there; `wait` as in `host.poll`. Gives how many.
+static size_t ask_host(const int32_t *wanted, size_t count, uint8_t *there, uint32_t wait) {
+    if (!asked_host) return 0;
+    const void *before = arena_mark();
+    char *words = take_room(count * 12), *at = words;
+    for (size_t i = 0; i < count; i++)
+        if (IS_HOSTS(wanted[i])) at = put(put(at, decimal(NUMBER(wanted[i]))), TEXT(" "));
+    text found = {0};
+    host_poll(words, (size_t)(at - words), wait, &found);
+    size_t ready = 0, next = 0;
+    for (size_t i = 0; i < count; i++)
+        if (IS_HOSTS(wanted[i]) && next < found.size) ready += there[i] = found.data[next++] == '1';
+    arena_back(before);
+    return ready;
+}
+
+// Find which are there, and how many those are. Nobody nudges from here on.
+static size_t look(const int32_t *wanted, size_t count, uint8_t *there) {
+    size_t ready = 0;
+    for (size_t i = 0; i < count; i++) {
+        there[i] = wanted[i] == ALWAYS || (IS_CHANNELS(wanted[i]) && channel_has(NUMBER(wanted[i]))) ||
+                   (wanted[i] >= 0 && engine_ready(wanted[i]));
+        ready += there[i];
+    }
+    return ready + ask_host(wanted, count, there, NO_WAIT);
+}
+
+// Every wait of the guest: for these, and for the channel while a call of it is in hand. A guest that waits has written
+// what it has to write for now.
+static void wait_any(const int32_t *wanted, size_t count, uint8_t *there) {
+    while (!look(wanted, count, there)) {
+        if (in_call && channel_has_read()) {
+            channel_take();
+            continue;
+        }
+        channel_flush();
+        const void *before = arena_mark();
+        int32_t *engines = take_room((count + 1) * sizeof *engines);
+        size_t used = 0, hosts = 0;
+        for (size_t i = 0; i < count; i++) {
+            if (wanted[i] >= 0) engines[used++] = wanted[i];
+            hosts += IS_HOSTS(wanted[i]);
+        }
+        int here = hosts && !in_call;
+        size_t ready = ask_host(wanted, count, there, !here ? NUDGED : used ? WAITS_A_MOMENT : WAITS);
+        int arrived = 0;
+        if (!ready && !here) {
+            if (in_call) engines[used++] = channel_arrival();
+            if (!used) __builtin_trap(); // nothing that could come
+            text found;
+            engine_poll(engines, used, &found);
+            for (size_t i = 0; i < found.size; i++) arrived |= in_call && ((const uint32_t *)found.data)[i] == used - 1;
+        }
+        arena_back(before);
+        if (ready) return;
+        if (arrived) {
+            ask_host(NULL, 0, NULL, NO_WAIT); // no nudge while frames are written
+            channel_take();
+        }
+    }
+}
+
+void wait_for(int32_t part) {
+    uint8_t there;
+    wait_any(&part, 1, &there);
+}
+
+int is_there(int32_t part) {
+    uint8_t there;
+    return look(&part, 1, &there) > 0;
+}
+
+EXPORT(POLL "#[method]pollable.ready") int32_t pollable_ready(const pollable *it) {
+    if (it->engine >= 0) return engine_ready(it->engine);
+    if (IS_CHANNELS(it->engine) && !channel_has(NUMBER(it->engine))) channel_look();
+    return is_there(it->engine);
+}
+
 EXPORT(POLL "#[method]pollable.block") void pollable_block(const pollable *it) {
-    if (it->engine == ALWAYS) return;
-    channel_flush();
-    engine_block(it->engine);
+    if (it->engine != ALWAYS) wait_for(it->engine);
 }
 
 EXPORT(POLL "#poll") text *poll_list(pollable *const *list, size_t count) {
     mark = list;
     uint32_t *found = take_room(count * sizeof *found);
-    int32_t *asked = take_room(count * sizeof *asked);
+    int32_t *wanted = take_room(count * sizeof *wanted);
+    uint8_t *there = take_room(count);
+    for (size_t i = 0; i < count; i++) wanted[i] = list[i]->engine;
+    wait_any(wanted, count, there);
     size_t ready = 0;
-    for (size_t i = 0; i < count; i++) {
-        asked[i] = list[i]->engine;
-        if (asked[i] == ALWAYS) found[ready++] = (uint32_t)i;
-    }
-    if (ready) {
-        for (size_t i = 0; i < count; i++)
-            if (asked[i] != ALWAYS && engine_ready(asked[i])) found[ready++] = (uint32_t)i;
-        given = (text){(const char *)found, ready};
-    } else {
-        channel_flush();
-        engine_poll(asked, count, &given);
-    }
+    for (size_t i = 0; i < count; i++)
+        if (there[i]) found[ready++] = (uint32_t)i;
+    given = (text){(const char *)found, ready};
     return &given;
 }
 
@@ -127,17 +204,33 @@ static nothing_result nothing;
 
 #define TAKE_OVER(result) ((result).failed && !(result).closed ? (void)((result).error = give_error((result).error)) : (void)0)
 
-// The body of the request in hand, or of an answer that came over the network. Reading waits for the peer, under the
-// host's limits.
-static bytes_result *body_read(const input_stream *it, uint64_t most) {
+// What an input stream of ours waits for.
+static int32_t arrival_of(const input_stream *it) {
+    uint32_t number = NUMBER(it->engine);
+    if (number == NO_BODY) return ALWAYS;
+    return IS_OURS(number) ? PART(0, BODY_OF) : PART(number, BODY_OF);
+}
+
+// The body of the request in hand, or of an answer that came over the network.
+static bytes_result *body_read(const input_stream *it, uint64_t most, int wait) {
     text piece = {0};
+    int32_t arrival = arrival_of(it);
     if (IS_OURS(NUMBER(it->engine))) {
-        if (NUMBER(it->engine) == REQUEST_BODY && most) piece = channel_read(most);
+        if (NUMBER(it->engine) == REQUEST_BODY && most) {
+            if (!channel_has_body()) channel_look();
+            if (wait) wait_for(arrival);
+            piece = channel_read(most);
+        }
         bytes = (bytes_result){.read = piece};
-        if (most && !piece.size) bytes = (bytes_result){.failed = 1, .closed = 1};
+        if (most && !piece.size && (NUMBER(it->engine) == NO_BODY || channel_has_body()))
+            bytes = (bytes_result){.failed = 1, .closed = 1};
         return &bytes;
     }
-    host_read(NUMBER(it->engine), most < 65536 ? (uint32_t)most : 65536, &piece);
+    for (;;) {
+        host_read(NUMBER(it->engine), most < 65536 ? (uint32_t)most : 65536, &piece);
+        if (!wait || !most || piece.size != 1 || *piece.data != '+') break;
+        wait_for(arrival);
+    }
     if (piece.size && *piece.data == '+') {
         bytes = (bytes_result){.read = latin1_back((text){piece.data + 1, piece.size - 1})};
     } else if (piece.size && *piece.data == '!') {
@@ -148,26 +241,48 @@ static bytes_result *body_read(const input_stream *it, uint64_t most) {
     return &bytes;
 }
 
-static count_result *body_skip(const input_stream *it, uint64_t most) {
+static count_result *body_skip(const input_stream *it, uint64_t most, int wait) {
     const void *before = arena_mark();
-    body_read(it, most);
+    body_read(it, most, wait);
     arena_back(before);
     count = (count_result){.count = bytes.read.size};
     if (bytes.failed) count = (count_result){.failed = 1, .closed = bytes.closed, .error = bytes.error};
     return &count;
 }
 
-// The body of the answer in hand, or of a request on its way out.
+// What an output stream of ours waits for, and how much it takes now.
+static int32_t room_for(const output_stream *it) {
+    return IS_OURS(NUMBER(it->engine)) ? PART(0, ROOM_OF) : PART(NUMBER(it->engine), ROOM_OF);
+}
+
+static uint32_t room_of(const output_stream *it) {
+    if (!IS_OURS(NUMBER(it->engine))) return host_room(NUMBER(it->engine));
+    if (!channel_credit()) channel_look();
+    return channel_credit();
+}
+
+// The body of the answer in hand, or of a request on its way out: waits for room, which a guest that asked has.
 static nothing_result *body_write(const output_stream *it, const char *data, size_t size) {
-    if (IS_OURS(NUMBER(it->engine))) {
-        channel_write(data, size);
-        nothing = (nothing_result){0};
-        return &nothing;
-    }
-    text piece = latin1(data, size);
-    uint32_t wrong = host_write(NUMBER(it->engine), piece.data, piece.size);
     nothing = (nothing_result){0};
-    if (wrong) nothing = (nothing_result){.failed = 1, .error = give_error(OURS(wrong - 1))};
+    while (size && !nothing.failed) {
+        size_t room = room_of(it);
+        if (!room) {
+            wait_for(room_for(it));
+            continue;
+        }
+        if (room > size) room = size;
+        if (IS_OURS(NUMBER(it->engine))) {
+            channel_write(data, room);
+        } else {
+            const void *before = arena_mark();
+            text piece = latin1(data, room);
+            uint32_t wrong = host_write(NUMBER(it->engine), piece.data, piece.size);
+            arena_back(before);
+            if (wrong) nothing = (nothing_result){.failed = 1, .error = give_error(OURS(wrong - 1))};
+        }
+        data += room;
+        size -= room;
+    }
     return &nothing;
 }
 
@@ -176,19 +291,17 @@ static nothing_result *body_zeroes(const output_stream *it, uint64_t size) {
     nothing = (nothing_result){0};
     while (size && !nothing.failed) {
         size_t piece = size < sizeof zeroes ? (size_t)size : sizeof zeroes;
-        const void *before = arena_mark();
         body_write(it, zeroes, piece);
-        arena_back(before);
         size -= piece;
     }
     return &nothing;
 }
 
-#define READS(id, name)                                                                                                \
+#define READS(id, name, wait)                                                                                              \
     IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, bytes_result *to); \
     EXPORT(STREAMS "#[method]input-stream." name) bytes_result *input_##id(const input_stream *it, uint64_t most) {    \
         mark = arena_mark();                                                                                           \
-        if (it->engine < ALWAYS) return body_read(it, most);                                                           \
+        if (it->engine < ALWAYS) return body_read(it, most, wait);                                                           \
         engine_##id(it->engine, most, &bytes);                                                                         \
         TAKE_OVER(bytes);                                                                                              \
         return &bytes;                                                                                                 \
@@ -198,35 +311,35 @@ static nothing_result *body_zeroes(const output_stream *it, uint64_t size) {
         arena_back(mark);                                                                                              \
     }
 
-#define SKIPS(id, name)                                                                                                \
+#define SKIPS(id, name, wait)                                                                                              \
     IMPORT(ENGINE_STREAMS, "[method]input-stream." name) void engine_##id(int32_t it, uint64_t most, count_result *to); \
     EXPORT(STREAMS "#[method]input-stream." name) count_result *input_##id(const input_stream *it, uint64_t most) {    \
-        if (it->engine < ALWAYS) return body_skip(it, most);                                                           \
+        if (it->engine < ALWAYS) return body_skip(it, most, wait);                                                           \
         engine_##id(it->engine, most, &count);                                                                         \
         TAKE_OVER(count);                                                                                              \
         return &count;                                                                                                 \
     }
 
-READS(read, "read")
-READS(blocking_read, "blocking-read")
-SKIPS(skip, "skip")
-SKIPS(blocking_skip, "blocking-skip")
+READS(read, "read", 0)
+READS(blocking_read, "blocking-read", 1)
+SKIPS(skip, "skip", 0)
+SKIPS(blocking_skip, "blocking-skip", 1)
 
 IMPORT(ENGINE_STREAMS, "[method]input-stream.subscribe") int32_t engine_input_subscribe(int32_t it);
 IMPORT(ENGINE_STREAMS, "[method]output-stream.subscribe") int32_t engine_output_subscribe(int32_t it);
 IMPORT(ENGINE_STREAMS, "[method]output-stream.check-write") void engine_check_write(int32_t it, count_result *to);
 
 EXPORT(STREAMS "#[method]input-stream.subscribe") int32_t input_subscribe(const input_stream *it) {
-    return give_pollable(it->engine < ALWAYS ? ALWAYS : engine_input_subscribe(it->engine));
+    return give_pollable(it->engine < ALWAYS ? arrival_of(it) : engine_input_subscribe(it->engine));
 }
 
 EXPORT(STREAMS "#[method]output-stream.subscribe") int32_t output_subscribe(const output_stream *it) {
-    return give_pollable(it->engine < ALWAYS ? ALWAYS : engine_output_subscribe(it->engine));
+    return give_pollable(it->engine < ALWAYS ? room_for(it) : engine_output_subscribe(it->engine));
 }
 
 EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_write(const output_stream *it) {
     if (it->engine < ALWAYS) {
-        count = (count_result){.count = IS_OURS(NUMBER(it->engine)) ? channel_room() : 65536};
+        count = (count_result){.count = room_of(it)};
         return &count;
     }
     engine_check_write(it->engine, &count);
@@ -274,6 +387,7 @@ ZEROES(blocking_zeroes, "blocking-write-zeroes-and-flush")
 
 // Splicing is reading and writing: the engine's own streams may lie on one side only.
 static count_result *splice(const output_stream *to, const input_stream *from, uint64_t most, int blocking) {
+    if (blocking && to->engine < ALWAYS) wait_for(room_for(to));
     if (blocking && to->engine >= 0) {
         int32_t room = engine_output_subscribe(to->engine);
         engine_block(room);

@@ -12,7 +12,8 @@
 #define ENGINE_ERROR "wasmfleet:engine/error@0.1.0"
 
 // What one stands for is a handle of the engine's; ALWAYS, for a pollable of what is there at once; or, for streams, the
-// body of an outgoing request, and for errors the case of error-code that ended one: `OURS(n)`.
+// body of an outgoing request, for errors the case of error-code that ended one, and for pollables what is waited for:
+// `OURS(n)`.
 typedef struct {
     int32_t engine;
 } pollable;
@@ -20,6 +21,10 @@ typedef struct {
 #define ALWAYS (-1)
 #define OURS(n) (-2 - (int32_t)(n))
 #define NUMBER(ours) ((uint32_t)(-2 - (ours)))
+
+// What is waited for of an outgoing request, or, with the number 0, of the call in hand, whose head is its trailers.
+enum part { HEAD_OF, BODY_OF, ROOM_OF };
+#define PART(id, part) OURS((id) << 2 | (part))
 
 // result<list<u8>, stream-error>, result<u64, stream-error> and result<_, stream-error>.
 typedef struct {
@@ -54,6 +59,8 @@ _Static_assert(sizeof(bytes_result) == 12 && sizeof(count_result) == 16 && sizeo
 
 #define HOST "wasmfleet:adapter/host@0.1.0"
 
+IMPORT(HOST, "room") uint32_t host_room(uint32_t id);
+IMPORT(HOST, "poll") void host_poll(const char *wanted, size_t size, uint32_t wait, text *there);
 IMPORT(HOST, "write") uint32_t host_write(uint32_t id, const char *data, size_t size);
 IMPORT(HOST, "read") void host_read(uint32_t id, uint32_t most, text *piece);
 IMPORT(HOST, "close") void host_close(uint32_t id);
@@ -74,6 +81,10 @@ HANDLES(POLL, pollable, "pollable")
 HANDLES(STREAMS, input_stream, "input-stream")
 HANDLES(STREAMS, output_stream, "output-stream")
 HANDLES(ERROR, io_error, "error")
+
+// Wait for a part of a request; ask whether it is there.
+void wait_for(int32_t part);
+int is_there(int32_t part);
 
 // Handles for the guest.
 int32_t give_pollable(int32_t engine);

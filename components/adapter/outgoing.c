@@ -4,7 +4,6 @@
 #include "http.h"
 
 DESTRUCTOR(outgoing_response, "outgoing-response")
-DESTRUCTOR(outgoing_body, "outgoing-body")
 DESTRUCTOR(response_outparam, "response-outparam")
 
 IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-flush") void blocking_flush(int32_t stream, void *result);
@@ -17,6 +16,12 @@ IMPORT(HOST, "reset") void host_reset(void);
 #define HOPS_TOO_MANY 99
 
 exchange now;
+uint8_t asked_host;
+
+EXPORT(TYPES "#[dtor]outgoing-body") void outgoing_body_dtor(outgoing_body *it) {
+    if (it->request && !it->finished) request_dropped(it->request);
+    live--;
+}
 
 CONSTRUCTOR("outgoing-response") int32_t outgoing_response_constructor(int32_t headers) {
     outgoing_response *it = take_room(sizeof *it);
@@ -97,8 +102,9 @@ METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_bo
 
 STATIC("outgoing-body.finish")
 nothing_or_error *outgoing_body_finish(int32_t body, int32_t has_trailers, int32_t trailers) {
-    outgoing_body *it = outgoing_body_take(body);
+    outgoing_body *it = outgoing_body_rep(body);
     it->finished = 1;
+    outgoing_body_drop(body);
     if (has_trailers) it->trailers = fields_take(trailers);
     uint32_t wrong = it->request ? request_finished(it->request) : 0;
     nothing_or_error *answer = take_room(sizeof *answer);
@@ -168,6 +174,7 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
 EXPORT("cabi_post_wasmfleet:adapter/exchange@0.1.0#finish") void finish_post(text *head) {
     (void)head;
     now = (exchange){0};
+    asked_host = 0;
     if (!live) empty_arena();
 }
 
@@ -243,7 +250,7 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#next") next_call *next(int32_t exact) {
 EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
     enum turn turn = channel_end(*finish(), last);
     if (now.state != ANSWERED && !last) turn = MISPLACED; // no instance goes on after an answer that failed
-    if (now.asked) host_reset();
+    if (asked_host) host_reset();
     finish_post(NULL);
     return turn;
 }

@@ -14,6 +14,9 @@
 //   /get?host:port/path        what a request there answers: status, a line for each field, and the body, as it is read
 //   /post?host:port/path       the same, sending a body of 300,000 bytes
 //   /both?host:port/path       two requests at once: their statuses
+//   /early?host:port/path      a request there whose body, "first" and then the request's own, goes on when the answer's
+//                              head has come, and ends with the trailer x-sum: 7; the answer's status and body
+//   /crowd?host:port/path      twenty requests there at once: for each the status, or e and the number of the error
 //   /error, /silent, /cut, /trap    the ways to fail: an error, no answer, half a body, a trap
 //   /events            lines without end, each flushed
 //   /large/N           N MiB
@@ -24,6 +27,11 @@
 //   /stdin             how many bytes standard input has, at most 64
 //   /fields/N          an answer with N fields of a hundred bytes
 //   /sick, /poison     from here on its health check fails, or traps
+//
+// Built with WAITS it is another one, which has a clock, and of these paths /:
+//
+//   /race?host:port/path       a request there and a timer of 200 ms: which of them was first
+//   /sleep             an answer after a minute
 #include <stddef.h>
 #include <stdint.h>
 
@@ -405,8 +413,8 @@ static void try_fetch(void) {
     say(TEXT(" ")), say_number(result[0]), say(TEXT(" ")), say_number(result[8]), say(TEXT("\n"));
 }
 
-// Begin a request to `host:port/path`; the future, or -1 - the error's number.
-static int32_t ask(text place, int posted) {
+// Begin a request to `host:port/path`; the future, or -1 - the error's number. `body`: of a posted one, to be written.
+static int32_t begin(text place, int posted, made *body) {
     uint8_t result[40];
     size_t slash = 0;
     while (slash < place.size && place.data[slash] != '/') slash++;
@@ -414,12 +422,17 @@ static int32_t ask(text place, int posted) {
     set_scheme(request, 1, 0, NULL, 0);
     if (set_authority(request, 1, place.data, slash)) __builtin_trap();
     set_target(request, 1, place.data + slash, place.size - slash);
-    made body = {1, 0};
     if (posted) {
         set_method(request, 2, NULL, 0);
-        request_body(request, &body);
+        request_body(request, body);
     }
     fetch(request, 0, 0, result);
+    return result[0] ? -1 - result[8] : *(int32_t *)(result + 8);
+}
+
+static int32_t ask(text place, int posted) {
+    made body = {1, 0};
+    int32_t future = begin(place, posted, &body);
     if (posted) {
         int32_t stream = open_body(must(body));
         for (size_t i = 0; i < sizeof room; i++) room[i] = (char)i;
@@ -428,7 +441,7 @@ static int32_t ask(text place, int posted) {
         drop_output(stream);
         finish(body.handle, -1);
     }
-    return result[0] ? -1 - result[8] : *(int32_t *)(result + 8);
+    return future;
 }
 
 // Wait for the answer; -1 - the error's number for none.
@@ -506,6 +519,81 @@ static void both(text place) {
     answer_page(200);
 }
 
+static void early(int32_t request, text place) {
+    made body, incoming, input;
+    int32_t future = begin(place, 1, &body), stream = open_body(must(body));
+    write_all(stream, TEXT("first "));
+    int32_t response = take_answer(future);
+    if (response < 0) __builtin_trap();
+    say_number(answer_status(response)), say(TEXT(" "));
+    consume(request, &incoming);
+    body_stream(must(incoming), &input);
+    for (optional chunk; used = 0, blocking_read(must(input), 64 * 1024, &chunk), !chunk.tag;)
+        write_all(stream, chunk.value);
+    drop_input(input.handle);
+    drop_future(finish_incoming(incoming.handle));
+    drop_output(stream);
+    int32_t trailers = fields_new();
+    append(trailers, SPREAD("x-sum"), SPREAD("7"), (uint8_t *)scratch);
+    finish(body.handle, trailers);
+    answer_body(response, &incoming);
+    body_stream(must(incoming), &input);
+    for (;;) {
+        uint32_t chunk[3];
+        blocking_read(must(input), 8 * 1024, (optional *)chunk);
+        if (chunk[0] & 0xff) break;
+        say((text){(const char *)(uintptr_t)chunk[1], chunk[2]});
+    }
+    drop_input(input.handle);
+    drop_future(finish_incoming(incoming.handle));
+    drop_response(response);
+    answer_page(200);
+}
+
+static void crowd(text place) {
+    int32_t futures[20];
+    for (size_t i = 0; i < 20; i++) futures[i] = ask(place, 0);
+    for (size_t i = 0; i < 20; i++) {
+        int32_t response = take_answer(futures[i]);
+        say(response < 0 ? TEXT("e") : TEXT(""));
+        say_number(response < 0 ? -1 - response : answer_status(response));
+        say(TEXT(" "));
+        if (response >= 0) drop_response(response);
+    }
+    answer_page(200);
+}
+
+#ifdef WAITS
+IMPORT("wasi:clocks/monotonic-clock" V, "subscribe-duration") int32_t after(uint64_t ns);
+
+static void race(text place) {
+    int32_t future = ask(place, 0), ready[2] = {answer_ready(future), after(200000000)};
+    text list;
+    poll_list(ready, 2, &list);
+    say(*(const uint32_t *)list.data ? TEXT("timer") : TEXT("answer"));
+    drop_pollable(ready[0]), drop_pollable(ready[1]);
+    drop_answer(future);
+    answer_page(200);
+}
+
+static void sleep(void) {
+    int32_t ready = after(60000000000);
+    block(ready);
+    drop_pollable(ready);
+    answer_page(200);
+}
+
+EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
+    optional it;
+    used = written = 0;
+    outparam = param;
+    request_target(request, &it);
+    if (starts(it.value, TEXT("/race?"))) race((text){it.value.data + 6, it.value.size - 6});
+    else if (is(it.value, TEXT("/sleep"))) sleep();
+    else say(TEXT("hello over wasi:http\n")), answer_page(200);
+    drop_request(request);
+}
+#else
 EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
     optional it;
     used = written = 0;
@@ -538,6 +626,10 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         get((text){target.data + 6, target.size - 6}, 1);
     } else if (starts(target, TEXT("/both?"))) {
         both((text){target.data + 6, target.size - 6});
+    } else if (starts(target, TEXT("/early?"))) {
+        early(request, (text){target.data + 7, target.size - 7});
+    } else if (starts(target, TEXT("/crowd?"))) {
+        crowd((text){target.data + 7, target.size - 7});
     } else if (is(target, TEXT("/stdin"))) {
         read_stdin();
     } else if (starts(target, TEXT("/fields/"))) {
@@ -581,3 +673,4 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
     }
     drop_request(request);
 }
+#endif

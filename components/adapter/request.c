@@ -2,9 +2,10 @@
 #include "http.h"
 
 typedef struct outgoing_request {
-    uint32_t id; // the host's number, 0 for none yet
-    text head;   // when it was handed over before its body was finished
-    struct future_incoming_response *future;
+    uint32_t id;     // the host's number, 0 for none yet
+    uint8_t begun;   // whether the host was asked for one
+    uint8_t handed;  // whether the guest has handed it over
+    uint8_t dropped; // whether its body was dropped before its end
     method method;
     optional_scheme scheme;
     optional_text target;
@@ -35,8 +36,6 @@ typedef struct {
 typedef struct future_incoming_response {
     incoming_response response;
     uint8_t got;
-    uint8_t sent;
-    uint32_t wrong;
     uint32_t id;
 } future_incoming_response;
 
@@ -44,13 +43,29 @@ RESOURCE(outgoing_request, "outgoing-request")
 RESOURCE(request_options, "request-options")
 RESOURCE(future_incoming_response, "future-incoming-response")
 RESOURCE(incoming_response, "incoming-response")
-DESTRUCTOR(outgoing_request, "outgoing-request")
 DESTRUCTOR(request_options, "request-options")
-DESTRUCTOR(future_incoming_response, "future-incoming-response")
-DESTRUCTOR(incoming_response, "incoming-response")
+
+// What the guest drops, and nothing else stands for, the host may forget.
+EXPORT(TYPES "#[dtor]outgoing-request") void outgoing_request_dtor(outgoing_request *it) {
+    if (it->id && !it->handed) host_close(it->id);
+    live--;
+}
+
+EXPORT(TYPES "#[dtor]future-incoming-response") void future_incoming_response_dtor(future_incoming_response *it) {
+    if (!it->got) host_close(it->id);
+    live--;
+}
+
+EXPORT(TYPES "#[dtor]incoming-response") void incoming_response_dtor(incoming_response *it) {
+    if (!it->consumed) host_close(it->body.id);
+    live--;
+}
 
 IMPORT(HOST, "begin") uint32_t host_begin(uint32_t hops);
 IMPORT(HOST, "send") uint32_t host_send(uint32_t id, const char *head, size_t size);
+IMPORT(HOST, "start") uint32_t host_start(uint32_t id, const char *head, size_t size);
+IMPORT(HOST, "finish") uint32_t host_finish(uint32_t id, const char *trailers, size_t size);
+IMPORT(HOST, "abort") void host_abort(uint32_t id);
 IMPORT(HOST, "head") void host_head(uint32_t id, text *head);
 
 CONSTRUCTOR("outgoing-request") int32_t outgoing_request_constructor(int32_t headers) {
@@ -66,15 +81,19 @@ METHOD("outgoing-request.body") handle_or_nothing *outgoing_request_body(outgoin
     return ok_handle(outgoing_body_give(&it->body));
 }
 
-static uint32_t ask(void) {
-    now.asked = 1;
-    return host_begin(now.hops);
+// Where there are too many, the host has none, and answers what is asked of this one with that error.
+#define NO_NUMBER 0x10000000u
+
+static uint32_t number_for(outgoing_request *it) {
+    if (!it->begun) {
+        asked_host = it->begun = 1;
+        it->id = host_begin(now.hops);
+        if (!it->id) it->id = NO_NUMBER;
+    }
+    return it->id;
 }
 
-int32_t request_stream(outgoing_request *it) {
-    if (!it->id) it->id = ask();
-    return give_output(OURS(it->id));
-}
+int32_t request_stream(outgoing_request *it) { return give_output(OURS(number_for(it))); }
 
 METHOD("outgoing-request.method") const method *outgoing_request_method(const outgoing_request *it) {
     return &it->method;
@@ -170,56 +189,66 @@ static text request_head(const outgoing_request *it, const request_options *opti
     return (text){head, size};
 }
 
-static uint32_t send(outgoing_request *it, text head) {
-    if (!it->id) it->id = ask();
-    it->future->id = it->id;
-    it->future->sent = 1;
-    return host_send(it->id, head.data, head.size);
-}
-
-// A request goes out when it was handed over and its body, if it has one, is finished.
+// A request is handed over with its body as far as it has come.
 EXPORT("wasi:http/outgoing-handler@0.2.12#handle")
 nothing_or_error *outgoing_handle(int32_t request, int32_t has_options, int32_t options) {
-    outgoing_request *it = outgoing_request_take(request);
+    outgoing_request *it = outgoing_request_rep(request);
+    uint32_t id = number_for(it);
+    it->handed = 1;
+    outgoing_request_drop(request);
     text head = request_head(it, has_options ? request_options_take(options) : NULL);
+    int open = it->body.taken && (!it->body.finished || it->body.trailers);
     nothing_or_error *answer = take_room(sizeof *answer);
-    it->future = take_room(sizeof *it->future);
-    *it->future = (future_incoming_response){0};
-    it->head = head;
-    uint32_t wrong = it->body.taken && !it->body.finished ? 0 : send(it, head);
+    uint32_t wrong = (open ? host_start : host_send)(id, head.data, head.size);
     *answer = (nothing_or_error){wrong > 0, {0, {0}}};
-    if (wrong) answer->error.tag = (uint8_t)(wrong - 1);
-    else *(int32_t *)&answer->error = future_incoming_response_give(it->future);
+    if (wrong) {
+        answer->error.tag = (uint8_t)(wrong - 1);
+        return answer;
+    }
+    if (it->dropped) host_abort(id);
+    if (open && it->body.finished) request_finished(it);
+    future_incoming_response *future = take_room(sizeof *future);
+    *future = (future_incoming_response){.id = id};
+    *(int32_t *)&answer->error = future_incoming_response_give(future);
     return answer;
 }
 
 uint32_t request_finished(outgoing_request *it) {
-    if (it->future) it->future->wrong = send(it, it->head);
-    return 0; // what is wrong is said by the answer
+    static const fields none;
+    const fields *trailers = it->body.trailers ? it->body.trailers : &none;
+    if (!it->handed || !it->id) return 0;
+    size_t size = lines_size(trailers);
+    char *lines = take_room(size);
+    put_lines(lines, trailers);
+    return host_finish(it->id, lines, size);
+}
+
+void request_dropped(outgoing_request *it) {
+    it->dropped = 1;
+    if (it->handed && it->id) host_abort(it->id);
 }
 
 METHOD("future-incoming-response.subscribe")
 int32_t future_incoming_response_subscribe(const future_incoming_response *it) {
-    (void)it;
-    return ready_pollable();
+    return give_pollable(it->got ? ALWAYS : PART(it->id, HEAD_OF));
 }
 
-// Before the request has gone out there is nothing to be had; then this waits for the head.
+// Nothing as long as there is no answer.
 METHOD("future-incoming-response.get")
 nested_result *future_incoming_response_get(future_incoming_response *it) {
     nested_result *answer = take_room(sizeof *answer);
-    *answer = (nested_result){.some = it->sent, .again = it->got};
-    if (!it->sent || it->got) return answer;
-    it->got = 1;
-    uint32_t wrong = it->wrong;
-    text head = {0};
-    if (!wrong) {
-        host_head(it->id, &head);
-        if (head.size > 6 && *head.data == 'e') wrong = 1 + number_of((text){head.data + 6, head.size - 6});
+    *answer = (nested_result){.some = 1, .again = it->got};
+    if (it->got) return answer;
+    if (!is_there(PART(it->id, HEAD_OF))) {
+        answer->some = 0;
+        return answer;
     }
-    if (wrong) {
+    it->got = 1;
+    text head = {0};
+    host_head(it->id, &head);
+    if (head.size > 6 && *head.data == 'e') {
         answer->failed = 1;
-        answer->error = (error_code){(uint8_t)(wrong - 1), {0}};
+        answer->error = (error_code){(uint8_t)number_of((text){head.data + 6, head.size - 6}), {0}};
         return answer;
     }
     incoming_response *response = &it->response;

@@ -43,22 +43,37 @@ __all__ = [
 
 
 class Requests(Protocol):
-    """Outgoing requests as the adapter asks for them: functions of its interface `host`."""
+    """Outgoing requests as the adapter asks for them: functions of its interface `host`. None but `poll` may wait."""
 
     def begin(self, hops: int) -> int:
         """Begin a request of a call that came through `hops` neighbours on this device, and return its number."""
+
+    def room(self, number: int) -> int:
+        """Return how many bytes of its body are taken now."""
 
     def write(self, number: int, data: str) -> int:
         """Send a piece of its body."""
 
     def send(self, number: int, head: str) -> int:
-        """Send it."""
+        """Send it, with the body that it has."""
+
+    def start(self, number: int, head: str) -> int:
+        """Hand it over; its body goes on."""
+
+    def finish(self, number: int, trailers: str) -> int:
+        """End its body."""
+
+    def abort(self, number: int) -> None:
+        """Give it up within its body."""
 
     def head(self, number: int) -> str:
         """Return the head of its answer."""
 
     def read(self, number: int, most: int) -> str:
         """Return a piece of its answer's body."""
+
+    def poll(self, wanted: str, wait: int) -> str:
+        """Tell what is there of what the guest waits for; see the interface."""
 
     def close(self, number: int) -> None:
         """Forget a request that is not needed any more."""
@@ -78,6 +93,10 @@ class DenyOutgoing:
         """See `Requests`."""
         return 1
 
+    def room(self, _number: int) -> int:
+        """See `Requests`."""
+        return READ_BYTES
+
     def write(self, _number: int, _data: str) -> int:
         """See `Requests`."""
         return 0
@@ -89,6 +108,15 @@ class DenyOutgoing:
         self._log(f"host: {method} {scheme}://{authority}{target} is denied: no outgoing requests are granted")
         return 1 + REQUEST_DENIED
 
+    start = send
+
+    def finish(self, _number: int, _trailers: str) -> int:
+        """See `Requests`."""
+        return 0
+
+    def abort(self, _number: int) -> None:
+        """See `Requests`."""
+
     def head(self, _number: int) -> str:
         """See `Requests`."""
         return f"error {REQUEST_DENIED}"
@@ -96,6 +124,10 @@ class DenyOutgoing:
     def read(self, _number: int, _most: int) -> str:
         """See `Requests`."""
         return "."
+
+    def poll(self, wanted: str, _wait: int) -> str:
+        """See `Requests`."""
+        return "1" * len(wanted.split())
 
     def close(self, _number: int) -> None:
         """See `Requests`."""

@@ -279,6 +279,12 @@ class Guest:
         self._store.close()
 
 
+_OUTGOING: Final = (
+    *("begin", "room", "write", "send", "start", "finish", "abort", "head", "read", "poll", "close", "reset"),
+)
+"""Functions of the adapter's interface `host` that are methods of `Requests`."""
+
+
 def _linker(
     image: Image, config: dict[str, str], log: Log, outgoing: Requests, wrote: Callable[[int], None]
 ) -> tuple[wc.Linker, bool]:
@@ -295,7 +301,7 @@ def _linker(
                 if name.startswith(LOGGING):
                     instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
                 elif name.startswith(compose.HOST):
-                    for function in ("begin", "write", "send", "head", "read", "close", "reset"):
+                    for function in _OUTGOING:
                         instance.add_func(function, _asking(getattr(outgoing, function)))
                     instance.add_func("cancelled", _cancelled)
                     instance.add_func("wrote", _asking(wrote))

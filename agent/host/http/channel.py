@@ -304,6 +304,10 @@ class Channel:
         if frame.kind is Kind.FAILED:
             self._resume_after_failure(frame.payload)
             return
+        if frame.kind is Kind.NUDGE:
+            if not self._unsent:  # otherwise the guest wakes for what is on its way
+                self.write(encode(frame))
+            return
         if frame.kind is Kind.END and frame.call == 0 and self._yielding:
             self._yielding = False
             return

@@ -2,59 +2,68 @@
 
 The worker's side of outgoing requests: HTTP/1.1 over connections that the egress hands in, TLS included.
 
-The adapter inside the sandbox asks through six functions (components/adapter/wit/adapter.wit, interface `host`); here
-each request is sent, its answer's head waited for and its body read, piece by piece. A request is written whole, so
-several can be under way at their servers at once while the guest waits for one of them. What the adapter passes on is a
-guest's, so everything in it is checked.
+The adapter inside the sandbox asks through the functions of its interface `host` (components/adapter/wit/adapter.wit).
+None of them waits for the network: one thread, `_Loop`, does everything that takes time, each request as a
+generator that yields what it waits for. A guest that waits is told by a nudge of the channel (`agent.host.ipc.frames`)
+that something it waits for is there. What the adapter passes on is a guest's, so everything in it is checked.
+
+A request goes out once its body is finished, with its length, or else when the guest waits for something: then its body
+is sent while the guest writes it, in chunks unless the guest has said how long it is. Until then the body is kept, up
+to `limits.request`; from then on no more of it than `_WINDOW_BYTES`. As much of a response is read ahead.
 
 Every request is judged anew, a redirect that the guest follows included: what is kept for reuse is a connection to a
 place that was granted, under scheme, host and port. TLS always verifies the certificate and the name, against the
 device's own bundle, which `trust` loads before the worker enters the sandbox.
 
 The head of a response has one time limit as a whole and each piece of its body another: a socket's own time-out alone
-would let a peer that drips bytes take for ever over a head.
+would let a peer that drips bytes take for ever over a head. Time runs only while the guest has done its part.
 """
 
 import contextlib
+import math
 import os
-import re
 import select
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from agent.host.engine import adapter_abi
-from agent.host.http import routing
-from agent.host.http.response import ResponseError, ResponseParser
+from agent.host.http.response import ResponseError
+from agent.host.interfaces.outgoing_request import (
+    HOPS,
+    IDEMPOTENT,
+    LATE,
+    WINDOW_BYTES,
+    Connection,
+    OutgoingRequest,
+    RequestHead,
+    Transfer,
+    Upload,
+    is_cut_off,
+    read_fields,
+)
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.helper_api import RefusedError
 from fleet.protocol import bounds, outbound, wire
 from fleet.protocol.manifest import Grants, Limits
 
-HOPS: Final = routing.HOPS_HEADER.decode()
+AT_ONCE: Final = 16
+"""Requests that an instance may have begun and not have dropped."""
+
 HOPS_MAX: Final = 4
 _KEPT: Final = 8
 _KEPT_S: Final = 10.0
-_AT_ONCE: Final = 16
-_BEGUN_MAX: Final = 256  # requests that a guest has begun and neither sent nor dropped
 _MARGIN: Final = 0.8  # of the limit on waiting, so that the guest hears of it before the worker is ended for it
 _REPLY_MARGIN: Final = 0.05  # of the same: the egress says what it waited for, which a time-out here could not
-_PIECE_BYTES: Final = 64 * 1024
-_WORDS: Final = 7  # in the first line of a head
-_OURS: Final = frozenset(
-    {"connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", HOPS}
-)
-_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
-_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_TARGET: Final = re.compile(r"[^\x00-\x20\x7f#]+")
-_AUTHORITY: Final = re.compile(r"[!-~]*")
-_VALUE: Final = re.compile(r"[^\r\n\x00\u0100-\U0010ffff]*")
+_NUMBER_MAX: Final = 2**27
+_STACK_BYTES: Final = 512 * 1024
 # Alerts of a server whose names in OpenSSL do not say that they are alerts.
 _ALERTS: Final = frozenset(
     {
@@ -86,131 +95,174 @@ def trust() -> ssl.SSLContext:
     return context
 
 
-class _Connection:
-    """A connected socket, TLS included, and the reader of the response that it carries."""
+class _DroppedError(Exception):
+    """The guest needs a request no more."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.response = ResponseParser("GET")
-        self.silent = True  # nothing has come of the response
-        self.broken: Exception | None = None  # error that ended the response
 
-    def send(self, method: str, data: bytes, wait_s: float) -> None:
-        """Send a request and prepare for its response. Raises `OSError`."""
-        self.response, self.silent = ResponseParser(method), True
-        self._sock.settimeout(wait_s)
-        self._sock.sendall(data)
+class _Wait(NamedTuple):
+    """Reason to go on with a request: events on a descriptor, a time, or in any case the guest."""
 
-    def receive(self, wait_s: float) -> None:
-        """Wait for bytes of the response, and read them. Errors end up in `broken`, behind what came before them."""
-        try:
-            if wait_s <= 0:
-                raise TimeoutError("the head takes too long")
-            self._sock.settimeout(wait_s)
-            data = self._sock.recv(_PIECE_BYTES)
-            if data:
-                self.silent = False
-                self.response.feed(data)
-            else:
-                self.response.end()
-        except (OSError, ResponseError) as error:
-            self.broken = (
-                ResponseError("HTTP-response-incomplete", "the server closed the connection within its response")
-                if _cut_off(error) and self.response.status
-                else error
-            )
+    fd: int = -1
+    events: int = 0
+    until_s: float | None = None
 
-    def spoke(self) -> bool:
-        """Tell whether the peer hung up, or said something that nobody asked for."""
-        poll = select.poll()
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-                return True
-            poll.register(self._sock, select.POLLIN)
-            return bool(poll.poll(0))
-        return True
 
-    @property
-    def reusable(self) -> bool:
-        """True if it may carry another request."""
-        return self.broken is None and self.response.reusable and not self.spoke()
+_Steps = Generator[_Wait, None, None]
+
+
+class _Question:
+    """A question to the egress."""
+
+    def __init__(self, ask: helper_api.ConnectRequest, number: int) -> None:
+        self.ask = ask
+        self.number = number  # of the request that waits for it
+        self.reply: helper_api.ConnectReply | None = None
+        self.fd = -1
+        self.failure = ""
+
+
+class _Loop:
+    """The thread that runs requests, and the lock under which it and the guest's thread do everything.
+
+    Started with the first request; without requests it waits for the next.
+    """
+
+    def __init__(self, ask_sock: socket.socket | None) -> None:
+        self.lock = threading.Condition(threading.RLock())
+        if ask_sock is not None:
+            ask_sock.setblocking(False)
+        self._ask_sock = ask_sock
+        self._questions: dict[int, _Question] = {}
+        self._asked = 0
+        self._tasks: dict[int, _Steps] = {}
+        self._waits: dict[int, _Wait] = {}
+        self._due: set[int] = set()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._started = self._closed = False
+
+    def run(self, number: int, steps: _Steps) -> None:
+        """Begin a request. Called under the lock, as all others."""
+        self._tasks[number] = steps
+        self.poke(number)
+        if not self._started:
+            self._started = True
+            threading.stack_size(_STACK_BYTES)
+            threading.Thread(target=self._serve, name="outgoing", daemon=True).start()
+
+    def poke(self, number: int) -> None:
+        """Let a request look again at what it waits for."""
+        if number in self._tasks:
+            self._due.add(number)
+            os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Close the socket."""
-        self._sock.close()
+        """End the thread."""
+        with self.lock:
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+
+    def ask(self, number: int, scheme: str, authority: str, timeout_s: float) -> _Question:
+        """Ask the egress for a connection. Raises `OSError`."""
+        self._asked += 1
+        ask = helper_api.ConnectRequest(
+            id=self._asked, scheme=scheme, authority=authority, timeout_ms=max(1, int(timeout_s * 1000))
+        )
+        question = _Question(ask, number)
+        self._send(ask)
+        self._questions[ask.id] = question
+        return question
+
+    def forget(self, question: _Question) -> None:
+        """Wait no more for a reply; one that comes is thrown away."""
+        self._questions.pop(question.ask.id, None)
+
+    def _send(self, ask: helper_api.ConnectRequest) -> None:
+        assert self._ask_sock is not None
+        self._ask_sock.send(msgspec.json.encode(ask), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def _serve(self) -> None:
+        while True:
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
+            with self.lock:
+                if self._closed:
+                    os.close(self._wake)
+                    return
+                while self._due:
+                    self._step(self._due.pop())
+                if self._questions and self._ask_sock is not None:
+                    poll.register(self._ask_sock, select.POLLIN)
+                for wait in self._waits.values():
+                    if wait.fd >= 0:
+                        poll.register(wait.fd, wait.events)
+                times_s = [wait.until_s for wait in self._waits.values() if wait.until_s is not None]
+            wait_ms = max(0, int((min(times_s) - time.monotonic()) * 1000) + 1) if times_s else None
+            ready = {fd for fd, _ in poll.poll(wait_ms)}
+            with self.lock:
+                self._note(ready)
+
+    def _note(self, ready: set[int]) -> None:
+        """Take note of which requests may go on."""
+        if self._wake in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+        if self._ask_sock is not None and self._ask_sock.fileno() in ready:
+            self._hear(self._ask_sock)
+        now_s = time.monotonic()
+        for number, wait in self._waits.items():
+            if wait.fd in ready or (wait.until_s is not None and wait.until_s <= now_s):
+                self._due.add(number)
+
+    def _step(self, number: int) -> None:
+        steps = self._tasks.get(number)
+        if steps is None:
+            return
+        try:
+            self._waits[number] = next(steps)
+        except StopIteration:
+            del self._tasks[number]
+            self._waits.pop(number, None)
+
+    def _hear(self, sock: socket.socket) -> None:
+        """Read the replies of the egress."""
+        try:
+            while self._questions:
+                data, fds = framing.receive_packet(sock)
+                self._take(_told.decode(data), fds)
+        except BlockingIOError:
+            pass
+        except (OSError, framing.GoneError, *wire.JSON_ERRORS) as error:
+            for question in self._questions.values():
+                question.failure = f"no egress: {error}"
+                self._due.add(question.number)
+
+    def _take(self, told: helper_api.ConnectReply, fds: Sequence[int]) -> None:
+        question = self._questions.get(told.id)
+        if question is not None and question.reply is None and (told.error or fds):
+            question.reply = told
+            if not told.error:
+                question.fd, *fds = fds
+            self._due.add(question.number)
+        framing.close_all(fds)
+        if told.id == helper_api.RESTARTED:
+            for each in self._questions.values():
+                self._send(each.ask)
 
 
-@dataclass(slots=True)
-class _Request:
-    refused: str = ""  # why it is not to be sent, a case of error-code
-    what: str = ""  # method and URL, for the log
-    body: bytearray = field(default_factory=bytearray)
-    key: tuple[str, str, int] = ("", "", 0)
-    connection: _Connection | None = None
-    taken_bytes: int = 0  # of its answer's body
-    first_s: float = 0.0
-    between_s: float = 0.0
-    again: Callable[[], _Connection] | None = None  # sends it once more, where that is allowed
+NO_WAIT, NUDGED, WAITS, WAITS_A_MOMENT = range(4)
+"""Ways of a guest to wait, see `OutgoingHttp.poll`."""
 
+_MOMENT_S: Final = 0.01
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """Head of a request that is to be sent, as the adapter writes it."""
-
-    method: str
-    target: str
-    scheme: str
-    authority: str
-    waits: tuple[str, str, str]
-    fields: list[tuple[str, str]]
-
-    @classmethod
-    def parse(cls, text: str) -> "_Head":
-        """Parse a head. Raises `RefusedError`."""
-        first, _, lines = text.partition("\r\n")
-        words = first.split(" ")
-        if len(words) != _WORDS:
-            raise RefusedError("HTTP-request-URI-invalid", f"a request line of {len(words)} words")
-        method, target, scheme, authority, *waits = words
-        if not _TOKEN.fullmatch(method) or method == "CONNECT":
-            raise RefusedError("HTTP-request-method-invalid", f"the method {method[:40]!r} cannot be sent")
-        if not _TARGET.fullmatch(target) or not _AUTHORITY.fullmatch(authority):
-            raise RefusedError("HTTP-request-URI-invalid", f"{authority[:80]!r}, {target[:80]!r} cannot be sent")
-        fields = []
-        for line in lines.split("\r\n"):
-            if line:
-                name, colon, value = line.partition(": ")
-                if not colon or not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
-                    raise RefusedError("HTTP-protocol-error", f"the header line {line[:80]!r} cannot be sent")
-                fields.append((name, value))
-        return cls(method, target, scheme, authority, (waits[0], waits[1], waits[2]), fields)
-
-    def encode(self, body: bytes | bytearray, more: list[tuple[str, str]]) -> bytes:
-        """Return the bytes of the request, with `more` fields. Raises `RefusedError`."""
-        declared = self._declared_length()
-        if declared is not None and declared != len(body):
-            raise RefusedError(
-                "HTTP-request-body-size", f"its body has {len(body)} bytes, its content-length says {declared}"
-            )
-        fields = [("host", self.authority), *(each for each in self.fields if each[0].lower() not in _OURS), *more]
-        if body or self.method in {"POST", "PUT", "PATCH"}:
-            fields.append(("content-length", str(len(body))))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-        return f"{self.method} {self.target} HTTP/1.1\r\n".encode() + f"{lines}\r\n".encode("latin-1") + body
-
-    def _declared_length(self) -> int | None:
-        """Return the guest's own content-length; None without one. Raises `RefusedError`."""
-        said = {value.strip() for name, value in self.fields if name.lower() == "content-length"}
-        if not said:
-            return None
-        length = bounds.parse_number(said.pop().encode("latin-1"))
-        if length is None or said:
-            raise RefusedError("HTTP-request-body-size", "its content-length is no number")
-        return length
+HEAD, READ, WRITE = range(3)
+"""Parts that a guest may wait for: its response's head, its response's body, room for its request's body."""
 
 
 class OutgoingHttp:
-    """The requests of one instance's calls."""
+    """The requests of one instance's calls.
+
+    Everything public belongs to the guest's thread.
+    """
 
     def __init__(
         self,
@@ -221,19 +273,26 @@ class OutgoingHttp:
         log: Callable[[str], None],
         count: Callable[[bool], None] = lambda _denied: None,
         context: ssl.SSLContext | None = None,
+        nudge: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sock`: on which the egress is asked; None where nothing is granted. `count(denied)`: called for each."""
-        self._sock = sock
+        """`sock`: on which the egress is asked; None where nothing is granted. `count(denied)`: called for each.
+
+        `nudge`: wakes a guest that waits for its channel, see `poll`.
+        """
+        self._granted = sock is not None
         self._grants = grants
         self._limits = limits
         self._log = log
         self._count = count
         self._context = context
-        self._requests: dict[int, _Request] = {}
-        self._kept: list[tuple[tuple[str, str, int], float, _Connection]] = []
+        self._nudge = nudge
+        self._requests: dict[int, OutgoingRequest] = {}
+        self._kept: list[tuple[tuple[str, str, int], float, Connection]] = []
         self._number = 0
-        self._asked = 0
-        self._hops = 0
+        self._armed: tuple[int, ...] = ()  # parts that the guest waits for, if it awaits a nudge
+        self._notes: deque[Callable[[], None]] = deque()  # log lines and counts of the thread
+        self._loop = _Loop(sock)
+        self._lock = self._loop.lock
 
     # -- calls of the adapter
 
@@ -242,175 +301,403 @@ class OutgoingHttp:
 
         `hops` as in `agent.host.engine.adapter_abi.Requests.begin`.
         """
-        if len(self._requests) >= _BEGUN_MAX:
-            return 0
-        self._hops = hops
-        self._number += 1
-        self._requests[self._number] = _Request()
-        return self._number
+        with self._lock:
+            if len(self._requests) >= AT_ONCE:
+                self._log(
+                    f"host: a request is refused: {AT_ONCE} are under way, as many as an instance may have at once"
+                )
+                return 0
+            self._number = self._number % _NUMBER_MAX + 1
+            self._requests[self._number] = OutgoingRequest(self._number, hops=hops)
+            return self._number
+
+    def room(self, number: int) -> int:
+        """Bytes of its body that it takes now."""
+        with self._lock:
+            request = self._requests.get(number)
+            return WINDOW_BYTES if request is None else request.room(self._limits.request_bytes)
 
     def write(self, number: int, data: str) -> int:
         """Take a piece of its body; return 0, or one more than an error's number."""
-        request = self._requests.get(number)
-        if request is None:
-            return _result("connection-limit-reached")
-        if len(request.body) + len(data) > self._limits.request_bytes:
-            request.refused = "HTTP-request-body-size"
-            return _result(request.refused)
-        try:
-            request.body += data.encode("latin-1")
-        except UnicodeEncodeError:
-            request.refused = "internal-error"
-            return _result(request.refused)
-        return 0
+        with self._lock:
+            request = self._requests.get(number)
+            if request is None:
+                return _result("connection-limit-reached")
+            if request.over:
+                return _result(request.error) if request.error else 0
+            try:
+                piece = data.encode("latin-1")
+            except UnicodeEncodeError:
+                return self._refuse_body(request, RefusedError("internal-error", "its body is no bytes"))
+            request.body_bytes += len(piece)
+            if not request.goes and request.body_bytes > self._limits.request_bytes:
+                return self._refuse_body(request, self._too_large())
+            declared = request.head.declared_length() if request.head is not None else None
+            if request.goes and declared is not None and request.body_bytes > declared:
+                why = f"its body has {request.body_bytes} bytes or more, its content-length says {declared}"
+                return self._refuse_body(request, RefusedError("HTTP-request-body-size", why))
+            request.body += piece
+            if request.goes:
+                self._loop.poke(number)
+            return 0
+
+    def _too_large(self) -> RefusedError:
+        most = self._limits.request_bytes
+        why = (
+            f"its body is larger than {most} bytes (limits.request), which are kept until the guest waits for something"
+        )
+        return RefusedError("HTTP-request-body-size", why)
+
+    def _refuse_body(self, request: OutgoingRequest, error: RefusedError) -> int:
+        self._fail(request, error.error, str(error))
+        self._flush_notes()
+        return _result(error.error)
 
     def send(self, number: int, head: str) -> int:
-        """Send it; 0, or one more than an error's number."""
-        request = self._requests.get(number)
+        """Send it with the body that it has; 0, or one more than an error's number."""
+        return self._start(number, head, ends=True)
+
+    def start(self, number: int, head: str) -> int:
+        """Hand it over; its body goes on, up to `finish`. 0, or one more than an error's number."""
+        return self._start(number, head, ends=False)
+
+    def _start(self, number: int, head: str, *, ends: bool) -> int:
+        with self._lock:
+            request = self._requests.get(number)
+            if request is None:
+                return _result("connection-limit-reached")
+            if request.error:
+                self._count(False)
+                self._drop(number)
+                return _result(request.error)
+            try:
+                self._check(request, head)
+                assert request.head is not None
+                if ends:
+                    request.head.check_length(request.body_bytes)
+            except RefusedError as error:
+                self._count(error.error in {helper_api.DENIED, helper_api.PROHIBITED})
+                self._log(f"host: {request.what or 'a request'}: {error}")
+                self._drop(number)
+                return _result(error.error)
+            request.ends = request.goes = ends
+            self._loop.run(number, self._run(request))
+            return 0
+
+    def _check(self, request: OutgoingRequest, text: str) -> None:
+        """Judge a request. Raises `RefusedError`."""
+        head = RequestHead.parse(text)
+        request.what = f"{head.method} {head.scheme}://{head.authority}{head.target}"
+        if not self._granted:
+            raise RefusedError(helper_api.DENIED, "is denied: no outgoing requests are granted")
+        host, port = helper_api.check_grant(self._grants, head.scheme, head.authority)
+        head.declared_length()
+        if host.endswith(outbound.INTERNAL) and request.hops >= HOPS_MAX:
+            raise RefusedError("loop-detected", f"it came through {request.hops} neighbours already")
+        request.key = (head.scheme, host, port)
+        request.connect_s, request.first_s, request.between_s = (self._wait_s(each) for each in head.waits)
+        request.head = head
+
+    def finish(self, number: int, trailers: str) -> int:
+        """End its body, with these field lines behind it; 0, or one more than an error's number."""
+        with self._lock:
+            request = self._requests.get(number)
+            if request is None or request.over or request.ends:
+                return 0
+            try:
+                request.trailers = read_fields(trailers)
+                if request.head is not None and request.head.declared_length() is not None:
+                    request.head.check_length(request.body_bytes)
+            except RefusedError as error:
+                return self._refuse_body(request, error)
+            request.ends = request.goes = True
+            self._loop.poke(number)
+            return 0
+
+    def abort(self, number: int) -> None:
+        """Give it up: its body was dropped before its end."""
+        with self._lock:
+            request = self._requests.get(number)
+            if request is not None and not request.over and not request.ends:
+                self._fail(request, "connection-terminated", "its body was dropped before its end")
+                self._flush_notes()
+
+    def poll(self, wanted: str, wait: int) -> str:
+        """Tell what is there of `wanted`: 0 or 1 for each, which is 4 times a request's number plus HEAD, READ, WRITE.
+
+        `wait`: `NUDGED` where the guest is about to wait: if nothing is there, it gets a nudge once something is, up to
+        the next call of this. `WAITS` and `WAITS_A_MOMENT` wait here.
+        """
+        with self._lock:
+            self._armed = ()
+            numbers = tuple(int(word) for word in wanted.split())
+            if wait != NO_WAIT and not any(map(self._is_there, numbers)):
+                self._wait(numbers, wait)
+            there = [self._is_there(each) for each in numbers]
+            for each, ready in zip(numbers, there, strict=True):
+                if each & 3 == HEAD and not ready:
+                    self._let_go(self._requests[each >> 2])  # a guest that looks for its answer has nothing else to do
+            if wait == NUDGED and not any(there):
+                self._armed = numbers
+            self._flush_notes()
+            return "".join("1" if each else "0" for each in there)
+
+    def _let_go(self, request: OutgoingRequest) -> None:
+        if request.head is not None and not request.goes:
+            request.goes = True
+            self._loop.poke(request.number)
+
+    def _wait(self, numbers: tuple[int, ...], wait: int) -> None:
+        """Let what is handed over go, since the guest waits; wait with it if it cannot by itself."""
+        now_s = time.monotonic()
+        for request in self._requests.values():
+            self._let_go(request)
+        for number in {each >> 2 for each in numbers}:
+            request = self._requests[number]
+            if not request.waits_since_s:
+                request.waits_since_s = now_s
+                self._loop.poke(number)
+        if wait != NUDGED:
+            timeout_s = _MOMENT_S if wait == WAITS_A_MOMENT else None
+            self._lock.wait_for(lambda: any(map(self._is_there, numbers)), timeout_s)
+
+    def _is_there(self, wanted: int) -> bool:
+        request = self._requests.get(wanted >> 2)
         if request is None:
-            return _result("connection-limit-reached")
-        try:
-            parsed = _Head.parse(head)
-            request.what = f"{parsed.method} {parsed.scheme}://{parsed.authority}{parsed.target}"
-            self._send(request, parsed)
-        except RefusedError as error:
-            self._count(error.error in {helper_api.DENIED, helper_api.PROHIBITED})
-            self._log(f"host: {request.what or 'a request'}: {error}")
-            self.close(number)
-            return _result(error.error)
-        self._count(False)
-        return 0
+            return True
+        match wanted & 3:
+            case 0:
+                return request.has_head
+            case 1:
+                return request.has_body
+            case _:
+                return request.room(self._limits.request_bytes) > 0
 
     def head(self, number: int) -> str:
-        """Return the answer's head, or `error <n>`."""
-        request = self._requests.get(number)
-        if request is None or request.connection is None:
-            return f"error {adapter_abi.ERRORS.index('internal-error')}"
-        connection = self._await_head(request, request.connection)
-        if connection.broken is not None and connection.silent and request.again is not None and _hung_up(connection):
-            connection.close()
-            again, request.again, request.connection = request.again, None, None
-            try:
-                request.connection = again()
-            except RefusedError as error:
-                self._log(f"host: {request.what}: {error}")
-                self.close(number)
-                return f"error {adapter_abi.ERRORS.index(error.error)}"
-            connection = self._await_head(request, request.connection)
-        response = connection.response
-        if not response.status:
-            return f"error {self._fail(number, request, connection)}"
-        fields = "".join(f"{name}: {value}\r\n" for name, value in response.fields if _sound(name, value))
-        return f"{response.status}\r\n{fields}"
-
-    @staticmethod
-    def _await_head(request: _Request, connection: _Connection) -> _Connection:
-        until_s = time.monotonic() + request.first_s
-        while not connection.response.status and connection.broken is None:
-            connection.receive(until_s - time.monotonic())
-        return connection
+        """Return the answer's head, or `error <n>`; a guest waits for it first (`poll`)."""
+        with self._lock:
+            request = self._requests.get(number)
+            if request is None:
+                return f"error {adapter_abi.ERRORS.index('internal-error')}"
+            if not request.has_head:
+                self._wait((number << 2 | HEAD,), WAITS)
+            self._flush_notes()
+            response = request.response
+            if response is None or not response.status:
+                self._drop(number)
+                return f"error {adapter_abi.ERRORS.index(request.error)}"
+            fields = "".join(f"{name}: {value}\r\n" for name, value in response.fields if _sound(name, value))
+            return f"{response.status}\r\n{fields}"
 
     def read(self, number: int, most: int) -> str:
-        """`+` and at most `most` bytes of the body, `.` at its end, or `!` and an error's number."""
-        request = self._requests.get(number)
-        if request is None or request.connection is None or not request.connection.response.status:
-            return "."
-        if not most:
-            return "+"
-        connection, response = request.connection, request.connection.response
-        while not response.body and not response.complete and connection.broken is None:
-            connection.receive(request.between_s)
-        piece = bytes(response.body[: min(most, _PIECE_BYTES)])
-        del response.body[: len(piece)]
-        request.taken_bytes += len(piece)
-        if request.taken_bytes > self._limits.response_bytes:
-            connection.broken = ResponseError(
-                "HTTP-response-body-size",
-                f"the response has more than {self._limits.response_bytes} bytes (limits.response)",
-            )
-        elif piece:
-            return "+" + piece.decode("latin-1")
-        if connection.broken is not None:
-            return f"!{self._fail(number, request, connection)}"
-        self.close(number)
-        return "."
-
-    def _fail(self, number: int, request: _Request, connection: _Connection) -> int:
-        """Give up a request whose response is broken, and return the error's number."""
-        assert connection.broken is not None
-        error = connection.broken
-        self._log(f"host: {request.what}: {_why(error)}")
-        self.close(number)
-        name = error.error if isinstance(error, ResponseError) else _name(error, "connection-read-timeout")
-        return adapter_abi.ERRORS.index(name)
+        """`+` and at most `most` bytes of the body, as far as they are there; `.` at its end, or `!` and an error."""
+        with self._lock:
+            request = self._requests.get(number)
+            if request is None or request.response is None or not request.response.status:
+                return "."
+            response = request.response
+            piece = bytes(response.body[: min(most, WINDOW_BYTES)])
+            if request.taken_bytes + len(piece) > self._limits.response_bytes:
+                why = f"the response has more than {self._limits.response_bytes} bytes (limits.response)"
+                self._fail(request, "HTTP-response-body-size", why)
+            elif piece or not most or not request.over:
+                del response.body[: len(piece)]
+                request.taken_bytes += len(piece)
+                self._loop.poke(number)  # there is room for more
+                return "+" + piece.decode("latin-1")
+            self._flush_notes()
+            self._drop(number)
+            return f"!{adapter_abi.ERRORS.index(request.error)}" if request.error else "."
 
     def close(self, number: int) -> None:
         """Forget a request that is not needed any more; its connection is kept if it can carry another."""
-        request = self._requests.pop(number, None)
-        if request is None or request.connection is None:
-            return
-        if not request.connection.reusable:
-            request.connection.close()
-            return
-        if len(self._kept) >= _KEPT:
-            self._kept.pop(0)[2].close()
-        self._kept.append((request.key, time.monotonic(), request.connection))
+        with self._lock:
+            self._drop(number)
+            self._flush_notes()
 
     def reset(self) -> None:
         """End whatever a call that has ended left under way."""
-        for number in list(self._requests):
-            self.close(number)
+        with self._lock:
+            self._armed = ()
+            for number in list(self._requests):
+                self._drop(number)
+            self._flush_notes()
 
-    # Sending.
+    def end(self) -> None:
+        """End the thread, with everything."""
+        self.reset()
+        self._loop.close()
 
-    def _send(self, request: _Request, head: _Head) -> None:
-        if self._sock is None:
-            raise RefusedError(helper_api.DENIED, "is denied: no outgoing requests are granted")
-        if request.refused:
-            raise RefusedError(
-                request.refused, f"its body is larger than {self._limits.request_bytes} bytes (limits.request)"
-            )
-        host, port = helper_api.check_grant(self._grants, head.scheme, head.authority)
-        request.key = (head.scheme, host, port)
-        connect_s, request.first_s, request.between_s = (self._wait_s(each) for each in head.waits)
-        hops = []
-        if host.endswith(outbound.INTERNAL):
-            if self._hops >= HOPS_MAX:
-                raise RefusedError("loop-detected", f"it came through {self._hops} neighbours already")
-            hops.append((HOPS, str(self._hops + 1)))
-        data = head.encode(request.body, hops)
+    def _drop(self, number: int) -> None:
+        request = self._requests.pop(number, None)
+        if request is not None:
+            request.dropped = True
+            self._loop.poke(number)
 
-        def fresh() -> _Connection:
-            connection = self._connect(head, host, connect_s)
-            return _put(connection, head.method, data, request.first_s)
+    # Steps of a request, on the thread.
 
-        kept = self._take(request.key)
+    def _run(self, request: OutgoingRequest) -> _Steps:
+        """Do everything for a request, under the lock; each yield gives that up until there is something to do."""
+        try:
+            while not request.goes:
+                self._go_on_with(request)
+                yield _Wait()
+            yield from self._exchange(request)
+        except _DroppedError:
+            pass
+        except RefusedError as error:
+            self._note_count(denied=error.error in {helper_api.DENIED, helper_api.PROHIBITED})
+            self._fail(request, error.error, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is: the guest must not wait in vain
+            self._fail(request, "internal-error", f"{type(error).__name__}: {error}")
+        request.over = True
+        self._changed()
+
+    @staticmethod
+    def _go_on_with(request: OutgoingRequest, until_s: float = math.inf) -> None:
+        """Raise `_DroppedError` if nobody needs a request any more, or `TimeoutError`."""
+        if request.dropped or request.error:
+            raise _DroppedError
+        if time.monotonic() >= until_s:
+            raise TimeoutError
+
+    def _exchange(self, request: OutgoingRequest) -> _Steps:
+        head = request.head
+        assert head is not None
+        hops = [(HOPS, str(request.hops + 1))] if request.key[1].endswith(outbound.INTERNAL) else []
+        upload = Upload(request, hops)
+        kept = self._take_kept(request.key) if upload.whole else None
         if kept is not None:
-            with contextlib.suppress(RefusedError):
-                request.connection = _put(kept, head.method, data, request.first_s, kept=True)
-                request.again = fresh if head.method in _IDEMPOTENT else None
+            data = bytes(upload.out)
+            again = yield from self._transfer(request, kept, upload, kept=True)
+            if not again:
                 return
-        request.connection = fresh()
+            upload.out[:] = data
+        connection = yield from self._connect(request, head)
+        self._note_count(denied=False)
+        yield from self._transfer(request, connection, upload, kept=False)
+
+    def _transfer(
+        self, request: OutgoingRequest, connection: Connection, upload: Upload, *, kept: bool
+    ) -> Generator[_Wait, None, bool]:
+        """Send the request and read its response; True if it is to be sent again, on a fresh connection."""
+        carried = False
+        try:
+            transfer = Transfer(request, connection, upload)
+            while not transfer.is_over:
+                self._go_on_with(request)
+                events, news = transfer.turn()
+                if news:
+                    request.waits_since_s = 0.0
+                    self._changed()
+                if events:
+                    yield from self._wait_for(transfer, connection, events)
+                elif transfer.is_full and not upload.out:
+                    yield _Wait()  # for the guest to take some of it
+            hung_up = transfer.unsent is not None or _is_worth_repeating(request, connection)
+            if kept and connection.silent and hung_up:
+                return True
+            if kept:
+                self._note_count(denied=False)
+            carried = upload.is_sent and connection.reusable
+            if connection.broken is not None:
+                self._break(request, connection, connection.broken, transfer.unsent)
+            upload.stop()
+            return False
+        finally:
+            if carried:
+                self._keep(request.key, connection)
+            else:
+                connection.close()
+
+    @staticmethod
+    def _wait_for(transfer: Transfer, connection: Connection, events: int) -> _Steps:
+        until_s, late = transfer.deadline()
+        if until_s is not None and until_s <= time.monotonic():
+            connection.broken = TimeoutError(late)
+        else:
+            yield _Wait(connection.sock.fileno(), events, until_s)
+
+    def _break(
+        self, request: OutgoingRequest, connection: Connection, error: Exception, unsent: OSError | None
+    ) -> None:
+        """Give up a request whose response is broken."""
+        if unsent is not None and connection.silent:
+            why = f"cannot be sent: {_why(unsent)}"
+            self._fail(request, _name(unsent, "connection-write-timeout"), why)
+        elif isinstance(error, ResponseError):
+            self._fail(request, error.error, _why(error))
+        else:
+            self._fail(request, _name(error, str(error) if str(error) in adapter_abi.ERRORS else LATE), _why(error))
+
+    def _fail(self, request: OutgoingRequest, error: str, why: str) -> None:
+        if not request.error:
+            request.error, request.over = error, True
+            request.body.clear()
+            self._loop.poke(request.number)
+            self._notes.append(lambda: self._log(f"host: {request.what or 'a request'}: {why}"))
+        self._changed()
+
+    def _changed(self) -> None:
+        """Wake the guest if what it waits for is there."""
+        self._lock.notify_all()
+        if self._armed and any(map(self._is_there, self._armed)):
+            self._armed = ()
+            self._nudge()
+
+    def _note_count(self, *, denied: bool) -> None:
+        self._notes.append(lambda: self._count(denied))
+
+    def _flush_notes(self) -> None:
+        """Log and count what the thread has noted."""
+        while self._notes:
+            self._notes.popleft()()
 
     def _wait_s(self, ns: str) -> float:
         most = self._limits.idle_ms / 1000 * _MARGIN
         wanted_ns = bounds.parse_number(ns.encode())
         return most if wanted_ns is None else min(most, max(0.001, wanted_ns / 1e9))
 
-    def _connect(self, head: _Head, host: str, timeout_s: float) -> _Connection:
-        if len([each for each in self._requests.values() if each.connection is not None]) >= _AT_ONCE:
-            raise RefusedError("connection-limit-reached", f"{_AT_ONCE} requests are under way")
-        sock = self._ask(head.scheme, head.authority, timeout_s)
-        sock.settimeout(timeout_s)
+    # Connections.
+
+    def _connect(self, request: OutgoingRequest, head: RequestHead) -> Generator[_Wait, None, Connection]:
+        sock = yield from self._ask(request, head)
         if head.scheme == "https":
             assert self._context is not None
             try:
-                # A server that ends without saying so may have been cut off: that is no end of a body.
-                sock = self._context.wrap_socket(sock, server_hostname=host, suppress_ragged_eofs=False)
+                sock = yield from self._shake_hands(request, self._context, sock)
             except (OSError, ValueError) as error:
                 sock.close()
                 raise RefusedError(_name(error, "connection-timeout"), f"no TLS: {self._why_no_tls(error)}") from error
-        return _Connection(sock)
+            except BaseException:
+                sock.close()
+                raise
+        return Connection(sock)
+
+    def _shake_hands(
+        self, request: OutgoingRequest, context: ssl.SSLContext, sock: socket.socket
+    ) -> Generator[_Wait, None, socket.socket]:
+        sock.setblocking(False)
+        until_s = time.monotonic() + request.connect_s
+        # A server that ends without saying so may have been cut off: that is no end of a body.
+        inside = context.wrap_socket(
+            sock, server_hostname=request.key[1], do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        try:
+            while True:
+                try:
+                    inside.do_handshake()
+                except ssl.SSLWantReadError:
+                    events = select.POLLIN
+                except ssl.SSLWantWriteError:
+                    events = select.POLLOUT
+                else:
+                    return inside
+                yield _Wait(inside.fileno(), events, until_s)
+                self._go_on_with(request, until_s)
+        except BaseException:
+            inside.close()
+            raise
 
     def _why_no_tls(self, error: Exception) -> str:
         if isinstance(error, ssl.SSLCertVerificationError) and self._context is not None:
@@ -419,51 +706,38 @@ class OutgoingHttp:
             return f"the server's certificate is not accepted: {error.verify_message}"
         return _why(error)
 
-    def _ask(self, scheme: str, authority: str, timeout_s: float) -> socket.socket:
+    def _ask(self, request: OutgoingRequest, head: RequestHead) -> Generator[_Wait, None, socket.socket]:
         """Return a connection from the egress."""
-        assert self._sock is not None
+        timeout_s = request.connect_s
         until_s = time.monotonic() + timeout_s + self._limits.idle_ms / 1000 * _REPLY_MARGIN
-        ours: set[int] = set()
         try:
-            self._forget_replies(self._sock)
-            self._question(self._sock, ours, scheme, authority, timeout_s)
-            while True:
-                self._sock.settimeout(max(0.001, until_s - time.monotonic()))
-                data, fds = framing.receive_packet(self._sock)
-                told = _told.decode(data)
-                if told.id in ours:
-                    break
-                framing.close_all(fds)
-                if told.id == helper_api.RESTARTED:
-                    self._question(self._sock, ours, scheme, authority, max(0.001, until_s - time.monotonic()))
-        except TimeoutError as error:
-            raise RefusedError("connection-timeout", f"no connection in {timeout_s:g} s") from error
-        except (OSError, framing.GoneError, *wire.JSON_ERRORS) as error:
-            late = time.monotonic() >= until_s
-            raise RefusedError("connection-timeout" if late else "internal-error", f"no egress: {error}") from error
+            question = self._loop.ask(request.number, head.scheme, head.authority, timeout_s)
+        except OSError as error:
+            raise RefusedError("internal-error", f"no egress: {error}") from error
+        try:
+            while question.reply is None:
+                if question.failure:
+                    raise RefusedError("internal-error", question.failure)
+                if time.monotonic() >= until_s:
+                    raise RefusedError("connection-timeout", f"no connection in {timeout_s:g} s")
+                yield _Wait(until_s=until_s)
+                self._go_on_with(request)
+            told, fd = question.reply, question.fd
+            question.fd = -1
+        finally:
+            self._loop.forget(question)
+            if question.fd >= 0:
+                os.close(question.fd)
         if told.error:
             raise RefusedError(told.error, told.why)
-        return socket.socket(fileno=fds[0])
+        return socket.socket(fileno=fd)
 
-    def _question(self, sock: socket.socket, ours: set[int], scheme: str, authority: str, timeout_s: float) -> None:
-        """Ask for a connection, and note the question's number. Raises `OSError`."""
-        self._asked += 1
-        ours.add(self._asked)
-        ask = helper_api.ConnectRequest(
-            id=self._asked, scheme=scheme, authority=authority, timeout_ms=max(1, int(timeout_s * 1000))
-        )
-        sock.settimeout(timeout_s)
-        sock.send(msgspec.json.encode(ask))
+    def _keep(self, key: tuple[str, str, int], connection: Connection) -> None:
+        if len(self._kept) >= _KEPT:
+            self._kept.pop(0)[2].close()
+        self._kept.append((key, time.monotonic(), connection))
 
-    @staticmethod
-    def _forget_replies(sock: socket.socket) -> None:
-        """Throw away replies to questions that were given up."""
-        sock.settimeout(0)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                framing.close_all(framing.receive_packet(sock)[1])
-
-    def _take(self, key: tuple[str, str, int]) -> _Connection | None:
+    def _take_kept(self, key: tuple[str, str, int]) -> Connection | None:
         """Take a kept connection to this place, and close those that are too old or were closed by their peers."""
         now_s = time.monotonic()
         found = None
@@ -478,33 +752,16 @@ class OutgoingHttp:
         return found
 
 
-def _put(connection: _Connection, method: str, data: bytes, wait_s: float, *, kept: bool = False) -> _Connection:
-    """Write a request out whole. Raises `RefusedError`."""
-    try:
-        connection.send(method, data, wait_s)
-    except OSError as error:
-        if isinstance(error, ConnectionError) and not kept and connection.spoke():
-            return connection  # the server may have answered early and hung up
-        connection.close()
-        raise RefusedError(_name(error, "connection-write-timeout"), f"cannot be sent: {_why(error)}") from error
-    return connection
-
-
 def _result(error: str) -> int:
     return 1 + adapter_abi.ERRORS.index(error)
 
 
-def _hung_up(connection: _Connection) -> bool:
+def _is_worth_repeating(request: OutgoingRequest, connection: Connection) -> bool:
+    """Tell whether a kept connection was closed by its peer meanwhile, and the request may be sent once more."""
+    assert request.head is not None
     error = connection.broken
-    return isinstance(error, ResponseError) or (error is not None and _cut_off(error))
-
-
-def _cut_off(error: Exception) -> bool:
-    """Tell whether the peer ended the connection, within TLS or below it."""
-    if isinstance(error, ssl.SSLError):  # the first releases of Python 3.11 have no class for it
-        ended = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-        return ended or error.reason == "UNEXPECTED_EOF_WHILE_READING"
-    return isinstance(error, ConnectionError)
+    hung_up = isinstance(error, ResponseError) or (error is not None and is_cut_off(error))
+    return hung_up and connection.silent and request.head.method in IDEMPOTENT
 
 
 def _sound(name: str, value: str) -> bool:
@@ -513,7 +770,7 @@ def _sound(name: str, value: str) -> bool:
 
 def _why(error: Exception) -> str:
     """Say an error in words, without the numbers and lines of libraries."""
-    if _cut_off(error):
+    if is_cut_off(error):
         return "the server closed the connection"
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
@@ -529,7 +786,7 @@ def _name(error: Exception, late: str) -> str:
             return "TLS-certificate-error"
         case TimeoutError():
             return late
-        case _ if _cut_off(error):
+        case _ if is_cut_off(error):
             return "connection-terminated"
         case ssl.SSLError():
             reason = error.reason or ""

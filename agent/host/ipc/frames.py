@@ -51,12 +51,13 @@ class Kind(enum.IntEnum):
     YIELD = 7  # leave the loop for one control message; call 0, as has the END that says it is done
     FAILED = 8  # the store has ended early: outcome of the call in flight, if it failed, and a token
     CANCEL = 9  # the client of the call in flight is gone
+    NUDGE = 10  # call 0: from the worker's thread while its guest waits, and straight back, to wake the guest
 
 
 TO_GUEST: Final = frozenset(
-    {Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT, Kind.YIELD, Kind.CANCEL}
+    {Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT, Kind.YIELD, Kind.CANCEL, Kind.NUDGE}
 )
-FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT, Kind.FAILED})
+FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT, Kind.FAILED, Kind.NUDGE})
 
 
 class FrameError(ValueError):

@@ -161,7 +161,11 @@ class GuestRunner:
         with self._counted(control):
             if guest.ended:
                 guest.renew()
-            turn = guest.serve(token)
+            try:
+                turn = guest.serve(token)
+            except GuestError:
+                self._outgoing.reset()
+                raise
             control.ended(guest.last_call)
             if turn is Turn.MISPLACED or guest.spent:
                 guest.renew()

@@ -62,7 +62,7 @@ class Worker:
         self._poll = poll
         self._secrets: dict[str, str] = {}
         self._redactor = Redactor(())
-        self._outgoing: Callable[[Callable[[bool], None], Callable[[str], None]], Requests] | None = None
+        self._outgoing: _MakeOutgoing | None = None
         self.begun = False
         self._leaving = 0  # the id of the `HandOver` that is carried out
         self._channel = False
@@ -158,7 +158,7 @@ class Worker:
         os.close(page_fd)
         self._caller = GuestRunner(
             image,
-            outgoing=None if self._outgoing is None else partial(self._outgoing, page.sent),
+            outgoing=None if self._outgoing is None else partial(self._outgoing, page.sent, self._nudge),
             limits=setup.limits,
             grants=setup.grants,
             config={**setup.config, **self._secrets},
@@ -193,6 +193,11 @@ class Worker:
             os.close(figures_fd)
         self.begun = True
         return True
+
+    def _nudge(self) -> None:
+        """Wake a guest that waits in the engine for its channel. Nothing else is being written to that meanwhile."""
+        with contextlib.suppress(OSError):  # without a router the guest wakes for the channel's end
+            self._channel_sock.sendall(frames.encode(Frame(Kind.NUDGE, 0)))
 
     def _refuse(self, setup: worker_api.Setup, code: RejectCode, error: Exception) -> bool:
         self.say(worker_api.Refused(code=code, message=str(error), id=setup.id))
@@ -229,7 +234,7 @@ class Worker:
     def _serve_channel(self) -> NoReturn:
         """Serve calls of the channel until that ends, or the supervisor's socket closes."""
         control = ControlThread(self._sock, self._page, tick=self._tick, say=self.say)
-        sock = socket.socket(fileno=1)
+        sock = self._channel_sock = socket.socket(fileno=1)
         output = _ChannelOutput(sock)
         native = None if self._caller.streams else NativeChannel(self._caller, control, sock)
         token = ""
@@ -363,17 +368,19 @@ def _read_secrets(fd: int) -> dict[str, str]:
     return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=dict[str, str])
 
 
-def _outgoing(
-    setup: worker_api.Setup, ask_fd: int
-) -> Callable[[Callable[[bool], None], Callable[[str], None]], Requests]:
+_MakeOutgoing = Callable[[Callable[[bool], None], Callable[[], None], Callable[[str], None]], Requests]
+"""Maker of an instance's requests, given where to count, what wakes the guest, and where to log."""
+
+
+def _outgoing(setup: worker_api.Setup, ask_fd: int) -> _MakeOutgoing:
     """Return what makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
     from agent.host.interfaces import outgoing_http  # noqa: PLC0415 - workers without such grants go without asyncio, ssl and http.client
 
     encrypted = any(not each.startswith("http:") for each in setup.grants.outbound)
     context = outgoing_http.trust() if encrypted else None
     sock = socket.socket(fileno=ask_fd)
-    return lambda count, log: outgoing_http.OutgoingHttp(
-        sock, setup.grants, setup.limits, log=log, count=count, context=context
+    return lambda count, nudge, log: outgoing_http.OutgoingHttp(
+        sock, setup.grants, setup.limits, log=log, count=count, context=context, nudge=nudge
     )
 
 

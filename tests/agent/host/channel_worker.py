@@ -171,6 +171,9 @@ class ChannelWorker:
         """
         answer, owed = Answer(), 0
         while (frame := self.frame()) is not None:
+            if frame.kind is Kind.NUDGE:
+                self.write(frame)
+                continue
             if frame.kind is Kind.FAILED:
                 answer.failed = frame.payload.decode().split("\r\n")
                 break

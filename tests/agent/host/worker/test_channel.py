@@ -3,12 +3,12 @@
 import os
 
 import pytest
-from channel_worker import Zygote
+from channel_worker import HTTP, Zygote
 
 from agent.host.ipc import frames, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.sandbox import sandbox
-from fleet.protocol.manifest import Limits
+from fleet.protocol.manifest import Grants, Limits
 
 REUSED = Limits(requests_per_instance=1000)
 WINDOW = frames.INITIAL_CREDIT_BYTES
@@ -331,3 +331,21 @@ def test_secrets_do_not_leave_with_a_failure(worker):
     it = worker(secrets={"KEY": "unreachable"})
     answer = it.get("/trap")
     assert "unreachable" not in ended(answer, "guest-trap")
+
+
+def test_a_guest_that_waits_for_a_timer_ends_with_its_client(worker):
+    it = worker("waits", limits=REUSED, grants=Grants(interfaces=(*HTTP.interfaces, "wasi:clocks/monotonic-clock")))
+    number = it.send("/sleep")
+    it.write(Frame(Kind.CANCEL, number))
+    answer = it.answer(number)
+    assert answer.failed[:2] == ["guest-trap", "cancelled"]
+    it.realign(answer)
+    assert it.get("/").body == HELLO
+
+
+def test_a_nudge_that_nobody_waits_for_is_passed_over(probe):
+    for _ in range(3):
+        probe.write(Frame(Kind.NUDGE, 0))
+        assert probe.get("/").body == HELLO
+        probe.write(Frame(Kind.NUDGE, 0))
+        assert probe.post("/echo", b"x" * 200_000).body == b"x" * 200_000
