@@ -399,7 +399,7 @@ class Call:
             self._fields,
             length=self._length,
             chunked=self._chunked,
-            keep_alive=self._keeps_alive(),
+            keep_alive=self._may_keep_alive(),
             old=self._exchange.request.old,
         )
 
@@ -422,6 +422,15 @@ class Call:
             self._problem = "a body longer than its content-length"
             return b""
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+    def _may_keep_alive(self) -> bool:
+        """Return if the head of an answer leaves its connection open: the request may end before the answer does."""
+        exchange = self._exchange
+        if exchange.complete:
+            return exchange.keep_alive
+        if exchange.request.old or b"close" in tokens(exchange.request.fields, b"connection"):
+            exchange.keep_alive = False
+        return exchange.keep_alive
 
     def _keeps_alive(self) -> bool:
         self._exchange.keep_alive = self._exchange.keep_alive and self._exchange.complete

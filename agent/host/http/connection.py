@@ -217,16 +217,19 @@ def declared_length(headers: bytes) -> int | None:
     """Return the Content-Length among a guest's field lines; None if there is none that is a number.
 
     Raises:
-        BadAnswerError: a number that no body's length can be.
+        BadAnswerError: a number that no body's length can be, or two that differ.
     """
+    found: int | None = None
     for line in headers.split(b"\r\n"):
         name, _, value = line.partition(b":")
         if name.lower() == b"content-length" and value.strip().isdigit():
             length = bounds.parse_number(value.strip())
             if length is None:
                 raise BadAnswerError(f"a content-length of {len(value.strip())} digits")
-            return length
-    return None
+            if found not in {None, length}:
+                raise BadAnswerError(f"a content-length of {found}, and one of {length}", public=True)
+            found = length
+    return found
 
 
 def check_length(status: int, declared: int | None, length: int, *, head: bool) -> None:

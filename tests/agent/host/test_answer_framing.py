@@ -82,6 +82,17 @@ def test_a_body_that_is_not_as_long_as_it_says_is_an_error_of_client_and_log(hos
     eventually(lambda: any(words in line for line in host.lines_of("framed")), "the log says it")
 
 
+def test_two_lengths_that_differ_are_an_error(host, start):
+    status, _, said = start(native(200, b"content-length: 5\r\ncontent-length: 6\r\n", b"hello"))()
+    words = "a content-length of 5, and one of 6"
+    assert (status, words in said.decode()) == (502, True)
+    eventually(lambda: any(words in line for line in host.lines_of("framed")), "the log says it")
+
+
+def test_the_same_length_twice_is_no_error(start):
+    assert start(native(200, b"content-length: 5\r\ncontent-length: 5\r\n", b"hello"))()[::2] == (200, b"hello")
+
+
 def test_a_length_that_is_right_is_no_error(start):
     assert start(native(200, b"content-length: 5\r\n", b"hello"))()[::2] == (200, b"hello")
 

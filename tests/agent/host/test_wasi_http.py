@@ -49,6 +49,18 @@ def test_a_chunked_body_and_a_large_one_come_back_whole(probe):
     assert ask(probe, "/echo", method="POST", body=large)[2] == large
 
 
+def test_an_answer_that_begins_before_its_request_has_ended_keeps_the_connection(probe):
+    large = bytes(range(256)) * 4000
+    with socket.create_connection(("127.0.0.1", probe), timeout=30) as kept:
+        for _ in range(2):
+            _, fields, body = ask(probe, "/echo", method="POST", body=large, sock=kept)
+            assert "connection" not in fields
+            assert body == large
+        _, fields, body = ask(probe, "/echo", method="POST", fields="connection: close\r\n", body=large, sock=kept)
+        assert (fields["connection"], body) == ("close", large)
+        assert kept.recv(1) == b""
+
+
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
