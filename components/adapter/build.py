@@ -43,8 +43,9 @@ SOURCES = {
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
     "waits": ["-DWAITS", "-Wno-unused", "probe.c"],
+    "script": ["script.c"],
 }
-GUESTS = ("probe", "waits")
+GUESTS = ("probe", "waits", "script")
 OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz"}
 OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm" for guest in GUESTS}
 
@@ -98,8 +99,9 @@ def build(scratch: Path) -> dict[str, bytes]:
     adapter = imports("shell", scratch, wit) + b"".join(binary.section(reader.NESTED, part) for part in parts)
     (scratch / "whole.wasm").write_bytes(adapter)
     wasm_tools("validate", scratch / "whole.wasm")
-    old = older(wit)
-    return {"adapter.wasm": adapter} | {f"{guest}.wasm": componentize(guest, scratch, old) for guest in GUESTS}
+    older_wit = older(wit)
+    guests = {f"{guest}.wasm": componentize(guest, scratch, older_wit) for guest in GUESTS}
+    return {"adapter.wasm": adapter, **guests}
 
 
 def unpacked(path: Path) -> bytes:
@@ -109,7 +111,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def main() -> int:
-    """Build, then write or compare."""
+    """Build the files, then write or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     check: bool = parser.parse_args().check
