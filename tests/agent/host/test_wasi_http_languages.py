@@ -1,7 +1,7 @@
 """Servers for wasi:http built by their own toolchains answer on a device as they do under `wasmtime serve`.
 
 A language whose tools are not here is skipped by name, and so is the comparison where there is no `wasmtime`:
-`make test-guests` brings the tools, and `make wasmtime-serve` installs the command.
+`make test-guests` brings the tools.
 """
 
 import contextlib
