@@ -238,7 +238,7 @@ class EffectRunner:
             return fault("the artifact was changed on this device's disk, and is removed")
         assert change.manifest is not None
         grants = change.manifest.grants if change.item.grants is None else change.item.grants
-        missing = read.missing(grants, world=change.manifest.world)
+        missing = read.missing(grants)
         if missing:
             return refused(RejectCode.GRANT_DENIED, f"imports without a grant: {', '.join(missing)}")
         return DONE

@@ -1,4 +1,5 @@
-;; wants-everything: good, but imports files, sockets, environment and randomness, which nobody has granted.
+;; wants-everything: good, and imports files, sockets, environment and randomness, as standard libraries do:
+;; it runs without a grant, and finds nothing there.
 (component
   (import "wasi:cli/environment@0.2.0" (instance $cli (export "get-arguments" (func (result (list string))))))
   (import "wasi:random/random@0.2.0" (instance $random (export "get-random-u64" (func (result u64)))))

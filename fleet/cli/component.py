@@ -11,7 +11,7 @@ from fleet.component import component_toml, reader, served, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import bounds
-from fleet.protocol.manifest import BadManifestError
+from fleet.protocol.manifest import BadManifestError, Grants
 from fleet.protocol.operator_api import DeviceRow
 from fleet.protocol.printable import printable
 
@@ -49,7 +49,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
         suggestion = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
         problem, missing = "", False
     unserved = tuple(each.name for each in served.unserved(shape, file_name=file.name))
-    notes = served.notes(shape)
+    notes = served.notes(shape, Grants() if manifest is None else manifest.grants)
     if manifest is not None and (waits := served.serial(manifest)):
         notes = (*notes, waits)
     if toml:

@@ -21,7 +21,7 @@ from fleet.component.reader import Component
 from fleet.protocol import wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest
-from fleet.protocol.manifest import BadManifestError, Manifest
+from fleet.protocol.manifest import BadManifestError, Grants, Manifest
 from fleet.protocol.operator_api import DeviceRow, Excluded
 
 _HOST: Final = "agent.host.cli"
@@ -99,7 +99,7 @@ def judge(file: Path, component: Component, manifest: Manifest | None) -> Examin
     `manifest`: None where it has none that is complete, so that everything that devices serve is granted.
     """
     problems = served.problems(component, manifest, file_name=file.name)
-    notes = served.notes(component)
+    notes = served.notes(component, Grants() if manifest is None else manifest.grants)
     if manifest is not None and (waits := served.serial(manifest)):
         notes = (*notes, waits)
     reply, why = _ask_host(file, manifest)

@@ -188,8 +188,23 @@ def describe(
 
 
 def check_grants(component: Component, manifest: Manifest) -> list[str]:
-    """Return the full names of the interfaces that the component imports and the manifest does not grant."""
-    return list(component.missing(manifest.grants, world=manifest.world))
+    """Return the full names of the imports that the manifest does not grant, and that need a grant.
+
+    What standard libraries import needs one where the manifest says that it is used: to read configuration, to keep
+    files, to send requests.
+    """
+    grants, imported = manifest.grants, {bare(name): name for name in component.imports if name not in component.plain}
+    missing = list(component.missing(grants))
+    reads = bool(manifest.config or manifest.secrets) and not any(
+        grants.allows(each) for each in imported if each in _SECRET_READERS
+    )
+    used = {
+        wasi.ENVIRONMENT: reads and not imported.keys() & set(wasi.CONFIG),
+        wasi.PREOPENS: manifest.data_schema > 0,
+        wasi.OUTGOING_HANDLER: bool(grants.outbound or grants.instances),
+    }
+    missing += [imported[each] for each, use in used.items() if use and each in imported and not grants.allows(each)]
+    return missing
 
 
 def suggest_toml(component: Component, manifest: Manifest) -> str:

@@ -36,14 +36,6 @@ HTTP_HANDLER: Final = "wasmfleet:http/handler"
 HTTP_HEALTH: Final = "wasmfleet:http/health"
 SCHEDULE_TASK: Final = "wasmfleet:schedule/task"
 
-_BY_WORLD: Final = {
-    # The adapter provides wasi:http/types; wasi:io has the streams of a body; output of a guest goes to its log, and
-    # its standard input is the request's body. None of it reaches anything outside.
-    "wasi:http": frozenset({wasi.HTTP_TYPES} | wasi.IO | wasi.STDIO),
-}
-"""Interfaces that are part of a world and need no grant."""
-
-
 _DRAFT: Final = re.compile(r"wasi:(cli|clocks|filesystem|http|io|random|sockets)/[^@]*@0\.2\.0-")
 """Pre-releases of what WASI 0.2.0 itself has; other packages of WASI have only drafts until now."""
 
@@ -101,10 +93,9 @@ class Component:
         """Return the full name of the export that is `interface` in any version, None for none."""
         return next((export for export in self.exports if bare(export) == interface), None)
 
-    def missing(self, grants: Grants, *, world: str = "") -> tuple[str, ...]:
-        """Return the full names of imports that are neither granted nor part of `world` nor plain."""
-        free = _BY_WORLD.get(world, frozenset())
-        asking = (wanted for wanted in self.imports if wanted not in self.plain and bare(wanted) not in free)
+    def missing(self, grants: Grants) -> tuple[str, ...]:
+        """Return the full names of imports that need a grant and have none."""
+        asking = (wanted for wanted in self.imports if wanted not in self.plain and bare(wanted) not in wasi.UNGRANTED)
         return tuple(wanted for wanted in asking if not grants.allows(wanted))
 
 

@@ -13,7 +13,7 @@ from fleet.component.compose import BRIDGE, HOST, needs_adapter
 from fleet.component.reader import HTTP_HANDLER, SCHEDULE_TASK, Component, bare, package
 from fleet.component.toml_fields import format_size
 from fleet.protocol import bounds
-from fleet.protocol.manifest import Http, Manifest, OnMessage, Schedule, Service, Trigger
+from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service, Trigger
 
 ANY: Final = "*"
 """Stands for every version of an interface that the host serves by functions of its own: their types decide."""
@@ -21,27 +21,10 @@ ANY: Final = "*"
 _RELEASES: Final = "0.2"
 """Stands for every release of WASI 0.2; pre-releases are not compatible with each other."""
 
-WASI: Final = (
-    *(f"wasi:cli/{name}" for name in ("environment", "exit", "stdin", "stdout", "stderr")),
-    *(f"wasi:cli/terminal-{name}" for name in ("input", "output", "stdin", "stdout", "stderr")),
-    "wasi:clocks/monotonic-clock",
-    "wasi:clocks/wall-clock",
-    "wasi:filesystem/preopens",
-    "wasi:filesystem/types",
-    "wasi:io/error",
-    "wasi:io/poll",
-    "wasi:io/streams",
-    *(f"wasi:random/{name}" for name in ("random", "insecure", "insecure-seed")),
-    *(f"wasi:sockets/{name}" for name in ("network", "instance-network", "ip-name-lookup")),
-    *(f"wasi:sockets/{kind}" for kind in ("tcp", "tcp-create-socket", "udp", "udp-create-socket")),
+IMPORTS: Final[dict[str, str]] = dict.fromkeys(sorted(wasi.UNGRANTED), _RELEASES) | dict.fromkeys(
+    (wasi.LOGGING, *wasi.CONFIG), ANY
 )
-"""Interfaces of WASI 0.2 that the engine serves to every component."""
-
-IMPORTS: Final[dict[str, str]] = dict.fromkeys(WASI, _RELEASES) | dict.fromkeys((wasi.LOGGING, *wasi.CONFIG), ANY)
 """Interface -> versions in which a component may import it."""
-
-ADAPTED: Final[dict[str, str]] = dict.fromkeys((wasi.HTTP_TYPES, wasi.OUTGOING_HANDLER), _RELEASES)
-"""Imports that a guest of `wasi:http` may have besides, by its adapter."""
 
 INTERFACE: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*:[a-zA-Z][a-zA-Z0-9-]*(/[a-zA-Z][a-zA-Z0-9-]*)?")
 """Name of an interface or a package, without its version."""
@@ -78,9 +61,20 @@ _INSTEAD: Final = {
 }
 
 
+_NOTES: Final = {
+    wasi.ENVIRONMENT: "wasi:cli/environment has no variables: grant it where configuration is read there",
+    wasi.PREOPENS: "wasi:filesystem has no directories: grant it where files are kept in /data",
+    wasi.OUTGOING_HANDLER: "wasi:http/outgoing-handler denies each request (HTTP-request-denied): grant it, and "
+    "destinations in grants.outbound, where requests are sent",
+}
+"""By import: what it is without a grant."""
+
 _SOCKETS: Final = (
-    "wasi:sockets is there for standard libraries: every use of it is refused with access-denied; send requests with "
-    "wasi:http/outgoing-handler and grants.outbound"
+    "wasi:sockets is there for standard libraries: every socket is refused with access-denied, every name is unknown; "
+    "send requests with wasi:http/outgoing-handler and grants.outbound"
+)
+_NOT_ADAPTED: Final = (
+    f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"
 )
 
 
@@ -102,30 +96,25 @@ def unserved(
         device: packages that a device reported, such as `wasi.SERVED`; empty to judge by this version's own table.
     """
     wanted = (name for name in component.imports if name not in component.plain)
-    adapted = needs_adapter(component)
-    return tuple(
-        Unserved(name, reason(name, file_name)) for name in wanted if not _served(name, adapted, component, device)
-    )
+    return tuple(Unserved(name, reason(name, file_name)) for name in wanted if not _served(name, component, device))
 
 
 def is_served(name: str) -> bool:
     """Tell whether devices serve an interface in this version, to some component."""
     interface, _, version = name.partition("@")
-    allowed = (IMPORTS | ADAPTED).get(interface)
+    allowed = IMPORTS.get(interface)
     return allowed == ANY or (allowed is not None and _fits(version, allowed))
 
 
-def _served(name: str, adapted: bool, component: Component, device: Collection[str]) -> bool:  # noqa: FBT001
+def _served(name: str, component: Component, device: Collection[str]) -> bool:
     interface, _, version = name.partition("@")
     if interface == HOST:  # a guest that its author has put into the adapter
         return component.exported(BRIDGE) is not None
-    if interface in ADAPTED and not adapted:
-        return False
     if not device:
         return is_served(name)
     packages = dict(each.rpartition("@")[::2] for each in device)
     allowed = packages.get(package(name))
-    known = interface in IMPORTS | ADAPTED or package(name) not in {package(each) for each in IMPORTS | ADAPTED}
+    known = interface in IMPORTS or package(name) not in {package(each) for each in IMPORTS}
     return known and (allowed == ANY or (allowed is not None and _fits(version, allowed)))
 
 
@@ -146,8 +135,6 @@ def reason(name: str, file_name: str = "component.wasm") -> str:
             f"{name} is what a device calls, and does not serve: this is middleware, compose it with the component "
             "that answers behind it: " + _plug(file_name)
         )
-    if interface in ADAPTED:
-        return f"{name} is served to components that export {wasi.HTTP_HANDLER} alone: export that handler"
     if interface in IMPORTS:
         return f"{name} is of a version that no device serves; devices serve its releases of 0.2: build against those"
     return _foreign(name, file_name)
@@ -199,11 +186,16 @@ def problems(component: Component, manifest: Manifest | None, *, file_name: str 
     return tuple(found)
 
 
-def notes(component: Component) -> tuple[str, ...]:
-    """Say what is served and yet does not do what its name promises."""
-    if any(package(name) == "wasi:sockets" for name in component.imports if name not in component.plain):
-        return (_SOCKETS,)
-    return ()
+def notes(component: Component, grants: Grants) -> tuple[str, ...]:
+    """Say what is served and yet does not do what its name promises, with these grants."""
+    names = [name for name in component.imports if name not in component.plain]
+    wanted = [bare(name) for name in names if not grants.allows(name)]
+    found = [note for interface, note in _NOTES.items() if interface in wanted]
+    if any(bare(name) == wasi.OUTGOING_HANDLER for name in names) and not needs_adapter(component):
+        found = [note for note in found if note != _NOTES[wasi.OUTGOING_HANDLER]] + [_NOT_ADAPTED]
+    if any(package(name) == wasi.SOCKETS for name in names):
+        found.append(_SOCKETS)
+    return tuple(found)
 
 
 def serial(manifest: Manifest) -> str:

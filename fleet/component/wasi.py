@@ -10,8 +10,35 @@ ENVIRONMENT: Final = "wasi:cli/environment"
 MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
 LOGGING: Final = "wasi:logging/logging"
 
+PREOPENS: Final = "wasi:filesystem/preopens"
+SOCKETS: Final = "wasi:sockets"
+
 IO: Final = frozenset({"wasi:io/error", "wasi:io/poll", "wasi:io/streams"})
 STDIO: Final = frozenset({"wasi:cli/stdin", "wasi:cli/stdout", "wasi:cli/stderr"})
+
+ALWAYS: Final = (
+    IO
+    | STDIO
+    | {"wasi:cli/exit"}
+    | {f"wasi:cli/terminal-{name}" for name in ("input", "output", "stdin", "stdout", "stderr")}
+    | {"wasi:clocks/monotonic-clock", "wasi:clocks/wall-clock"}
+    | {f"wasi:random/{name}" for name in ("random", "insecure", "insecure-seed")}
+)
+"""Interfaces that every component has: they reach no data, no device and no network."""
+
+EMPTY: Final = frozenset({ENVIRONMENT, PREOPENS, "wasi:filesystem/types"})
+"""Interfaces that every component has, and that hold nothing without a grant: no variable, no directory."""
+
+DENIED: Final = frozenset(
+    {HTTP_TYPES, OUTGOING_HANDLER}
+    | {f"{SOCKETS}/{name}" for name in ("network", "instance-network", "ip-name-lookup")}
+    | {f"{SOCKETS}/{kind}" for kind in ("tcp", "tcp-create-socket", "udp", "udp-create-socket")}
+)
+"""Interfaces that every component has, and that deny each call by an error code: outgoing requests without a grant,
+sockets always."""
+
+UNGRANTED: Final = ALWAYS | EMPTY | DENIED
+"""Imports that need no grant: the standard library of some toolchain always has them, whatever its program does."""
 
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
 """The interface, and its name in an earlier draft."""

@@ -23,12 +23,14 @@ from agent.host.ipc.heads import (
     split_head,
     utf8,
 )
+from fleet.component.wasi import OUTGOING_HANDLER
 
 __all__ = [
     "ERRORS",
     "PIPE_BYTES",
     "READ_BYTES",
     "REQUEST_DENIED",
+    "Denials",
     "DenyOutgoing",
     "Requests",
     "ResponseHead",
@@ -82,12 +84,32 @@ class Requests(Protocol):
         """Forget all requests: the call is over."""
 
 
+class Denials:
+    """Calls that are denied for want of a grant: all are counted, the first of each function is named in the log."""
+
+    def __init__(self, log: Callable[[str], None], count: Callable[[], None] = lambda: None) -> None:
+        """`count`: called for each."""
+        self._log = log
+        self._count = count
+        self._named: set[str] = set()
+
+    def deny(self, function: str, said: str) -> None:
+        """Count a call; `said`: what was denied and why, for the log."""
+        self._count()
+        self.note(function, f"{said}; further ones are counted alone")
+
+    def note(self, about: str, said: str) -> None:
+        """Log a sentence, once for what it is about."""
+        if about not in self._named:
+            self._named.add(about)
+            self._log(f"host: {said}")
+
+
 class DenyOutgoing:
     """The requests of an instance that may send none."""
 
-    def __init__(self, log: Callable[[str], None], denied: Callable[[], None] = lambda: None) -> None:
-        self._log = log
-        self._denied = denied
+    def __init__(self, denials: Denials) -> None:
+        self._denials = denials
 
     def begin(self, _hops: int) -> int:
         """See `Requests`."""
@@ -104,8 +126,8 @@ class DenyOutgoing:
     def send(self, _number: int, head: str) -> int:
         """Denied, and said in the log."""
         method, target, scheme, authority, *_ = head.partition("\r\n")[0].split(" ")
-        self._denied()
-        self._log(f"host: {method} {scheme}://{authority}{target} is denied: no outgoing requests are granted")
+        said = f"{method} {scheme}://{authority}{target} is denied: no outgoing requests are granted"
+        self._denials.deny(OUTGOING_HANDLER, said)
         return 1 + REQUEST_DENIED
 
     start = send

@@ -19,8 +19,8 @@ from wasmtime import Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 from wasmtime.component import Func
 
-from agent.host.engine import adapter_abi, refusals
-from agent.host.engine.adapter_abi import DenyOutgoing, Requests, utf8
+from agent.host.engine import adapter_abi, denied, refusals
+from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.engine.runtime import (
     HANDLER,
@@ -40,13 +40,14 @@ from agent.host.engine.runtime import (
 from fleet.component import compose
 from fleet.component.compose import BRIDGE
 from fleet.component.reader import bare
-from fleet.component.wasi import CONFIG, ENVIRONMENT, LOGGING
+from fleet.component.wasi import CONFIG, ENVIRONMENT, HTTP_TYPES, LOGGING, OUTGOING_HANDLER
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
 _FOREVER: Final = 2**62
 
 _MAX_LINE_CHARS: Final = 4096
+_HTTP: Final = (HTTP_TYPES, OUTGOING_HANDLER)  # imported only where no adapter is around the guest
 
 DATA: Final = "/data"  # where a guest that may have files finds its own
 
@@ -90,8 +91,11 @@ class Guest:
         log: Log,
         data: str = "",
         outgoing: Requests | None = None,
+        denials: Denials | None = None,
     ) -> None:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
+
+        `denials`: takes note of what is denied for want of a grant; None for the log alone.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
@@ -109,9 +113,12 @@ class Guest:
         self._data = data
         self._config = config
         self._log = log
-        self._outgoing = outgoing or DenyOutgoing(log)
+        denials = denials or Denials(log)
+        self._http = any(bare(name) in _HTTP for name in image.imports)
+        self._environment = grants.allows(ENVIRONMENT) and any(bare(name) == ENVIRONMENT for name in image.imports)
+        self._outgoing = outgoing or DenyOutgoing(denials)
         self._wrote: Callable[[int], None] | None = None
-        self._linker, self._wasi = _linker(image, config, log, self._outgoing, self._meter)
+        self._linker, self._wasi = _linker(image, config, log, self._outgoing, self._meter, denials)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -131,6 +138,8 @@ class Guest:
         )
         if self._wasi:
             self._store.set_wasi(self._streams(stdin))
+            if self._http:
+                self._store.set_wasi_http()
         self._arm(self._start_budget_ms)
         self._armed()
         try:
@@ -159,7 +168,7 @@ class Guest:
             wasi.inherit_stdout()
             if stdin:
                 set_stdin(wasi, stdin)
-        if any(name.startswith(ENVIRONMENT) for name in self._image.imports):
+        if self._environment:
             wasi.env = list(self._config.items())
         if self._data:
             wasi.preopen_dir(self._data, DATA)
@@ -173,6 +182,12 @@ class Guest:
         self._store.set_epoch_deadline(budget_ms // TICK_MS + 1)
         if self._image.engine.fuel:
             self._store.set_fuel(self._limits.fuel or _FOREVER)
+
+    @property
+    def configured(self) -> bool:
+        """True where the guest can read its configuration, or has no import for that."""
+        names = {bare(name) for name, functions in self._image.imports.items() if functions}
+        return self._environment or ENVIRONMENT not in names or bool(names & set(CONFIG))
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -286,15 +301,23 @@ _OUTGOING: Final = (
 
 
 def _linker(
-    image: Image, config: dict[str, str], log: Log, outgoing: Requests, wrote: Callable[[int], None]
+    image: Image,
+    config: dict[str, str],
+    log: Log,
+    outgoing: Requests,
+    wrote: Callable[[int], None],
+    denials: Denials,
 ) -> tuple[wc.Linker, bool]:
-    """Return a linker with what the component imports and was granted, and nothing else; and whether WASI is in it."""
+    """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
     ours = [name for name in names if bare(name) in (LOGGING, compose.HOST, *CONFIG)]
     wasi = bool(set(names) - set(ours))
     if wasi:
         linker.add_wasip2()
+        if any(bare(name) in _HTTP for name in names):
+            linker.add_wasi_http()
+        denied.define(linker, image, denials)
     with linker.root() as root:
         for name in ours:
             with root.add_instance(name) as instance:
@@ -367,10 +390,13 @@ def start(
     log: Log,
     data: str = "",
     outgoing: adapter_abi.Requests | None = None,
+    denials: adapter_abi.Denials | None = None,
 ) -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises."""
     kind = WasiHttpGuest if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
+    return kind(
+        image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing, denials=denials
+    )
 
 
 class WasiHttpGuest(Guest):

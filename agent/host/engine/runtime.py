@@ -111,8 +111,8 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
 }
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
-# Imports of the adapter itself, which comes with wasi:http and needs no grant.
-_ADAPTERS_OWN: Final = frozenset({compose.HOST} | wasi.IO | wasi.STDIO)
+_ADAPTERS_OWN: Final = frozenset({compose.HOST})
+"""Import of the adapter itself, which comes with wasi:http and needs no grant."""
 _ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its sandbox
 
 Log = Callable[[str], None]
@@ -198,6 +198,14 @@ class Image:
                 if item is not None:
                     _check_type("imports", name, function, item)
 
+    def functions(self, interface: str) -> dict[str, Any]:
+        """Return the functions of an import, by its name with version, each with its type."""
+        found = self._imported[interface].ty
+        if not isinstance(found, wc.ComponentInstanceType):
+            return {}
+        members = {name: extern.ty for name, extern in found.exports(self.engine.raw).items()}
+        return {name: kind for name, kind in members.items() if isinstance(kind, wc.FuncType)}
+
     @property
     def adapted(self) -> bool:
         """True for a guest of wasi:http in its adapter."""
@@ -210,7 +218,7 @@ class Image:
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""
-        free = _ADAPTERS_OWN if self.adapted else frozenset()
+        free = wasi.UNGRANTED | (_ADAPTERS_OWN if self.adapted else frozenset())
         wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
         return tuple(name for name in wanted if not grants.allows(name))
 

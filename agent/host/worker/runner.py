@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from agent.host.engine.adapter_abi import DenyOutgoing, Requests
+from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
@@ -99,7 +99,8 @@ class GuestRunner:
         self._dropped = 0
         self._guest: Guest | None = None
         self._kinds: frozenset[str] = frozenset()
-        self._outgoing = DenyOutgoing(self.log, lambda: page.sent(True)) if outgoing is None else outgoing(self.log)
+        self._denials = Denials(self.log, page.denied)
+        self._outgoing = DenyOutgoing(self._denials) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
         self._way: StreamingResponse | None = None
         self._answered = 0
@@ -120,6 +121,8 @@ class GuestRunner:
             self._ticker.end()
             self._page.rest()
         self._kinds = self._guest.kinds
+        if self._config and not self._guest.configured:
+            self._denials.note(ENVIRONMENT, f"it cannot read its configuration: {ENVIRONMENT} is not granted")
         return self._kinds
 
     def _instantiate(self) -> Guest:
@@ -132,6 +135,7 @@ class GuestRunner:
             log=self.log,
             data=self._data,
             outgoing=self._outgoing,
+            denials=self._denials,
         )
         if self._meter is not None:
             guest.meter(self._wrote)

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Build one wasi:http server: the same in three languages, each by its own toolchain, none of it made for devices.
 
-Usage: components/examples/wasi-http/build.py LANGUAGE -o FILE
+Usage: components/examples/wasi-http/build.py LANGUAGE -o FILE [--source FILE]
 
     rust     cargo with std for wasm32-wasip2, wasm-tools (or the root of deploy/toolchain.py, where it was made)
     js       jco with componentize-js (npm)
     python   componentize-py (PyPI)
+
+`--source` names another program in JavaScript or Python for the same world.
 
 Exit code 2 says that a tool is missing, and which.
 """
@@ -38,7 +40,7 @@ def wit(scratch: Path, wasi: str) -> Path:
     return place
 
 
-def build_rust(scratch: Path, out: Path) -> None:
+def build_rust(scratch: Path, out: Path, _source: Path | None = None) -> None:
     """Rust: the crate wasip2, world wasi:http/proxy."""
     built = cargo(HERE / "rust", RUST_TARGET, scratch) / "hello_wasi_http.wasm"
     if built.read_bytes().startswith(CORE_MODULE):
@@ -47,22 +49,26 @@ def build_rust(scratch: Path, out: Path) -> None:
         shutil.copy(built, out)
 
 
-def build_js(scratch: Path, out: Path) -> None:
+def build_js(scratch: Path, out: Path, source: Path | None = None) -> None:
     """JavaScript: StarlingMonkey in the component; the handler is a listener for fetch events."""
     jco = tool("jco", "npm install -g @bytecodealliance/jco @bytecodealliance/componentize-js")
     world = ("--wit", wit(scratch, "0.2.3"), "--world-name", "server")
-    run(jco, "componentize", HERE / "js" / "hello.js", *world, "-o", out)
+    run(jco, "componentize", source or HERE / "js" / "hello.js", *world, "-o", out)
 
 
-def build_python(scratch: Path, out: Path) -> None:
+def build_python(scratch: Path, out: Path, source: Path | None = None) -> None:
     """Python: CPython in the component."""
     compiler = tool("componentize-py", "pip install componentize-py")
     place = wit(scratch, "0.2.6")
-    shutil.copy(HERE / "python" / "app.py", scratch)
+    shutil.copy(source or HERE / "python" / "app.py", scratch / "app.py")
     run(compiler, "-d", place, "-w", "server", "componentize", "app", "-o", out, cwd=scratch)
 
 
-BUILDERS: dict[str, Callable[[Path, Path], None]] = {"rust": build_rust, "js": build_js, "python": build_python}
+BUILDERS: dict[str, Callable[[Path, Path, Path | None], None]] = {
+    "rust": build_rust,
+    "js": build_js,
+    "python": build_python,
+}
 
 
 def main() -> int:
@@ -70,10 +76,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("language", choices=sorted(BUILDERS))
     parser.add_argument("-o", "--output", type=Path, required=True, help="the component to write")
+    parser.add_argument("--source", type=Path, help="the program, in place of the example's")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            BUILDERS[options.language](Path(scratch), options.output.resolve())
+            BUILDERS[options.language](
+                Path(scratch), options.output.resolve(), options.source and options.source.resolve()
+            )
         except (MissingToolError, debian.BuildError) as error:
             sys.stderr.write(f"{error}\n")
             return 2 if isinstance(error, MissingToolError) else 1

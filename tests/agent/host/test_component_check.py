@@ -151,10 +151,16 @@ def test_a_trigger_or_a_health_check_that_it_does_not_export(saved):
 
 
 def test_a_grant_that_its_manifest_lacks(saved):
-    data = guest("wants-clock")
+    data = guest("flood")
     reply = check(saved(data), manifest(data, grants=Grants()))
     assert reply.code == "grant-denied"
-    assert "wasi:clocks/monotonic-clock@0.2.0, which is not granted" in reply.problem
+    assert "wasi:logging/logging@0.1.0-draft, which is not granted" in reply.problem
+
+
+@pytest.mark.parametrize("name", ["wants-clock", "wants-everything"])
+def test_imports_of_standard_libraries_need_no_grant(saved, name):
+    data = guest(name)
+    assert check(saved(data), manifest(data, grants=Grants())).problem == ""
 
 
 def test_fuel_and_configuration_are_the_manifests(saved):

@@ -72,13 +72,13 @@ def test_a_trap_is_reported_with_a_symbolic_backtrace(host):
     [
         ("trap-in-start", "start-failed", "unreachable"),
         ("spin-in-start", "start-failed", "used up its time"),
-        ("wants-clock", "grant-denied", "wasi:clocks/monotonic-clock"),
+        ("flood", "grant-denied", "wasi:logging/logging"),
         ("unhealthy", "health-failed", "not well"),
         ("trap-in-check", "health-failed", "unreachable"),
         ("spin-in-check", "health-failed", "used up its time"),
         ("declares-1gib", "start-failed", "memory"),
         ("huge-table", "start-failed", "table"),
-        ("wants-everything", "grant-denied", "wasi:sockets/network"),
+        ("config", "grant-denied", "wasi:config/store"),
     ],
 )
 def test_a_guest_that_cannot_start_is_refused_with_the_reason(host, neighbour, guest, code, words):
@@ -91,9 +91,10 @@ def test_a_guest_that_cannot_start_is_refused_with_the_reason(host, neighbour, g
 
 def test_a_granted_interface_is_served_and_only_that(host):
     port = support.free_port()
-    grants = Grants(interfaces=("wasi:clocks/monotonic-clock",))
-    assert isinstance(host.start("wants-clock", support.a_run("clock", 1, port=port, grants=grants)), host_api.Started)
+    grants = Grants(interfaces=("wasi:logging/logging",))
+    assert isinstance(host.start("flood", support.a_run("flood", 1, port=port, grants=grants)), host_api.Started)
     assert support.http(port)[0] == 200
+    assert host.start("config", support.a_run("config", 1, grants=grants)).code == "grant-denied"
 
 
 @pytest.mark.parametrize(
@@ -259,8 +260,12 @@ def test_a_guest_has_its_own_files_within_its_limit_and_keeps_them_over_a_swap(h
     # Sixteen times 64 KiB fit; more is refused to it, and to nobody else.
     assert answered == [200] * 16 + [507] * 4
     assert path.stat().st_size == 1 << 20
-    # Without the grant, the same component does not start at all.
-    assert host.start("writes", support.a_run("bare", 1)).code == "grant-denied"
+    # Without the grant, the same component has no directory to write to.
+    assert isinstance(
+        host.start("writes", support.a_run("bare", 1, port=(bare := support.free_port()))), host_api.Started
+    )
+    assert support.http(bare)[0] != 200
+    assert not (host.state / "data" / "bare").exists()
 
 
 def test_the_daily_write_quota_is_not_reset_by_a_new_worker_version_or_host(tmp_path):

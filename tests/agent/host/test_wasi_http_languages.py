@@ -8,19 +8,20 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import support
 from serve import serving
-from support import Grants, Limits
+from support import Limits
 
 from agent.host.engine.runtime import Engine
 from agent.host.ipc import host_api
 
 BUILD = support.ROOT / "components" / "examples" / "wasi-http" / "build.py"
 SAYS = {"rust": "Rust", "js": "JavaScript", "python": "Python"}
-# What a language's runtime imports beside wasi:http: all of it served, none of it leading anywhere from a sandbox.
-GRANTS = Grants(interfaces=("wasi:cli", "wasi:clocks", "wasi:filesystem", "wasi:http", "wasi:random", "wasi:sockets"))
+HERE = Path(__file__).parent
+# What a language's runtime imports needs no grant.
 LIMITS = Limits(memory_bytes=128 << 20, call_ms=20_000, start_ms=20_000, request_bytes=2 << 20, response_bytes=2 << 20)
 BODY = bytes(n % 251 for n in range(300_000))
 REQUESTS = {
@@ -34,14 +35,18 @@ REQUESTS = {
 @pytest.fixture(scope="module", params=SAYS)
 def server(request, tmp_path_factory):
     """A language, and the component that its toolchain makes."""
-    out = tmp_path_factory.mktemp("built") / f"{request.param}.wasm"
-    done = subprocess.run(
-        [sys.executable, BUILD, request.param, "-o", out], capture_output=True, text=True, check=False
-    )
+    return request.param, built(request.param, tmp_path_factory.mktemp("built"))
+
+
+def built(language, directory, *more):
+    """The component that a language's toolchain makes; skips the test where it is not here."""
+    out = directory / f"{language}.wasm"
+    command = [sys.executable, BUILD, language, "-o", out, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    return request.param, out
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +58,18 @@ def image(server):
 def port(host, image):
     """Where the server answers on the device."""
     port = support.free_port()
+    start(host, image, port)
+    return port
+
+
+def start(host, image, port):
+    """Start the image, which is granted nothing."""
     fd = support.sealed(image)
     try:
-        started = host.ask(host_api.Start, fd, run=support.a_run("server", 1, port=port, grants=GRANTS, limits=LIMITS))
+        started = host.ask(host_api.Start, fd, run=support.a_run("server", 1, port=port, limits=LIMITS))
     finally:
         os.close(fd)
     assert isinstance(started, host_api.Started), started
-    return port
 
 
 @pytest.mark.timeout(600)
@@ -90,3 +100,38 @@ def served(port, request):
         client.request(method, target, body or None, {"host": "board"})
         answer = client.getresponse()
         return answer.status, answer.getheader("content-type"), answer.read()
+
+
+def get(port, path):
+    return support.http(port, f"GET {path} HTTP/1.1\r\nhost: board\r\n\r\n".encode())
+
+
+USES = {
+    "js": {"/requests": (b"denied: ", "host: GET http://example.test/ is denied")},
+    "python": {
+        "/sockets": (b"denied: PermissionError EACCES", "host: wasi:sockets/tcp-create-socket.create-tcp-socket"),
+        "/names": (b"denied: ", "host: wasi:sockets/ip-name-lookup.resolve-addresses"),
+        "/files": (b"denied: FileNotFoundError ENOENT", ""),
+        "/environment": (b"[] True 8", ""),
+    },
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("language", USES)
+def test_what_a_standard_library_uses_without_a_grant_is_denied_and_a_throw_is_a_500(host, language, tmp_path):
+    source = HERE / "ungranted" / f"app.{'py' if language == 'python' else language}"
+    wasm = built(language, tmp_path, "--source", source)
+    port = support.free_port()
+    start(host, Engine().compile(wasm.read_bytes()), port)
+    denials = 0
+    for path, (said, line) in USES[language].items():
+        for _ in range(2):
+            status, _, body = get(port, path)
+            assert (status, body[: len(said)]) == (200, said), body
+        denials += 2 * bool(line)
+        lines = host.ask(host_api.Logs, instance="server").lines
+        assert not line or len([each for each in lines if each.startswith(line)]) == 1, lines
+    assert host.health("server").denials == denials
+    assert get(port, "/throws")[0] == 500
+    assert (get(port, "/")[0], get(port, "/")[2]) == (200, b"here\n")

@@ -112,12 +112,13 @@ def test_manifests(saved, toml, problem):
 
 
 def test_missing_grants_are_suggested_and_the_rest_is_judged(saved):
-    file = saved(odd_components.server(odd_components.NEWER))
+    logs = odd_components.instance("wasi:logging/logging@0.1.0-draft")
+    file = saved(odd_components.server(odd_components.NEWER, logs))
     code, said = run("component", "check", file)
     assert code == 1
     assert "its manifest does not grant" in said["problems"][0]
     assert "get-hostname of wasi:cli/environment@0.2.20" in said["problems"][1]
-    assert 'interfaces = ["wasi:cli/environment"]' in said["component_toml"]
+    assert 'interfaces = ["wasi:logging/logging"]' in said["component_toml"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleet.component import component_toml, reader, served, toml_fields
+from fleet.component import component_toml, reader, served, toml_fields, wasi
 from fleet.component.component_toml import NeedsTomlError, UnservedError
 from fleet.component.reader import Component
 from fleet.protocol.manifest import (
@@ -282,14 +282,43 @@ def test_a_file_name_that_gives_no_name(file_name):
 
 def test_missing_grants_come_with_the_exact_file_to_save():
     wanting = made(
-        imports=["wasi:clocks/wall-clock@0.2.3", "wasi:clocks/monotonic-clock@0.2.3", "wasi:random/random@0.2.0"]
+        imports=["wasi:config/store@0.2.0-rc.1", "wasi:config/runtime@0.2.0-draft", "wasi:logging/logging@0.1.0-draft"]
     )
-    with pytest.raises(NeedsTomlError, match=r"imports wasi:clocks/wall-clock@0\.2\.3, ") as caught:
-        component_toml.describe(wanting, '[grants]\ninterfaces = ["wasi:random"]', file_name="x.wasm")
+    with pytest.raises(NeedsTomlError, match=r"imports wasi:config/store@0\.2\.0-rc\.1, ") as caught:
+        component_toml.describe(wanting, '[grants]\ninterfaces = ["wasi:logging"]', file_name="x.wasm")
     granted = component_toml.describe(wanting, caught.value.suggestion, file_name="y.wasm")
     assert granted.name == "x"
-    assert granted.grants.interfaces == ("wasi:random", "wasi:clocks/wall-clock", "wasi:clocks/monotonic-clock")
+    assert granted.grants.interfaces == ("wasi:logging", "wasi:config/store", "wasi:config/runtime")
     assert component_toml.check_grants(wanting, granted) == []
+
+
+LIBRARIES = [f"{name}@0.2.3" for name in sorted(wasi.UNGRANTED)]
+
+
+def test_a_suggestion_never_names_what_standard_libraries_import():
+    wanting = made(imports=[*LIBRARIES, "wasi:logging/logging@0.1.0-draft"])
+    assert component_toml.describe(made(imports=LIBRARIES), None, file_name="x.wasm").grants == Grants()
+    with pytest.raises(NeedsTomlError) as caught:
+        component_toml.describe(wanting, None, file_name="x.wasm")
+    granted = component_toml.load(caught.value.suggestion, component=wanting)
+    assert granted.grants == Grants(interfaces=("wasi:logging/logging",))
+
+
+@pytest.mark.parametrize(
+    ("text", "interface"),
+    [
+        ('[config.greeting]\ndefault = "hello"', "wasi:cli/environment"),
+        ("[secrets.token]", "wasi:cli/environment"),
+        ("data_schema = 1", "wasi:filesystem/preopens"),
+        ('[grants]\noutbound = ["https://a.example"]', "wasi:http/outgoing-handler"),
+        ('[grants]\ninstances = ["meter"]', "wasi:http/outgoing-handler"),
+    ],
+)
+def test_what_a_manifest_says_to_be_used_is_named_until_it_is_granted(text, interface):
+    wanting = made(imports=LIBRARIES)
+    with pytest.raises(NeedsTomlError, match=f"imports {interface}@0") as caught:
+        component_toml.describe(wanting, text, file_name="x.wasm")
+    assert interface in component_toml.describe(wanting, caught.value.suggestion, file_name="x.wasm").grants.interfaces
 
 
 def test_a_component_that_wants_nothing_needs_no_file():

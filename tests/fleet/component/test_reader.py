@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wasmtime import wat2wasm
 
-from fleet.component import binary, reader
+from fleet.component import binary, reader, wasi
 from fleet.component.reader import Fault, NotAComponentError
 from fleet.protocol import bounds
 from fleet.protocol.manifest import Grants
@@ -74,14 +74,12 @@ def test_what_is_missing_from_the_grants():
     assert ticker.missing(Grants(interfaces=("wasi:log",))) == ("wasi:logging/logging@0.1.0-draft",)
 
 
-def test_a_world_brings_what_cannot_reach_outside_and_no_more():
-    wanted = reader.Component(
-        size_bytes=1,
-        imports=("wasi:http/types@0.2.3", "wasi:io/streams@0.2.3", "wasi:clocks/wall-clock@0.2.3"),
-        exports=(),
-    )
-    assert wanted.missing(Grants(), world="wasi:http") == ("wasi:clocks/wall-clock@0.2.3",)
-    assert wanted.missing(Grants(), world="wasmfleet:http") == wanted.imports
+def test_imports_of_standard_libraries_need_no_grant_and_others_do():
+    libraries = tuple(f"{name}@0.2.3" for name in sorted(wasi.UNGRANTED))
+    others = ("wasi:logging/logging@0.1.0-draft", "wasi:config/store@0.2.0-rc.1", "wasi:keyvalue/store@0.2.0")
+    wanted = reader.Component(size_bytes=1, imports=(*libraries, *others), exports=())
+    assert wanted.missing(Grants()) == others
+    assert {"wasi:cli/exit", "wasi:sockets/tcp", "wasi:http/outgoing-handler", "wasi:random/random"} < wasi.UNGRANTED
 
 
 def test_an_interface_known_only_for_its_types_needs_no_grant():
@@ -89,13 +87,13 @@ def test_an_interface_known_only_for_its_types_needs_no_grant():
         bytes(
             wat2wasm("""
         (component
-          (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+          (import "my:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
           (alias export $error "error" (type $error-type))
-          (import "wasi:clocks/monotonic-clock@0.2.0" (instance $clock
+          (import "my:clocks/monotonic-clock@0.2.0" (instance $clock
             (type $d u64) (export "duration" (type (eq $d)))
             (type $r (record (field "a" $d))) (export "both" (type (eq $r)))))
           (alias export $clock "duration" (type $duration))
-          (import "wasi:clocks/wall-clock@0.2.0" (instance
+          (import "my:clocks/wall-clock@0.2.0" (instance
             (alias outer 1 $duration (type $d)) (export "now" (func (result $d)))))
           (import "my:errors/again@0.2.0" (instance
             (alias outer 1 $error-type (type $e)) (export "error" (type (eq $e)))))
@@ -104,8 +102,8 @@ def test_an_interface_known_only_for_its_types_needs_no_grant():
           (component))""")
         )
     )
-    assert seen.plain == {"wasi:clocks/monotonic-clock@0.2.0", "my:empty/nothing@0.1.0"}
-    assert seen.missing(Grants()) == ("wasi:io/error@0.2.0", "wasi:clocks/wall-clock@0.2.0", "my:errors/again@0.2.0")
+    assert seen.plain == {"my:clocks/monotonic-clock@0.2.0", "my:empty/nothing@0.1.0"}
+    assert seen.missing(Grants()) == ("my:io/error@0.2.0", "my:clocks/wall-clock@0.2.0", "my:errors/again@0.2.0")
 
 
 def test_a_world_that_uses_a_type_by_its_name_needs_no_grant_for_it():

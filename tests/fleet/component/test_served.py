@@ -27,15 +27,15 @@ def manifest(**more):
 def test_the_table_has_the_packages_that_are_listed_for_people():
     listed = tomllib.loads(WIT.read_text())["imports"]
     packages = {reader.package(name) for name in listed}
-    table = {reader.package(name) for name in served.IMPORTS | served.ADAPTED}
+    table = {reader.package(name) for name in served.IMPORTS}
     assert table == packages
-    for name, allowed in (served.IMPORTS | served.ADAPTED).items():
+    for name, allowed in served.IMPORTS.items():
         of = listed.get(name) or listed[reader.package(name)]
         assert allowed == served.ANY or [allowed] == of
 
 
 def test_what_a_host_reports_are_the_packages_of_the_table():
-    table = (served.IMPORTS | served.ADAPTED).items()
+    table = served.IMPORTS.items()
     assert tuple(sorted({f"{reader.package(name)}@{version}" for name, version in table})) == wasi.SERVED
 
 
@@ -87,13 +87,15 @@ def test_versions(name, is_served):
     assert (served.unserved(made(name)) == ()) is is_served
 
 
-def test_wasi_http_is_served_to_servers_of_it_alone():
+def test_outgoing_requests_are_sent_for_servers_of_wasi_http_alone():
     asks = "wasi:http/outgoing-handler@0.2.0"
+    granted = Grants(interfaces=("wasi:http",), outbound=("https://a.example",))
     assert served.unserved(made(asks)) == ()
-    (found,) = served.unserved(made(asks, exports=(NATIVE,)))
-    assert "is served to components that export wasi:http/incoming-handler alone" in found.why
-    (found,) = served.unserved(made(asks, exports=(NATIVE, HTTP)))
-    assert found.name == asks
+    assert served.notes(made(asks), granted) == ()
+    for exports in ((NATIVE,), (NATIVE, HTTP)):
+        assert served.unserved(made(asks, exports=exports)) == ()
+        (note,) = served.notes(made(asks, exports=exports), granted)
+        assert "only a component that exports wasi:http/incoming-handler sends any" in note
 
 
 def test_an_import_of_types_alone_needs_nobody_who_serves_it():
@@ -131,12 +133,28 @@ def test_requests_wait_for_each_other_unless_the_manifest_says_otherwise():
 
 
 def test_sockets_are_said_to_reach_nothing():
-    assert "access-denied" in served.notes(made("wasi:sockets/tcp@0.2.0"))[0]
-    assert served.notes(made("wasi:io/poll@0.2.0")) == ()
+    assert "access-denied" in served.notes(made("wasi:sockets/tcp@0.2.0"), Grants())[0]
+    assert "access-denied" in served.notes(made("wasi:sockets/tcp@0.2.0"), Grants(interfaces=("wasi:sockets",)))[0]
+    assert served.notes(made("wasi:io/poll@0.2.0"), Grants()) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (wasi.ENVIRONMENT, "has no variables"),
+        (wasi.PREOPENS, "has no directories"),
+        (wasi.OUTGOING_HANDLER, "denies each request"),
+    ],
+)
+def test_what_holds_nothing_without_a_grant_is_said_to(name, words):
+    (note,) = served.notes(made(f"{name}@0.2.0"), Grants())
+    assert words in note
+    assert served.notes(made(f"{name}@0.2.0"), Grants(interfaces=(name,))) == ()
 
 
 def test_grants_are_still_suggested_for_what_is_served():
+    wanting = made("wasi:config/store@0.2.0-rc.1")
     with pytest.raises(component_toml.NeedsTomlError) as caught:
-        component_toml.describe(made("wasi:random/random@0.2.0"), None, file_name="x.wasm")
-    read = component_toml.load(caught.value.suggestion, component=made("wasi:random/random@0.2.0"))
-    assert read.grants == Grants(interfaces=("wasi:random/random",))
+        component_toml.describe(wanting, None, file_name="x.wasm")
+    read = component_toml.load(caught.value.suggestion, component=wanting)
+    assert read.grants == Grants(interfaces=("wasi:config/store",))

@@ -10,7 +10,7 @@ from fleet.protocol.manifest import Grants
 
 TYPES = """
 (component
-  (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+  (import "acme:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
   (alias export $error "error" (type $e))
   (import "err" (type (eq $e)))
   (type $r (record (field "a" u32)))
@@ -20,7 +20,7 @@ TYPES = """
 
 def test_a_type_that_a_world_uses_needs_no_grant_on_the_device_as_for_its_author():
     image = runtime.Engine().read(TYPES)
-    assert image.not_granted(Grants()) == ("wasi:io/error@0.2.0",)
+    assert image.not_granted(Grants()) == ("acme:io/error@0.2.0",)
     assert image.not_granted(Grants()) == reader.read(bytes(wat2wasm(TYPES))).missing(Grants())
 
 
