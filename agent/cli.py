@@ -24,8 +24,8 @@ from agent.link.host_client import HostClient, HostGoneError
 from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
-from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
-from fleet.protocol.files import is_read_only
+from agent.update.store import BESIDE_BYTES, HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
+from fleet.protocol.files import is_full, is_read_only
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
@@ -448,6 +448,8 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
             problems.append(
                 f"{places.state} is on a read-only file system: nothing can be updated until it is writable"
             )
+        elif is_full(places.state, BESIDE_BYTES):
+            problems.append(f"{places.state} is on a full file system: nothing can be updated until there is space")
         return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
         store.close()

@@ -28,7 +28,7 @@ from agent import disk
 from agent.disk import Point, Write
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
 from fleet.protocol import wire
-from fleet.protocol.files import is_read_only
+from fleet.protocol.files import is_full, is_read_only
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
 
@@ -53,6 +53,20 @@ LOST_GENERATIONS: Final = 1000
 """Generations that a lost database may have given since its last commit: far more than attempts between two commits."""
 
 
+BUSY_S: Final = 10
+"""Wait for another process that uses the database, such as `fleet-agent status`."""
+
+BESIDE_BYTES: Final = 64 * 1024
+"""Room for the log of an open database and its index."""
+
+_HEADER_BYTES: Final = 100
+_VERSIONS: Final = slice(18, 20)
+"""Bytes of the header with the versions needed to write and to read the file: SQLite, Database File Format."""
+
+_IF_DAMAGED: Final = (
+    "move it away, as the agent does when it starts: committed instances are then restored from runset.json"
+)
+
 log = logging.getLogger("agent.update.store")
 
 
@@ -62,6 +76,18 @@ class StoreError(Exception):
 
 class DamagedStoreError(StoreError):
     """Not a database, or a damaged one: `Store.renewed` sets it aside."""
+
+
+class FullDiskError(StoreError):
+    """Nothing can be written until there is space."""
+
+
+class NewerStoreError(StoreError):
+    """Database of a schema that this agent does not know; `writer` is the version of the agent that used it last."""
+
+    def __init__(self, message: str, writer: bytes) -> None:
+        super().__init__(message)
+        self.writer = writer.decode(errors="replace")
 
 
 class Applied(NamedTuple):
@@ -78,9 +104,13 @@ class Applied(NamedTuple):
     forgotten: FailureKey | None
 
 
+_ERRORS: Final = (sqlite3.Error, UnicodeDecodeError)
+"""Errors of SQLite; the second where it quotes a damaged schema in its message."""
+
+
 def _is_damage(error: BaseException) -> bool:
     """Return whether SQLite says that the file is damaged, or no database; its other errors have classes below this."""
-    return type(error) is sqlite3.DatabaseError
+    return type(error) is sqlite3.DatabaseError or isinstance(error, UnicodeDecodeError)
 
 
 def _is_newer(version: str, than: str) -> bool:
@@ -92,7 +122,7 @@ def _is_newer(version: str, than: str) -> bool:
 
 
 def _connect(address: Path | str, *, uri: bool = False) -> sqlite3.Connection:
-    return sqlite3.connect(address, uri=uri, isolation_level=None, check_same_thread=False, timeout=10)
+    return sqlite3.connect(address, uri=uri, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
 
 
 @contextmanager
@@ -112,13 +142,12 @@ def _transaction(what: Write, db: sqlite3.Connection, path: Path) -> Iterator[sq
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database to read it, also on a read-only file system, where SQLite cannot make its shared index.
+    """Open a database to read it, also on a file system that is read-only or full.
 
     Raises:
         StoreError: the directory is not writable for this user, and somebody else may write there.
     """
-    address = f"{path.absolute().as_uri()}?mode=ro"
-    db = _connect(address, uri=True)
+    db = _connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
         db.execute("PRAGMA user_version").fetchone()
     except sqlite3.OperationalError:
@@ -126,12 +155,59 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
         if not is_read_only(path.parent):
             if not os.access(path.parent, os.W_OK):
                 raise StoreError(f"{path.parent} is not writable: check its mode and its file system") from None
-            raise
-        # Nobody can write there, so no lock is needed, and the index of the log may be in this process's memory.
-        has_log = path.with_name(f"{path.name}-wal").exists()
-        db = _connect(f"{address}&{'nolock' if has_log else 'immutable'}=1", uri=True)
-        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            if not is_full(path.parent, BESIDE_BYTES):
+                raise
+        db = _connect_without_index(path)
     return db
+
+
+def _connect_to_write(path: Path) -> sqlite3.Connection:
+    db = _connect(path)
+    try:
+        db.execute("PRAGMA temp_store=MEMORY")  # large sorts: there may be no disk for temporary files
+        if path.exists():  # else in memory
+            path.chmod(0o600)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _connect_without_index(path: Path) -> sqlite3.Connection:
+    """Open a database to read it where SQLite cannot make the index of its log on the disk.
+
+    Nobody writes there meanwhile: no lock is needed, and the index may be in this process's memory.
+    """
+    log_file = path.with_name(f"{path.name}-wal")
+    has_log = log_file.exists() and log_file.stat().st_size > 0
+    db = _connect(f"{path.absolute().as_uri()}?mode=ro&{'nolock' if has_log else 'immutable'}=1", uri=True)
+    db.execute("PRAGMA locking_mode=EXCLUSIVE")
+    return db
+
+
+@contextmanager
+def _reading_apart(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the bytes of a database in memory, without its log and its disk; raises `OSError` where they cannot be read.
+
+    A database in memory has no log: its versions are set to those of one without.
+    """
+    content = bytearray(path.read_bytes())
+    if content[_VERSIONS] == b"\2\2":
+        content[_VERSIONS] = b"\1\1"
+    with contextlib.closing(_connect(":memory:")) as db:
+        db.deserialize(bytes(content))
+        yield db
+
+
+def _header(path: Path) -> bytes:
+    """Return the first bytes of a database. Raises `StoreError`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; check its disk") from error
 
 
 def _check_owner(directory: Path) -> None:
@@ -158,21 +234,18 @@ class Store:
             StoreError: of another owner, of a newer version, damaged, or not writable.
         """
         self._path = path
+        self._copied = False  # in memory, until the file can be written
         try:
             _check_owner(path.parent)
-            self._db = _connect_to_read(path) if read_only else _connect(path)
-            self._db.execute("PRAGMA temp_store=MEMORY")  # large sorts: there may be no disk for temporary files
-            if not read_only and path.exists():  # else in memory
-                path.chmod(0o600)
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
+            if read_only:
+                self._db = _connect_to_read(path)
+                self._db.execute("PRAGMA temp_store=MEMORY")
+            else:
+                self._db = _connect_to_write(path)
             self._migrate(read_only=read_only)
-        except (sqlite3.Error, OSError) as error:
+        except (*_ERRORS, OSError) as error:
             if _is_damage(error):
-                raise DamagedStoreError(
-                    f"cannot open {path}: {error}; move it away, as the agent does when it starts: committed instances "
-                    "are then restored from runset.json"
-                ) from error
+                raise DamagedStoreError(f"cannot open {path}: {error}; {_IF_DAMAGED}") from error
             raise StoreError(f"cannot open {path}: {error}; check its mode and the space on its file system") from error
 
     @classmethod
@@ -181,8 +254,42 @@ class Store:
         return cls(Path(":memory:"))
 
     @classmethod
+    def copied(cls, path: Path) -> "Store":
+        """Return a store in memory with the content of a database that cannot be opened on its own disk now.
+
+        Nothing can be written to it: each attempt first tries to go on with the database itself.
+
+        Raises:
+            DamagedStoreError: its content is damaged.
+            StoreError: the file cannot be read, or is of a newer agent.
+        """
+        store = cls(Path(":memory:"))
+        store._path, store._copied = path, True
+        try:
+            try:
+                with contextlib.closing(_connect_without_index(path)) as found:
+                    found.backup(store._db)
+            except sqlite3.OperationalError as error:  # the file's content, or the disk's fault
+                with _reading_apart(path) as found:
+                    found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+                raise StoreError(f"cannot read {path}: {error}; check its disk") from error
+            store._migrate(read_only=False)
+        except _ERRORS as error:
+            store.close()
+            raise DamagedStoreError(f"cannot read {path}: {error}; {_IF_DAMAGED}") from error
+        except OSError as error:
+            store.close()
+            raise StoreError(f"cannot read {path}: {error.strerror}; check its disk") from error
+        except StoreError:
+            store.close()
+            raise
+        return store
+
+    @classmethod
     def renewed(cls, path: Path, *, version: str = "") -> "Store":
         """Open the database; move a damaged one (as after a power cut on a worn disk) aside, and make a new one.
+
+        On a full disk, what the database holds is read into memory, see `copied`.
 
         Args:
             path: of the database.
@@ -192,12 +299,7 @@ class Store:
             StoreError: see the constructor; or rows of a newer agent, which this one cannot read.
         """
         try:
-            store = cls(path)
-            try:
-                store._check(version)
-            except BaseException:
-                store.close()
-                raise
+            store = cls._checked(path, version)
         except DamagedStoreError as error:
             for suffix in ("-wal", "-shm"):  # of the damaged one
                 disk.remove(Write.STORE_DAMAGED, path.with_name(path.name + suffix), missing_ok=True)
@@ -206,17 +308,60 @@ class Store:
             store = cls(path)
             store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
         if version:
-            store._set_meta("agent_version", version.encode())
+            with contextlib.suppress(FullDiskError):  # noted at a later start
+                store._set_meta("agent_version", version.encode())
         return store
 
-    def _check(self, version: str) -> None:
-        """Read every page and row, as SQLite itself notices a damaged page only when it is read, and rows never.
+    @classmethod
+    def _checked(cls, path: Path, version: str) -> "Store":
+        """Open the database, or a copy of it where the disk is full, and read all of it.
+
+        Raises:
+            DamagedStoreError: its content is damaged. SQLite has several errors for what a first page may hold, that of
+                a missing right, a missing file or a missing column among them: so what it says of a copy in memory, for
+                which there is no disk, decides.
+            StoreError: for another reason.
+        """
+        try:
+            try:
+                return cls(path).checked(version)
+            except StoreError as error:
+                if not isinstance(error.__cause__, sqlite3.OperationalError) or not path.exists():
+                    raise
+                store = cls.copied(path).checked(version)
+                if not is_full(path.parent, BESIDE_BYTES):
+                    store.close()
+                    raise
+                log.error("%s: the disk is full: nothing is recorded until there is space", path)  # noqa: TRY400
+                return store
+        except NewerStoreError as error:
+            if _is_newer(error.writer, version):
+                raise
+            raise DamagedStoreError(f"{error}; but version {error.writer} wrote it last") from error
+
+    def checked(self, version: str) -> "Store":
+        """Read every page and row, and return this store; one that is damaged is closed.
 
         Raises:
             DamagedStoreError: a page or a row is damaged.
             StoreError: the disk cannot be read now, or rows are of a newer agent than this one of `version`.
         """
+        try:
+            self._check(version)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _check(self, version: str) -> None:
+        """See `checked`: SQLite itself notices a damaged page only when it is read, and rows never."""
         with self._reading():
+            if _header(self._path)[_VERSIONS] not in {
+                b"",
+                b"\1\1",
+                b"\2\2",
+            }:  # SQLite would read it, and refuse to write
+                raise DamagedStoreError(f"{self._path} is damaged: it is of an unknown format")
             (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
                 raise DamagedStoreError(f"{self._path} is damaged: {found}")
@@ -239,10 +384,12 @@ class Store:
 
     def _migrate(self, *, read_only: bool) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(MIGRATIONS):
-            raise StoreError(
+        if not 0 <= version <= len(MIGRATIONS):
+            writer = self._db.execute("SELECT value FROM meta WHERE name = 'agent_version'").fetchone()
+            raise NewerStoreError(
                 f"{self._path} is of schema {version}, this agent knows up to {len(MIGRATIONS)}: "
-                "install the newer agent again, or move the state directory away and enrol again"
+                "install the newer agent again, or move the state directory away and enrol again",
+                b"" if writer is None else bytes(writer[0]),
             )
         if read_only:
             if version < len(MIGRATIONS):
@@ -260,6 +407,8 @@ class Store:
 
     @contextmanager
     def _transaction(self, what: Write) -> Iterator[sqlite3.Connection]:
+        if self._copied:
+            self._go_on_with_the_file()
         try:
             with _transaction(what, self._db, self._path) as db:
                 yield db
@@ -267,10 +416,22 @@ class Store:
             if _is_damage(error):
                 raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
             if isinstance(error, sqlite3.Error):
-                raise StoreError(
+                full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+                kind = FullDiskError if full else StoreError
+                raise kind(
                     f"cannot write {self._path}: {error}; free space on this device, or repair its disk"
                 ) from error
             raise
+
+    def _go_on_with_the_file(self) -> None:
+        """Replace the copy in memory, which nothing has changed, by the file. Raises `FullDiskError`."""
+        try:
+            db = _connect_to_write(self._path)
+        except sqlite3.Error as error:
+            raise FullDiskError(f"cannot write {self._path}: its disk is full; free space on this device") from error
+        self._db.close()
+        self._db, self._copied = db, False
+        log.info("%s: there is space again, and it is written again", self._path)
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._reading():
@@ -282,8 +443,8 @@ class Store:
             yield
         except sqlite3.ProgrammingError:  # a bug in the agent, such as the use of a closed store
             raise
-        except (sqlite3.Error, *wire.JSON_ERRORS) as error:
-            if isinstance(error, sqlite3.Error) and not _is_damage(error):
+        except (*_ERRORS, *wire.JSON_ERRORS) as error:
+            if isinstance(error, sqlite3.Error) and not _is_damage(error) and not self._copied:
                 raise StoreError(f"cannot read {self._path}: {error}; check its file system") from error
             raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
 

@@ -198,6 +198,16 @@ def damage(path: Path) -> str:
     return "" if data.rstrip().endswith(end) else "cut off"
 
 
+def is_full(directory: Path, room_bytes: int) -> bool:
+    """Return whether a directory that can be written has no room for a file of this size."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, room_bytes)
+    except OSError as error:
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return False
+
+
 def is_read_only(directory: Path) -> bool:
     """Return whether a directory's file system is mounted read-only, or has become so after errors."""
     try:

@@ -89,6 +89,27 @@ def test_a_damaged_page_of_any_table(device, table, damage):
     rebuilds(device)
 
 
+FIRST_PAGE = {
+    "unsupported file format": (47, b"\xff"),
+    "attempt to write a readonly database": (18, b"\xff"),
+    "a schema of the future": (60, b"\x7f"),
+    "a schema that is no UTF-8": (4032, b"\xff" * 64),
+    "no such column": (3392, b"\xff" * 64),
+    "not a database": (0, bytes(100)),
+}
+"""Damages of the first page for which SQLite has errors of its own: offset and bytes."""
+
+
+@pytest.mark.parametrize("error", FIRST_PAGE)
+def test_a_first_page_that_sqlite_reads_as_something_else(device, error):
+    fill(device)
+    offset, damage = FIRST_PAGE[error]
+    with device.places.database.open("r+b") as file:
+        file.seek(offset)
+        file.write(damage)
+    rebuilds(device)
+
+
 ROWS = {
     "facts": "UPDATE meta SET value = ? WHERE name = 'facts'",
     "doubts": "UPDATE meta SET value = ? WHERE name = 'doubts'",

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 
 import msgspec
 import pytest
 
 from agent.update import restore
+from agent.update import store as agent_store
 from agent.update.machine import State
 from agent.update.state import Change, Committed, FailedItem, Transition
 from agent.update.store import HISTORY_ROWS, LOST_GENERATIONS, UNACKED_ROWS_MAX, DamagedStoreError, Store, StoreError
@@ -256,3 +258,51 @@ def test_a_database_of_a_newer_agent_that_this_one_can_read_is_used(tmp_path):
     Store.renewed(tmp_path / "store.db", version="").close()
     with sqlite3.connect(tmp_path / "store.db") as db:
         assert db.execute("SELECT value FROM meta WHERE name = 'agent_version'").fetchone() == (b"0.9.2",)
+
+
+PATTERNS = {
+    "zeros": lambda found: bytes(len(found)),
+    "ones": lambda found: b"\xff" * len(found),
+    "flipped": lambda found: bytes(each ^ 0xFF for each in found),
+}
+RANGES = [
+    *((at, at + length) for length in (1, 4) for at in range(0, 100, length)),
+    *((at, at + 128) for at in range(0, 4096, 128)),
+    *((0, 100), (0, 4096), (100, 4096), (2048, 4096)),
+]
+"""Ranges of the first page: each byte and each number of the header, and each part of the schema behind it."""
+
+
+@pytest.mark.parametrize(
+    "pattern", ["ones", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("zeros", "flipped"))]
+)
+def test_whatever_the_first_page_holds_the_store_is_whole_or_set_aside(tmp_path, pattern):
+    path = tmp_path / "store.db"
+    with closing(Store.renewed(path, version="0.2.0")) as store:
+        store.set_counter("accepted", 7)
+    good = path.read_bytes()
+    harm, rebuilt = PATTERNS[pattern], 0
+    for start, end in RANGES:
+        for each in tmp_path.iterdir():
+            each.unlink()
+        path.write_bytes(good[:start] + harm(good[start:end]) + good[end:])
+        with closing(Store.renewed(path, version="0.2.0")) as store:
+            kept = store.counter("accepted") == 7
+            assert kept != bool(store.replaced), (start, end)
+            assert (tmp_path / "store.db.damaged").exists() != kept, (start, end)
+            store.set_counter("accepted", 8)
+            rebuilt += not kept
+    assert rebuilt > 30
+
+
+def test_a_database_that_another_process_locks_is_not_set_aside(tmp_path, monkeypatch):
+    path = tmp_path / "store.db"
+    Store.renewed(path, version="0.2.0").close()
+    monkeypatch.setattr(agent_store, "BUSY_S", 0.01)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("REPLACE INTO counters VALUES ('x', 1)")
+        with pytest.raises(StoreError, match="locked"):
+            Store.renewed(path, version="0.2.0")
+    assert not (tmp_path / "store.db.damaged").exists()
