@@ -25,7 +25,7 @@ class Write(StrEnum):
     NEW_IDENTITY = "identity.new/"
     NEW_KEY = "identity.new/*.key"
     NEW_FILE = "identity.new/*"
-    TOKEN_SPENT = "identity.new/token.sha256 removed"  # noqa: S105 - a name
+    TOKEN_SPENT = "identity/token.sha256 removed"  # noqa: S105 - a name
     IDENTITY = "identity/"
     IDENTITY_DROPPED = "identity/ removed"
     STATE_DROPPED = "state of an identity removed"

@@ -277,10 +277,11 @@ def _install(state: Path, files: dict[str, bytes]) -> None:
     fresh, final = state / NEW, state / "identity"
     for name, data in files.items():
         disk.write(Write.NEW_FILE, fresh / name, data, mode=0o600)
-    disk.remove(Write.TOKEN_SPENT, fresh / "token.sha256")
     if final.exists():
         discard_identity(state)
     disk.move(Write.IDENTITY, fresh, final)
+    # Not before: after a power cut the device asks again with the same keys, as the token is spent for all others.
+    disk.remove(Write.TOKEN_SPENT, final / "token.sha256")
 
 
 def discard_identity(state: Path) -> None:

@@ -118,7 +118,9 @@ def _read(path: Path, key: bytes) -> _Runset:
 
 
 def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]:
-    """Read the committed items from the database, or from `runset.json` if the database cannot be read.
+    """Read the committed items from the database, or from `runset.json` if the database cannot be read or is new.
+
+    A power cut may come between the making of a database for one that was lost and its filling.
 
     Raises:
         RunsetError: neither file can be read.
@@ -128,11 +130,16 @@ def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]
     try:
         store = Store(database, read_only=True)
         try:
-            return store.committed()
+            if not store.is_new():
+                return store.committed()
         finally:
             store.close()
     except StoreError:
         return read_runset(runset, key)
+    try:
+        return read_runset(runset, key)
+    except RunsetError:
+        return ()
 
 
 def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> host_api.Run:
