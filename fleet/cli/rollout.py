@@ -6,6 +6,7 @@ Following goes on after a restart of the server: the rollout is in its database 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,6 +41,9 @@ _STEPS: Final = {
     Phase.COMMITTED: 7,
 }
 _ALL_STEPS: Final = 7
+_PLAYED_ALONE: Final = 20_000
+"""Devices times runs of a simulation that are played before further processes have started."""
+
 _DETAILS_MAX: Final = 5
 _DECIDED: Final = frozenset(
     {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.NOT_AFFECTED, Outcome.REVERTED, Outcome.SUPERSEDED}
@@ -306,6 +310,7 @@ def simulate(
         Plan(_played(stages, soak), asked, plan.soak_s or 0 if soak is None else soak),
         seed=seed,
         runs=runs,
+        processes=(os.cpu_count() or 1) if len(rows) * runs > _PLAYED_ALONE else 1,
     )
     if options.json:
         output.show_json([dataclasses.asdict(each) for each in found])

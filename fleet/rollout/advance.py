@@ -4,7 +4,7 @@ The server's controller and the simulator both drive a rollout by `advance`: the
 plays on with it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -28,6 +28,7 @@ from fleet.rollout.decide import (
     decide,
 )
 from fleet.rollout.model import OPEN, Member, after_end
+from fleet.rollout.standing import Standing
 
 _MAX_STEPS: Final = 200
 _MAY_FALL_SILENT: Final = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED})
@@ -43,7 +44,8 @@ class Step:
     """A rollout at rest.
 
     Attributes:
-        sets: the members of each rollout of an atomic set, of a single rollout alone, in the order given.
+        sets: the members of each rollout of an atomic set, of a single rollout alone, in the order given; none of a
+            standing that was changed in place.
         changed: devices whose member is another one now; their assignments follow from it.
         actions: what was decided, in order; the last one is a `Wait` unless the rollout is over.
     """
@@ -72,27 +74,38 @@ def advance(rollout: Rollout, members: Iterable[Member], now: float, *, besides:
 
 def advance_set(rollout: Rollout, sets: Iterable[Iterable[Member]], now: float, *, besides: int = 0) -> Step:
     """Decide and apply for an atomic set as for one rollout, until it waits or is over."""
-    begun = [{each.device: each for each in members} for members in sets]
-    standing = [dict(each) for each in begun]
+    standing = [Standing(members) for members in sets]
+    rollout, taken = _come_to_rest(rollout, standing, now, besides)
+    changed = dict.fromkeys(device for each in standing for device in each.changed())
+    return Step(rollout, tuple(tuple(each.values()) for each in standing), tuple(changed), taken)
+
+
+def advance_standing(rollout: Rollout, members: Standing, now: float) -> Step:
+    """Decide and apply in `members`, at the cost of what changed since the last time; the step names no members."""
+    members.settle()
+    rollout, taken = _come_to_rest(rollout, [members], now, 0)
+    return Step(rollout, (), members.changed(), taken)
+
+
+def _come_to_rest(
+    rollout: Rollout, sets: Sequence[Standing], now: float, besides: int
+) -> tuple[Rollout, tuple[Action, ...]]:
     taken: list[Action] = []
     for _ in range(_MAX_STEPS):
-        actions = decide(rollout, merge_set([tuple(each.values()) for each in standing]), now, besides=besides)
+        actions = decide(rollout, _merged(sets), now, besides=besides)
         taken += actions
         moves = [each for each in actions if not isinstance(each, Wait)]
         if not moves:
-            break
+            return rollout, tuple(taken)
         for action in moves:
-            after = [apply(rollout, each, action, now) for each in standing]
-            rollout = after[0]
-    else:
-        raise AssertionError(f"a rollout does not come to rest: {taken[-3:]}")
-    changed = {
-        device: None
-        for before, after in zip(begun, standing, strict=True)
-        for device, member in after.items()
-        if member is not before[device]
-    }
-    return Step(rollout, tuple(tuple(each.values()) for each in standing), tuple(changed), tuple(taken))
+            rollout, *_ = [apply(rollout, each, action, now) for each in sets]
+    raise AssertionError(f"a rollout does not come to rest: {taken[-3:]}")
+
+
+def _merged(sets: Sequence[Standing]) -> Standing:
+    if len(sets) == 1:
+        return sets[0]
+    return Standing(merge_set([tuple(each.values()) for each in sets]))
 
 
 _ORDER: Final = (
@@ -125,7 +138,7 @@ def _worst(members: Sequence[Member]) -> Member:
     return replace(worst, ended_at=max(ends, default=None))
 
 
-def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: float) -> Rollout:
+def apply(rollout: Rollout, members: MutableMapping[str, Member], action: Action, now: float) -> Rollout:
     """Change `members` as an action says, and return the rollout after it."""
     if isinstance(action, Open | Promote | Replace | Offer | Withdraw | Mark):
         return _move(rollout, members, action, now)
@@ -147,7 +160,10 @@ def apply(rollout: Rollout, members: dict[str, Member], action: Action, now: flo
 
 
 def _move(
-    rollout: Rollout, members: dict[str, Member], action: Open | Promote | Replace | Offer | Withdraw | Mark, now: float
+    rollout: Rollout,
+    members: MutableMapping[str, Member],
+    action: Open | Promote | Replace | Offer | Withdraw | Mark,
+    now: float,
 ) -> Rollout:
     """Apply what moves devices and not the state of the rollout."""
     match action:
@@ -193,7 +209,7 @@ def _arrives(member: Member) -> Member:
     return replace(member, arrival=True)
 
 
-def end(rollout: Rollout, members: dict[str, Member], state: RolloutState, *, keep: bool = False) -> Rollout:
+def end(rollout: Rollout, members: MutableMapping[str, Member], state: RolloutState, *, keep: bool = False) -> Rollout:
     """End a rollout without success, at once: nothing here waits for a device."""
     for each in after_end(state, tuple(members.values()), keep=keep):
         members[each.device] = each

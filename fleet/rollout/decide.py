@@ -12,16 +12,20 @@
 Absence is no verdict: a device that went away before its swap is `waiting`, from the swap on it is `lost`.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 import msgspec
 
 from fleet.protocol.codes import OPEN_STATES, OnBreach, Outcome, PauseCause, RolloutState
 from fleet.rollout.members import Amount
-from fleet.rollout.model import FROM_SWAP, OPEN, UNDER_WAY, Member
+from fleet.rollout.model import OPEN, UNDER_WAY, Member
+from fleet.rollout.standing import Chosen, Clock, Kind, Standing
 
 LOST_S: Final = 600.0
 """Silence after which a device that began to swap is lost."""
@@ -33,7 +37,6 @@ REPLACED_MAX: Final = 2
 ARRIVALS_S: Final = 7 * 86_400.0
 """Arrivals that the limits of the catch-up queue count over."""
 
-_MAY_BE_SILENT: Final = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED})
 _NAMED_MAX: Final = 3
 _TENTH: Final = Amount(10, percent=True)
 _HUNDREDTH: Final = Amount(1, percent=True)
@@ -194,88 +197,104 @@ class Wait:
 Action = Open | Offer | Withdraw | Mark | Promote | Replace | Pause | Revert | Succeed | Close | Wait
 
 
-def decide(rollout: Rollout, members: Sequence[Member], now: float, *, besides: int = 0) -> tuple[Action, ...]:
+def decide(
+    rollout: Rollout, members: Iterable[Member] | Standing, now: float, *, besides: int = 0
+) -> tuple[Action, ...]:
     """Return the next step; apply it and call again. Every sequence ends in a `Wait` or a state that is over.
 
     Args:
         rollout: as it is.
-        members: all of them, without those of `besides`.
+        members: all of them, without those of `besides`. Of a `Standing` that is kept from decision to decision only
+            what changed is read.
         now: the time.
         besides: counted members of a rollout that succeeded, without a budget for its sites, which are not given: they
             had an outcome by then, and are in the size of the catch-up queue alone.
     """
-    if rollout.state is RolloutState.SUCCEEDED:
-        return _catch_up(rollout, members, now, besides)
-    if rollout.state not in OPEN_STATES:
+    if rollout.state is not RolloutState.SUCCEEDED and rollout.state not in OPEN_STATES:
         return ()
+    standing = members if isinstance(members, Standing) else Standing(members)
+    if rollout.state is RolloutState.SUCCEEDED:
+        return _catch_up(rollout, standing, now, besides)
     return (
-        _silences(rollout, members, now)
-        or _judge(rollout, members)
-        or _paused(rollout, members, now)
-        or _canaries(rollout, members, now)
-        or _offers(rollout, members)
-        or _gate(rollout, members, now)
+        _silences(rollout, standing, now)
+        or _judge(rollout, standing)
+        or _paused(rollout, standing, now)
+        or _canaries(rollout, standing, now)
+        or _offers(rollout, standing)
+        or _gate(rollout, standing, now)
     )
 
 
 # -- silence ---------------------------------------------------------------------------------------------------------
 
 
-def _silences(rollout: Rollout, members: Iterable[Member], now: float) -> tuple[Action, ...]:
+def _silences(rollout: Rollout, members: Standing, now: float) -> tuple[Action, ...]:
     """Give an outcome to each offered device that says nothing; none of them is a verdict on the version."""
-    found: dict[Outcome, list[str]] = {}
-    for member in members:
-        outcome = _silence(rollout, member, now) if member.outcome in _MAY_BE_SILENT else None
-        if outcome is not None:
-            found.setdefault(outcome, []).append(member.device)
-    return tuple(Mark(outcome, tuple(devices)) for outcome, devices in found.items())
+    lost = members.due(_may_be_lost, _lost_at, now)
+    gone = {each.device for each in lost}
+    stuck = [
+        each for each in members.due(_may_be_stuck, _stuck_at(rollout.limits.timeout_s), now) if each.device not in gone
+    ]
+    found = {
+        Outcome.LOST: _devices(lost),
+        Outcome.WAITING: members.devices(_went_away),
+        Outcome.DEFERRED: _devices(stuck),
+    }
+    marks = [Mark(outcome, silent) for outcome, silent in found.items() if silent]
+    return tuple(sorted(marks, key=lambda mark: members.place(mark.devices[0])))
 
 
-def _silence(rollout: Rollout, member: Member, now: float) -> Outcome | None:
-    if member.returning:
-        return None
-    if member.outcome is not Outcome.WAITING and member.swapping:
-        if now >= _lost_at(member):
-            return Outcome.LOST
-    elif member.outcome is Outcome.IN_PROGRESS and not member.online:
-        return Outcome.WAITING
-    if member.outcome in UNDER_WAY and member.online and now >= _stuck_at(rollout, member):
-        return Outcome.DEFERRED
-    return None
+def _may_be_lost(kind: Kind) -> bool:
+    return kind.swapping and kind.outcome in {Outcome.IN_PROGRESS, Outcome.DEFERRED} and not kind.returning
 
 
 def _lost_at(member: Member) -> float:
     return (member.heard_at or 0) + LOST_S
 
 
-def _stuck_at(rollout: Rollout, member: Member) -> float:
-    return max(member.offered_at or 0, member.moved_at or 0, member.online_since or 0) + rollout.limits.timeout_s
+def _went_away(kind: Kind) -> bool:
+    """Tell whether a device that was at it, and had not begun to swap, is away."""
+    return kind.outcome is Outcome.IN_PROGRESS and not (kind.online or kind.swapping or kind.returning)
+
+
+def _may_be_stuck(kind: Kind) -> bool:
+    return kind.outcome in UNDER_WAY and kind.online and not kind.returning
+
+
+@lru_cache(maxsize=32)
+def _stuck_at(timeout_s: float) -> Clock:
+    """Return the clock that tells when a device without progress counts as stuck."""
+    return lambda member: max(member.offered_at or 0, member.moved_at or 0, member.online_since or 0) + timeout_s
 
 
 # -- breach and loss ---------------------------------------------------------------------------------------------------
 
 
-def _judge(rollout: Rollout, members: Sequence[Member]) -> tuple[Action, ...]:
+def _judge(rollout: Rollout, members: Standing) -> tuple[Action, ...]:
     """Return what must happen at once, in whichever wave: more failures or losses than a gate allows."""
-    if not any(each.outcome in {Outcome.FAILED, Outcome.LOST} for each in members):
+    if not members.any(lambda kind: kind.outcome in {Outcome.FAILED, Outcome.LOST}):
         return ()
     for wave in range(1, rollout.wave + 1):
-        failed = [each for each in members if each.wave == wave and each.counts_as(Outcome.FAILED)]
-        if len(failed) > _allowed(members, wave, rollout.limits.failures, _HUNDREDTH):
-            return _breach(rollout, _blame(failed))
+        failed = _counted_as(Outcome.FAILED, wave)
+        if members.count(failed) > _allowed(members, wave, rollout.limits.failures, _HUNDREDTH):
+            return _breach(rollout, _blame(members.select(failed)))
     for wave in range(1, rollout.wave + 1):
-        lost = [each for each in members if each.wave == wave and each.counts_as(Outcome.LOST)]
+        lost = _counted_as(Outcome.LOST, wave)
         allowed = _allowed(members, wave, rollout.limits.lost, _TWENTIETH)
-        if len(lost) > allowed and PauseCause.LOST not in rollout.causes:
-            return (Pause(PauseCause.LOST, f"{_names(lost)} lost: silent since the swap began"),)
+        if members.count(lost) > allowed and PauseCause.LOST not in rollout.causes:
+            return (Pause(PauseCause.LOST, f"{_names(members.select(lost))} lost: silent since the swap began"),)
     return ()
 
 
-def _allowed(members: Iterable[Member], wave: int, limit: Amount | None, later: Amount) -> int:
+def _counted_as(outcome: Outcome, wave: int) -> Chosen:
+    return lambda kind: kind.wave == wave and kind.counts_as(outcome)
+
+
+def _allowed(members: Standing, wave: int, limit: Amount | None, later: Amount) -> int:
     """Return how many devices of a wave may fail or be lost."""
     if limit is None and wave == 1:
         return 0
-    return (limit or later).down(sum(each.counted for each in members if each.wave == wave))
+    return (limit or later).down(members.count(lambda kind: kind.wave == wave and kind.counted))
 
 
 def _breach(rollout: Rollout, reason: str) -> tuple[Action, ...]:
@@ -284,34 +303,41 @@ def _breach(rollout: Rollout, reason: str) -> tuple[Action, ...]:
     return () if PauseCause.BREACH in rollout.causes else (Pause(PauseCause.BREACH, reason),)
 
 
-def _paused(rollout: Rollout, members: Iterable[Member], now: float) -> tuple[Action, ...]:
+def _paused(rollout: Rollout, members: Standing, now: float) -> tuple[Action, ...]:
     """Withdraw what no device has begun, then rest; waits for nobody."""
     if not rollout.causes:
         return ()
-    unbegun = tuple(each.device for each in members if each.outcome is Outcome.WAITING and each.began_at is None)
+    unbegun = members.devices(lambda kind: kind.outcome is Outcome.WAITING and not kind.began)
     if unbegun:
         return (Withdraw(unbegun),)
-    return (Wait("", until=_next_silence(rollout, members, now)),)
+    return (Wait("", until=next_silence(rollout, members, now)),)
 
 
 # -- canaries ----------------------------------------------------------------------------------------------------------
 
 
-def _canaries(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
+def _canaries(rollout: Rollout, members: Standing, now: float) -> tuple[Action, ...]:
     """Fill the open vacancies of wave 1 with the first that come, and replace canaries that went away."""
-    if rollout.wave > 1 or len(rollout.gates) == 1:
-        return ()
-    fresh = (each for each in members if each.wave > 1 and each.online and each.canary and _fresh(each))
-    idle = sorted(fresh, key=lambda each: each.rank)
-    if not idle:
+    if rollout.wave > 1 or len(rollout.gates) == 1 or not members.any(_may_stand_in):
         return ()
     if rollout.vacancies:
-        return (Promote(tuple(each.device for each in idle[: rollout.vacancies])),)
-    first = [each for each in members if each.wave == 1 and not each.replaced]
-    gone = [each for each in first if _gone(each, now)]
-    if rollout.wave == 0 or not gone or rollout.replaced == REPLACED_MAX or _enough(rollout, first, len(gone)):
+        return (Promote(_devices(heapq.nsmallest(rollout.vacancies, members.walk(_may_stand_in), key=_rank))),)
+    if rollout.wave == 0 or rollout.replaced == REPLACED_MAX:
         return ()
-    return (Replace(gone[0].device, idle[0].device),)
+    first = members.select(lambda kind: kind.wave == 1 and not kind.replaced)
+    gone = [each for each in first if _gone(each, now)]
+    if not gone or _enough(rollout, first, len(gone)):
+        return ()
+    return (Replace(gone[0].device, min(members.walk(_may_stand_in), key=_rank).device),)
+
+
+def _may_stand_in(kind: Kind) -> bool:
+    """Tell whether a member of a later wave may take a place in wave 1."""
+    return kind.wave > 1 and kind.online and kind.canary and kind.outcome is Outcome.PENDING and not kind.offered
+
+
+def _rank(member: Member) -> int:
+    return member.rank
 
 
 def _enough(rollout: Rollout, first: Sequence[Member], gone: int) -> bool:
@@ -319,10 +345,6 @@ def _enough(rollout: Rollout, first: Sequence[Member], gone: int) -> bool:
     counted = sum(each.counted for each in first)
     failed = sum(each.outcome is Outcome.FAILED for each in first)
     return len(first) - gone - failed >= max(1, rollout.limits.min_success.up(counted))
-
-
-def _fresh(member: Member) -> bool:
-    return member.outcome is Outcome.PENDING and member.offered_at is None
 
 
 def _gone(member: Member, now: float) -> bool:
@@ -340,46 +362,52 @@ def _away_until(member: Member) -> float:
 # -- offers ------------------------------------------------------------------------------------------------------------
 
 
-def _offers(rollout: Rollout, members: Sequence[Member]) -> tuple[Action, ...]:
+def _offers(rollout: Rollout, members: Standing) -> tuple[Action, ...]:
     """Offer the change to members of open waves, within the limit at once and the budget of each site."""
     if rollout.wave == 0 and rollout.unapproved:
         return (Pause(PauseCause.APPROVAL, "nothing is offered before the approval of a second person"),)
     if rollout.wave == 0:
         return (Open(1),)
-    last = rollout.wave == len(rollout.gates)
-    due = [
-        each
-        for each in members
-        if each.outcome is Outcome.PENDING and 0 < each.wave <= rollout.wave and (last or not each.replaced)
-    ]
-    limits = rollout.limits
+    last, limits = rollout.wave == len(rollout.gates), rollout.limits
+
+    def due(kind: Kind) -> bool:
+        return kind.outcome is Outcome.PENDING and 0 < kind.wave <= rollout.wave and (last or not kind.replaced)
+
     if not limits.at_once and limits.min_available is None:
-        return (Offer(tuple(each.device for each in due)),) if due else ()
-    absent = tuple(each.device for each in members if _withdrawn(each))
+        everybody = members.devices(due)
+        return (Offer(everybody),) if everybody else ()
+    absent = members.devices(_withdrawn)
     if absent:
         return (Withdraw(absent),)
-    free = limits.at_once - _under_way(members) if limits.at_once else len(due)
-    admitted = _within_budget(limits, members, [each for each in due if each.online], free)
+    free = limits.at_once - _under_way(members) if limits.at_once else members.count(due)
+    admitted = _within_budget(limits, members, lambda kind: kind.online and due(kind), free)
     return (Offer(admitted),) if admitted else ()
 
 
-def _withdrawn(member: Member) -> bool:
+def _withdrawn(kind: Kind) -> bool:
     """Tell whether an offer under a limit is taken back: the device is away, and has not begun to swap."""
-    return member.outcome is Outcome.WAITING and not member.online and not member.returning
+    return kind.outcome is Outcome.WAITING and not kind.online and not kind.returning
 
 
-def _under_way(members: Iterable[Member]) -> int:
-    return sum(each.outcome in UNDER_WAY and not each.returning for each in members)
+def _under_way(members: Standing) -> int:
+    return members.count(lambda kind: kind.outcome in UNDER_WAY and not kind.returning)
 
 
-def _within_budget(limits: Limits, members: Iterable[Member], due: Iterable[Member], free: int) -> tuple[str, ...]:
-    """Return the first of `due` that leave every site its budget, at most `free`."""
+def _within_budget(limits: Limits, members: Standing, due: Chosen, free: int) -> tuple[str, ...]:
+    """Return the first of those due that leave every site its budget, at most `free`."""
     spare = _spare(limits, members)
+    if free <= 0:
+        return ()
+    if spare is None:
+        return _devices(islice(members.walk(due), free))
+    room = sum(left for left in spare.values() if left > 0)
+    if not room:
+        chosen, due = due, lambda kind: kind.busy and chosen(kind)
     admitted: list[str] = []
-    for member in due:
+    for member in members.walk(due):
         if len(admitted) >= free:
             break
-        if spare is not None and not member.busy:  # a member that is busy elsewhere is unavailable already
+        if not member.busy:  # a member that is busy elsewhere is unavailable already
             if spare[member.site] <= 0:
                 continue
             spare[member.site] -= 1
@@ -387,35 +415,33 @@ def _within_budget(limits: Limits, members: Iterable[Member], due: Iterable[Memb
     return tuple(admitted)
 
 
-def _spare(limits: Limits, members: Iterable[Member]) -> Counter[str] | None:
+def _spare(limits: Limits, members: Standing) -> Counter[str] | None:
     """Return how many devices of each site may be taken away; None without a budget."""
     if limits.min_available is None:
         return None
-    spare: Counter[str] = Counter()
-    for site in {each.site for each in members}:
-        spare[site] = -limits.min_available
-    for member in members:
-        spare[member.site] += member.online and not member.busy and not _occupied(member)
+    spare = members.available()
+    for site in spare:
+        spare[site] -= limits.min_available
     return spare
-
-
-def _occupied(member: Member) -> bool:
-    """Tell whether a device has an offer that it may be at, or begin with, at any moment."""
-    return member.outcome in {Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED, Outcome.LOST}
 
 
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
 
-def _gate(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Action, ...]:
+def _gate(rollout: Rollout, members: Standing, now: float) -> tuple[Action, ...]:
     """Open the next wave, end the rollout, or say what the gate of the present wave waits for."""
     wave = rollout.wave
-    inside = [each for each in members if each.wave == wave and each.counted and not each.replaced]
-    if not any(each.counted or each.outcome is Outcome.UNPROVEN for each in members):
+
+    def inside(kind: Kind) -> bool:
+        return kind.wave == wave and kind.counted and not kind.replaced
+
+    if not members.any(lambda kind: kind.counted or kind.outcome is Outcome.UNPROVEN):
         return (Revert("no device is left that the change concerns"),)
-    mute = [] if inside or rollout.vacancies else [each for each in members if each.wave == wave and _mute(each)]
-    if mute:
-        return (Pause(PauseCause.CANARY, f"no device of wave {wave} can answer: {_names(mute)} {mute[0].outcome}"),)
+    if not rollout.vacancies and not members.any(inside):
+        mute = members.select(lambda kind: kind.wave == wave and _mute(kind))
+        if mute:
+            reason = f"no device of wave {wave} can answer: {_names(mute)} {mute[0].outcome}"
+            return (Pause(PauseCause.CANARY, reason),)
     held = _held(rollout, members, inside, now)
     if held is not None:
         return (held,) if not isinstance(held, Revert) else _breach(rollout, held.reason) or (Wait(held.reason),)
@@ -424,116 +450,141 @@ def _gate(rollout: Rollout, members: Sequence[Member], now: float) -> tuple[Acti
         return (Pause(PauseCause.APPROVAL, f"wave {wave} is done and wants the approval of a second person"),)
     if wave < len(rollout.gates):
         return (Open(wave + 1),)
-    return (Succeed(tuple(each.device for each in members if each.wave and each.outcome in OPEN)),)
+    return (Succeed(members.devices(lambda kind: bool(kind.wave) and kind.outcome in OPEN)),)
 
 
-def _mute(member: Member) -> bool:
+def _mute(kind: Kind) -> bool:
     """Tell whether a member that was to give evidence for the next wave never will."""
-    if member.accepted is member.outcome:
+    if kind.accepted:
         return False
-    return member.outcome is Outcome.UNPROVEN or (member.wave == 1 and not member.counted)
+    return kind.outcome is Outcome.UNPROVEN or (kind.wave == 1 and not kind.counted)
 
 
-def _held(rollout: Rollout, members: Sequence[Member], inside: Sequence[Member], now: float) -> Wait | Revert | None:
+def _held(rollout: Rollout, members: Standing, inside: Chosen, now: float) -> Wait | Revert | None:
     """Return what keeps the gate of the present wave shut; None for nothing."""
-    wave, until = rollout.wave, _next_silence(rollout, members, now)
-    if rollout.vacancies and not inside:
-        first = [each for each in members if each.canary and each.outcome is Outcome.PENDING]
-        reason = f"wave {wave} waits for the first device that comes online: {_names(first)}"
-        return Wait(reason, _devices(first), until)
-    at_it = [each for each in inside if _holds(each)]
+    wave, until = rollout.wave, next_silence(rollout, members, now)
+    if rollout.vacancies and not members.any(inside):
+        first = members.devices(lambda kind: kind.canary and kind.outcome is Outcome.PENDING)
+        reason = f"wave {wave} waits for the first device that comes online: {_named(members, first)}"
+        return Wait(reason, first, until)
+    at_it = members.devices(lambda kind: inside(kind) and _holds(kind))
     if at_it:
-        return Wait(f"wave {wave} waits for {_names(at_it)}", _devices(at_it), until)
-    unaccepted = [each for each in inside if not (each.accepted and each.accepted is each.outcome)]
-    done = sorted(each.ended_at or 0 for each in inside if each.outcome is Outcome.SUCCEEDED)
-    need = max(1, rollout.limits.min_success.up(len(unaccepted))) if unaccepted else 0
-    if len(done) < need:
-        open_still = [each for each in inside if each.outcome in OPEN]
-        if len(done) + len(open_still) < need:
-            return Revert(_blame([each for each in inside if each.outcome is Outcome.FAILED]))
+        return Wait(f"wave {wave} waits for {_named(members, at_it)}", at_it, until)
+
+    def succeeded(kind: Kind) -> bool:
+        return inside(kind) and kind.outcome is Outcome.SUCCEEDED
+
+    done, unaccepted = members.count(succeeded), members.count(lambda kind: inside(kind) and not kind.accepted)
+    need = max(1, rollout.limits.min_success.up(unaccepted)) if unaccepted else 0
+    if done < need:
+        open_still = members.devices(lambda kind: inside(kind) and kind.outcome in OPEN)
+        if done + len(open_still) < need:
+            return Revert(_blame(members.select(lambda kind: inside(kind) and kind.outcome is Outcome.FAILED)))
         successes = "1 success" if need == 1 else f"{need} successes"
-        reason = f"wave {wave} needs {successes} and has {len(done)}; it waits for {_names(open_still)}"
-        return Wait(reason, _devices(open_still), until)
+        reason = f"wave {wave} needs {successes} and has {done}; it waits for {_named(members, open_still)}"
+        return Wait(reason, open_still, until)
     gate = rollout.gates[wave - 1]
-    ready = done[need - 1] + gate.soak_s if need else now
+    ready = members.nth(succeeded, _ended_at, need) + gate.soak_s if need else now
     if now < ready:
         return Wait(f"wave {wave} soaks for {gate.soak_s:g} s", until=min(ready, until or ready))
     return None
 
 
-def _holds(member: Member) -> bool:
+def _holds(kind: Kind) -> bool:
     """Tell whether a member must answer before the gate opens."""
-    if member.outcome is Outcome.IN_PROGRESS:
+    if kind.outcome is Outcome.IN_PROGRESS:
         return True
-    return member.online and member.outcome in {Outcome.PENDING, Outcome.WAITING}
+    return kind.online and kind.outcome in {Outcome.PENDING, Outcome.WAITING}
 
 
-def _next_silence(rollout: Rollout, members: Iterable[Member], now: float) -> float | None:
+def _ended_at(member: Member) -> float:
+    return member.ended_at or 0
+
+
+def next_silence(rollout: Rollout, members: Standing, after: float) -> float | None:
     """Return when the next silence gets a name, or a canary is replaced."""
-    return min((time for time in deadlines(rollout, members) if time > now), default=None)
+    times = (members.next(chosen, clock, after) for chosen, clock in _deadlines(rollout))
+    return min((each for each in times if each is not None), default=None)
 
 
-def deadlines(rollout: Rollout, members: Iterable[Member]) -> Iterator[float]:
-    """Yield each time at which the silence of a member gets a name, or a canary is replaced, past ones too."""
-    for member in members:
-        if member.outcome not in OPEN or member.returning:
-            continue
-        if member.phase in FROM_SWAP and member.outcome in {Outcome.IN_PROGRESS, Outcome.DEFERRED}:
-            yield _lost_at(member)
-        if member.outcome in UNDER_WAY and member.online:
-            yield _stuck_at(rollout, member)
-        if member.wave == 1 == rollout.wave and not member.online:
-            yield _away_until(member)
+def deadlines(rollout: Rollout, member: Member) -> list[float]:
+    """Return each time at which the silence of a member gets a name, or it is replaced, past ones too."""
+    kind = Kind.of(member)
+    return [clock(member) for chosen, clock in _deadlines(rollout) if chosen(kind)]
+
+
+def _deadlines(rollout: Rollout) -> Iterator[tuple[Chosen, Clock]]:
+    yield _may_be_lost, _lost_at
+    yield _may_be_stuck, _stuck_at(rollout.limits.timeout_s)
+    if rollout.wave == 1:
+        yield _may_be_replaced, _away_until
+
+
+def _may_be_replaced(kind: Kind) -> bool:
+    return kind.wave == 1 and not kind.online and kind.outcome in OPEN and not kind.returning
 
 
 # -- catch-up queue ----------------------------------------------------------------------------------------------------
 
 
-def _catch_up(rollout: Rollout, members: Sequence[Member], now: float, besides: int) -> tuple[Action, ...]:
+def _catch_up(rollout: Rollout, members: Standing, now: float, besides: int) -> tuple[Action, ...]:
     """Admit devices that come after the rollout succeeded, at most so many at once, until too many of them fail."""
     marks = _silences(rollout, members, now)
     if marks:
         return marks
-    recent = [each for each in members if each.arrival and (each.offered_at or -ARRIVALS_S) > now - ARRIVALS_S]
-    failed = [each for each in recent if each.counts_as(Outcome.FAILED)]
-    if not rollout.closed and len(failed) > (rollout.limits.failures or _HUNDREDTH).down(len(recent)):
-        return (Close(_blame(failed)),)
+    failed = [each for each in members.walk(_failed_arrival) if _arrived_at(each) > now - ARRIVALS_S]
+    if not rollout.closed and failed:
+        recent = members.later(lambda kind: kind.arrival, _arrived_at, now - ARRIVALS_S)
+        if len(failed) > (rollout.limits.failures or _HUNDREDTH).down(recent):
+            return (Close(_blame(failed)),)
     shut = bool(rollout.closed or rollout.causes)
-    absent = tuple(
-        each.device
-        for each in members
-        if (each.arrival and not each.new and _withdrawn(each)) or (shut and _unbegun_arrival(each))
-    )
+    absent = members.devices(lambda kind: kind.arrival and not kind.new and _taken_back(kind, shut=shut))
     if absent:
         return (Withdraw(absent),)
-    due = [each for each in members if each.arrival and each.outcome is Outcome.PENDING]
     frozen = PauseCause.FREEZE in rollout.causes
-    new = tuple(each.device for each in due if each.new and not frozen)
+    new = () if frozen else members.devices(lambda kind: _due_arrival(kind) and kind.new)
     if new:
         return (Offer(new),)
-    queued = [each for each in due if each.online and not each.new]
-    if not shut and queued:
-        busy = {*UNDER_WAY, Outcome.LOST}
-        at_once = max(1, rollout.limits.catch_up.down(besides + sum(each.counted for each in members)))
-        free = at_once - sum(each.arrival and not each.new and each.outcome in busy for each in members)
-        admitted = _within_budget(rollout.limits, members, queued, free)
+    if not shut and members.any(_queued):
+        at_once = max(1, rollout.limits.catch_up.down(besides + members.count(lambda kind: kind.counted)))
+        admitted = _within_budget(rollout.limits, members, _queued, at_once - members.count(_catching_up))
         if admitted:
             return (Offer(admitted),)
-    return (_queue(rollout, members, due, now),)
+    return (_queue(rollout, members, now),)
 
 
-def _unbegun_arrival(member: Member) -> bool:
-    unbegun = member.outcome is Outcome.WAITING and member.began_at is None
-    return member.arrival and not member.new and unbegun
+def _failed_arrival(kind: Kind) -> bool:
+    return kind.arrival and kind.counts_as(Outcome.FAILED)
 
 
-def _queue(rollout: Rollout, members: Sequence[Member], due: Sequence[Member], now: float) -> Wait:
+def _arrived_at(member: Member) -> float:
+    return member.offered_at or -ARRIVALS_S
+
+
+def _taken_back(kind: Kind, *, shut: bool) -> bool:
+    """Tell whether the offer to an arrival is taken back; of a queue that is shut each that was not begun."""
+    return _withdrawn(kind) or (shut and kind.outcome is Outcome.WAITING and not kind.began)
+
+
+def _due_arrival(kind: Kind) -> bool:
+    return kind.arrival and kind.outcome is Outcome.PENDING
+
+
+def _queued(kind: Kind) -> bool:
+    return _due_arrival(kind) and kind.online and not kind.new
+
+
+def _catching_up(kind: Kind) -> bool:
+    return kind.arrival and not kind.new and (kind.outcome in UNDER_WAY or kind.outcome is Outcome.LOST)
+
+
+def _queue(rollout: Rollout, members: Standing, now: float) -> Wait:
     """Say who waits in the catch-up queue."""
+    due, until = members.devices(_due_arrival), next_silence(rollout, members, now)
     if not due:
-        return Wait("", until=_next_silence(rollout, members, now))
+        return Wait("", until=until)
     why = f"is closed: {rollout.closed}" if rollout.closed else "is open"
-    reason = f"the catch-up queue {why}; in it: {_names(due)}"
-    return Wait(reason, _devices(due), _next_silence(rollout, members, now))
+    return Wait(f"the catch-up queue {why}; in it: {_named(members, due)}", due, until)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -544,8 +595,16 @@ def _devices(members: Iterable[Member]) -> tuple[str, ...]:
 
 
 def _names(members: Sequence[Member]) -> str:
-    shown = ", ".join(each.device if each.online else f"{each.device} (offline)" for each in members[:_NAMED_MAX])
-    return shown + (f" and {len(members) - _NAMED_MAX} more" if len(members) > _NAMED_MAX else "")
+    return _shown(members[:_NAMED_MAX], len(members))
+
+
+def _named(members: Standing, devices: Sequence[str]) -> str:
+    return _shown([members[device] for device in devices[:_NAMED_MAX]], len(devices))
+
+
+def _shown(members: Iterable[Member], of: int) -> str:
+    shown = ", ".join(each.device if each.online else f"{each.device} (offline)" for each in members)
+    return shown + (f" and {of - _NAMED_MAX} more" if of > _NAMED_MAX else "")
 
 
 def _blame(failed: Sequence[Member]) -> str:

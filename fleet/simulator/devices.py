@@ -45,7 +45,10 @@ class Traits:
 
     def online(self, at: float) -> bool:
         """Tell whether the device has a network at a time."""
-        return not any(start <= at < end for start, end in self.away)
+        for start, end in self.away:  # noqa: SIM110 - asked at every event, and twice as fast without a generator
+            if start <= at < end:
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

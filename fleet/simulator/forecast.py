@@ -2,8 +2,11 @@
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from typing import Final
 
 from fleet.protocol.codes import RolloutState
@@ -58,28 +61,80 @@ class Forecast:
     met: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Outcome of one run."""
+
+    halted: bool
+    wave: int
+    end_s: float
+    hurt: int
+    met: int
+
+
 def forecast(
-    fleet: Mapping[str, Place], plan: Plan, *, seed: int, rates: Sequence[float] = RATES, runs: int = 25
+    fleet: Mapping[str, Place],
+    plan: Plan,
+    *,
+    seed: int,
+    rates: Sequence[float] = RATES,
+    runs: int = 25,
+    processes: int = 1,
 ) -> tuple[Forecast, ...]:
-    """Play a plan over a fleet, `runs` times for each failure rate."""
-    return tuple(_forecast(fleet, plan, rate, [seed * runs + number for number in range(runs)]) for rate in rates)
+    """Play a plan over a fleet, `runs` times for each failure rate; in several processes the outcome is the same."""
+    seeds = [seed * runs + number for number in range(runs)]
+    played = _played(fleet, plan, [(rate, each) for rate in rates for each in seeds], processes)
+    return tuple(_forecast(rate, [next(played) for _ in seeds]) for rate in rates)
 
 
-def _forecast(fleet: Mapping[str, Place], plan: Plan, rate: float, seeds: Sequence[int]) -> Forecast:
-    played = [Simulation(_scenario(fleet, plan, rate, seed)).run() for seed in seeds]
-    bad = {RolloutState.REVERTED, RolloutState.PAUSED}
-    halted = [each for each in played if each.rollout.state in bad]
-    ends = [each.rests[-1][0] if each.rests else 0.0 for each in played]
-    hurt = [each.hurt() for each in played]
+def _played(
+    fleet: Mapping[str, Place], plan: Plan, runs: Sequence[tuple[float, int]], processes: int
+) -> Iterator[_Run]:
+    """Yield the outcome of each run, in order."""
+    play = partial(_play, fleet, plan)
+    if processes == 1:
+        yield from map(play, runs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_remember, initargs=(play,)) as pool:
+        yield from pool.map(_play_remembered, runs)
+
+
+_remembered: list[Callable[[tuple[float, int]], _Run]] = []
+
+
+def _remember(play: Callable[[tuple[float, int]], _Run]) -> None:
+    """Keep the fleet in a process that plays runs, so that it is sent once."""
+    _remembered[:] = [play]
+
+
+def _play_remembered(run: tuple[float, int]) -> _Run:
+    return _remembered[0](run)
+
+
+def _play(fleet: Mapping[str, Place], plan: Plan, run: tuple[float, int]) -> _Run:
+    rate, seed = run
+    played = Simulation(_scenario(fleet, plan, rate, seed)).run()
+    return _Run(
+        halted=played.rollout.state in {RolloutState.REVERTED, RolloutState.PAUSED},
+        wave=played.rollout.wave,
+        end_s=played.rests[-1][0] if played.rests else 0.0,
+        hurt=played.hurt(),
+        met=played.met(),
+    )
+
+
+def _forecast(rate: float, runs: Sequence[_Run]) -> Forecast:
+    halted = [each for each in runs if each.halted]
+    hurt = [each.hurt for each in runs]
     return Forecast(
         rate=rate,
-        runs=len(seeds),
+        runs=len(runs),
         halted=len(halted),
-        wave=statistics.mode(each.rollout.wave for each in halted) if halted else 0,
-        after_s=statistics.median(ends),
+        wave=statistics.mode(each.wave for each in halted) if halted else 0,
+        after_s=statistics.median(each.end_s for each in runs),
         hurt=int(statistics.median(hurt)),
         hurt_most=max(hurt),
-        met=int(statistics.median(each.met() for each in played)),
+        met=int(statistics.median(each.met for each in runs)),
     )
 
 

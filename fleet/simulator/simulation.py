@@ -10,16 +10,18 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 from functools import partial
 from typing import Final
 
 from msgspec.structs import replace
 
 from fleet.protocol.codes import OPEN_STATES, Outcome, RolloutState
-from fleet.rollout.advance import Step, advance, approve, end, pause, resume
-from fleet.rollout.decide import Gate, Limits, Rollout, deadlines
+from fleet.rollout.advance import Step, advance_standing, approve, end, pause, resume
+from fleet.rollout.decide import Gate, Limits, Rollout, deadlines, next_silence
 from fleet.rollout.members import Candidate, Stage, draw
 from fleet.rollout.model import OPEN, Expected, Member, Observation, leave, observe, returned, wants
+from fleet.rollout.standing import Standing
 from fleet.simulator.devices import DAY, MINUTE, Device, Order, Traits
 
 NEW: Final = "new"
@@ -100,10 +102,7 @@ class Simulation:
         self.rollout, self.members = self._begin()
         self._wake: float | None = None
         self._ticking = False
-        self._silences: list[tuple[float, str]] = []  # of members: when each is silent for too long, unless heard
-        self._silent_at: dict[str, float] = {}
-        # of a rollout that succeeded: members without an outcome by then, and how many others are counted
-        self._late: tuple[dict[str, None], int] | None = None
+        self._looked_at = 0.0
 
     def run(self) -> "Simulation":
         """Play until nothing is left to happen, or the horizon."""
@@ -148,7 +147,7 @@ class Simulation:
 
     # -- the server -------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> tuple[Rollout, dict[str, Member]]:
+    def _begin(self) -> tuple[Rollout, Standing]:
         affected = [name for name in self.devices if self._site(name).affected]
         drawn = draw(
             [Candidate(name, self.devices[name].traits.online(0), self._site(name).labels) for name in affected],
@@ -157,8 +156,8 @@ class Simulation:
         )
         wave_of = {name: wave for wave, names in enumerate(drawn.waves, 1) for name in names}
         rank = {name: place for place, name in enumerate(drawn.order)}
-        members = {
-            name: Member(
+        members = Standing(
+            Member(
                 name,
                 wave_of.get(name, 0),
                 Outcome.PENDING if name in wave_of else Outcome.NOT_AFFECTED,
@@ -169,7 +168,7 @@ class Simulation:
                 online_since=0.0 if device.traits.online(0) else None,
             )
             for name, device in self.devices.items()
-        }
+        )
         gates = tuple(
             Gate(self.scenario.soak_s if stage.soak_s is None else stage.soak_s, stage.approval)
             for stage in drawn.stages
@@ -191,35 +190,23 @@ class Simulation:
     def _advance(self) -> None:
         self._ticking = False
         before = self.rollout
-        concerned, besides = self._concerned()
-        step = advance(self.rollout, map(self._with_health, concerned), self.now, besides=besides)
-        self.rollout = step.rollout
-        self.members.update((each.device, each) for each in step.members)
-        if step.rollout.state is not before.state:
-            self._late = None
+        step = advance_standing(self.rollout, self.members, self.now)
+        self.rollout, self._looked_at = step.rollout, self.now
         for name in self.members if step.rollout.state is not before.state else step.changed:
             self._order(name)
+        if not self.scenario.tick_s:
+            step = with_fields(step, sets=(tuple(self.members.values()),))
         self.steps.append(step)
         if not self.rests or self.rests[-1][1].rollout.state is not step.rollout.state:
             self.rests.append((self.now, step))
         if self.scenario.tick_s:
-            self._watch(self.members if step.rollout.wave != before.wave else step.changed)
+            for name in self.members if step.rollout.wave != before.wave else step.changed:
+                self._watch(self.members[name])
             self._wake_at(None if step.wait.devices else step.wait.until)
         else:
             self._wake_at(step.wait.until)
         if self.rollout.state is RolloutState.PAUSED and self.scenario.resumes:
             self._at(self.now + 10 * MINUTE, partial(self._act, "resume"))
-
-    def _concerned(self) -> tuple[Iterable[Member], int]:
-        """Return the members that a decision may be about, and how many others are counted."""
-        settled = self.rollout.state is RolloutState.SUCCEEDED and self.rollout.limits.min_available is None
-        if not self.scenario.tick_s or not settled:
-            return self.members.values(), 0
-        if self._late is None:
-            late = {name: None for name, each in self.members.items() if each.arrival or each.outcome in OPEN}
-            self._late = late, sum(each.counted for name, each in self.members.items() if name not in late)
-        late, besides = self._late
-        return [self.members[name] for name in late], besides
 
     def _wake_at(self, at: float | None) -> None:
         """Look at a time, unless that is done earlier anyway."""
@@ -231,32 +218,22 @@ class Simulation:
         """Decide where a member has been silent for too long; those that were heard meanwhile have longer."""
         last = self.steps[-1]
         due = not self.scenario.tick_s or (last.rollout.state in OPEN_STATES and not last.wait.devices)
-        while self._silences and self._silences[0][0] <= self.now:
-            at, name = heapq.heappop(self._silences)
-            if self._silent_at.get(name) == at:
-                del self._silent_at[name]
-                member = self._with_health(self.members[name])
-                due = due or any(time <= self.now for time in deadlines(self.rollout, [member]))
-                self._watch([name])
-        if due:
+        silent_at = None if due else next_silence(self.rollout, self.members, self._looked_at)
+        if due or (silent_at is not None and silent_at <= self.now):
             self._advance()
-        elif self._silences:
-            self._wake_at(self._silences[0][0])
+        else:
+            self._wake_at(silent_at)
 
-    def _watch(self, names: Iterable[str]) -> None:
-        """Note when each of these members is silent for too long, unless it is heard before."""
-        for name in names:
-            times = deadlines(self.rollout, [self._with_health(self.members[name])])
-            until = min((time for time in times if time > self.now), default=None)
-            if until is not None and until < self._silent_at.get(name, math.inf):
-                self._silent_at[name] = until
-                heapq.heappush(self._silences, (until, name))
-        if self._silences:
-            self._wake_at(self._silences[0][0])
+    def _watch(self, member: Member) -> None:
+        """Look when a member has been silent for too long, unless it is heard before."""
+        later = [time for time in deadlines(self.rollout, member) if self.now < time < math.inf]
+        self._wake_at(min(later, default=None))
 
-    def _with_health(self, member: Member) -> Member:
-        """Count the health messages that a device in its swap sends all the time while it is online."""
-        return replace(member, heard_at=self.now) if member.swapping and member.online else member
+    def _put(self, member: Member) -> None:
+        """Note how a member stands. Whoever is online in its swap is heard: it sends its health all the time."""
+        if member.swapping and member.online_since is not None:
+            member = replace(member, heard_at=math.inf)
+        self.members[member.device] = member
 
     def wanted(self, name: str) -> str | None:
         """Return the version that the server wants on a device."""
@@ -282,17 +259,15 @@ class Simulation:
         before = self.members[name]
         member = replace(before, heard_at=self.now)
         seen = replace(seen, at=self.now)
-        new = Expected(frozenset(each.sha256 for each in self.orders[name] if each.version == NEW), NEW)
-        had = self.scenario.before
-        old = Expected(frozenset(each.sha256 for each in self.orders[name] if each.version == had), had or "")
-        member = returned(member, seen, old) if member.returning else observe(member, seen, new)
-        self.members[name] = member
-        if self._late is not None and name not in self._late[0]:
-            self._late = None
+        version = self.scenario.before if member.returning else NEW
+        orders = frozenset(each.sha256 for each in self.orders[name] if each.version == version)
+        proof = Expected(orders, version or "")
+        member = returned(member, seen, proof) if member.returning else observe(member, seen, proof)
+        self._put(member)
         if self._matters(before, member):
             self._look()
         if self.scenario.tick_s:
-            self._watch([name])
+            self._watch(self.members[name])
         self._order(name)  # a report may cross an offer that is withdrawn: the device has begun, and goes on
 
     def _matters(self, before: Member, after: Member) -> bool:
@@ -313,7 +288,7 @@ class Simulation:
                 self.rollout = pause(self.rollout)
             case "resume" if self.rollout.state is RolloutState.PAUSED:
                 self.rollout, after, _ = resume(approve(self.rollout), tuple(self.members.values()))
-                self.members = {each.device: each for each in after}
+                self.members = Standing(after)
             case "abort" if self.rollout.state in OPEN_STATES:
                 self.rollout = end(self.rollout, self.members, RolloutState.ABORTED)
             case "revoke" if self.rollout.state in OPEN_STATES | {RolloutState.SUCCEEDED}:
@@ -324,7 +299,6 @@ class Simulation:
             case _:
                 return
         self.ended[verb] = self.now
-        self._late = None
         self._advance()
         for name in self.members:
             self._order(name)
@@ -341,16 +315,15 @@ class Simulation:
         member = self.members[name]
         if online is member.online:
             return
-        self.members[name] = replace(
-            member, online_since=self.now if online else None, heard_at=self.now if online else member.heard_at
-        )
+        heard_at = self.now if online or member.swapping else member.heard_at
+        self._put(replace(member, online_since=self.now if online else None, heard_at=heard_at))
         if online:
             self._deliver(name)
             self._send(name, self.devices[name].state(self.now))
         if self._matters(member, self.members[name]):
             self._look()
         if self.scenario.tick_s:
-            self._watch([name])
+            self._watch(self.members[name])
 
     def _deliver(self, name: str) -> None:
         """Give a device that is online its newest order."""

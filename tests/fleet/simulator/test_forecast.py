@@ -29,3 +29,8 @@ def test_a_good_version_reaches_everybody_who_comes():
 
 def test_a_forecast_is_made_again_from_its_seed():
     assert forecast(FLEET, WAVES, seed=5, rates=[0.05], runs=5) == forecast(FLEET, WAVES, seed=5, rates=[0.05], runs=5)
+
+
+def test_several_processes_make_the_same_forecast():
+    alone = forecast(FLEET, WAVES, seed=5, rates=[0.0, 0.05], runs=3)
+    assert forecast(FLEET, WAVES, seed=5, rates=[0.0, 0.05], runs=3, processes=2) == alone

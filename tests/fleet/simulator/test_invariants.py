@@ -154,7 +154,9 @@ def test_an_outcome_without_a_name_is_found(monkeypatch):
 
 def test_an_assignment_that_does_not_follow_the_outcome_is_found(monkeypatch):
     monkeypatch.setattr(
-        simulation, "advance", lambda *given, **more: dataclasses.replace(advance.advance(*given, **more), changed=())
+        simulation,
+        "advance_standing",
+        lambda *given, **more: dataclasses.replace(advance.advance_standing(*given, **more), changed=()),
     )
     broken_by("and assigned")
 
