@@ -33,7 +33,11 @@ class TunnelProxy(threading.Thread):
     def _serve(self, client):
         head = b""
         while b"\r\n\r\n" not in head:
-            head += client.recv(4096)
+            more = client.recv(4096)
+            if not more:  # who only tries whether the proxy answers
+                client.close()
+                return
+            head += more
         lines = head.decode().split("\r\n")
         self.asked.append(lines[0].split()[1])
         fields = dict(line.split(": ", 1) for line in lines[1:] if line)

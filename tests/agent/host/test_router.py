@@ -64,7 +64,7 @@ def test_requests_sent_at_once_are_answered_in_their_order(echo):
         sock.sendall(requests)
         data = b""
         while data.count(b"HTTP/1.1 ") < 9 or not data.endswith(b"8"):
-            data += sock.recv(65536)
+            data += sock.recv(65536) or pytest.fail(f"closed after {data!r}")
     statuses = [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [b"404", b"200", b"200"] * 3
     assert [part[-1:] for part in data.split(b"HTTP/1.1 ")[1:] if part.startswith(b"200")] == [

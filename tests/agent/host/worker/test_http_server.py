@@ -39,7 +39,7 @@ def test_a_large_answer_is_sent_piece_by_piece_from_where_it_lies():
                 clients.event(fd, mask)
             wholes |= {id(one.out.obj) for one in clients._clients.values() if one.out}
             try:
-                received += client.recv(1 << 20)
+                received += client.recv(1 << 20) or pytest.fail("closed")
             except BlockingIOError:
                 continue
     assert len(wholes) == 1
