@@ -1,7 +1,6 @@
 """Base of the commands on a device: their arguments, their end at a closed pipe, their place in a container."""
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -19,6 +18,8 @@ def parse(
     """Parse arguments, of which the first is one of the `known` commands; end the process where it is none."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] not in known and not words[0].startswith("-"):
+        import difflib  # noqa: PLC0415 - for the sentence about a mistake alone
+
         near = difflib.get_close_matches(words[0], known, 1)
         guess = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
         parser.exit(2, f"{parser.prog}: no such command {words[0]!r}; {guess} See '{parser.prog} --help'\n")

@@ -6,21 +6,15 @@ systemd-python installed, log records go to the journal with structured fields.
 
 import contextlib
 import logging
-import logging.handlers
 import os
 import socket
-import time
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
-from agent import disk
-from agent.disk import Write
 from fleet.protocol.printable import PrintableFormatter
 
 WATCHDOG_SHARE: Final = 3
 FIELD: Final = "WASMFLEET_"
-KEPT_BYTES: Final = 4 << 20
 
 
 def notify(**fields: str) -> bool:
@@ -57,33 +51,6 @@ def fields(**values: object) -> dict[str, str]:
     return {f"{FIELD}{name.upper()}": str(value) for name, value in values.items() if value}
 
 
-class KeptLog(logging.handlers.RotatingFileHandler):
-    """Log on the disk, over boots, as a journal may be lost at each: the newest records, in two files of 2 MiB.
-
-    No record is waited for: on a full or broken disk it is lost.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Append to a file, opened at the first record."""
-        super().__init__(path, maxBytes=KEPT_BYTES // 2, backupCount=1, encoding="utf-8", errors="replace", delay=True)
-        formatter = PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        formatter.converter = time.gmtime
-        self.setFormatter(formatter)
-
-    def _open(self) -> TextIOWrapper:
-        path = Path(self.baseFilename)
-        disk.make_directory(Write.DIRECTORY, path.parent, mode=0o700)
-        descriptor = disk.open_descriptor(Write.AGENT_LOG, path, os.O_WRONLY | os.O_APPEND)
-        return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
-
-    def rotate(self, source: str, dest: str) -> None:
-        """Keep the full file beside the new one."""
-        disk.take_name(Write.AGENT_LOG_TURNED, Path(source), Path(dest))
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of the standard library
-        """Lose a record that cannot be written."""
-
-
 def log_to_journal(level: int, kept: Path | None = None, **always: object) -> None:
     """Log to the journal if systemd-python is installed and stderr is the journal, otherwise as lines on stderr.
 
@@ -100,4 +67,9 @@ def log_to_journal(level: int, kept: Path | None = None, **always: object) -> No
 
             handler = journal.JournalHandler(SYSLOG_IDENTIFIER="fleet-agent", **fields(**always))
             handler.setFormatter(PrintableFormatter("%(message)s"))  # level and logger are fields
-    logging.basicConfig(level=level, handlers=[handler, *([KeptLog(kept)] if kept else [])])
+    handlers = [handler]
+    if kept is not None:
+        from agent.kept_log import KeptLog  # noqa: PLC0415 - not for the host, which imports this module too
+
+        handlers.append(KeptLog(kept))
+    logging.basicConfig(level=level, handlers=handlers)

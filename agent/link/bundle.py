@@ -9,12 +9,11 @@ import contextlib
 import errno
 import os
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import msgspec
 
@@ -27,6 +26,9 @@ from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
 from signing import dsse
 from signing.errors import Rejected
+
+if TYPE_CHECKING:
+    import tarfile
 
 _TUF: Final = "/v1/tuf/"
 _ARTIFACTS: Final = "/v1/artifacts/"
@@ -62,6 +64,8 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
         BundleError: not a bundle, another version of the layout, nothing for this device, or incomplete.
         OSError: the directory cannot be written.
     """
+    import tarfile  # noqa: PLC0415 - for `fleet-agent apply` alone
+
     unpacked = directory.with_name(f"{directory.name}.new")
     disk.remove_tree(Write.BUNDLE_DROPPED, unpacked)
     try:
@@ -83,7 +87,7 @@ def stage(file: IO[bytes], directory: Path, *, device: str) -> None:
     disk.move(Write.BUNDLE, unpacked, directory)
 
 
-def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+def _members(tar: "tarfile.TarFile") -> "dict[str, tarfile.TarInfo]":
     found: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         limit = names.max_bytes(member.name)
@@ -95,7 +99,7 @@ def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     return found
 
 
-def _of(device: str, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+def _of(device: str, members: "dict[str, tarfile.TarInfo]") -> "tarfile.TarInfo":
     try:
         return members[names.desired(device)]
     except KeyError as error:
@@ -103,13 +107,13 @@ def _of(device: str, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
         raise BundleError(message) from error
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _read(tar: "tarfile.TarFile", member: "tarfile.TarInfo") -> bytes:
     source = tar.extractfile(member)
     assert source is not None
     return source.read()
 
 
-def _check_head(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> None:
+def _check_head(tar: "tarfile.TarFile", members: "dict[str, tarfile.TarInfo]") -> None:
     try:
         head = msgspec.json.decode(_read(tar, members[names.HEAD]), type=_Head)
     except (KeyError, *wire.JSON_ERRORS) as error:
@@ -129,7 +133,7 @@ def _wanted(envelope: bytes) -> list[str]:
     return [name for name in dict.fromkeys(named) if names.max_bytes(name)]
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, into: Path) -> None:
+def _extract(tar: "tarfile.TarFile", member: "tarfile.TarInfo", into: Path) -> None:
     disk.make_directory(Write.DIRECTORY, into.parent, mode=0o700)
     source = tar.extractfile(member)
     assert source is not None

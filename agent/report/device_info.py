@@ -4,13 +4,17 @@ import contextlib
 import os
 import platform
 import shutil
+import sys
 from functools import cache
-from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 from agent.clock import boot_clock, clock_synchronised
 from fleet.protocol import bounds
 from fleet.protocol.messages import DeviceResources, Versions
+
+_METADATA: Final = "wasmfleet-*.dist-info"
+"""Directory of an installed package; `importlib.metadata`, which finds it too, takes 1.5 MB."""
 
 
 @cache
@@ -20,10 +24,12 @@ def _os_name() -> str:
     return ""
 
 
+@cache
 def agent_version() -> str:
     """Return the agent's version; empty if it runs from a source tree that is not installed."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("wasmfleet")
+    for place in sys.path:
+        for found in sorted(Path(place).glob(_METADATA)):
+            return found.name.removesuffix(".dist-info").partition("-")[2]
     return ""
 
 

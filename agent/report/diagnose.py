@@ -35,10 +35,10 @@ from agent import disk
 from agent.config import Paths, Settings
 from agent.disk import Write
 from agent.host.ipc import host_api
+from agent.kept_log import KEPT_BYTES
 from agent.proxy import Proxy, ProxyError
 from agent.report import check, device_info
 from agent.report.status import StatusReport, format_status, format_timeline
-from agent.systemd import KEPT_BYTES
 from fleet.protocol.bounds import KIB, MIB
 from fleet.protocol.names import readable
 from fleet.protocol.printable import json_text, printable

@@ -30,11 +30,9 @@ image's key. components/adapter has the source, the WIT and a rebuild that compa
 """
 
 import functools
-import gzip
 import hashlib
 import re
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Final
 
 from fleet.component import binary, reader, types, wasi
@@ -464,6 +462,9 @@ _FILE: Final = "adapter.wasm.gz"
 @functools.cache
 def load_adapter() -> bytes:
     """Read the adapter."""
+    import gzip  # noqa: PLC0415 - many processes import this module, few read the adapter
+    from importlib import resources  # noqa: PLC0415
+
     return gzip.decompress(resources.files("fleet.component").joinpath(_FILE).read_bytes())
 
 

@@ -5,7 +5,6 @@ Every error is a `BadManifestError` of one line that begins with the file and th
 are written for people (`16MiB`, `500ms`) and counted in bytes and milliseconds.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,6 +200,8 @@ class Table:
         """Refuse fields that were not taken."""
         for key in self.raw:
             if key not in self.known:
+                import difflib  # noqa: PLC0415 - for the sentence about a mistake alone
+
                 near = difflib.get_close_matches(key, self.known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self.known)}"
                 raise BadManifestError(f"{FILE_NAME}: {self.at(key[:80])}: unknown field; {hint}")

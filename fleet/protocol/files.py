@@ -12,8 +12,6 @@ import errno
 import functools
 import logging
 import os
-import secrets
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -92,7 +90,7 @@ def _take_name(source: Path, path: Path) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Return a name beside a file for its next content, until it is whole; no other process is given the same."""
-    return path.with_name(f"{_TEMPORARY}{_boot()}-{secrets.token_hex(8)}")
+    return path.with_name(f"{_TEMPORARY}{_boot()}-{os.urandom(8).hex()}")
 
 
 def move_into_place(source: Path, target: Path) -> None:
@@ -160,7 +158,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY}{_boot()}-")
+    temporary = temporary_name(path)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -169,9 +168,9 @@ def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:
             os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            temporary.unlink()
         raise
-    return Path(name)
+    return temporary
 
 
 def _set_mode(descriptor: int, mode: int) -> None:
@@ -200,9 +199,14 @@ def damage(path: Path) -> str:
 
 def is_full(directory: Path, room_bytes: int) -> bool:
     """Return whether a directory that can be written has no room for a file of this size."""
+    probe = temporary_name(directory / "room")
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            os.posix_fallocate(file.fileno(), 0, room_bytes)
+        descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, room_bytes)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
     except OSError as error:
         return error.errno in {errno.ENOSPC, errno.EDQUOT}
     return False

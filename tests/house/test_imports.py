@@ -169,6 +169,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
             "agent.config",
             "agent.disk",
             "agent.happy_eyeballs",
+            "agent.kept_log",
             "agent.proxy",
             "agent.starts",
             "agent.systemd",

@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(
             RejectCode.COMPILE_FAILED, "standard output is a file, which the compiler may not write: use a pipe (| cat)"
         )
+    runtime.adapter()
     plan = runtime.memory_plan(runtime.reservable_bytes())
     _limit()
     try:

@@ -20,8 +20,8 @@ What can go wrong with a component, and how it is told to people: by its cause, 
 `EngineError` is for what cannot be compiled, loaded or offered; `GuestError` for what a guest did.
 """
 
+import functools
 import hashlib
-import importlib.metadata
 import mmap
 import platform
 import re
@@ -113,14 +113,21 @@ OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STA
 
 _ADAPTERS_OWN: Final = frozenset({compose.HOST})
 """Import of the adapter itself, which comes with wasi:http and needs no grant."""
-_ADAPTER: Final = compose.load_adapter()  # read now: the compiler cannot open it from inside its sandbox
 
 Log = Callable[[str], None]
 
 
+@functools.cache
+def adapter() -> bytes:
+    """Read the adapter, once: the compiler does before its sandbox closes, and nobody else needs it."""
+    return compose.load_adapter()
+
+
 def version() -> str:
     """Wasmtime's version, as the package says it."""
-    return importlib.metadata.version("wasmtime")
+    from importlib import metadata  # noqa: PLC0415 - zygotes and workers ask nothing of it
+
+    return metadata.version("wasmtime")
 
 
 def cpu_flags() -> str:
@@ -339,7 +346,7 @@ def _adapted(artifact: bytes | str) -> bytes | str:
     if isinstance(artifact, str):
         return artifact
     try:
-        return compose.compose(_ADAPTER, artifact) if compose.needs_adapter(read(artifact)) else artifact
+        return compose.compose(adapter(), artifact) if compose.needs_adapter(read(artifact)) else artifact
     except NotAComponentError as error:
         if error.fault in {Fault.WASI_0_3, Fault.WASI_DRAFT}:  # the engine would compile it, and could not link it
             raise EngineError(RejectCode.NOT_A_COMPONENT, str(error)) from error

@@ -8,7 +8,6 @@ import http
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from typing import Final
 
 from agent.host.http.parser import HEAD_MAX_BYTES, Fields, RequestHead, RequestParser, tokens
@@ -160,11 +159,21 @@ def lines(fields: Fields) -> bytes:
 _date: tuple[int, bytes] = (0, b"")
 
 
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def http_date(time_s: int) -> str:
+    """Format a time as RFC 9110, section 5.6.7 has it; `email.utils` would cost a worker 300 KB."""
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(time_s)
+    return f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04} {hour:02}:{minute:02}:{second:02} GMT"
+
+
 def _today() -> bytes:
     global _date  # noqa: PLW0603 - formatting it for each answer costs more than the answer
     now = int(time.time())
     if _date[0] != now:
-        _date = (now, formatdate(now, usegmt=True).encode())
+        _date = (now, http_date(now).encode())
     return _date[1]
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent import systemd
+from agent import kept_log
 from agent.host.ipc import framing, host_api
 from agent.proxy import Proxy
 from agent.report import diagnose
@@ -270,8 +270,8 @@ def test_files_of_the_agents_user_are_read_as_that_user():
 
 
 def test_the_agents_log_is_kept_within_two_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(systemd, "KEPT_BYTES", 4096)
-    handler = systemd.KeptLog(tmp_path / "log" / "agent.log")
+    monkeypatch.setattr(kept_log, "KEPT_BYTES", 4096)
+    handler = kept_log.KeptLog(tmp_path / "log" / "agent.log")
     for number in range(200):
         handler.handle(logging.LogRecord("agent", logging.INFO, "", 0, f"record {number}\x1b[2J", (), None))
     handler.close()
@@ -282,5 +282,5 @@ def test_the_agents_log_is_kept_within_two_files(tmp_path, monkeypatch):
     assert "record 199\\x1b[2J" in text
     assert all(line[10] == "T" and line[19] == "Z" for line in text.splitlines())
     (tmp_path / "file").write_text("")
-    broken = systemd.KeptLog(tmp_path / "file" / "agent.log")
+    broken = kept_log.KeptLog(tmp_path / "file" / "agent.log")
     broken.handle(logging.LogRecord("agent", logging.INFO, "", 0, "lost", (), None))
