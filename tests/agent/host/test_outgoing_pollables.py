@@ -54,11 +54,11 @@ def test_a_body_goes_on_after_the_answers_head_and_ends_with_trailers(web, peer,
     heard = bytearray()
 
     def behave(_peer, connection):
-        while b"6\r\nfirst \r\n" not in heard:
-            heard.extend(connection.recv(65536))
+        while b"6\r\nfirst \r\n" not in heard and (piece := connection.recv(65536)):
+            heard.extend(piece)
         connection.sendall(b"HTTP/1.1 202 Accepted\r\ntransfer-encoding: chunked\r\n\r\n")
-        while not heard.endswith(b"\r\n0\r\nx-sum: 7\r\n\r\n"):
-            heard.extend(connection.recv(65536))
+        while not heard.endswith(b"\r\n0\r\nx-sum: 7\r\n\r\n") and (piece := connection.recv(65536)):
+            heard.extend(piece)
         connection.sendall(b"5\r\nthere\r\n0\r\n\r\n")
 
     body = bytes(range(97, 101)) * (size // 4)
