@@ -65,6 +65,8 @@ class ResponseSink(Protocol):
     problem: str
     failed: bool
     trailers: bytes
+    said: bytes  # by the adapter at the end of the call
+    notes_problems: bool  # in the log of the instance; otherwise others do
 
     @property
     def request_trailers(self) -> bytes:
@@ -372,9 +374,10 @@ class WholeResponse:
 
     begun = False
     request_trailers = b""
+    notes_problems = True
 
     def __init__(self) -> None:
-        self.problem, self.failed, self.trailers = "", False, b""
+        self.problem, self.failed, self.trailers, self.said = "", False, b"", b""
 
     def rest(self) -> bytes:
         """See `ResponseSink.rest`."""
@@ -433,14 +436,15 @@ class WasiHttpGuest(Guest):
             self._flush()
         left, self._left, WasiHttpGuest._clean = self._left - 1, 0, False
         try:
-            said = self.exchange(adapter_abi.request_head(method, target, headers, way.request_trailers))
+            said = way.said = self.exchange(adapter_abi.request_head(method, target, headers, way.request_trailers))
         finally:
             answer = way.rest()
             self._outgoing.reset()
         head = adapter_abi.answer_head(said)
         WasiHttpGuest._clean = True
         if head.problem is not None:
-            self._log(f"host: {head.problem}")
+            if way.notes_problems:
+                self._log(f"host: {head.problem}")
             way.problem, way.failed = way.problem or head.problem, True
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
         self._left = left

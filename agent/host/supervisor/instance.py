@@ -351,8 +351,8 @@ class Instance:
                 self._watch(generation, worker, call, abandoned=isinstance(message, helper_api.CallAbandoned))
 
     def _watch(self, generation: Generation, worker: WorkerHandle, call: int, *, abandoned: bool) -> None:
-        """Watch a call; `abandoned`: end it now."""
-        if not worker.alive:
+        """Watch a call; `abandoned`: end it now. A shared worker watches its calls itself."""
+        if not worker.alive or worker.process.is_shared:
             return
         watch = self._watches.get(worker)
         if watch is None or watch.call != call:

@@ -93,6 +93,9 @@ class ControlOwner(Protocol):
     def request_sent(self) -> None:
         """Take note that a request is in the socket."""
 
+    def hung_up(self) -> None:
+        """Take note that the other end has closed the socket."""
+
     def kill(self, reason: str) -> None:
         """End the process at the other end now."""
 
@@ -219,8 +222,7 @@ class ControlSocket:
             return
         except framing.GoneError:
             self.unplug()
-            loop = asyncio.get_running_loop()
-            loop.call_later(_EXIT_GRACE_S, self.owner.end, "it closed its socket and did not end")
+            self.owner.hung_up()
             return
         if isinstance(message, worker_api.Ready | worker_api.Opened) and fds and self.memory_fd < 0:
             self.memory_fd, fds = fds[0], fds[1:]
@@ -345,6 +347,10 @@ class WorkerProcess:
     def slot_in_call(self) -> "WorkerHandle | None":
         """Return the slot that is in a call now; None for none."""
         return next((slot for slot in self.slots if slot.began_ns()), None)
+
+    def hung_up(self) -> None:
+        """Wait a little for the end of the process that has closed its control socket, and then end it."""
+        asyncio.get_running_loop().call_later(_EXIT_GRACE_S, self.end, "it closed its socket and did not end")
 
     def private_bytes_per_slot(self) -> int:
         """Return a slot's share of the process's own memory; 0 if the kernel does not report it.
@@ -537,8 +543,27 @@ class WorkerHandle:
         return own if self.calls is self.page else own.plus(self.calls.read())
 
     def began_ns(self) -> int:
-        """Return the begin of the call in flight, or of another order that it carries out; 0 for none."""
-        return self.calls.began_ns() or self.page.began_ns()
+        """Return the begin of the call in flight, or of another order that it carries out; 0 for none.
+
+        A slot's calls begin when the process has done with those of other slots, which the router does not know.
+        """
+        return self.page.began_ns() or (0 if self.process.is_shared else self.calls.began_ns())
+
+    @property
+    def is_idle(self) -> bool:
+        """True while it has no call, not even one that waits for other slots."""
+        return not (self.began_ns() or self.calls.began_ns())
+
+    def hung_up(self) -> None:
+        """Wait a little for the end of the process that has closed its control socket, and then end the slot.
+
+        A slot whose process goes on has left because its channel has ended, which is no fault of it.
+        """
+        asyncio.get_running_loop().call_later(_EXIT_GRACE_S, self._end_after_grace)
+
+    def _end_after_grace(self) -> None:
+        self.excused = self.excused or (self.alive and self.process.is_shared)
+        self.end("its channel has ended" if self.process.is_shared else "it closed its socket and did not end")
 
     def on_message(self, message: worker_api.FromWorker) -> None:
         """Pass a message on."""

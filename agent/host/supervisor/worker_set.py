@@ -177,7 +177,7 @@ class WorkerSet:
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
             channel = None
-            if self._takes_frames(generation) and not shared:
+            if self._takes_frames(generation):
                 channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
                 fds.append(theirs.fileno())
             message = worker_api.Setup(
@@ -219,7 +219,7 @@ class WorkerSet:
     def can_move(self, generation: Generation) -> bool:
         """Return whether its only worker is idle and a fuller shared worker has a slot for it."""
         workers = generation.alive
-        if not generation.may_share or len(workers) != 1 or workers[0].began_ns():
+        if not generation.may_share or len(workers) != 1 or not workers[0].is_idle:
             return False
         return self._pool.has_fuller(workers[0], self._spec(generation))
 

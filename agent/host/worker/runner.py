@@ -29,6 +29,7 @@ from agent.host.ipc.worker_api import TokenBucket
 from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
+from agent.host.worker.slot_channel import SlotResponse
 from agent.host.worker.streaming import StreamingResponse
 from agent.host.worker.watchdog import (
     LINE_MAX_CHARS,
@@ -102,7 +103,7 @@ class GuestRunner:
         self._denials = Denials(self.log, page.denied)
         self._outgoing = DenyOutgoing(self._denials) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
-        self._way: StreamingResponse | None = None
+        self._way: StreamingResponse | SlotResponse | None = None
         self._answered = 0
         self._sent_bytes = 0
         self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
@@ -237,7 +238,7 @@ class GuestRunner:
         """Return a sentence for a call to what the guest does not export; None where it does."""
         return None if kind in self._kinds else f"it exports no {kind}"
 
-    def handle(self, request: Request, way: StreamingResponse | None) -> tuple[int, bytes, bytes]:
+    def handle(self, request: Request, way: StreamingResponse | SlotResponse | None) -> tuple[int, bytes, bytes]:
         """Run an HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
 
         Where the guest can, its answer goes out on `way` while it is written.
@@ -291,14 +292,16 @@ class GuestRunner:
         us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
         self._page.end(outcome, us, error=error)
 
-    def _begin(self, budget_ms: int, way: StreamingResponse | None = None) -> None:
+    def _begin(self, budget_ms: int, way: StreamingResponse | SlotResponse | None = None) -> None:
         """Let the page and the ticker know of a call. The page first: no verdict comes before its number is there."""
         number = self._ticker.number()
         self._page.begin(time.monotonic_ns(), number)
         watch = do_nothing if self._writes is None else self._count_writes
         self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, self.queued, way))
 
-    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: StreamingResponse | None = None) -> T:
+    def _call(
+        self, enter: Callable[[Guest], T], own_ms: int = 0, way: StreamingResponse | SlotResponse | None = None
+    ) -> T:
         try:
             if self._guest is None:
                 self.start()

@@ -30,6 +30,7 @@ _HEAD_MAX_BYTES: Final = HEAD_MAX_BYTES + 1024  # with the status and the end of
 class StreamingResponse:
     """Response to one request, streamed while the guest writes it."""
 
+    notes_problems = True
     __slots__ = (
         *(
             "_bodiless",
@@ -49,7 +50,7 @@ class StreamingResponse:
             "live",
             "lock",
         ),
-        *("most", "out", "over", "read_bytes", "problem", "request", "sent_bytes", "stalled_ms", "trailers"),
+        *("most", "out", "over", "read_bytes", "problem", "request", "said", "sent_bytes", "stalled_ms", "trailers"),
     )
 
     def __init__(self, sock: socket.socket | None, request: Request, most: int) -> None:
@@ -80,7 +81,7 @@ class StreamingResponse:
         self.problem = ""
         """Fault of the answer, as a sentence; `failed`: the guest says so itself, by the adapter."""
         self.failed = False
-        self.trailers = b""
+        self.trailers = self.said = b""
 
     @property
     def request_trailers(self) -> bytes:

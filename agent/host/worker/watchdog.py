@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, NoReturn
 
 from agent.host.engine.runtime import TICK_MS
 from agent.host.ipc import framing, worker_api
+from agent.host.worker.slot_channel import SlotResponse
 from agent.host.worker.streaming import StreamingResponse
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Limits
@@ -60,7 +61,7 @@ class Call(NamedTuple):
     relieve: Callable[[], None] = do_nothing
     watch: Callable[[], None] = do_nothing
     queued: Callable[[], None] = do_nothing
-    flow: StreamingResponse | None = None
+    flow: StreamingResponse | SlotResponse | None = None
 
 
 @dataclass(slots=True)

@@ -39,6 +39,7 @@ from agent.host.engine import adapter_abi
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
+from agent.host.http import connection
 from agent.host.ipc import frames, framing, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
@@ -48,6 +49,7 @@ from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.http_server import CLIENTS_MAX, HttpServer
 from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
+from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse, request_parts
 from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
@@ -66,6 +68,9 @@ class Worker:
         self.begun = False
         self._leaving = 0  # the id of the `HandOver` that is carried out
         self._channel = False
+        self._slot: SlotChannel | None = None  # of a slot in a shared worker
+        self._orders: list[tuple[worker_api.ToWorker, tuple[int, ...]]] = []  # until its router lets it leave its calls
+        self._owes_end = False
         self._looping = False
         self._holding = False  # the state was saved: no call before `Resume`
         poll.register(sock, select.EPOLLIN)
@@ -152,8 +157,12 @@ class Worker:
         scheduling_fd: int | None = None,
         writes: WriteMeter | None = None,
         clients_max: int = CLIENTS_MAX,
+        slot: socket.socket | None = None,
     ) -> bool:
-        """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed."""
+        """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
+
+        `slot`: channel of a slot in a shared worker.
+        """
         page = self._page = StatsPage(page_fd)
         os.close(page_fd)
         self._caller = GuestRunner(
@@ -177,15 +186,19 @@ class Worker:
             return self._refuse(setup, error.code, error)
         except GuestError as error:
             return self._refuse(setup, RejectCode.START_FAILED, error)
-        if not self._channel:
+        if slot is not None:
+            self._slot = SlotChannel(slot, setup.limits.request_bytes)
+            self._output = _ChannelOutput(slot)
+            self._poll.register(slot, select.EPOLLIN)
+        elif not self._channel:
             self.clients = HttpServer(
                 self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max
             )
         ready = worker_api.Ready(
             kinds=tuple(sorted(kinds)),
             layers=layers,
-            frames=self._channel,
-            whole=not self._caller.streams,
+            frames=self._channel or slot is not None,
+            whole=slot is not None or not self._caller.streams,
             id=setup.id,
         )
         worker_api.send(self._sock, ready, *(() if figures_fd is None else (figures_fd,)))
@@ -212,6 +225,67 @@ class Worker:
         if not isinstance(setup, worker_api.Setup):
             raise framing.GoneError("the first message is not a setup")
         return setup, fds
+
+    @property
+    def has_channel(self) -> bool:
+        """True for a slot in a shared worker that has a channel."""
+        return self._slot is not None
+
+    def turn_of_slot(self) -> bool:
+        """Do what there is to do, and at most one call; True if there is more."""
+        assert self._slot is not None
+        own = self._sock.fileno()
+        for fd, _ in self._poll.poll(0):
+            if fd == own:
+                self._obey_as_slot(*worker_api.receive_to_worker(self._sock))
+            else:
+                self._slot.read()
+        if not self._looping or self._holding:
+            return False
+        match self._slot.next():
+            case None:
+                return False
+            case SlotRequest() as request:
+                self._serve_slot(self._slot, request)
+            case _:
+                orders, self._orders = self._orders, []
+                self._owes_end = True
+                for order in orders:
+                    self.obey(*order)
+                self._end_orders()
+        return True
+
+    def _end_orders(self) -> None:
+        """Tell the router that calls may come again, unless the state was saved."""
+        if self._owes_end and not self._holding:
+            self._owes_end = False
+            self._output.write(Frame(Kind.END, 0))
+
+    def _obey_as_slot(self, message: worker_api.ToWorker, fds: tuple[int, ...]) -> None:
+        """Obey at once, or, while calls come, when the router says that none is on its way."""
+        apart = isinstance(
+            message, worker_api.Serve | worker_api.AcceptConnections | worker_api.Drain | worker_api.Interrupt
+        )
+        if self._looping and not (apart or self._holding or isinstance(message, worker_api.Resume)):
+            self._orders.append((message, fds))
+            return
+        self.obey(message, fds)
+        self._end_orders()
+
+    def _serve_slot(self, slot: SlotChannel, request: SlotRequest) -> None:
+        method, target, fields = request_parts(request.head)
+        response = SlotResponse(slot.stream, request.call, request.trailers)
+        streams = self._caller.streams
+        try:
+            call = connection.Request(method=method, target=target, headers=fields, body=request.body)
+            answer = self._caller.handle(call, response if streams else None)
+        except GuestError as error:
+            outcome = CallOutcome.GUEST_TRAP if response.ended else error.outcome
+            slot.fail(self._output.failed(outcome, str(error)))
+            return
+        if not streams:
+            response.native(*answer)
+        slot.answer(response)
 
     def turn(self, wait_s: float) -> None:
         """Do what there is to do, after waiting at most `wait_s` (-1: however long) for something."""
@@ -256,11 +330,18 @@ class Worker:
                 self._caller.restore()
                 output.write(Frame(Kind.END, 0))
 
+    @property
+    def _has_clients(self) -> bool:
+        return not self._channel and self._slot is None
+
     def close(self) -> None:
         """End this instance, and not the process."""
         if self.begun:
             self._caller.close()
-            self.clients.close()
+            if self._slot is None:
+                self.clients.close()
+        if self._slot is not None:
+            self._slot.stream.sock.close()
         self._poll.close()
         self._sock.close()
 
@@ -290,12 +371,12 @@ class Worker:
     ) -> None:
         """Obey a message about the way of calls. With a channel there are no connections to serve or to hand over."""
         match message:
-            case worker_api.Serve() if not self._channel:
+            case worker_api.Serve() if self._has_clients:
                 listener, *queue = (socket.socket(fileno=fd) for fd in fds)
                 self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
-            case worker_api.AcceptConnections() if not self._channel:
+            case worker_api.AcceptConnections() if self._has_clients:
                 self.clients.adopt(socket.socket(fileno=fds[0]))
-            case worker_api.Drain(id=number, deadline_ms=deadline_ms) if not self._channel:
+            case worker_api.Drain(id=number, deadline_ms=deadline_ms) if self._has_clients:
                 self._leaving = number
                 successor = socket.socket(fileno=fds[0]) if fds else None
                 self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
@@ -314,7 +395,7 @@ class Worker:
                     state, problem = self._caller.save_state(len(room))
                     room[: len(state)] = state
                 self._holding = problem is None
-                if self._holding and not self._channel:
+                if self._holding and self._has_clients:
                     self.clients.hold()
                 self.say(worker_api.StateSaved(length=len(state), problem=problem, id=number))
             case worker_api.LoadState(length=length, id=number):
@@ -323,7 +404,7 @@ class Worker:
                 self.say(worker_api.StateLoaded(problem=self._caller.load_state(state), id=number))
             case worker_api.Resume():
                 self._holding = False
-                if not self._channel:
+                if self._has_clients:
                     self.clients.resume()
 
 
@@ -481,12 +562,23 @@ class SharedWorker:
             if not slot.begun:
                 setup, fds = slot.first()
                 image = self._images[setup.image]
-                slot.begin(setup, image, fds[0], layers=self._layers, ticker=self._ticker, clients_max=_CLIENTS_A_SLOT)
+                slot.begin(
+                    setup,
+                    image,
+                    fds[0],
+                    layers=self._layers,
+                    ticker=self._ticker,
+                    clients_max=_CLIENTS_A_SLOT,
+                    slot=socket.socket(fileno=fds[1]) if setup.channel else None,
+                )
                 if not slot.begun:
                     self._end(fd)
                     return
-            slot.turn(0)
-            wait_s = slot.clients.wait_s()
+            if slot.has_channel:
+                wait_s = 0.0 if slot.turn_of_slot() else -1.0
+            else:
+                slot.turn(0)
+                wait_s = slot.clients.wait_s()
         except framing.GoneError:
             self._end(fd)
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import support
-from host_processes import children, ended, lanes_of
+from host_processes import children, ended, forks, lanes_of
 
 from agent.host.ipc import host_api
 from fleet.protocol.codes import InstanceState
@@ -209,3 +209,73 @@ def test_slots_with_different_images_come_together_in_a_quiet_moment(host):
 
         eventually(together, "all three are in one worker")
     assert count(host, "counter") == 1
+
+
+HTTP = Grants(interfaces=("wasi:http/outgoing-handler",))
+
+
+def post(host, path, body, sock=None):
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    return support.http(host.port, head.encode() + body, sock)
+
+
+@pytest.mark.parametrize("size", [1, 60_000, 300_000, 3_000_000])
+def test_bodies_reach_a_slot_whole_and_its_answers_go_out_by_credit(host, size):
+    large = Limits(request_bytes=4 << 20, response_bytes=4 << 20)
+    shared = share(host, "probe", "echo", grants=HTTP, limits=large)
+    assert share(host, "probe", "mate", grants=HTTP, limits=large) == shared
+    body = os.urandom(size)
+    for _ in range(2):
+        assert post(host, "/echo/echo", body)[::2] == (200, body)
+        assert get(host, "mate")[0] == 200
+    assert host.health("echo").calls == {"ok": 2}
+    assert post(host, "/echo/echo", bytes((4 << 20) + 1))[0] == 413
+
+
+def test_a_client_of_one_slot_that_reads_nothing_of_a_whole_answer_keeps_no_other_waiting(host):
+    large = Limits(response_bytes=8 << 20)
+    shared = share(host, "large-answer", "large", limits=large)
+    assert share(host, "large-answer", "mate", limits=large) == shared
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect(("127.0.0.1", host.port))
+        slow.sendall(b"GET /large/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert slow.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 200"
+        assert [get(host, "mate")[0] for _ in range(3)] == [200] * 3
+    eventually(lambda: sum(host.health("large").calls.values()) == 1, "its call is over")
+    assert get(host, "mate")[0] == 200
+
+
+def test_a_stream_from_a_slot_reaches_its_client_event_by_event(host):
+    share(host, "probe", "events", grants=HTTP)
+    with socket.create_connection(("127.0.0.1", host.port), timeout=30) as sock:
+        sock.sendall(b"GET /events/events HTTP/1.1\r\nhost: x\r\n\r\n")
+        data = b""
+        while b"\r\n\r\n" not in data or not data.partition(b"\r\n\r\n")[2]:
+            data += sock.recv(1000)
+        assert data.startswith(b"HTTP/1.1 200")
+    assert get(host, "events")[0] == 200, "a client that leaves ends its call"
+    health = host.health("events")
+    assert (health.calls, health.errors, health.restarts) == ({"ok": 1, "client-gone": 1}, 0, 0)
+
+
+def test_the_end_of_the_router_is_no_crash_of_those_who_share_a_worker(tmp_path):
+    host = support.Host(tmp_path)
+    for name in ("a", "b"):
+        share(host, "counter", name)
+        assert count(host, name) == 1
+    (router,) = forks(host)
+    os.kill(router, signal.SIGKILL)
+    eventually(lambda: "host: the router ended" in (tmp_path / "host.log").read_text(), "the router has ended")
+
+    def answer(name):
+        try:
+            return get(host, name)[0]
+        except OSError:
+            return 0
+
+    for name in ("a", "b"):
+        eventually(lambda name=name: answer(name) == 200, name)
+        assert host.health(name).restarts == 0
+    host.close()

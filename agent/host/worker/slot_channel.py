@@ -1,0 +1,311 @@
+"""Channel of a slot in a shared worker: its calls as frames, read and answered here, one call of all slots at a time.
+
+A slot has no loop in its guest, as all slots have one thread. A request's body is whole before its guest begins. The
+answer of a wasi:http guest goes out while it is written, by the watchdog's thread, as far as the router gives credit;
+what is left after the call waits for credit while other slots have their turn.
+"""
+
+import os
+import select
+import socket
+import threading
+from collections import deque
+from typing import Final
+
+from agent.host.engine.adapter_abi import ERRORS, READ_BYTES, drain_stdout, stdout_pipe
+from agent.host.ipc import frames, framing
+from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, FrameError, Kind
+
+_READ_BYTES: Final = 256 * 1024
+_CREDIT_STEP_BYTES: Final = INITIAL_CREDIT_BYTES // 4
+_HIGH_BYTES: Final = 128 * 1024
+WHOLE: Final = b"0 whole\r\n\r\n"
+CUT: Final = b"0 cut\r\n\r\n"
+TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
+HEAD_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-response-header-section-size")
+
+
+class SlotStream:
+    """Frames of a slot's channel. In a call the watchdog's thread uses it, otherwise the main thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.frames: deque[Frame] = deque()
+        self.is_open = True
+        self._decoder = FrameDecoder(TO_GUEST)
+        self._token = b""
+        self._data = b""
+
+    def read(self) -> None:
+        """Take what has come, without waiting."""
+        try:
+            data = self.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.is_open = False
+            return
+        if self._token:
+            self._data += data
+            before, found, data = self._data.partition(self._token)
+            if not found:
+                self._data = before[-len(self._token) :]
+                return
+            self._token = self._data = b""
+        try:
+            self.frames.extend(self._decoder.feed(data))
+        except FrameError:
+            self.is_open = False
+
+    def write(self, data: bytes) -> None:
+        """Send frames; the router always reads."""
+        try:
+            self.sock.sendall(data)
+        except OSError:
+            self.is_open = False
+
+    def align(self, token: str) -> None:
+        """Forget everything up to a token."""
+        self.frames.clear()
+        self._decoder, self._token, self._data = FrameDecoder(TO_GUEST), token.encode(), b""
+
+
+class SlotResponse:
+    """Answer to one call, given out while the guest writes it."""
+
+    notes_problems = False
+    """The router does."""
+
+    def __init__(self, stream: SlotStream, call: int, request_trailers: bytes = b"") -> None:
+        self.call = call
+        self.request_trailers = request_trailers
+        self.lock = threading.Lock()
+        self.over = False
+        """True once the call has ended: the watchdog uses it no more."""
+        self.live = False
+        """True while the watchdog moves bytes; before that, nothing does."""
+        self.begun = False
+        self.out = bytearray()
+        self.read_bytes = 0
+        """Bytes that the guest has written, its head included."""
+        self.ended = ""
+        """Why the guest is to end, or empty."""
+        self.problem, self.failed, self.trailers = "", False, b""
+        self.said = b""
+        """What the adapter said at the call's end; a frame of the answer's end has it."""
+        self._stream = stream
+        self._credit = INITIAL_CREDIT_BYTES
+        self._taken = bytearray()
+
+    # On the watchdog's thread.
+
+    def wait(self, most_ms: int) -> bool:
+        """Wait until there is something to move; False after `most_ms`. Holds no lock: the call may end meanwhile."""
+        poll = select.poll()
+        if len(self.out) < _HIGH_BYTES:
+            poll.register(stdout_pipe[0], select.POLLIN)
+        if self._stream.is_open:
+            poll.register(self._stream.sock, select.POLLIN)
+        return any(not mask & select.POLLNVAL for _, mask in poll.poll(most_ms))
+
+    def pump(self) -> None:
+        """Move what can be moved, without waiting."""
+        with self.lock:
+            if self.over:
+                return
+            self._stream.read()
+            self.heed()
+            while len(self.out) < _HIGH_BYTES:
+                try:
+                    data = os.read(stdout_pipe[0], READ_BYTES)
+                except BlockingIOError:
+                    break
+                self._take(data)
+            self.send()
+
+    def waited(self, ms: int, *, most_ms: int) -> None:
+        """Count nothing: the router times its clients."""
+
+    def end(self, why: str) -> None:
+        """Serve the client no further; discard what the guest still writes."""
+        self.ended = self.ended or why
+        self.out.clear()
+
+    # On either thread.
+
+    def heed(self) -> None:
+        """Take credit for this call, and note that its client has gone; requests behind it stay."""
+        kept = []
+        for frame in self._stream.frames:
+            if frame.kind is Kind.WHOLE_REQUEST or frame.kind is Kind.YIELD:
+                kept.append(frame)
+            elif frame.call == self.call and frame.kind is Kind.CREDIT:
+                self._credit += int.from_bytes(frame.payload, "little")
+            elif frame.call == self.call and frame.kind is Kind.CANCEL:
+                self.end("gone")
+        self._stream.frames = deque(kept)
+        if not self._stream.is_open:
+            self.end("gone")
+
+    def _take(self, data: bytes) -> None:
+        self.read_bytes += len(data)
+        if self.ended or self.problem:
+            return
+        if self.begun:
+            self.out += data
+            return
+        self._taken += data
+        if self._taken.startswith(b"\r\n"):  # the body was begun before the head was known
+            self._begin(b"", 2)
+        elif (end := self._taken.find(b"\r\n\r\n")) >= 0:
+            self._begin(bytes(self._taken[: end + 2]), end + 4)
+        elif len(self._taken) > frames.PAYLOAD_MAX_BYTES:
+            self.problem = "its head is too large"
+
+    def _begin(self, head: bytes, at: int) -> None:
+        if len(head) > frames.PAYLOAD_MAX_BYTES:
+            self.problem = "its head is too large"
+            return
+        self._stream.write(frames.encode(Frame(Kind.RESPONSE, self.call, head)))
+        self.begun = True
+        self.out += self._taken[at:]
+        self._taken.clear()
+
+    def send(self) -> None:
+        """Send as much as there is credit for."""
+        size = min(len(self.out), self._credit)
+        if size:
+            self._credit -= size
+            self._stream.write(frames.encode_body(self.call, bytes(self.out[:size])))
+            del self.out[:size]
+
+    # On the main thread, after the call.
+
+    def rest(self) -> bytes:
+        """Take what the guest wrote and nobody has sent."""
+        with self.lock:
+            self.over = True
+        self._take(drain_stdout())
+        return b""
+
+    def native(self, status: int, fields: bytes, body: bytes) -> None:
+        """Take the whole answer of a native guest."""
+        if b"content-length:" not in fields.lower():  # the router need not wait then to refuse a large body
+            fields = b"content-length: %d\r\n%b" % (len(body), fields)
+        fields = fields if fields.isascii() else fields.decode("latin-1").encode()
+        self._taken += b"%d\r\n%b\r\n" % (status, fields)
+        self._taken += body
+        self._begin(bytes(self._taken[: len(self._taken) - len(body) - 2]), len(self._taken) - len(body))
+        self.said = WHOLE
+
+    @property
+    def last(self) -> bytes:
+        """Payload of the frame that ends the answer."""
+        if self.ended:
+            return CUT
+        return HEAD_TOO_LARGE if self.problem and not self.begun and not self.failed else self.said
+
+
+class SlotRequest:
+    """Request whose body is on its way."""
+
+    def __init__(self, call: int, head: bytes) -> None:
+        self.call = call
+        self.head = head
+        self.body = bytearray()
+        self.size = self.owed = 0
+        self.trailers = b""
+
+
+class SlotChannel:
+    """Calls of one slot: which of its frames begin a call, and what is left of the last answer."""
+
+    def __init__(self, sock: socket.socket, request_max: int) -> None:
+        self.stream = SlotStream(sock)
+        self._request_max = request_max
+        self._request: SlotRequest | None = None
+        self._answer: SlotResponse | None = None
+
+    def read(self) -> None:
+        """Take what has come. Raises `framing.GoneError`: the router, or this channel of it, is gone."""
+        self.stream.read()
+        if not self.stream.is_open:
+            raise framing.GoneError("the channel has ended")
+
+    def next(self) -> SlotRequest | Frame | None:
+        """Return the next request that is whole, or the order to leave the loop; None if neither has come."""
+        if self._answer is not None and not self._go_on(self._answer):
+            return None
+        while self.stream.frames:
+            frame = self.stream.frames.popleft()
+            if frame.kind is Kind.YIELD:
+                return frame
+            if frame.kind is Kind.WHOLE_REQUEST:
+                return SlotRequest(frame.call, frame.payload)
+            if frame.kind is Kind.REQUEST:
+                self._request = SlotRequest(frame.call, frame.payload)
+            elif self._request is not None and frame.call == self._request.call:
+                whole = self._add(self._request, frame)
+                if whole is not None:
+                    return whole
+        return None
+
+    def _add(self, request: SlotRequest, frame: Frame) -> SlotRequest | None:
+        """Add a frame to the request that is on its way; return that once it is whole."""
+        match frame.kind:
+            case Kind.BODY:
+                request.size += len(frame.payload)
+                if request.size <= self._request_max:
+                    request.body += frame.payload
+                request.owed += len(frame.payload)
+                if request.owed >= _CREDIT_STEP_BYTES:
+                    self.stream.write(
+                        frames.encode(Frame(Kind.CREDIT, request.call, request.owed.to_bytes(4, "little")))
+                    )
+                    request.owed = 0
+                return None
+            case Kind.CANCEL:
+                self._request = None
+                self.end(request.call, CUT)
+                return None
+            case Kind.END:
+                self._request = None
+                if request.size > self._request_max:
+                    self.end(request.call, TOO_LARGE)
+                    return None
+                request.trailers = frame.payload
+                return request
+            case _:
+                return None
+
+    def end(self, call: int, said: bytes) -> None:
+        """End a call."""
+        self.stream.write(frames.encode(Frame(Kind.END, call, said)))
+
+    def answer(self, response: SlotResponse) -> None:
+        """Send an answer, and its end, or keep what there is no credit for yet."""
+        self._answer = response
+        self._go_on(response)
+
+    def _go_on(self, response: SlotResponse) -> bool:
+        response.heed()
+        response.send()
+        if response.out and not response.ended:
+            return False
+        self._answer = None
+        self.end(response.call, response.last)
+        return True
+
+    def fail(self, token: str) -> None:
+        """Read on behind this token."""
+        self._request = self._answer = None
+        self.stream.align(token)
+
+
+def request_parts(head: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return method, target and field lines of a head as `heads.request_head` makes it."""
+    line, _, fields = head.partition(b"\r\n")
+    method, target, *_ = line.split(b" ")
+    return method, target, fields if fields.isascii() else fields.decode().encode("latin-1")
