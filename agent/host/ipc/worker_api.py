@@ -186,9 +186,13 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
 
 
 class Interrupt(msgspec.Struct, frozen=True, kw_only=True, tag="interrupt"):
-    """End the call in flight on the channel if it is still this one, by its number in the page of figures."""
+    """End the call in flight on the channel if it is still this one, by its number in the page of figures.
+
+    `abandoned`: only since nobody wants its answer, so it is no fault.
+    """
 
     call: Count
+    abandoned: bool = False
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):

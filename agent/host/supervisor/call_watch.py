@@ -104,7 +104,7 @@ class CallWatch:
             return
         self._interrupted = True
         with contextlib.suppress(WorkerGoneError):
-            self._worker.notify(worker_api.Interrupt(call=self.call))
+            self._worker.notify(worker_api.Interrupt(call=self.call, abandoned=not at_fault))
         asyncio.get_running_loop().call_later(_GRACE_S, self._after_grace, reason, at_fault)
 
     def _after_grace(self, reason: str, at_fault: bool) -> None:  # noqa: FBT001 - the loop passes no keywords

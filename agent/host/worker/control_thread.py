@@ -48,6 +48,7 @@ class ControlThread:
         self._messages: deque[ControlMessage] = deque()
         self._calls = threading.Lock()
         self._interrupted = 0  # number of the call that was interrupted and has not ended
+        self._abandoned = False  # it was, since nobody wants its answer
         self._ended = 0
         self._reading = threading.Lock()
         self._arrived = threading.Event()
@@ -74,6 +75,12 @@ class ControlThread:
             if self._interrupted:
                 self._tick()
 
+    @property
+    def has_abandoned(self) -> bool:
+        """True if the call in flight was interrupted only since nobody wants its answer."""
+        with self._calls:
+            return bool(self._interrupted) and self._abandoned
+
     def ended(self, call: int) -> None:
         """Take note that calls up to this number have ended: whoever interrupts one of them comes too late."""
         with self._calls:
@@ -81,10 +88,10 @@ class ControlThread:
             if self._interrupted <= self._ended:
                 self._interrupted = 0
 
-    def _interrupt(self, call: int) -> None:
+    def _interrupt(self, call: int, *, abandoned: bool) -> None:
         with self._calls:
             if call > self._ended and call == self._page.number():
-                self._interrupted = call
+                self._interrupted, self._abandoned = call, abandoned
                 self._tick()
 
     def _run(self) -> None:
@@ -107,8 +114,8 @@ class ControlThread:
 
     def _sort(self, received: ControlMessage) -> None:
         match received.message:
-            case worker_api.Interrupt(call=call):
-                self._interrupt(call)
+            case worker_api.Interrupt(call=call, abandoned=abandoned):
+                self._interrupt(call, abandoned=abandoned)
             case worker_api.Drain(id=number):
                 self._say(worker_api.HandedOver(passed=0, id=number))  # connections are the router's
                 framing.close_all(received.fds)

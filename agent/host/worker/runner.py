@@ -203,8 +203,9 @@ class GuestRunner:
         try:
             yield
         except GuestError as error:
+            is_fault = not (isinstance(error, CancelledCallError) or control.has_abandoned)
             control.ended(self._page.number())
-            if not isinstance(error, CancelledCallError):
+            if is_fault:
                 self._report(str(error))
             raise
         finally:

@@ -121,5 +121,5 @@ async def test_a_call_that_nobody_waits_for_is_ended_without_blame():
     async with asyncio.timeout(30):
         with a_worker(SLEEPS) as worker:
             CallWatch(worker, 7, Limits(), judge).abandon()
-            assert await worker.messages.get() == worker_api.Interrupt(call=7)
+            assert await worker.messages.get() == worker_api.Interrupt(call=7, abandoned=True)
             assert (await judge.verdicts.get())[1] is False
