@@ -105,9 +105,9 @@ class Worker:
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             self._channel = setup.channel and (image.loops or not image.adapted)
-            if channel_fd >= 0:
-                _plug_in(channel_fd, used=self._channel)
-            if image.adapted and not self._channel:
+            if self._channel:
+                _plug_in(channel_fd)
+            elif image.adapted:
                 adapter_abi.catch_stdout()
             figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
             counter_fd = open_counter() if setup.data else None
@@ -142,6 +142,7 @@ class Worker:
             data=where,
             scheduling_fd=scheduling_fd,
             writes=writes,
+            slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
         )
 
     def begin(
@@ -161,7 +162,7 @@ class Worker:
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
 
-        `slot`: channel of a slot in a shared worker.
+        `slot`: channel of a slot in a shared worker, or of an image whose adapter has no loop.
         """
         page = self._page = StatsPage(page_fd)
         os.close(page_fd)
@@ -299,6 +300,11 @@ class Worker:
 
     def loop(self) -> NoReturn:
         """Serve until the supervisor's socket closes."""
+        if self._slot is not None:
+            has_more = False
+            while True:
+                self._poll.poll(0 if has_more else -1)
+                has_more = self.turn_of_slot()
         while not self._channel:
             self.turn(self.clients.wait_s())
         while not self._looping:
@@ -408,11 +414,10 @@ class Worker:
                     self.clients.resume()
 
 
-def _plug_in(channel_fd: int, *, used: bool) -> None:
-    """Make a channel the process's standard input and output, or close it. Nothing else in a worker uses those."""
-    if used:
-        os.dup2(channel_fd, 0, inheritable=False)
-        os.dup2(channel_fd, 1, inheritable=False)
+def _plug_in(channel_fd: int) -> None:
+    """Make a channel the process's standard input and output. Nothing else in a worker uses those."""
+    os.dup2(channel_fd, 0, inheritable=False)
+    os.dup2(channel_fd, 1, inheritable=False)
     os.close(channel_fd)
 
 
