@@ -70,8 +70,8 @@ _NOTES: Final = {
 """By import: what it is without a grant."""
 
 _SOCKETS: Final = (
-    "wasi:sockets is there for standard libraries: every socket is refused with access-denied, every name is unknown; "
-    "send requests with wasi:http/outgoing-handler and grants.outbound"
+    "wasi:sockets is there for standard libraries: every socket and name is refused with access-denied; send "
+    "requests with wasi:http/outgoing-handler and grants.outbound"
 )
 _NOT_ADAPTED: Final = (
     f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"

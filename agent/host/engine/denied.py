@@ -2,7 +2,7 @@
 
 Standard libraries import sockets, and some toolchains outgoing requests, whatever their program does. No component has
 sockets, and requests go out only through the adapter of wasi:http. The engine denies the same, but says nothing of it
-to the host, and would send a request if it could. A function whose type is not that of WASI stays the engine's, so that
+to the host, has another error code for names, and would send a request if it could. A function whose type is not that of WASI stays the engine's, so that
 the linker refuses it.
 """
 
@@ -20,9 +20,6 @@ from fleet.component.reader import bare
 _NO_SOCKETS: Final = "components have no sockets, only requests by wasi:http/outgoing-handler"
 _NO_REQUESTS: Final = f"requests go out only from components that export {wasi.HTTP_HANDLER}"
 _ACCESS: Final = "access-denied"
-_UNRESOLVED: Final = "permanent-resolver-failure"
-"""Denies a name, as in wasmtime: `access-denied` is none of that function's errors, and makes wasi-libc trap."""
-
 _LOOKUP: Final = f"{wasi.SOCKETS}/ip-name-lookup"
 _ADDRESSES: Final = "resolve-address-stream"
 _ADDRESSES_TYPE: Final = 1
@@ -61,7 +58,7 @@ def define(linker: wc.Linker, image: Image, denials: Denials) -> None:
 def _denying(interface: str, function: str, kind: Any, denials: Denials) -> Callable[..., Any] | None:
     """Return what denies a function's calls; None for a function that is none of these, or of another type."""
     params, why = _DENYING.get((interface, function), ((), ""))
-    code = _code(kind, _UNRESOLVED if interface == _LOOKUP else _ACCESS)
+    code = _code(kind)
     if not why or code is None or not _takes(kind, params):
         return None
     called = f"{interface}.{function}"
@@ -83,14 +80,14 @@ def _takes(kind: Any, params: tuple[type, ...]) -> bool:
     return tuple(map(type, found)) == params and all(isinstance(each.payload, wc.OwnType) for each in options)
 
 
-def _code(kind: Any, denied: str) -> Any:
-    """Return the value of a function's result that denies, `denied` of an enum; None where it has no such value."""
+def _code(kind: Any) -> Any:
+    """Return the value of a function's result that denies; None where it has no such value."""
     result = kind.result
     if not isinstance(result, wc.ResultType) or not isinstance(result.ok, wc.OwnType):
         return None
     error = result.err
     if isinstance(error, wc.EnumType):
-        return denied if denied in error.names else None
+        return _ACCESS if _ACCESS in error.names else None
     if isinstance(error, wc.VariantType) and tuple(name for name, _ in error.cases) == ERRORS:
         return wc.Variant(ERRORS[REQUEST_DENIED])
     return None
