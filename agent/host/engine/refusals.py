@@ -17,6 +17,7 @@ _UNKNOWN_MEMBER: Final = re.compile(r"type mismatch for import `([^`]+)`[\s;]+mi
 _TABLE: Final = re.compile(r"table minimum size of (\d{1,12}) elements exceeds table limits")
 _TABLE_IN_POOL: Final = re.compile(r"minimum element size of (\d{1,12}) which exceeds the limit of (\d{1,12})")
 _MEMORY: Final = "pages exceeds memory limits"
+_COUNT: Final = re.compile(r"(?:instance|table|memory) count too high at")
 _NO_MEMORY: Final = "Cannot allocate memory (os error 12)"
 """Said where the sandbox's limit of data, which follows from limits.memory, is met before the engine's own."""
 
@@ -32,8 +33,8 @@ def unlinked(text: str, limits: Limits) -> str | None:
     """
     if _MEMORY in text or _NO_MEMORY in text:
         return f"its memory begins with more than limits.memory, which is {format_size(limits.memory_bytes)}: raise it"
-    if found := _TABLE.search(text):
-        return _table(found[1], limits.table_elements)
+    if said := _too_many(text, limits):
+        return said
     found = _UNLINKED.search(text)
     if found is None:
         return None
@@ -45,6 +46,15 @@ def unlinked(text: str, limits: Limits) -> str | None:
         return served.reason(name)
     what = f"{member[1]} of {name}" if member else name
     return _newer(what)
+
+
+def _too_many(text: str, limits: Limits) -> str | None:
+    if found := _TABLE.search(text):
+        return _table(found[1], limits.table_elements)
+    if _COUNT.search(text):
+        most = limits.core_instances
+        return f"it has more than {most} core instances, memories or tables (limits.core_instances): raise it"
+    return None
 
 
 def unloaded(text: str) -> str | None:

@@ -35,10 +35,11 @@ from wasmtime import Config, WasmtimeError
 from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 
-from agent.host.engine import codec, refusals
+from agent.host.engine import codec, memory_in_use, refusals
 from agent.host.engine.codec import Codec, FastCodec, Signature
 from fleet.component import compose, wasi
 from fleet.component.reader import Fault, NotAComponentError, bare, read
+from fleet.component.toml_fields import format_size
 from fleet.protocol.bounds import MIB
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, NATIVE_ANSWER_MAX_BYTES, TABLE_ELEMENTS_MAX, Grants
@@ -303,6 +304,7 @@ class Engine:
         if pooled and plan is FULL:
             _pool(config)
         self.fuel = fuel
+        self.plan = plan
         self.raw = wasmtime.Engine(config)
         self.codec: Codec = FastCodec()
 
@@ -397,7 +399,18 @@ def guest_error(text: str) -> GuestError:
         )
     elif any(_ALLOCATION_FAILED.search(line.partition("!")[2]) for line in text.splitlines()):
         why = f"an allocation failed, so that it has used up its memory (limits.memory): {why}"
+    elif "`unreachable`" in text:
+        why = _memory() + why
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
+
+
+def _memory() -> str:
+    """Say how much memory the guest of this process has, where it is almost all that it may have."""
+    for memory in memory_in_use.watched:
+        if found := memory.almost_all():
+            most = format_size(memory.limit_bytes)
+            return f"it had {found // 1024} KiB of the {most} that limits.memory allows: "
+    return ""
 
 
 def _reason(text: str) -> str:

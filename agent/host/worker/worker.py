@@ -35,7 +35,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from agent.host.engine import adapter_abi
+from agent.host.engine import adapter_abi, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
@@ -109,6 +109,7 @@ class Worker:
                 _plug_in(channel_fd)
             elif image.adapted:
                 adapter_abi.catch_stdout()
+            memory_in_use.watch(setup.limits.memory_bytes, engine.plan.reservation_bytes)
             figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
             counter_fd = open_counter() if setup.data else None
             layers = sandbox.apply(
