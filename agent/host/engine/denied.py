@@ -2,8 +2,8 @@
 
 Standard libraries import sockets, and some toolchains outgoing requests, whatever their program does. No component has
 sockets, and requests go out only through the adapter of wasi:http. The engine denies the same, but says nothing of it
-to the host, has another error code for names, and would send a request if it could. A function whose type is not that of WASI stays the engine's, so that
-the linker refuses it.
+to the host, has another error code for names, and would send a request if it could. A function whose type is not that
+of WASI stays the engine's, so that the linker refuses it.
 """
 
 from collections.abc import Callable
