@@ -222,6 +222,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         problems.set("machine", question)
     if db.store.replaced:
         problems.set("store", db.store.replaced)
+    if db.store.downgraded:
+        problems.set("downgrade", db.store.downgraded)
     state = DeploymentState()
     uplink = Uplink(
         device=device,

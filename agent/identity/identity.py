@@ -39,7 +39,8 @@ _ENROL_AGAIN: Final = "restore it from a copy, or enrol again with 'fleet-agent 
 def note_production(directory: Path) -> None:
     """Record that the fleet has moved from development to production; raises `OSError`."""
     who = msgspec.structs.replace(load(directory), production=True)
-    disk.write(Write.PRODUCTION, directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
+    path = directory / "enrolled.json"
+    disk.write(Write.PRODUCTION, path, wire.keeping(path.read_bytes(), who), mode=0o600)
     log.info("the fleet %s is now in production", who.fleet)
 
 
@@ -229,7 +230,8 @@ def note_machine(directory: Path, found: Mapping[str, str]) -> None:
     """Record the ids of the machine that has this identity; raises `OSError` and `IdentityError`."""
     machine = next((f"{name}:{value}" for name, value in found.items()), "")
     who = msgspec.structs.replace(load(directory), machine=machine, evidence=dict(found))
-    disk.write(Write.MACHINE, directory / "enrolled.json", msgspec.json.encode(who), mode=0o600)
+    path = directory / "enrolled.json"
+    disk.write(Write.MACHINE, path, wire.keeping(path.read_bytes(), who), mode=0o600)
 
 
 def find_token(

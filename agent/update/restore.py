@@ -80,6 +80,10 @@ class _Runset(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
 
 
+class _RawRunset(msgspec.Struct, frozen=True):
+    items: tuple[msgspec.Raw, ...] = ()
+
+
 def _mac(runset: bytes, key: bytes) -> str:
     """Return the MAC of a record as it was written, by whichever version, with an empty `mac` in it.
 
@@ -91,10 +95,24 @@ def _mac(runset: bytes, key: bytes) -> str:
 
 
 def write_runset(path: Path, committed: Iterable[Committed], facts: VerifierState, key: bytes) -> None:
-    """Write the committed items and what the verifier remembers to the run set; raises `OSError`."""
+    """Write the committed items and what the verifier remembers to the run set; raises `OSError`.
+
+    What only a newer version knows of the items that stay is kept.
+    """
     runset = _Runset(items=tuple(committed), facts=facts)
-    mac = _mac(wire.canonical(runset), key)
-    disk.write(Write.RUNSET, path, wire.canonical(msgspec.structs.replace(runset, mac=mac)), mode=0o600)
+    try:
+        before = path.read_bytes()
+        earlier = {(each.item.instance, each.generation): each for each in _read(path, key).items}
+        raw = msgspec.json.decode(before, type=_RawRunset)
+    except (OSError, RunsetError, *wire.JSON_ERRORS):
+        plain = msgspec.json.decode(wire.canonical(runset))
+    else:
+        bodies = dict(zip(earlier, raw.items, strict=True)) if len(earlier) == len(raw.items) else {}
+        kept = [wire.keeping(bodies.get((each.item.instance, each.generation), b""), each) for each in runset.items]
+        plain = msgspec.json.decode(wire.keeping(before, runset, goes_on=("facts",)))
+        plain["items"] = [msgspec.json.decode(each) for each in kept]
+    written = wire.canonical(plain)
+    disk.write(Write.RUNSET, path, wire.canonical({**plain, "mac": _mac(written, key)}), mode=0o600)
 
 
 def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:

@@ -222,10 +222,12 @@ class Store:
     Attributes:
         nonce: of the newest hello, named in the reports after it.
         replaced: sentence on the damaged database that was set aside for this one; empty for none.
+        downgraded: sentence on a newer agent that used the database last; empty for none.
     """
 
     nonce = ""
     replaced = ""
+    downgraded = ""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the database, creating or migrating it.
@@ -308,6 +310,13 @@ class Store:
             store = cls(path)
             store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
         if version:
+            writer = (store._meta("agent_version") or b"").decode(errors="replace")
+            if _is_newer(writer, version):
+                store.downgraded = (
+                    f"this agent, version {version}, is older than the last one here, {writer}: what only that one "
+                    "knows is kept, and has no effect until it is installed again"
+                )
+                log.warning("%s", store.downgraded)
             with contextlib.suppress(FullDiskError):  # noted at a later start
                 store._set_meta("agent_version", version.encode())
         return store
@@ -462,7 +471,7 @@ class Store:
         with self._transaction(Write.STORE_STEP) as db:
             step = self._with_generation(db, step)
             if step.change is not None:
-                db.execute("REPLACE INTO changes VALUES (?, ?)", (step.change.instance, step.change.encode()))
+                self._set_change(db, step.change)
             if step.committed is not None:
                 self._commit(db, step.committed)
                 self._raise_versions(db, step, step.committed.item.instance)
@@ -532,8 +541,19 @@ class Store:
         return replace(step, committed=msgspec.structs.replace(step.committed, generation=generation))
 
     def _commit(self, db: sqlite3.Connection, committed: Committed) -> None:
-        row = (committed.item.instance, msgspec.json.encode(committed))
-        db.execute("REPLACE INTO committed VALUES (?, ?)", row)
+        instance, body = committed.item.instance, msgspec.json.encode(committed)
+        for (before,) in db.execute("SELECT body FROM committed WHERE instance = ?", (instance,)):
+            if msgspec.json.decode(before, type=Committed).generation == committed.generation:
+                body = wire.keeping(before, committed)
+        db.execute("REPLACE INTO committed VALUES (?, ?)", (instance, body))
+
+    def _set_change(self, db: sqlite3.Connection, change: Change) -> None:
+        body = change.encode()
+        for (before,) in db.execute("SELECT body FROM changes WHERE instance = ?", (change.instance,)):
+            earlier = Change.decode(before)
+            if (earlier.assignment, earlier.item) == (change.assignment, change.item):
+                body = wire.keeping(before, change, goes_on=("state",))
+        db.execute("REPLACE INTO changes VALUES (?, ?)", (change.instance, body))
 
     def _raise_versions(self, db: sqlite3.Connection, step: Transition, instance: str) -> None:
         before = facts = self.facts()
@@ -544,11 +564,17 @@ class Store:
             self._set_facts(db, facts)
 
     def _set_facts(self, db: sqlite3.Connection, facts: VerifierState) -> None:
-        db.execute("REPLACE INTO meta VALUES ('facts', ?)", (facts.encode(),))
+        before = self._meta("facts")
+        body = facts.encode() if before is None else wire.keeping(before, facts)
+        db.execute("REPLACE INTO meta VALUES ('facts', ?)", (body,))
 
     def _remember(self, db: sqlite3.Connection, failure: FailedItem) -> FailureKey | None:
         """Store a failure; return the key of the oldest one if that had to make room."""
-        row = (*failure.failure_key, msgspec.json.encode(failure))
+        body = msgspec.json.encode(failure)
+        query = "SELECT body FROM failed WHERE instance = ? AND key = ? AND attempt = ?"
+        for (before,) in db.execute(query, failure.failure_key):
+            body = wire.keeping(before, failure)
+        row = (*failure.failure_key, body)
         db.execute("REPLACE INTO failed VALUES (?, ?, ?, ?)", row)
         (count,) = db.execute("SELECT count(*) FROM failed").fetchone()
         if count <= FAILED_ROWS_MAX:

@@ -102,3 +102,35 @@ def decode(kind: type[M], data: bytes) -> M:
         return msgspec.json.decode(data, type=kind)
     except JSON_ERRORS as error:
         raise WireError(f"{plain_name(kind)}: {error}") from error
+
+
+def keeping(before: bytes, after: msgspec.Struct, *, goes_on: tuple[str, ...] = ()) -> bytes:
+    """Encode a record that replaces `before`, with the fields of that one which only a newer version knows.
+
+    Those of a record inside it stay where that is the same as before, and where `goes_on` names its field: what a newer
+    version says of another thing would not be true of this one.
+    """
+    try:
+        old = msgspec.json.decode(before)
+    except JSON_ERRORS:
+        old = None
+    return msgspec.json.encode(_with_unknown(old, after, goes_on) if isinstance(old, dict) else after)
+
+
+def _with_unknown(old: dict[str, Any], after: msgspec.Struct, goes_on: tuple[str, ...] = ()) -> dict[str, Any]:
+    new: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(after))
+    fields = {field.encode_name: getattr(after, field.name) for field in msgspec.structs.fields(after)}
+    for name, was in old.items():
+        now = fields.get(name)
+        if name not in fields:
+            new.setdefault(name, was)
+        elif isinstance(now, msgspec.Struct) and isinstance(was, dict) and (name in goes_on or _is_same(was, now)):
+            new[name] = _with_unknown(was, now)
+    return new
+
+
+def _is_same(was: dict[str, Any], now: msgspec.Struct) -> bool:
+    try:
+        return msgspec.convert(was, type(now)) == now
+    except msgspec.ValidationError:
+        return False
