@@ -34,8 +34,8 @@ RETRY_FIRST_S: Final = 3600.0
 RETRY_MAX_S: Final = 86_400.0
 RETRY_TRIES_MAX: Final = 10
 _OWN_FAULTS: Final = frozenset({RejectCode.INTERNAL, RejectCode.HOST_GONE, RejectCode.INTERRUPTED})
-"""Failures of the device's own software and interruptions, maybe by the component's doing: retried later than others,
-and not forever."""
+"""Failures of the device's own software and interruptions: retried later than others, and where the new version had
+been started, which may have been its doing, not forever."""
 
 FailureKey = tuple[str, str, int]
 """Key of a failure: instance, item key and attempt."""
@@ -402,7 +402,8 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
 
     A failure of a kind that may pass (no space, a port in use, the network) is tried again without an operator as long
     as the assignment stands: after five minutes, then doubling up to a day. A fault of the device's own software, or an
-    interruption, is tried again after an hour, then doubling up to a day, ten times.
+    interruption, is tried again after an hour, then doubling up to a day. Where the version had been started, or its
+    compiler was stopped, that may be its own doing, at a price for others: then ten times.
     """
     code = RejectCode(change.state.code or RejectCode.INTERNAL)
     if change.item is None or code is RejectCode.SUPERSEDED:
@@ -414,7 +415,8 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
     went_back = change.phase is Phase.ROLLED_BACK
     # Interruptions while it was compiled or ran may be its own doing.
     is_suspect = went_back or change.state.interruptions > LIMITS[Counter.INTERRUPTIONS]
-    is_ended = (is_own and tries > RETRY_TRIES_MAX) or (code is RejectCode.INTERRUPTED and is_suspect)
+    has_price = went_back or code is RejectCode.INTERRUPTED
+    is_ended = (is_own and has_price and tries > RETRY_TRIES_MAX) or (code is RejectCode.INTERRUPTED and is_suspect)
     again = code in RETRYABLE and not is_ended
     return FailedItem(
         instance=change.instance,

@@ -7,6 +7,7 @@ import random
 import ssl
 import threading
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,12 +16,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.clock import ReferenceClock
+from agent.config import Network
 from agent.identity import enrolment
 from agent.link import dialer, partial_file
 from agent.link import https as https_module
 from agent.link.https import CancelledError, FetchError, FixedTls, HttpsClient
 from fleet.ca import CertificateAuthority
 from fleet.protocol.codes import RejectCode
+from tests.agent.slow_link import SlowLink
 from tests.agent.tunnel_proxy import TunnelProxy
 
 DATA = os.urandom(300_000)
@@ -312,6 +315,42 @@ def test_a_link_that_breaks_again_and_again_brings_each_byte_once(ca, server, tm
     assert codes == {RejectCode.UNREACHABLE}
     assert (tmp_path / "a.wasm").read_bytes() == DATA
     assert sum(sent) == len(DATA)
+
+
+def small_device(ca, link):
+    """A client with a device's limits; a new one each time, as after a restart of the agent."""
+    limits = Network()
+    return HttpsClient(
+        f"https://127.0.0.1:{link.port}",
+        FixedTls(https_module.context(ca.pem)),
+        request_s=limits.request_s,
+        download_s=limits.download_s,
+        min_rate_bytes_s=limits.min_rate_bytes_s,
+    )
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("cut_after", [None, 20_000], ids=["whole", "cut"])
+def test_a_radio_link_of_64_kbit_s_brings_everything(ca, server, tmp_path, cut_after):
+    """With 300 ms, 5 % of packets lost, and where it is cut, no byte but those on the way comes twice."""
+    data, ends = DATA[:60_000], []
+    server.answer = lambda handler: handler.send_file(data)
+    with closing(SlowLink(server.server_port, cut_after=cut_after)) as link:
+        while len(ends) < 20:
+            try:
+                sha256 = hashlib.sha256(data).hexdigest()
+                small_device(ca, link).download("/a", tmp_path / "a.wasm", length=len(data), sha256=sha256)
+                break
+            except FetchError as error:
+                ends.append(error.code)
+        link.cut_after = None
+        server.answer = lambda handler: handler.send(200, b"ok")
+        assert small_device(ca, link).request("GET", "/", max_bytes=10) == b"ok"
+    assert (tmp_path / "a.wasm").read_bytes() == data
+    assert set(ends) == (set() if cut_after is None else {RejectCode.UNREACHABLE})
+    starts = [int(sent.removeprefix("bytes=").rstrip("-")) for _, sent in server.seen if sent]
+    assert starts == sorted(set(starts)), "each goes on where the last one ended"
+    assert len(starts) == len(ends)
 
 
 RETRY_AFTER = {"120": 120.0, "0": 0.0, "": 0.0, "soon": 0.0, "-5": 0.0, "9" * 15: 86_400.0, "9" * 5000: 0.0}

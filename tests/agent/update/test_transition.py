@@ -172,6 +172,19 @@ def test_a_failure_is_stored_with_its_next_retry(code, known_tries, retry_s):
     assert done.report.tries_ended == (retry_s is None and code in RETRYABLE)
 
 
+@pytest.mark.parametrize("known_tries", [9, 10, 5000])
+@pytest.mark.parametrize("code", [RejectCode.INTERNAL, RejectCode.HOST_GONE])
+def test_a_fault_of_the_devices_own_before_a_start_is_retried_once_a_day_while_the_assignment_stands(code, known_tries):
+    """No verdict on the component, and nothing that runs is touched by another try."""
+    known = FailedItem(
+        instance="web", key=item_key(NEW), attempt=0, target=NEW.target, code=code, message="", at=AT, tries=known_tries
+    )
+    refusal = EffectResult(event=Event.REFUSED, code=code, message="why")
+    done = step(change(P.FETCHING), refusal, known=known)
+    assert (done.report.phase, done.failure.code, done.report.tries_ended) == ("failed", code, False)
+    assert done.failure.retry_at == AT.timestamp() + 86_400
+
+
 def test_endless_internal_errors_are_a_failure_that_is_retried():
     done = step(change(P.FETCHING, faults=LIMITS[Counter.FAULTS]), fault("a bug"))
     assert (done.failure.code, done.failure.message) == (RejectCode.INTERNAL, "a bug")
