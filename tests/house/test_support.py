@@ -90,6 +90,8 @@ SLEEPS = {
     "tests/boards/operator_side.py": "the API's listings have nothing to wait on",
     "tests/boards/rig.py": "QEMU tells nobody when it listens",
     "tests/boards/test_power.py": "cuts the power at a moment; waits for a board that boots",
+    "tests/boards/test_soak.py": "breaks things at a moment, for a time; measures what happens in a time at rest",
+    "tests/e2e/test_soak.py": "breaks things at a moment, for a time; measures what happens in a time at rest",
 }
 
 
