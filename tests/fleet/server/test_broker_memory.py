@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,10 +47,20 @@ def text(value):
 
 
 @contextlib.asynccontextmanager
-async def joined(device, *, clean=True):
-    """Connect and subscribe as a device does; yield reader and writer."""
+async def joined(device, *, clean=True, narrow=False):
+    """Connect and subscribe as a device does; yield reader and writer.
+
+    Of a `narrow` connection the kernel's buffers are small at both ends, so that what nobody reads fills them soon.
+    """
     where = Address.parse(device.enrolled.mqtt[0].removeprefix("mqtts://"), "the broker")
-    reader, writer = await asyncio.open_connection(where.host, where.port, ssl=device.context())
+    family, kind, _, _, address = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind)
+    sock.setblocking(False)
+    if narrow:  # before it connects: the broker's end grows with the window and the segments that are agreed on then
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    await asyncio.get_running_loop().sock_connect(sock, address)
+    reader, writer = await asyncio.open_connection(sock=sock, ssl=device.context(), server_hostname=where.host)
     writer.write(packet(0x10, text("MQTT") + b"\x04" + (b"\x02" if clean else b"\x00") + b"\0\0" + text(device.id)))
     assert (await reader.readexactly(4))[3] == 0
     topics = device_subscriptions(device.id)
@@ -63,9 +74,9 @@ async def joined(device, *, clean=True):
 
 
 @contextlib.asynccontextmanager
-async def deaf(device, *, clean=True):
+async def deaf(device, *, clean=True, narrow=False):
     """Connect and subscribe as a device does, and read nothing from then on; yield the writer."""
-    async with joined(device, clean=clean) as (_, writer):
+    async with joined(device, clean=clean, narrow=narrow) as (_, writer):
         writer.transport.pause_reading()
         yield writer
 
@@ -159,7 +170,7 @@ async def test_a_device_that_asks_and_reads_no_answer_is_closed(new_fleet):
                 writer.write(PING * 1000)
                 await writer.drain()
 
-        async with deaf(device) as writer:
+        async with deaf(device, narrow=True) as writer:
             with pytest.raises(ConnectionError):  # not before its answers fill every buffer on their way
                 await ask(writer)
             assert memory_mib(fleet) <= memory + SPARE_MIB
