@@ -118,6 +118,7 @@ class Call:
         self._exchange = exchange
         self._submitted = False
         self._abandoned: CallOutcome | None = None
+        self._is_error = False  # it was abandoned for a fault of its answer
         # Request.
         self._body: deque[bytes] = deque()
         self._pending_bytes = self._body_bytes = 0
@@ -366,10 +367,24 @@ class Call:
         if self._client is None or self._problem:
             return
         if self._spool_bytes > self._calls.limits.response_bytes:
-            self._problem = f"a body of more than {self._calls.limits.response_bytes} bytes"
-            self._out.clear()
+            self._end_too_large()
         else:
             self._out.append(data)
+
+    def _end_too_large(self) -> None:
+        """End a call whose answer is larger than it may be; the guest could write on for a long time."""
+        client, exchange = self._client, self._exchange
+        assert client is not None
+        self._out.clear()
+        self._is_error = True
+        what = "cut off" if self._begun else "refused"
+        most = self._calls.limits.response_bytes
+        self._calls.note(f"host: its answer is {what}: a body of more than {most} bytes (limits.response)")
+        self._abandon(CallOutcome.OK)
+        if self._begun:
+            client.cut(exchange)
+        else:
+            client.reply(exchange, 502, self._sentence)
 
     def flush_soon(self) -> None:
         """Give out what has come of the answer; the first piece of a small one a little later, in case it ends."""
@@ -447,7 +462,7 @@ class Call:
         """Take the guest's end of the answer."""
         self._cancel_timers()
         if self._abandoned is not None:
-            return Settled(self._abandoned, error=False, deliver=_nothing)
+            return Settled(self._abandoned, error=self._is_error, deliver=_nothing)
         if self._client is None:
             return Settled(CallOutcome.OK, error=end.problem is not None, deliver=_nothing)
         if end.problem is not None:
@@ -525,7 +540,9 @@ class Call:
         self._cancel_timers()
         client, exchange = self._client, self._exchange
         if self._abandoned is not None or client is None:
-            return Settled(self._abandoned or outcome, error=self._abandoned is None, deliver=_nothing)
+            return Settled(
+                self._abandoned or outcome, error=self._abandoned is None or self._is_error, deliver=_nothing
+            )
         if self._begun:
             return Settled(outcome, error=True, deliver=lambda: client.cut(exchange))
         status = 504 if outcome is CallOutcome.GUEST_TIMEOUT else 500

@@ -1,14 +1,13 @@
 """Calls over channels, between clients of the router and simulated workers that speak frames."""
 
 import asyncio
-import socket
 import struct
 
 import pytest
-from router_board import GET, HEAD, TOKEN, Client, board
+from router_board import GET, HEAD, TOKEN, board
 
-from agent.host.http import channel, connection
-from agent.host.ipc import framing, helper_api
+from agent.host.http import channel
+from agent.host.ipc import helper_api
 from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, Frame, Kind
 from fleet.protocol.codes import CallOutcome
 
@@ -533,6 +532,35 @@ async def test_a_body_that_streams_may_be_of_any_size(tmp_path, framing_):
         assert (await client.answer())[0] == 200
 
 
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.asyncio
+async def test_an_answer_beyond_its_limit_ends_its_call(tmp_path, begun):
+    """The guest may have much more to write, which nobody would get."""
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(response_bytes=100_000), await the_board.client()
+        client.ask()
+        call = (await worker.next(Kind.WHOLE_REQUEST)).call
+        worker.say(Frame(Kind.RESPONSE, call, HEAD if begun else b""), Frame(Kind.BODY, call, b"x" * 60_000))
+        assert (await worker.next(Kind.CREDIT)).call == call
+        worker.say(Frame(Kind.BODY, call, b"x" * 60_000))
+        assert await worker.next(Kind.CANCEL, Kind.CREDIT) == Frame(Kind.CANCEL, call)
+        worker.fail(b"guest-trap", b"cancelled")
+        if begun:
+            assert b"\r\n0\r\n" not in await client.reader.read()
+        else:
+            assert (await client.answer())[0] == 502
+        note = (await the_board.report(helper_api.ChannelNote)).text
+        assert "a body of more than 100000 bytes (limits.response)" in note
+        other = await the_board.client()
+        other.ask()
+        while (frame := await worker.next()).kind is not Kind.WHOLE_REQUEST:
+            pass
+        worker.answer(frame.call)
+        assert (await other.answer())[0] == 200
+        figures = worker.page.read()
+        assert (figures.calls, figures.errors) == ({CallOutcome.OK: 2}, 1)
+
+
 @pytest.mark.asyncio
 async def test_what_is_no_frame_ends_the_channel_and_the_supervisor_hears_of_it(tmp_path):
     async with board(tmp_path) as the_board:
@@ -543,31 +571,6 @@ async def test_what_is_no_frame_ends_the_channel_and_the_supervisor_hears_of_it(
         assert (await client.answer())[0] == 502
         assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
         assert await worker.next() is None
-
-
-@pytest.mark.parametrize("instance", ["web", "closed meanwhile"])
-@pytest.mark.asyncio
-async def test_the_router_takes_over_connections_with_what_has_come_of_their_next_request(tmp_path, instance):
-    async with board(tmp_path) as the_board:
-        worker = await the_board.worker()
-        ours, theirs = framing.socket_pair()
-        the_board.tell(helper_api.AdoptConnections(instance), theirs.fileno())
-        theirs.close()
-        there, here = socket.socketpair()
-        with ours, here:
-            framing.send_packet(ours, connection.PASSED + GET[:20], (here.fileno(),))
-        client = Client(*await asyncio.open_unix_connection(sock=there))
-        if instance == "web":
-            client.ask(GET[20:])
-            worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-            assert (await client.answer())[0] == 200
-        else:
-            assert await client.reader.read() == b""
-        client.close()
-        other = await the_board.client()
-        other.ask()
-        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
-        assert (await other.answer())[0] == 200
 
 
 @pytest.mark.asyncio
