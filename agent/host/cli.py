@@ -20,7 +20,6 @@ from agent.arguments import leave_first_process, parse, until_closed
 from agent.disk import Write
 from agent.host.http.ingress_config import DEFAULT_FILE
 from agent.host.ipc import host_api
-from agent.host.ipc.frames import RequestPath
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import worker_pool
 from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, IsolationError, Supervisor, TakenError
@@ -114,9 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help="let members of this group command the host, besides root and its own user",
     )
-    run.add_argument(
-        "--request-path", type=RequestPath, default=RequestPath.FRAMES, help=argparse.SUPPRESS
-    )  # decision 15
     commands.add_parser("check", help="report the engine and the isolation layers of this device")
     shown = commands.add_parser(
         "processes",
@@ -202,7 +198,6 @@ def _main(arguments: list[str] | None) -> int:
             require=options.require,
             minimum=options.minimum,
             agent_group=options.agent_group,
-            request_path=options.request_path,
             ingress_config=options.ingress_config,
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory of instances must not get into core files

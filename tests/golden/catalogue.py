@@ -311,7 +311,6 @@ VOCABULARIES: dict[str, tuple[type[enum.Enum], ...]] = {
     "topic-up": (topics.Up,),
     "affected-answer": (query.Answer,),
     "kind-of-a-frame": (frames.Kind,),
-    "way-of-requests": (frames.RequestPath,),
     "turn-of-a-loop": (guest.Turn,),
     "fleet-exit-code": (Exit,),
 }

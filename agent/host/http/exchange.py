@@ -87,8 +87,3 @@ class Exchange:
     def repeatable(self) -> bool:
         """True if the request may be sent again after an upstream that ended without a byte of response."""
         return not (self.answering or self.retried or self.sent_body) and self.request.method in _IDEMPOTENT
-
-    @property
-    def light(self) -> bool:
-        """True if the request may go on a kept connection: nothing of it could not be sent again."""
-        return self.complete and not self.body and not self.request.chunked and self.repeatable

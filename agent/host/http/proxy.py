@@ -1,38 +1,21 @@
-"""Client and instance connections of the router.
+"""Connections of the router's clients: HTTP/1.1 in, calls to instances out. No policy: `RouteTable` decides.
 
-HTTP/1.1 is proxied between the device's clients and the Unix sockets of instances. No policy: `RouteTable` decides
-where a request goes.
-
-The head of a request is parsed, its body streamed. The response is passed on byte for byte, parsed only to find its
-end. A request without a body whose bytes were seen before is not parsed again: between two messages, equal bytes mean
-the same (`Known`).
-
-Each exchange takes an upstream connection of its own. The connection waits at the instance's listener for an idle
-worker, so the death of a worker that has not accepted it does no harm. When the response is complete, the connection
-may be kept for another exchange. A kept connection belongs to one worker, which may end at any moment, so only requests
-that may be sent twice go there: of idempotent methods, complete and without a body. If the instance hangs up before
-the first byte of its response, the request is sent again, once, on a new connection (RFC 9110, section 9.2.2). At a
-swap, workers hand kept connections to the next generation.
-
-A connection is kept only if nothing is left in it: the request was sent whole, the response ended where the bytes did,
-and neither side has begun to close. The same is checked again before it is reused: by then the kernel may know of an
-end or of unexpected bytes, and the event loop may have decided to close it.
+A request without a body whose bytes were seen before is not parsed again: between two messages, equal bytes mean the
+same (`Known`). If a worker ends before the first byte of its answer, the request is sent again, once, if its method is
+idempotent and all of it is still here (RFC 9110, section 9.2.2).
 """
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-import httptools
-
 from agent.host.http import connection
 from agent.host.http.call import Call
 from agent.host.http.channel import InstanceCalls
-from agent.host.http.exchange import Asker, Exchange, Upstream
+from agent.host.http.exchange import Exchange, Upstream
 from agent.host.http.pace import Pace, acknowledged
 from agent.host.http.parser import Fields, RequestHead, RequestParser
 from agent.host.http.routing import (
@@ -41,244 +24,22 @@ from agent.host.http.routing import (
     Peer,
     Route,
     RouteTable,
-    forwarded_head,
     guest_head,
     plain_address,
 )
 from agent.host.http.turns import PIECES_A_TURN, Refusals
 from fleet.protocol.codes import CallOutcome
 
-KEPT_MAX: Final = 4
-"""Connections of one instance; few, since a slot in a shared worker takes few in all, and these must not be all."""
-
-KEPT_IN_ALL_MAX: Final = 256
-KEPT_S: Final = 60
 READ_BYTES: Final = 64 * 1024  # at once: beyond 128 KiB each read would map memory and give it back
-_HIGH_BYTES: Final = 256 * 1024
-_SHORT_S: Final = 0.1
-"""Time in which a worker may end by accident: a request that it had read for longer is not sent to another."""
 
 
-class UpstreamPool:
-    """Kept connections by instance, how to make more, and what is known of requests to instances."""
+class Instances:
+    """Instances that take calls, what is known of requests to them, and answers of the router's own."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self.calls: dict[str, InstanceCalls] = {}  # instances whose workers have channels
+    def __init__(self) -> None:
+        self.calls: dict[str, InstanceCalls] = {}
         self.refusals = Refusals()
         self.known: dict[bytes, Known] = {}  # until an instance comes, goes, or answers no longer
-        self.spread: set[str] = set()  # of several workers: a kept connection would wait for one of them
-        self._kept: dict[str, list[UpstreamConnection]] = {}
-        self._count = 0
-
-    def take(self, exchange: Exchange) -> "UpstreamConnection | None":
-        """Return the kept connection used last; None if the exchange needs a new one."""
-        kept = self._kept.get(exchange.instance)
-        while kept and exchange.light:
-            upstream = kept.pop()
-            self._count -= 1
-            if upstream.open:
-                return upstream
-            upstream.close()
-        return None
-
-    def give(self, upstream: "UpstreamConnection") -> None:
-        """Keep this connection, if there is room."""
-        kept = self._kept.setdefault(upstream.instance, [])
-        full = len(kept) >= KEPT_MAX or self._count >= KEPT_IN_ALL_MAX
-        if full or not upstream.open or upstream.instance in self.spread:
-            upstream.close()
-            return
-        upstream.kept_s = time.monotonic()
-        kept.append(upstream)
-        self._count += 1
-
-    def connect(self, instance: str) -> "UpstreamConnection":
-        """Open a new connection, which may still have to wait for its worker. Raises OSError."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            sock.connect(f"{self._directory}/{instance}")
-        except OSError:
-            sock.close()
-            raise
-        return UpstreamConnection(self, instance, sock)
-
-    def forget(self, instance: str) -> None:
-        """Close the kept connections of an instance that is gone or has several workers now."""
-        for upstream in self._kept.pop(instance, []):
-            self._count -= 1
-            upstream.close()
-
-    def sweep(self) -> None:
-        """Close connections not used for long: each takes a client's place in its worker."""
-        old_s = time.monotonic() - KEPT_S
-        for instance, kept in list(self._kept.items()):
-            stay = [each for each in kept if each.kept_s > old_s and each.open]
-            for upstream in kept:
-                if upstream not in stay:
-                    self._count -= 1
-                    upstream.close()
-            if stay:
-                self._kept[instance] = stay
-            else:
-                del self._kept[instance]
-
-
-class HttpUpstream:
-    """Request's body in HTTP/1.1, by its own framing."""
-
-    exchange: Exchange | None = None
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to the instance."""
-        raise NotImplementedError
-
-    def send_body(self, data: bytes) -> None:
-        """Send a piece of the request's body."""
-        assert self.exchange is not None
-        self.write(b"%x\r\n%b\r\n" % (len(data), data) if self.exchange.request.chunked else data)
-
-    def end_body(self, trailers: Fields) -> None:
-        """Send the end of the request's body."""
-        assert self.exchange is not None
-        if self.exchange.request.chunked:
-            self.write(b"0\r\n%b\r\n" % connection.lines(trailers))
-
-
-class UpstreamConnection(HttpUpstream, asyncio.Protocol):
-    """Connection to an instance."""
-
-    def __init__(self, pool: UpstreamPool, instance: str, sock: socket.socket) -> None:
-        self.instance = instance
-        self.lost = False
-        self.kept_s = 0.0
-        self.client: Asker | None = None
-        self.exchange: Exchange | None = None
-        self._pool = pool
-        self._sock = sock
-        self._parser: Any = None
-        self._head_done = self._done = self._reusable = self._more = False
-        self._begun_s = 0.0
-        loop = asyncio.get_running_loop()
-        self._transport: Any = loop._make_socket_transport(sock, self)  # type: ignore[attr-defined]  # noqa: SLF001 - there at once, without a task
-        self._transport.max_size = READ_BYTES
-
-    def begin(self, client: Asker, exchange: Exchange) -> None:
-        """Carry this exchange."""
-        self.client, self.exchange = client, exchange
-        self._parser = httptools.HttpResponseParser(self)
-        self._head_done = self._done = self._reusable = self._more = False
-        self._begun_s = time.monotonic()
-        self._transport.write(exchange.head)
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to the instance."""
-        self._transport.write(data)
-
-    @property
-    def open(self) -> bool:
-        """True if the connection is fit for another exchange, as far as event loop and kernel know now."""
-        if self.lost or self._transport.is_closing() or self._transport.get_write_buffer_size():
-            return False
-        try:
-            self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False  # the end of the stream, or unexpected bytes
-
-    @property
-    def full(self) -> bool:
-        """True if more bytes wait to be sent than the client should add to."""
-        return bool(self._transport.get_write_buffer_size() > _HIGH_BYTES)
-
-    def pause(self) -> None:
-        """Read no further for now."""
-        self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if not self.lost:
-            self._transport.resume_reading()
-
-    def resume_writing(self) -> None:
-        """Let the client send on: there is room again."""
-        if self.client is not None:
-            self.client.resume_client()
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes of the response."""
-        client, exchange = self.client, self.exchange
-        if client is None or exchange is None:
-            self.close()  # bytes without a request
-            return
-        exchange.answering = True
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._done = self._more = True
-        except httptools.HttpParserError:
-            self._more = True
-        if self._more:  # else its rest would be taken for the response to the client's next request
-            self.client = self.exchange = None
-            self.close()
-            client.upstream_failed(exchange)
-            return
-        client.send(data)
-        if self._done:
-            self.client = self.exchange = None
-            if exchange.complete and self._reusable:
-                self._pool.give(self)
-            else:
-                self.close()
-            client.answered(exchange)
-
-    def on_message_begin(self) -> None:
-        """Begin a message."""
-        self._more = self._done
-
-    def on_headers_complete(self) -> None:
-        """Take the head, which is complete."""
-        assert self.exchange is not None
-        self._head_done = True
-        self._reusable = self._parser.should_keep_alive()
-        if self.exchange.request.method == b"HEAD" or self._parser.get_status_code() in connection.BODILESS:
-            self._done = True
-
-    def on_body(self, _body: bytes) -> None:
-        """Take note of a piece of the body."""
-        self._more = self._more or self._done
-
-    def on_message_complete(self) -> None:
-        """End the message."""
-        self._done = True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End the exchange under way: the instance hung up."""
-        self.lost = True
-        client, exchange = self.client, self.exchange
-        self.client = self.exchange = None
-        if client is None or exchange is None:
-            return
-        if self._head_done and exchange.request.old:
-            exchange.keep_alive = False  # HTTP/1.0: an answer without a length ends with the connection
-            client.answered(exchange)
-        else:
-            # A worker that ends with the request unread resets the connection; without that, the guest had begun.
-            begun = exc is None and time.monotonic() - self._begun_s > _SHORT_S
-            exchange.retried = exchange.retried or begun
-            client.upstream_failed(exchange)
-
-    def drop(self) -> None:
-        """Hang up without telling the client, which wants the response no more."""
-        self.client = self.exchange = None
-        self.close()
-
-    def close(self) -> None:
-        """Hang up."""
-        self.lost = True
-        self._transport.abort()
 
 
 _KNOWN_MAX: Final = 128
@@ -315,7 +76,7 @@ class ClientConnection(asyncio.Protocol):
     def __init__(
         self,
         routes: RouteTable | OwnRoute,
-        pool: UpstreamPool,
+        instances: Instances,
         all_clients: Clients,
         peer: Peer | None = None,
         *,
@@ -326,8 +87,8 @@ class ClientConnection(asyncio.Protocol):
         self.last_s = time.monotonic()
         self.is_trusted = is_trusted
         self._routes = routes
-        self._known = routes.known if isinstance(routes, OwnRoute) else pool.known
-        self._pool = pool
+        self._known = routes.known if isinstance(routes, OwnRoute) else instances.known
+        self._instances = instances
         self._all = all_clients
         self._transport: Any = None
         self._reader = RequestParser(self, spare=True)
@@ -542,7 +303,7 @@ class ClientConnection(asyncio.Protocol):
         while self._queue and not (self._over or self._awaits_turn):
             exchange = self._queue[0]
             if exchange.upstream is None:
-                if self._was_refused and not self._pool.refusals.take(self._take_turn):
+                if self._was_refused and not self._instances.refusals.take(self._take_turn):
                     self._awaits_turn = True
                     return
                 if not exchange.head and not self._routed(exchange):
@@ -578,30 +339,18 @@ class ClientConnection(asyncio.Protocol):
         if self._peer is None and self._routes.forwarding.by_client:
             name = self._transport.get_extra_info("peername")
             self._peer = Peer(plain_address(name[0]) if name else "")
-        write_head = guest_head if route.instance in self._pool.calls else forwarded_head
-        return write_head(request, route, self._routes.forwarding, self._peer)
+        return guest_head(request, route, self._routes.forwarding, self._peer)
 
     def _reach(self, exchange: Exchange) -> bool:
-        """Find an upstream connection; send a refusal if there is none."""
-        calls = self._pool.calls.get(exchange.instance)
-        if calls is not None:
-            return self._call(exchange, calls)
-        try:
-            upstream = self._pool.take(exchange) or self._pool.connect(exchange.instance)
-        except BlockingIOError:
-            self._reply(exchange, 503, f"{exchange.instance} has too many clients who wait")
+        """Make a call; send a refusal if there can be none."""
+        calls = self._instances.calls.get(exchange.instance)
+        if calls is None:
+            self._reply(exchange, 503, f"{exchange.instance} is not answering at present; try again in a little while")
             return False
-        except OSError:
-            self._reply(exchange, 502, f"{exchange.instance} does not answer")
-            return False
-        self._continue(exchange)
-        exchange.upstream = upstream
-        upstream.begin(self, exchange)
-        self._pace(upstream)
-        return True
+        return self._call(exchange, calls)
 
     def _call(self, exchange: Exchange, calls: InstanceCalls) -> bool:
-        """Make a call to a worker that has a channel."""
+        """Make a call."""
         most = calls.request_max
         if most is not None and (exchange.request.length or 0) > most:
             calls.count(CallOutcome.HOST_ERROR)

@@ -1,8 +1,7 @@
-"""Router: the process that owns the device's shared HTTP port and proxies to instances. A fork of the supervisor.
+"""Router: the process that owns the device's HTTP ports and all clients' connections. A fork of the supervisor.
 
-It holds the listening socket, a socket to the supervisor that says which instances there are, and a view of the
-directory with the instances' sockets; no wasm, no configuration, no other file. Of workers that get frames it holds the
-channels and the listeners of their instances as well.
+It holds the listening sockets, a channel to each worker, and a socket to the supervisor that says which instances there
+are; no wasm, no configuration, no file.
 """
 
 import asyncio
@@ -21,14 +20,12 @@ from typing import Final
 import msgspec
 
 from agent.host.http.channel import Channel, InstanceCalls
-from agent.host.http.connection import PASSED
-from agent.host.http.proxy import ClientConnection, Clients, UpstreamPool
+from agent.host.http.proxy import ClientConnection, Clients, Instances
 from agent.host.http.routing import OwnRoute, Peer, RouteTable
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     AddChannel,
     AddListener,
-    AdoptConnections,
     ChannelDrained,
     DrainChannel,
     DrainRouter,
@@ -137,9 +134,8 @@ def run_router(
     sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
-    layers = sandbox.apply(sandbox.router_spec(str(directory)))
-    where = "" if layers["mount"] else "."  # an address as short as possible, see `sandbox.apply`
-    loop.run_until_complete(Router(listener, sock, where, SharedClients(page), decrypted).run())
+    sandbox.apply(sandbox.router_spec(str(directory)))
+    loop.run_until_complete(Router(listener, sock, SharedClients(page), decrypted).run())
 
 
 class Acceptor:
@@ -228,42 +224,19 @@ class TlsAcceptor(Acceptor):
 class OwnListener:
     """Listener of one instance's own, and the clients that came by it."""
 
-    def __init__(self, instance: str, listener: socket.socket, pool: UpstreamPool, router: "Router") -> None:
+    def __init__(self, instance: str, listener: socket.socket, instances: Instances, router: "Router") -> None:
         self.route = OwnRoute(instance)
-        self._sources: list[socket.socket] = []
         self.clients = Clients(router.own_left)
         is_trusted = listener.family == socket.AF_UNIX
         self._acceptor = Acceptor(
             listener,
-            lambda peer: ClientConnection(self.route, pool, self.clients, peer, is_trusted=is_trusted),
+            lambda peer: ClientConnection(self.route, instances, self.clients, peer, is_trusted=is_trusted),
             lambda: len(self.clients) < min(OWN_CLIENTS_MAX, router.own_spare),
         )
 
     def go_on(self) -> None:
         """Accept again if there is room."""
         self._acceptor.go_on()
-
-    def adopt(self, source: socket.socket) -> None:
-        """Take over the connections that arrive on `source`."""
-        source.setblocking(False)
-        self._sources.append(source)
-        asyncio.get_running_loop().add_reader(source, self._receive, source)
-
-    def _receive(self, source: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            data, fds = framing.receive_packet(source)
-        except BlockingIOError:
-            return
-        except framing.GoneError:
-            loop.remove_reader(source)
-            source.close()
-            self._sources.remove(source)
-            return
-        for fd in fds:
-            client = self._acceptor.welcome(socket.socket(fileno=fd))
-            if prefix := data.removeprefix(PASSED):
-                loop.call_soon(client.data_received, prefix)  # once it is connected, and before anything else is read
 
     def close(self) -> None:
         """Accept nobody any more, and end each client once it is answered."""
@@ -279,7 +252,6 @@ class Router:
         self,
         listener: socket.socket | None,
         sock: socket.socket,
-        directory: str,
         clients: SharedClients,
         decrypted: socket.socket | None = None,
     ) -> None:
@@ -288,7 +260,7 @@ class Router:
         self._decrypted = decrypted
         self._sock = sock
         self._routes = RouteTable()
-        self._pool = UpstreamPool(directory)
+        self._instances = Instances()
         self._clients = clients
         self._shared: list[Acceptor] = []
         self._calls: dict[str, InstanceCalls] = {}  # also of instances that take no calls by channels at present
@@ -313,7 +285,7 @@ class Router:
         sweep.cancel()
 
     def _client(self, peer: Peer | None) -> ClientConnection:
-        return ClientConnection(self._routes, self._pool, self._clients, peer)
+        return ClientConnection(self._routes, self._instances, self._clients, peer)
 
     def _go_on(self) -> None:
         for acceptor in self._shared:
@@ -341,12 +313,6 @@ class Router:
             case RouteUpdate() | RouteRemove() | IngressRules():
                 self._heed(message)
                 self.report(RouteAcknowledged(message.id))
-            case AdoptConnections(instance=instance):
-                own = self._own.get(instance)
-                if own is None:  # closed meanwhile: nobody serves them any more
-                    framing.close_all(fds)
-                else:
-                    own.adopt(socket.socket(fileno=fds[0]))
             case AddListener() | RemoveListener():
                 self._heed_listener(message, fds)
             case AddChannel():
@@ -355,26 +321,21 @@ class Router:
                 self._heed_channel(message)
 
     def _forget_known(self) -> None:
-        self._pool.known.clear()
+        self._instances.known.clear()
         for own in self._own.values():
             own.route.known.clear()
 
     def _heed(self, message: RouteUpdate | RouteRemove | IngressRules) -> None:
         self._forget_known()
         match message:
-            case RouteUpdate(instance=instance, up=up, spread=spread):
+            case RouteUpdate(instance=instance, up=up):
                 self._routes.up[instance] = up
-                (self._pool.spread.add if spread else self._pool.spread.discard)(instance)
-                if spread or not up:
-                    self._pool.forget(instance)
-                if not up and (calls := self._pool.calls.get(instance)) is not None:
+                if not up and (calls := self._instances.calls.get(instance)) is not None:
                     calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
             case IngressRules():
                 self._routes.configure(message)
             case RouteRemove(instance=instance):
                 self._routes.up.pop(instance, None)
-                self._pool.spread.discard(instance)
-                self._pool.forget(instance)
 
     def _heed_listener(self, message: AddListener | RemoveListener, fds: tuple[int, ...]) -> None:
         self._forget_known()
@@ -385,11 +346,10 @@ class Router:
             self._closed_own.add(own)  # until its last client has gone
         match message:
             case AddListener():
-                self._pool.forget(instance)  # connections to workers that have none of this
-                self._pool.calls[instance] = self._calls_of(instance)
-                self._own[instance] = OwnListener(instance, socket.socket(fileno=fds[0]), self._pool, self)
+                self._instances.calls[instance] = self._calls_of(instance)
+                self._own[instance] = OwnListener(instance, socket.socket(fileno=fds[0]), self._instances, self)
             case RemoveListener():
-                calls = self._pool.calls.pop(instance, None)
+                calls = self._instances.calls.pop(instance, None)
                 if calls is not None:
                     calls.refuse_all(503, f"{instance} is not answering at present; try again in a little while")
                     calls.rest()
@@ -406,7 +366,7 @@ class Router:
             own.go_on()
 
     def _calls_of(self, instance: str) -> InstanceCalls:
-        kept = self._pool.calls
+        kept = self._instances.calls
         self._calls = {name: calls for name, calls in self._calls.items() if calls.channels or name in kept}
         return self._calls.setdefault(instance, InstanceCalls(instance, self))
 
@@ -459,7 +419,6 @@ class Router:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self._pool.sweep()
             self.mind_clients(time.monotonic())
 
     def mind_clients(self, now_s: float) -> None:

@@ -242,7 +242,10 @@ _HOP: Final = frozenset(
 def guest_head(
     request: RequestHead, route: Route, forwarding: Forwarding | None = None, peer: Peer | None = None
 ) -> bytes:
-    """Return the head as a guest gets it in a frame; `forwarding` and `peer` as in `forwarded_head`."""
+    """Return the head as a guest gets it in a frame.
+
+    `forwarding`: what it is told of the client `peer`; None for what the client itself says.
+    """
     if route.own:
         lines = [b"%b: %b\r\n" % each for each in request.fields]
     else:
@@ -271,24 +274,3 @@ def _forwarded_lines(
     if route.prefix:
         lines.append(b"x-forwarded-prefix: " + route.prefix + b"\r\n")
     return lines
-
-
-def forwarded_head(
-    request: RequestHead, route: Route, forwarding: Forwarding | None = None, peer: Peer | None = None
-) -> bytes:
-    """Return the head as an instance gets it on a connection.
-
-    `forwarding`: what it is told of the client `peer`; None for what the client itself says.
-    """
-    lines = [request.method, b" ", route.target, b" HTTP/1.0\r\n" if request.old else b" HTTP/1.1\r\n"]
-    lines += _forwarded_lines(request, route, forwarding, peer)
-    if request.old:
-        asked = b"keep-alive" in tokens(request.fields, b"connection")  # the instance's answer tells the client so
-        lines.append(b"connection: keep-alive\r\n" if asked else b"")
-    elif b"trailers" in tokens(request.fields, b"te"):
-        lines.append(b"te: trailers\r\nconnection: te\r\n")
-    if request.chunked:
-        lines.append(b"transfer-encoding: chunked\r\n")
-    elif request.length is not None:
-        lines.append(b"content-length: %d\r\n" % request.length)
-    return b"".join([*lines, b"\r\n"])

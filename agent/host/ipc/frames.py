@@ -28,17 +28,6 @@ _END: Final = b"\n"
 _CALL_MAX: Final = 2**32 - 1
 
 
-class RequestPath(enum.StrEnum):
-    """Way of a request from its client to the guest, an option of the host.
-
-    HTTP: a worker has an HTTP server, and gets connections from the router or from its own listener. FRAMES: the router
-    is the only HTTP server, and a worker of a wasi:http guest that shares its process with no other gets frames.
-    """
-
-    HTTP = "http"
-    FRAMES = "frames"
-
-
 class Kind(enum.IntEnum):
     """Kind of a frame; the numbers are part of the protocol with compiled adapters, so none is used again."""
 

@@ -12,14 +12,10 @@ from fleet.protocol.manifest import Grants, Limits
 
 
 class RouteUpdate(msgspec.Struct, frozen=True, tag="set"):
-    """Add or change a route: whether the instance answers. Answered with `RouteAcknowledged`.
-
-    `spread`: the instance may have several workers, so each request takes any idle one.
-    """
+    """Add or change a route: whether the instance answers. Answered with `RouteAcknowledged`."""
 
     instance: str
     up: bool
-    spread: bool = False
     id: Count = 0
 
 
@@ -96,15 +92,6 @@ class RemoveListener(msgspec.Struct, frozen=True, tag="remove-listener"):
     instance: str
 
 
-class AdoptConnections(msgspec.Struct, frozen=True, tag="adopt-connections"):
-    """Take over the connections of an instance's clients that arrive on the socket that comes along.
-
-    A worker with an HTTP server hands them over, each with what has come of its next message.
-    """
-
-    instance: str
-
-
 class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     """Add a worker's channel, which takes no calls until `ServeChannel`. Two pages come along behind it.
 
@@ -148,7 +135,6 @@ ToRouter = (
     | DrainRouter
     | AddListener
     | RemoveListener
-    | AdoptConnections
     | AddChannel
     | ServeChannel
     | DrainChannel

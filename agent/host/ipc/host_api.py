@@ -119,7 +119,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     """Run this image (its sealed memfd comes along).
 
     Where another generation of the instance runs, this is a swap by the trigger's rules: the new one is started beside
-    it, checked, and handed the listener and the connections; the old one is kept warm until `Commit` or `Revert`.
+    it, checked, and given the calls; the old one is kept warm until `Commit` or `Revert`.
     Answered with `Started` when it takes calls, or with `Failed`: then the old one still answers.
 
     Attributes:

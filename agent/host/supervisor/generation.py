@@ -5,7 +5,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -151,18 +150,6 @@ class SavedState:
             self.fd = -1
 
 
-class ConnectionQueue(NamedTuple):
-    """Both ends of the queue in which clients wait for an idle worker."""
-
-    put: socket.socket
-    take: socket.socket
-
-    def close(self) -> None:
-        """Close both ends."""
-        self.put.close()
-        self.take.close()
-
-
 @dataclass(slots=True, eq=False)
 class Generation:
     """Generation of an instance: its run request and workers.
@@ -176,7 +163,6 @@ class Generation:
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
         image_sha256, image_bytes: hash and size of its image, if it may share a worker.
-        queue: if it may have several workers.
         checks_asked, checks_missed, checks_failing: number of health checks, of failed ones, and of the latest
             consecutive failures.
     """
@@ -199,7 +185,6 @@ class Generation:
     lost: str = ""
     image_sha256: str = ""
     image_bytes: int = 0
-    queue: ConnectionQueue | None = None
     checks_asked: int = 0
     checks_missed: int = 0
     checks_failing: int = 0
@@ -255,9 +240,6 @@ class Generation:
         """Close its descriptors."""
         if self.saved is not None:
             self.saved.close()
-        if self.queue is not None:
-            self.queue.close()
-            self.queue = None
         for fd in (self.image_fd, self.secrets_fd):
             if fd >= 0:
                 os.close(fd)

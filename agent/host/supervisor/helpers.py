@@ -156,11 +156,6 @@ class HelperProcess(ABC):
             self._ended()
 
 
-class _Route(NamedTuple):
-    up: bool
-    spread: bool
-
-
 NO_RULES: Final = helper_api.IngressRules()
 """Routes by name alone."""
 
@@ -226,7 +221,7 @@ class RouterHandle(HelperProcess):
         self._rules = rules
         self._ingress = ingress
         self._directory = directory
-        self._routes: dict[str, _Route] = {}
+        self._routes: dict[str, bool] = {}
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[int, ChannelHandle] = {}
         self._numbers = itertools.count(1)
@@ -242,8 +237,8 @@ class RouterHandle(HelperProcess):
 
     def _tell_everything(self) -> None:
         self._tell(self._rules)
-        for instance, route in self._routes.items():
-            self._tell(helper_api.RouteUpdate(instance, route.up, route.spread))
+        for instance, up in self._routes.items():
+            self._tell(helper_api.RouteUpdate(instance, up))
         for instance, listener in self._listeners.items():
             if listener.sock.fileno() >= 0:
                 self._tell(helper_api.AddListener(instance), listener.sock.fileno())
@@ -262,26 +257,22 @@ class RouterHandle(HelperProcess):
         self._channels.clear()
         return f"; client connections lost with it: {lost}"
 
-    async def update(self, instance: str, *, up: bool | None, spread: bool) -> None:
-        """Tell the router whether an instance answers (None: remove it), and wait until the router knows.
-
-        `spread` as in `RouteUpdate`.
-        """
-        route = None if up is None else _Route(up, spread)
-        if self._routes.get(instance) == route:
+    async def update(self, instance: str, *, up: bool | None) -> None:
+        """Tell the router whether an instance answers (None: remove it), and wait until the router knows."""
+        if self._routes.get(instance) == up:
             return
         number = next(self._ids)
-        if route is None:
+        if up is None:
             del self._routes[instance]
             self._tell(helper_api.RouteRemove(instance, number))
         else:
-            self._routes[instance] = route
-            self._tell(helper_api.RouteUpdate(instance, route.up, route.spread, number))
+            self._routes[instance] = up
+            self._tell(helper_api.RouteUpdate(instance, up, number))
         await self._acknowledged(number)
 
     def up(self) -> dict[str, bool]:
         """Return whether each instance behind the shared port answers."""
-        return {instance: route.up for instance, route in self._routes.items()}
+        return dict(self._routes)
 
     async def configure(self, rules: helper_api.IngressRules) -> None:
         """Tell the router the owner's rules, and wait until it follows them."""
@@ -307,10 +298,6 @@ class RouterHandle(HelperProcess):
         if self._listeners.get(instance) is not listener:
             self._listeners[instance] = listener
             self._tell(helper_api.AddListener(instance), listener.sock.fileno())
-
-    def adopt(self, instance: str, source: socket.socket) -> None:
-        """Have the router take over the connections that a worker passes to `source`, after `listen`."""
-        self._tell(helper_api.AdoptConnections(instance), source.fileno())
 
     def stop_listening(self, instance: str) -> None:
         """Have the router close an instance's listener."""

@@ -1,7 +1,7 @@
 """Instance life cycle: start, swap, commit, revert, restart, stop; crash, back-off, quarantine.
 
     swap      a worker of the new generation is started beside the old one, checked, and given the listener; then the
-              old workers stop accepting and hand their connections over. The old generation stays warm until `commit`
+              old workers end the calls that they have. The old generation stays warm until `commit`
               or `revert`. See `agent.host.supervisor.swap` for the sequence.
     crash     a worker that dies is replaced after a growing, jittered pause; too many consecutive crashes lead to
               quarantine. See `agent.host.supervisor.crash_policy` for the numbers.
@@ -172,11 +172,11 @@ class Instance:
         self._crashes.on_request()
         async with AsyncExitStack() as undo:
             swap.open_listener(self._parts, generation, undo)
-            worker = await self._workers.start_worker(generation)
+            await self._workers.start_worker(generation)
             undo.pop_all()
         self._timers.stop()
         await swap.finish_task(self._parts, generation)
-        await self._workers.replace(generation, old, [worker])
+        await self._workers.replace(generation, old)
         self.restarts += 1
         self._set_state(InstanceState.RUNNING)
         self._timers.start(generation)
@@ -192,7 +192,7 @@ class Instance:
         """Drain, then end every worker."""
         self._timers.stop()
         if self.current is not None:
-            await self._workers.hand_over(self.current.alive, [], wait_s=DRAIN_MS / 1000)
+            await self._workers.hand_over(self.current.alive, wait_s=DRAIN_MS / 1000)
         for generation in (self.current, self.previous):
             if generation is not None:
                 self._workers.drop(generation, drained=True)
@@ -299,7 +299,7 @@ class Instance:
     async def _switch(self, old: Generation | None, new: Generation) -> None:
         """Move connections, route and timers from `old` to `new`, which already serves."""
         if old is not None:
-            await self._workers.hand_over(old.alive, new.alive)
+            await self._workers.hand_over(old.alive)
             if old.listener is not None and old.listener is not new.listener:
                 old.listener.sock.close()
             old.is_serving = False
@@ -500,8 +500,7 @@ class Instance:
         behind = current is not None and current.listener is not None and current.listener.port is None
         brief = self.state is InstanceState.BACKOFF and self._crashes.is_first
         up = self.state is InstanceState.RUNNING or brief
-        spread = current is not None and current.run.limits.concurrency > 1
-        await self._router.update(self.name, up=up if behind else None, spread=spread)
+        await self._router.update(self.name, up=up if behind else None)
 
 
 def _ms_since(began_s: float) -> int:

@@ -33,7 +33,6 @@ from typing import Final, NamedTuple
 from agent import disk
 from agent.disk import Write
 from agent.host.ipc import host_api
-from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
@@ -364,7 +363,6 @@ class HostResources:
 
     Attributes:
         data: parent of the instances' data directories.
-        request_path: way of requests to workers.
     """
 
     data: Path
@@ -375,12 +373,9 @@ class HostResources:
     cgroups: Cgroups
     secrets: PendingSecrets
     logs: LogFiles
-    request_path: RequestPath = RequestPath.FRAMES
 
     @classmethod
-    def open(
-        cls, *, state: Path, sockets: Path, address: str, request_path: RequestPath = RequestPath.FRAMES
-    ) -> "HostResources":
+    def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":
         """Load the resources from `state`; Unix sockets are in `sockets`, own ports are opened at `address`."""
         disk.remove_leftovers(state, recursive=False)  # instances' own files are below it
         return cls(
@@ -391,7 +386,6 @@ class HostResources:
             quotas=QuotaStore(state / "written.json"),
             cgroups=Cgroups(),
             secrets=PendingSecrets(),
-            request_path=request_path,
             logs=LogFiles(state / "logs"),
         )
 

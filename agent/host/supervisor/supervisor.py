@@ -22,7 +22,6 @@ from typing import Final
 from agent import systemd
 from agent.host.http.ingress_config import IngressError
 from agent.host.ipc import host_api
-from agent.host.ipc.frames import RequestPath
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
@@ -68,7 +67,6 @@ class HostSettings:
         require: isolation layers without which no component runs.
         minimum: isolation layers without which the host does not start.
         agent_group: group whose members may command this host, besides root and the host's own user.
-        request_path: way of requests to workers.
         ingress_config: the owner's file of routes and certificates; None for the usual one, if there is one.
     """
 
@@ -78,7 +76,6 @@ class HostSettings:
     require: frozenset[str] = frozenset()
     minimum: frozenset[str] = frozenset()
     agent_group: int | None = None
-    request_path: RequestPath = RequestPath.FRAMES
     ingress_config: Path | None = None
 
 
@@ -91,9 +88,7 @@ class Supervisor:
         self._engine = ""
         sockets = settings.runtime / "in"
         address = settings.ingress[0] if settings.ingress else "127.0.0.1"
-        self._resources = HostResources.open(
-            state=settings.state, sockets=sockets, address=address, request_path=settings.request_path
-        )
+        self._resources = HostResources.open(state=settings.state, sockets=sockets, address=address)
         self._layers = {**_probed(), "cgroup": self._resources.cgroups.available}
         self._runs_as = sandbox.way(self._layers)
         self._pinned = PinnedModules()
@@ -126,7 +121,7 @@ class Supervisor:
             loop.add_signal_handler(number, stop.set)
         if self._settings.ingress is not None:
             await self._open_ingress(*self._settings.ingress)
-        elif self._settings.request_path is RequestPath.FRAMES:
+        else:
             self._router = RouterHandle(None, self._settings.runtime / "in")
         self._engine = await _ask_engine()
         loop.add_signal_handler(signal.SIGHUP, self._reload)

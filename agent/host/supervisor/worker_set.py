@@ -1,7 +1,7 @@
-"""Workers of one instance: start them, give them traffic, move connections between them, retire them; autoscaler.
+"""Workers of one instance: start them, give them calls, retire them; autoscaler.
 
-`WorkerSet` is mechanism without policy: `Instance` decides when to use it. Moving an instance moves the clients'
-connections without losing any, but not the instance's memory.
+`WorkerSet` is mechanism without policy: `Instance` decides when to use it. Clients stay with the router whatever
+happens to workers; an instance's memory does not move with it.
 """
 
 import asyncio
@@ -9,19 +9,18 @@ import contextlib
 import socket
 import time
 from collections.abc import Coroutine, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import msgspec
 
-from agent.host.ipc import framing, worker_api
-from agent.host.ipc.frames import RequestPath
+from agent.host.ipc import worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
-from agent.host.supervisor.generation import ConnectionQueue, Generation, data_directory
+from agent.host.supervisor.generation import Generation, data_directory
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources, Listener
+from agent.host.supervisor.resources import HostResources
 from agent.host.supervisor.worker_handle import (
     WorkerChannel,
     WorkerEvents,
@@ -35,7 +34,7 @@ from fleet.protocol.manifest import Http
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
-"""Time for a worker that is replaced to hand its connections over."""
+"""Time for a worker that is replaced to end its calls."""
 
 GRACE_S: Final = 5.0
 """Time beyond a worker's own limit of a call, after which the supervisor kills a worker whose watchdog has failed."""
@@ -177,7 +176,7 @@ class WorkerSet:
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
             channel = None
-            if self._takes_frames(generation):
+            if isinstance(generation.run.manifest.trigger, Http):
                 channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
                 fds.append(theirs.fileno())
             message = worker_api.Setup(
@@ -194,10 +193,6 @@ class WorkerSet:
                 channel=channel is not None,
             )
             yield _SetupPacket(message, tuple(fds), channel)
-
-    def _takes_frames(self, generation: Generation) -> bool:
-        frames = self._resources.request_path is RequestPath.FRAMES
-        return frames and isinstance(generation.run.manifest.trigger, Http)
 
     def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run
@@ -224,20 +219,10 @@ class WorkerSet:
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
     def serve(self, generation: Generation, worker: WorkerHandle) -> None:
-        """Let a worker accept connections, or take calls from its channel. Raises `WorkerGoneError`."""
+        """Let a worker take calls from its channel. Raises `WorkerGoneError`."""
         assert generation.listener is not None
-        if worker.route is not None or worker.channel is not None:
-            self._serve_by_router(generation, generation.listener, worker)
-            return
-        if generation.queue is None and generation.run.limits.concurrency > 1:
-            generation.queue = ConnectionQueue(*framing.socket_pair())
-        worker.notify(
-            worker_api.Serve(), generation.listener.sock.fileno(), *(end.fileno() for end in generation.queue or ())
-        )
-
-    def _serve_by_router(self, generation: Generation, listener: Listener, worker: WorkerHandle) -> None:
         assert self._router is not None
-        self._router.listen(self._name, listener)
+        self._router.listen(self._name, generation.listener)
         if worker.route is None:
             limits = generation.run.limits
             reuses = limits.requests_per_instance > 1 and not limits.fuel
@@ -283,57 +268,19 @@ class WorkerSet:
             with contextlib.suppress(WorkerGoneError, TimeoutError):
                 await worker.request(worker_api.Probe(), reply=worker_api.Probed, timeout_s=timeout_s)
 
-    async def hand_over(
-        self, old: list[WorkerHandle], new: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S
-    ) -> None:
-        """Make `old` workers stop accepting and pass their connections to `new` ones; without any, close them.
-
-        Of workers with channels the router has the connections: they end the calls that they have.
-        """
-        waits: list[asyncio.Future[Any]] = []
-        by_router = [worker for worker in new if worker.route is not None]
-        if new and not by_router:
-            self.stop_listening()  # the new ones accept by themselves
-        new = [worker for worker in new if worker not in by_router]
-        for number, worker in enumerate(old):
-            if not worker.alive:
-                continue
-            if worker.route is not None:
-                waits.append(asyncio.ensure_future(self._drain_channel(worker, worker.route, wait_s)))
-                await asyncio.sleep(0)
-                continue
-            fds: tuple[int, ...] = ()
-            pair = None
-            try:
-                if by_router:
-                    assert self._router is not None
-                    pair = framing.socket_pair()
-                    self._router.adopt(self._name, pair[1])
-                    fds = (pair[0].fileno(),)
-                elif new:
-                    pair = framing.socket_pair()
-                    new[number % len(new)].notify(worker_api.AcceptConnections(), pair[1].fileno())
-                    fds = (pair[0].fileno(),)
-                drain = worker.request(
-                    worker_api.Drain(deadline_ms=DRAIN_MS), *fds, reply=worker_api.HandedOver, timeout_s=wait_s
-                )
-                waits.append(asyncio.ensure_future(drain))
-                await asyncio.sleep(0)  # the request is sent before its descriptor is closed here
-            except WorkerGoneError:
-                pass
-            finally:
-                for sock in pair or ():
-                    sock.close()
-        await asyncio.gather(*waits, return_exceptions=True)
+    async def hand_over(self, old: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S) -> None:
+        """Give no more calls to `old` workers, and wait a little until they have ended those that they have."""
+        drains = [self._drain_channel(worker, worker.route, wait_s) for worker in old if worker.alive and worker.route]
+        await asyncio.gather(*drains)
 
     async def _drain_channel(self, worker: WorkerHandle, channel: WorkerChannel, wait_s: float) -> None:
         await channel.drain(wait_s)
         with contextlib.suppress(WorkerGoneError):
             worker.notify(worker_api.Resume())  # from `SaveState`; the worker may serve again later
 
-    async def replace(self, generation: Generation, old: list[WorkerHandle], new: list[WorkerHandle]) -> None:
-        """Hand the connections of `old` workers over to `new` ones, and retire the old."""
-        await self.hand_over(old, new)
+    async def replace(self, generation: Generation, old: list[WorkerHandle]) -> None:
+        """Let `old` workers end their calls, and retire them: others have taken over."""
+        await self.hand_over(old)
         for worker in old:
             self.retire(generation, worker)
 
@@ -411,7 +358,7 @@ class Autoscaler:
         async with self._lock:
             alive = generation.alive
             if generation.is_serving and len(alive) > 1:
-                await self._workers.replace(generation, alive[-1:], alive[:-1])
+                await self._workers.replace(generation, alive[-1:])
 
     async def _move(self, generation: Generation) -> None:
         async with self._lock:
@@ -419,8 +366,8 @@ class Autoscaler:
             if not generation.is_serving or not self._workers.can_move(generation):
                 return
             try:
-                worker = await self._workers.start_worker(generation)
+                await self._workers.start_worker(generation)
             except (StartError, WorkerGoneError) as error:
                 self._log.note(f"host: it stays in its worker: {error}")
                 return
-            await self._workers.replace(generation, old, [worker])
+            await self._workers.replace(generation, old)

@@ -13,32 +13,19 @@ from peers import Peer
 from agent.host.ipc import host_api
 
 
-def pytest_generate_tests(metafunc):
-    """Run the tests of a module over each of its `REQUEST_PATHS`, where it has several (decision 15)."""
-    paths = getattr(metafunc.module, "REQUEST_PATHS", ())
-    if "host" in metafunc.fixturenames and paths:
-        metafunc.parametrize("request_path", paths)
-
-
-@pytest.fixture
-def request_path():
-    """The way of requests to workers on the host that tests share."""
-    return support.REQUEST_PATH
-
-
 @pytest.fixture(scope="session")
 def _shared(tmp_path_factory):
-    """Host for all tests that do not end it, by the way of requests to workers."""
-    hosts = {}
+    """Host for all tests that do not end it."""
+    hosts = []
 
-    def shared(request_path):
-        if request_path not in hosts:
-            hosts[request_path] = support.Host(tmp_path_factory.mktemp("host"), request_path=request_path)
-            hosts[request_path].shared = True
-        return hosts[request_path]
+    def shared():
+        if not hosts:
+            hosts.append(support.Host(tmp_path_factory.mktemp("host")))
+            hosts[0].shared = True
+        return hosts[0]
 
     yield shared
-    for host in hosts.values():
+    for host in hosts:
         host.close()
 
 
@@ -57,10 +44,10 @@ def peer():
 
 
 @pytest.fixture
-def host(_shared, request_path, request):
+def host(_shared, request):
     """A running host without instances; what the test started is stopped afterwards."""
     support.TESTS.append(request.node.nodeid)
-    shared = _shared(request_path)
+    shared = _shared()
     yield shared
     for one in shared.ask(host_api.Status).instances:
         shared.ask(host_api.Stop, instance=one.instance)

@@ -201,7 +201,7 @@ async def board(tmp_path):
         ours, theirs = framing.socket_pair()
         ours.setblocking(False)
         shared = socket.create_server(("127.0.0.1", 0))
-        the_router = router.Router(shared, theirs, str(tmp_path), router.SharedClients(mmap.mmap(-1, 4096)))
+        the_router = router.Router(shared, theirs, router.SharedClients(mmap.mmap(-1, 4096)))
         running = asyncio.ensure_future(the_router.run())
         listener = socket.create_server(("127.0.0.1", 0))
         it = Board(ours, listener.getsockname())

@@ -22,8 +22,6 @@ DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
-REQUEST_PATH = os.environ.get("WASMFLEET_TEST_REQUEST_PATH", "frames")  # of hosts that tests start without another
-
 PIECE_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
@@ -172,7 +170,6 @@ class Host:
         env=None,
         prefix=(),
         python=sys.executable,
-        request_path=None,
     ):
         self.runtime = directory / "run"
         self.state = directory / "state"
@@ -181,7 +178,6 @@ class Host:
         self.shared = False
         self._id = 0
         self.stderr = (directory / "host.log").open("ab")
-        way = () if (request_path or REQUEST_PATH) == "frames" else ("--request-path", request_path or REQUEST_PATH)
         self.process = subprocess.Popen(
             [
                 *prefix,
@@ -190,7 +186,6 @@ class Host:
                 *("--runtime", str(self.runtime)),
                 *("--state", str(self.state)),
                 *("--ingress", f"127.0.0.1:{self.port}"),
-                *way,
                 *arguments,
             ],
             cwd=ROOT,

@@ -51,14 +51,8 @@ def as_nobody():
     raise AssertionError
 
 
-@pytest.fixture(params=["http", "frames"])
-def request_path(request):
-    """The way of requests to workers (decision 15)."""
-    return request.param
-
-
 @pytest.fixture(params=[pytest.param(ROOT, marks=pytest.mark.root), USER, USER_WITHOUT])
-def escaped(request, request_path):
+def escaped(request):
     """A host run one of the three ways, in whose workers every guest is an escaped one."""
     directory = Path(tempfile.mkdtemp(prefix="wasmfleet-escape-"))
     prefix, python = ([], sys.executable) if request.param == ROOT else as_nobody()
@@ -68,7 +62,7 @@ def escaped(request, request_path):
         os.chown(directory, NOBODY, NOBODY)
     path = os.pathsep.join([str(Path(__file__).parent / "escape"), str(support.ROOT), sysconfig.get_path("purelib")])
     env = {"PYTHONPATH": path, "SOME_TOKEN": SECRET}
-    host = support.Host(directory, prefix=prefix, python=python, env=env, request_path=request_path)
+    host = support.Host(directory, prefix=prefix, python=python, env=env)
     host.column = request.param
     host.directory = directory
     yield host
@@ -77,7 +71,7 @@ def escaped(request, request_path):
     shutil.rmtree(directory)
 
 
-def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped, request_path):
+def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
     host = escaped
     key = host.directory / "device.key"
     key.write_text("secret")
@@ -116,7 +110,7 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped, request_p
     # With a channel, that is its standard input and output, in place of listener and client.
     kinds = list(said["descriptors"].values())
     assert kinds.count("socket") <= 4 + (said["descriptors"].get("2") == "socket")
-    assert [said["descriptors"][fd] for fd in "01"] == ["socket" if request_path == "frames" else "device"] * 2
+    assert [said["descriptors"][fd] for fd in "01"] == ["socket"] * 2
     assert len(kinds) <= 11, said["descriptors"]
     assert said["pages"] == 1, "its own page of figures, and not that in which the router records its calls"
     assert SECRET not in str(said["environment"])
@@ -127,7 +121,6 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped, request_p
     assert host.health("sibling").restarts == 0
 
 
-@pytest.mark.parametrize("request_path", ["frames"], indirect=True)
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):
     """Over the channel, its limits hold from outside: the router records the call where the worker cannot write."""
     host = escaped

@@ -17,7 +17,6 @@ from tests.rotation import rotated
 SCRIPT = support.ADAPTER / "script.wasm"
 WHOLE = "nothing before the request is whole"
 THERE_BY_CHANCE = {"a client that ends its sending", "a guest that fails within its answer"}
-NOT_THE_OLD_WAY = {"body: pieces of 64 KiB in turn", "body: an early answer to a large body", "exactly: an error"}
 
 
 def read_differences():
@@ -58,8 +57,6 @@ def ours(tmp_path_factory):
 @pytest.mark.parametrize("case", rotated(CASES))
 def test_an_answer_is_the_same_or_an_accepted_difference(ours, theirs, case):
     accepted = DIFFERENCES.get(ROW_OF.get(case), {}).get(case)
-    if support.REQUEST_PATH == "http" and case in NOT_THE_OLD_WAY:
-        pytest.skip("requests go to workers by sockets")
     withheld = accepted is not None and WHOLE in accepted[0]
     here, there = (
         " | ".join(observe(port, CASES[case], withheld=kept)) for port, kept in ((ours, withheld), (theirs, False))

@@ -217,12 +217,12 @@ async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_p
         front = RouterHandle(ingress, tmp_path)
         try:
             for name in names:
-                await front.update(name, up=False, spread=False)
+                await front.update(name, up=False)
             fork, again = front._fork, asyncio.Event()
             front._fork = lambda: (fork(), again.set())  # nothing public tells of another router
             os.kill(front.pid, signal.SIGKILL)
             await again.wait()
-            await front.update("last", up=False, spread=False)
+            await front.update("last", up=False)
             found = await asyncio.to_thread(lambda: [status_of(port, name) for name in ("nobody", *names, "last")])
         finally:
             front.close()

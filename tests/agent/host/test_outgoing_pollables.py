@@ -12,7 +12,6 @@ from agent.host.interfaces.outgoing_http import AT_ONCE
 from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants
 
-REQUEST_PATHS = ("frames",)
 CLOCK = "wasi:clocks/monotonic-clock"
 WAIT_S = 30
 

@@ -18,7 +18,6 @@ from wire import Wire
 
 from agent.host.ipc import host_api
 
-REQUEST_PATHS = ("frames",)
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 
@@ -169,7 +168,7 @@ def test_a_worker_that_is_killed_in_a_call_is_replaced_and_who_waits_is_answered
 
 @pytest.fixture(scope="module")
 def killable(tmp_path_factory):
-    host = support.Host(tmp_path_factory.mktemp("killable"), request_path="frames")
+    host = support.Host(tmp_path_factory.mktemp("killable"))
     host.shared = True
     yield host
     host.close()
@@ -238,7 +237,7 @@ def read_to_end(sock):
 
 
 def test_the_death_of_the_router_is_no_crash_of_any_component(tmp_path, port):
-    host = support.Host(tmp_path, request_path="frames")
+    host = support.Host(tmp_path)
     start(host, port=port)
     start(host, name="shared")
     assert ask(port, "/")[0] == 200

@@ -15,9 +15,9 @@ HEAD = b"POST /web/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n"
 GET = b"GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-@pytest.fixture(params=["http", "frames"], scope="module")
-def host(request, tmp_path_factory):
-    host = support.Host(tmp_path_factory.mktemp("host"), request_path=request.param, env={"PYTHONPATH": PATHS})
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    host = support.Host(tmp_path_factory.mktemp("host"), env={"PYTHONPATH": PATHS})
     host.shared = True
     yield host
     host.close()

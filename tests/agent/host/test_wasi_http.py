@@ -9,7 +9,6 @@ from support import Grants, Limits
 
 from agent.host.ipc import host_api
 
-REQUEST_PATHS = ("http", "frames")
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 

@@ -19,7 +19,7 @@ LIMITS = Limits(request_bytes=1 << 20, response_bytes=1 << 20)
 @pytest.fixture(scope="module")
 def ways(_shared):
     """The port of each way in, and what stands before the path there."""
-    own, host = support.free_port(), _shared(support.REQUEST_PATH)
+    own, host = support.free_port(), _shared()
     for run in (support.a_run("echo", 1, limits=LIMITS), support.a_run("alone", 1, port=own, limits=LIMITS)):
         assert isinstance(host.start(ECHO, run), host_api.Started)
     yield {"router": (host.port, b"/echo"), "own port": (own, b"")}

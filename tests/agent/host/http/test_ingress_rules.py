@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from agent.host.http import ingress_config
 from agent.host.http.ingress_config import IngressError
 from agent.host.http.parser import RequestHead
-from agent.host.http.routing import Forwarding, Peer, RouteTable, forwarded_head, plain_address
+from agent.host.http.routing import Forwarding, Peer, RouteTable, guest_head, plain_address
 from agent.host.ipc.helper_api import ForwardedPolicy
 
 RULES = """
@@ -138,7 +138,7 @@ MORE = [(b"forwarded", b"for=1.2.3.4"), (b"x_forwarded_for", b"1.1.1.1"), (b"acc
 
 def told(policy, peer, *fields):
     request = head(*(fields or (*SAID, *MORE)))
-    lines = forwarded_head(request, table(RULES, *ALL).route(request), Forwarding(policy), peer).decode().split("\r\n")
+    lines = guest_head(request, table(RULES, *ALL).route(request), Forwarding(policy), peer).decode().split("\r\n")
     return [line for line in lines[1:] if line]
 
 

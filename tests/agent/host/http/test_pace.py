@@ -7,6 +7,7 @@ import select
 import socket
 
 import pytest
+from whole_calls import WholeCalls
 
 from agent.host.http import pace, proxy, router
 from agent.host.http.connection import Request
@@ -48,30 +49,20 @@ def test_time_in_which_nothing_is_awaited_does_not_count():
 
 
 class Web:
-    """Router with an instance behind a Unix socket; its clients, looked at by the test's clock."""
+    """Router with an instance that answers at once; its clients, looked at by the test's clock."""
 
-    def __init__(self, tmp_path):
+    def __init__(self):
         self.now_s = 1000.0
         ours, theirs = socket.socketpair()
         self._kept = ours
-        self.router = router.Router(None, theirs, str(tmp_path), router.SharedClients(mmap.mmap(-1, 4096)))
+        self.router = router.Router(None, theirs, router.SharedClients(mmap.mmap(-1, 4096)))
         self.routes = RouteTable()
         self.routes.up["web"] = True
         self.came = asyncio.Event()
-        self.bytes = 0
-        self.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
-
-    async def serve(self, reader, writer):
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                self.bytes += len(data)
-                self.came.set()
-                if data.endswith(b"\r\n\r\n"):
-                    writer.write(self.answer)
-            writer.close()
+        self.calls = self.router._instances.calls["web"] = WholeCalls(self.came)
 
     def client(self):
-        made = proxy.ClientConnection(self.routes, self.router._pool, self.router._clients)
+        made = proxy.ClientConnection(self.routes, self.router._instances, self.router._clients)
         made.last_s = self.now_s
         return made
 
@@ -89,17 +80,15 @@ class Web:
 
 
 @contextlib.asynccontextmanager
-async def web(tmp_path, monkeypatch):
+async def web(monkeypatch):
     async with asyncio.timeout(30):
-        board = Web(tmp_path)
+        board = Web()
         monkeypatch.setattr(proxy, "time", board)
-        server = await asyncio.start_unix_server(board.serve, tmp_path / "web")
         listening = await asyncio.get_running_loop().create_server(board.client, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
         yield board, reader, writer
         writer.close()
         listening.close()
-        server.close()
 
 
 async def until(condition):
@@ -113,8 +102,8 @@ async def received(board, count):
 
 @pytest.mark.parametrize("begin", [b"GET /", HEAD + b"x"])
 @pytest.mark.asyncio
-async def test_the_router_ends_a_request_of_a_byte_every_eight_seconds(tmp_path, monkeypatch, begin):
-    async with web(tmp_path, monkeypatch) as (board, reader, writer):
+async def test_the_router_ends_a_request_of_a_byte_every_eight_seconds(monkeypatch, begin):
+    async with web(monkeypatch) as (board, reader, writer):
         sent = len(begin)
         writer.write(begin)
         await received(board, sent)
@@ -130,8 +119,8 @@ async def test_the_router_ends_a_request_of_a_byte_every_eight_seconds(tmp_path,
 
 @pytest.mark.parametrize("begin", [b"GET /web/a HTTP/1.1\r\nx: ", HEAD])
 @pytest.mark.asyncio
-async def test_the_router_waits_for_a_request_over_64_kbit_s(tmp_path, monkeypatch, begin):
-    async with web(tmp_path, monkeypatch) as (board, _, writer):
+async def test_the_router_waits_for_a_request_over_64_kbit_s(monkeypatch, begin):
+    async with web(monkeypatch) as (board, _, writer):
         sent = len(begin)
         writer.write(begin)
         each = HONEST_BYTES_PER_S if begin is HEAD else MIN_BYTES_PER_S
@@ -145,8 +134,8 @@ async def test_the_router_waits_for_a_request_over_64_kbit_s(tmp_path, monkeypat
 
 
 @pytest.mark.asyncio
-async def test_empty_lines_between_requests_do_not_keep_a_connection(tmp_path, monkeypatch):
-    async with web(tmp_path, monkeypatch) as (board, reader, writer):
+async def test_empty_lines_between_requests_do_not_keep_a_connection(monkeypatch):
+    async with web(monkeypatch) as (board, reader, writer):
         for number in range(1, router.IDLE_S // STEP_S + 2):
             writer.write(b"\r\n")
             await received(board, 2 * number)
@@ -158,11 +147,11 @@ async def test_empty_lines_between_requests_do_not_keep_a_connection(tmp_path, m
 
 @pytest.mark.parametrize("each", [1, HONEST_BYTES_PER_S * STEP_S])
 @pytest.mark.asyncio
-async def test_the_router_ends_an_answer_that_is_read_a_byte_now_and_then(tmp_path, monkeypatch, each):
-    async with web(tmp_path, monkeypatch) as (board, _, writer):
+async def test_the_router_ends_an_answer_that_is_read_a_byte_now_and_then(monkeypatch, each):
+    async with web(monkeypatch) as (board, _, writer):
         taken = 0
         monkeypatch.setattr(proxy.ClientConnection, "_taken", lambda self: taken)
-        board.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 40000000\r\n\r\n" + b"x" * 40_000_000
+        board.calls.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 40000000\r\n\r\n" + b"x" * 40_000_000
         writer.transport.pause_reading()
         writer.write(b"GET /web/a HTTP/1.1\r\nhost: board\r\n\r\n")
         await until(lambda: board.router._clients and board.only._full)
@@ -176,12 +165,12 @@ async def test_the_router_ends_an_answer_that_is_read_a_byte_now_and_then(tmp_pa
 
 
 @pytest.mark.asyncio
-async def test_what_a_client_has_taken_grows_as_it_reads(tmp_path, monkeypatch):
-    async with web(tmp_path, monkeypatch) as (board, reader, writer):
+async def test_what_a_client_has_taken_grows_as_it_reads(monkeypatch):
+    async with web(monkeypatch) as (board, reader, writer):
         writer.write(b"GET /web/a HTTP/1.1\r\nhost: board\r\n\r\n")
         assert (await reader.readuntil(b"hi")).endswith(b"hi")
         client = board.only
-        await until(lambda: client._taken() >= 2 * len(board.answer))  # left the process, and acknowledged
+        await until(lambda: client._taken() >= 2 * len(board.calls.answer))  # left the process, and acknowledged
         assert client._transport.get_write_buffer_size() == 0
 
 
