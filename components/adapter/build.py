@@ -76,10 +76,13 @@ def imports(world: str, scratch: Path, wit: Path) -> bytes:
 
 
 def whole(scratch: Path) -> Path:
-    """Return the WIT with the interfaces of this project that the tests' guest exports."""
+    """Return the WIT with what the guests of the tests need beside it."""
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
     shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
+    shutil.copy(HERE / "waits" / "waits.wit", copy)
+    (copy / "deps" / "clocks").mkdir()  # not beside the others: what toolchains bring of it is whole
+    shutil.copy(HERE / "waits" / "clocks.wit", copy / "deps" / "clocks")
     return copy
 
 

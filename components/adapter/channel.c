@@ -171,11 +171,14 @@ void channel_flush(void) {
     count_result room;
     nothing_result done;
     if (metered) host_wrote(out_end);
-    check_write(out, &room);
-    if (room.failed) give_up();
-    if (room.count < out_end) __builtin_trap();
-    write_now(out, outbox, out_end, &done);
-    if (done.failed) give_up();
+    for (uint32_t at = 0, piece; at < out_end; at += piece) {
+        check_write(out, &room);
+        if (room.failed) give_up();
+        if (!room.count) __builtin_trap(); // its writes wait, so there is always room
+        piece = room.count < out_end - at ? (uint32_t)room.count : out_end - at;
+        write_now(out, outbox + at, piece, &done);
+        if (done.failed) give_up();
+    }
     out_end = open_frame = 0;
 }
 

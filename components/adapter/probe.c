@@ -7,6 +7,7 @@
 //   /fields            what the operations on fields answer
 //   /twice             what asking twice for what is given once answers
 //   /trailers          a body, then the trailer x-sum: 7
+//   /stream            a line written before the answer is set, then the request's body as it comes, never flushed
 //   /late              the answer is set after its body was written
 //   /log               a line on standard output, one on standard error
 //   /count             how many requests this instance has seen
@@ -123,6 +124,7 @@ IMPORT(STREAMS, "[method]input-stream.blocking-read") void blocking_read(int32_t
 IMPORT(STREAMS, "[method]output-stream.blocking-write-and-flush")
 void blocking_write(int32_t, const char *, size_t, void *);
 IMPORT(STREAMS, "[method]output-stream.check-write") void check_write(int32_t, void *);
+IMPORT(STREAMS, "[method]output-stream.subscribe") int32_t has_room(int32_t);
 IMPORT(STREAMS, "[method]output-stream.write") void write_some(int32_t, const char *, size_t, void *);
 IMPORT(STREAMS, "[resource-drop]input-stream") void drop_input(int32_t);
 IMPORT(STREAMS, "[resource-drop]output-stream") void drop_output(int32_t);
@@ -349,6 +351,39 @@ static void late(void) {
     drop_output(stream);
     finish(body.handle, -1);
     set_response(outparam, 0, response, 0, 0, 0, 0, 0, 0);
+}
+
+// As runtimes with a loop of events write.
+static void write_with_room(int32_t stream, text t) {
+    while (t.size) {
+        check_write(stream, scratch);
+        size_t size = t.size < scratch[1] ? t.size : (size_t)scratch[1];
+        if (size) {
+            write_some(stream, t.data, size, scratch);
+        } else {
+            int32_t ready = has_room(stream);
+            block(ready);
+            drop_pollable(ready);
+        }
+        t = (text){t.data + size, t.size - size};
+    }
+}
+
+static void stream(int32_t request) {
+    made body, incoming, input;
+    int32_t response = response_new(fields_new());
+    response_body(response, &body);
+    int32_t out = open_body(must(body));
+    write_with_room(out, TEXT("first\n"));
+    set_response(outparam, 0, response, 0, 0, 0, 0, 0, 0);
+    consume(request, &incoming);
+    body_stream(must(incoming), &input);
+    for (optional chunk; used = 0, blocking_read(must(input), 64 * 1024, &chunk), !chunk.tag;)
+        write_with_room(out, chunk.value);
+    drop_input(input.handle);
+    drop_future(finish_incoming(incoming.handle));
+    drop_output(out);
+    finish(body.handle, -1);
 }
 
 static void log_lines(void) {
@@ -634,6 +669,8 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         read_stdin();
     } else if (starts(target, TEXT("/fields/"))) {
         many_fields((text){target.data + 8, target.size - 8});
+    } else if (is(target, TEXT("/stream"))) {
+        stream(request);
     } else if (is(target, TEXT("/late"))) {
         late();
     } else if (is(target, TEXT("/trailers"))) {

@@ -285,8 +285,8 @@ def await_read(sock):
     raise TimeoutError("nobody reads it")
 
 
-def read_answer(sock):
-    data = b""
+def read_answer(sock, data=b""):
+    """The next answer, of which `data` has come."""
     while b"\r\n\r\n" not in data:
         more = sock.recv(65536)
         if not more:

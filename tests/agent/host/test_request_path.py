@@ -45,6 +45,22 @@ def test_an_instance_answers_as_many_requests_as_it_may(host, port, per_instance
     assert host.health("web").calls == {"ok": 3}
 
 
+@pytest.mark.parametrize("per_instance", [0, 100])
+def test_what_a_guest_writes_goes_out_from_the_moment_its_answer_is_set(host, port, per_instance):
+    """The guest writes before it sets its answer, and never flushes, as JavaScript does."""
+    start(host, port=port, requests_per_instance=per_instance)
+    body = b"x" * 200_000
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        kept.sendall(b"POST /stream HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:-1])
+        heard = b""
+        while b"first\n" not in heard:
+            piece = kept.recv(65536)
+            assert piece, heard
+            heard += piece
+        kept.sendall(body[-1:])
+        assert support.read_answer(kept, heard)[2] == b"first\n" + body
+
+
 @pytest.mark.parametrize("size", [1, 60_000, 300_000, 3_000_000])
 @pytest.mark.parametrize("per_instance", [0, 100])
 def test_bodies_stream_both_ways_at_once(host, port, size, per_instance):

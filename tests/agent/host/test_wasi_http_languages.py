@@ -6,6 +6,7 @@ A language whose tools are not here is skipped by name, and so is the comparison
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,23 @@ def test_it_answers_as_it_was_written(server, port):
     assert support.http(port, REQUESTS["no such thing"])[0] == 404
     assert support.http(port, REQUESTS["an echo"])[2] == BODY
     assert support.http(port, REQUESTS["an echo of nothing"])[2] == b""
+
+
+@pytest.mark.timeout(600)
+def test_what_it_streams_goes_out_while_the_request_still_comes(server, port):
+    """A runtime that sets its answer late, or writes before that, is heard from the moment it has done both."""
+    if server[0] != "js":
+        pytest.skip(f"the server in {server[0]} has no such path")
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as kept:
+        kept.sendall(b"POST /stream HTTP/1.1\r\nhost: board\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY[:-1])
+        heard = b""
+        while b"first\n" not in heard:
+            piece = kept.recv(65536)
+            assert piece, heard
+            heard += piece
+        kept.sendall(BODY[-1:])
+        status, _, body = support.read_answer(kept, heard)
+    assert (status, body) == (200, b"first\n" + BODY)
 
 
 @pytest.mark.timeout(600)

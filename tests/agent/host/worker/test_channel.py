@@ -349,3 +349,8 @@ def test_a_nudge_that_nobody_waits_for_is_passed_over(probe):
         assert probe.get("/").body == HELLO
         probe.write(Frame(Kind.NUDGE, 0))
         assert probe.post("/echo", b"x" * 200_000).body == b"x" * 200_000
+
+
+def test_an_answer_that_is_never_flushed_goes_out_whole(probe):
+    for size in (1, 65_530, 70_000, 300_000):
+        assert probe.post("/stream", b"x" * size).body == b"first\n" + b"x" * size
