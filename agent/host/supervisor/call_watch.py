@@ -86,12 +86,13 @@ class CallWatch:
         limits = self._limits
         if own_ms >= limits.call_ms:
             self._interrupt(
-                f"a call had {own_ms} ms of its own time, {limits.call_ms} are allowed, and did not end", at_fault=True
+                f"a call had {own_ms} ms of its own time, {limits.call_ms} are allowed (limits.call), and did not end",
+                at_fault=True,
             )
         elif idle_ms > limits.idle_ms:
-            self._kill(f"a call was blocked for {idle_ms} ms in one piece, {limits.idle_ms} are allowed")
+            self._kill(f"a call was blocked for {idle_ms} ms in one piece, {limits.idle_ms} are allowed (limits.idle)")
         elif total_ms > limits.total_ms:
-            self._kill(f"a call took {total_ms} ms in all, {limits.total_ms} are allowed")
+            self._kill(f"a call took {total_ms} ms in all, {limits.total_ms} are allowed (limits.total)")
         else:
             left_ms = min(limits.call_ms - own_ms, limits.idle_ms - idle_ms, limits.total_ms - total_ms) + 1
             self._timer = asyncio.get_running_loop().call_later(max(_LOOK_MIN_S, left_ms / 1000), self._look)

@@ -220,9 +220,9 @@ class CallWatchdog:
         sums, limits = self._sums, call.limits
         why = ""
         if sums.idle_ms > limits.idle_ms:
-            why = f"a call was blocked for {sums.idle_ms} ms in one piece, {limits.idle_ms} are allowed"
+            why = f"a call was blocked for {sums.idle_ms} ms in one piece, {limits.idle_ms} are allowed (limits.idle)"
         elif sums.total_ms > limits.total_ms:
-            why = f"a call took {sums.total_ms} ms in all, {limits.total_ms} are allowed"
+            why = f"a call took {sums.total_ms} ms in all, {limits.total_ms} are allowed (limits.total)"
         elif sums.own_ms > call.budget_ms + GRACE_MS:
             why = f"a call had {sums.own_ms} ms of its own time, {call.budget_ms} are allowed"
         if why and (sums.said_ms is None or sums.total_ms - sums.said_ms >= AGAIN_MS):
