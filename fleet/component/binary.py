@@ -16,6 +16,9 @@ MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
 COMPONENT: Final = MAGIC + b"\x0d\x00\x01\x00"
 PREAMBLE_BYTES: Final = 8
 NAME_MAX_BYTES: Final = 4096
+_WITH_OPTIONS: Final = 2  # the form of a name with options; 0 and, older, 1 are those without
+_IMPLEMENTS: Final = 0
+_VERSION_SUFFIX: Final = 1
 SECTIONS_MAX: Final = 100_000
 COUNT_MAX: Final = 10_000
 ENTRIES_MAX: Final = 100_000
@@ -146,10 +149,15 @@ class Cursor:
 def extern_name(cursor: Cursor) -> str:
     """Read the name of an import or export, Binary.md `importname'`."""
     form = cursor.byte()
-    if form > 2:  # noqa: PLR2004 - the forms are 0, 1 (older) and 2 (with a version suffix of its own)
+    if form > _WITH_OPTIONS:
         raise DamagedError(f"a name of unknown form {form} at offset {cursor.at}")
     text = cursor.name()
-    return text + cursor.name() if form == 2 else text  # noqa: PLR2004
+    options: dict[int, str] = {}
+    for _ in range(cursor.count() if form == _WITH_OPTIONS else 0):
+        kind = cursor.byte()
+        options[kind] = cursor.name()
+    # With an interface that it implements, the suffix belongs to that one's name.
+    return text if _IMPLEMENTS in options else text + options.get(_VERSION_SUFFIX, "")
 
 
 def extern_type(cursor: Cursor) -> None:
@@ -283,7 +291,8 @@ def _foreign_host(modules: set[str]) -> str:
     if "wasi_unstable" in modules:
         return "for a WASI older than preview 1: build it with current tools, for WASI 0.2"
     if found := sorted(each for each in modules if not _FOR_COMPONENTS.match(each)):
-        return f"made for a browser or a host of its own (imports {found[0]}): build it for WASI 0.2"
+        named = found[0] or "a module without a name"
+        return f"made for a browser or a host of its own (imports {named}): build it for WASI 0.2"
     return ""
 
 

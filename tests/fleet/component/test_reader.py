@@ -66,6 +66,16 @@ def test_every_kind_of_import_and_export_is_passed_over_correctly():
     assert (len(seen.modules), seen.components) == (1, 2)
 
 
+def test_names_with_options_are_read():
+    data = wat2wasm("""
+        (component
+          (import "primary" (implements "test:test/face") (instance))
+          (import "backup" (implements "test:test/face@1") (versionsuffix ".2.3") (instance))
+          (import "test:test/other@1" (versionsuffix ".2.3") (instance)))
+    """)
+    assert reader.read(bytes(data)).imports == ("primary", "backup", "test:test/other@1.2.3")
+
+
 def test_what_is_missing_from_the_grants():
     ticker = reader.read(FIXTURES["ticker.wasm"])
     assert ticker.missing(Grants()) == ("wasi:logging/logging@0.1.0-draft",)
@@ -165,6 +175,7 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
             "wasm-tools component new thing.wasm --adapt wasi_snapshot_preview1.command.wasm -o thing.component.wasm",
         ),
         (wat2wasm('(module (import "env" "memory" (memory 1 2)))'), Fault.CORE_MODULE, "imports env"),
+        (wat2wasm('(module (import "" "0" (func)))'), Fault.CORE_MODULE, "(imports a module without a name)"),
         (wat2wasm('(module (import "wasi_unstable" "x" (global i32)))'), Fault.CORE_MODULE, "older than preview 1"),
         (wat2wasm('(module (@custom "component-type:x" "y"))'), Fault.CORE_MODULE, ": wasm-tools component new thing"),
         (wat2wasm("(module)") + b"\x02\x7f", Fault.CORE_MODULE, "damaged"),
