@@ -80,10 +80,6 @@ class _Runset(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
 
 
-class _RawRunset(msgspec.Struct, frozen=True):
-    items: tuple[msgspec.Raw, ...] = ()
-
-
 def _mac(runset: bytes, key: bytes) -> str:
     """Return the MAC of a record as it was written, by whichever version, with an empty `mac` in it.
 
@@ -103,11 +99,11 @@ def write_runset(path: Path, committed: Iterable[Committed], facts: VerifierStat
     try:
         before = path.read_bytes()
         earlier = {(each.item.instance, each.generation): each for each in _read(path, key).items}
-        raw = msgspec.json.decode(before, type=_RawRunset)
+        raw = [msgspec.json.encode(each) for each in msgspec.json.decode(before).get("items", [])]
     except (OSError, RunsetError, *wire.JSON_ERRORS):
         plain = msgspec.json.decode(wire.canonical(runset))
     else:
-        bodies = dict(zip(earlier, raw.items, strict=True)) if len(earlier) == len(raw.items) else {}
+        bodies = dict(zip(earlier, raw, strict=True)) if len(earlier) == len(raw) else {}
         kept = [wire.keeping(bodies.get((each.item.instance, each.generation), b""), each) for each in runset.items]
         plain = msgspec.json.decode(wire.keeping(before, runset, goes_on=("facts",)))
         plain["items"] = [msgspec.json.decode(each) for each in kept]
