@@ -14,6 +14,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
+from agent.config import is_error
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.link.https import FetchError, Poster
@@ -136,7 +137,6 @@ LOOK_S: Final = 0.5
 KEEP_ALIVE_S: Final = 10.0
 FOLLOWS_MAX: Final = 4
 FAILURES_MAX: Final = 5
-_ERRORS: Final = ("error", "critical", "host:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class LogFollower:
         while loop.time() < end and self.following.get(instance) == command:
             answer = await self._host.ask(host_api.Logs, host_api.Lines, instance=instance)
             fresh, lost = _fresh(answer, seen)
-            kept = [line for line in fresh if self._policy == "all" or line.startswith(_ERRORS)]
+            kept = [line for line in fresh if self._policy == "all" or is_error(line)]
             if kept or loop.time() - posted_at >= KEEP_ALIVE_S:
                 chunk = LogChunk(
                     instance=instance, command=command, lines=tuple(kept), left_out=lost + len(fresh) - len(kept)

@@ -50,6 +50,10 @@ class ConfigError(Exception):
         self.key = key
 
 
+_ERRORS: Final = ("error", "critical", "host:")
+_TIME: Final = re.compile(r"[0-9-]{10}T[0-9:]{8}Z ")
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Policy of the device's owner, which applies whatever the fleet signs.
 
@@ -58,7 +62,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
         ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
         share_workers: let components of one publisher share a process where the director says so.
-        logs: log lines that may leave the device when an operator follows logs.
+        logs: log lines that may leave the device when an operator follows logs, and with the report of a failure, to
+            which `errors` adds the last lines.
         bundles: accept assignments from an offline bundle, which nothing proves to be current.
         late_bundles: accept bundles even after timestamp and snapshot have expired, until root or targets expires.
         on_revoked: action on a running component that is revoked, denied its grants, or below the security epoch.
@@ -101,6 +106,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             limits, **{name: min(getattr(limits, name), getattr(self, name)) for name in CAPPED}
         )
 
+    def excerpt(self, lines: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the lines of an instance's log that the report of its failure may carry."""
+        if self.logs == "off":
+            return ()
+        last = 0 if self.logs == "all" else len(lines) - bounds.LOG_LINES
+        return tuple(line for number, line in enumerate(lines) if number >= last or is_error(line))
+
     def denied(self, grants: Grants, port: int | None) -> tuple[str, ...]:
         """Return the interfaces and destinations in `grants`, and the own port, that this policy does not allow."""
         beyond: list[str] = []
@@ -112,6 +124,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if port is not None and not any(port in port_range(each) for each in self.ports):
             beyond.append(f"port {port}")
         return tuple(beyond)
+
+
+def is_error(line: str) -> bool:
+    """Return whether a line of an instance's log says of itself, after its time, that it is an error."""
+    return _TIME.sub("", line).startswith(_ERRORS)
 
 
 def port_range(text: str) -> range:

@@ -292,7 +292,8 @@ class EffectRunner:
                 return fault(error.message)
             return refused(error.code, error.message)
         except HostRefusedError as error:
-            return refused(error.failed.code, error.failed.message, error.failed.log)
+            log = await self._log(change.instance, error.failed.log)
+            return refused(error.failed.code, error.failed.message, log)
         except HostGoneError as error:
             await self._settle()
             return lost(str(error))
@@ -355,7 +356,7 @@ class EffectRunner:
                 return EffectResult(event=Event.WELL, exercised=judgement.exercised)
             case Verdict.ROLL_BACK:
                 trouble = self._host.faults.get((change.instance, change.generation))
-                log = trouble.log if trouble is not None and trouble.log else await self._log(change.instance)
+                log = await self._log(change.instance, () if trouble is None else trouble.log)
                 detail = f": {trouble.message}" if trouble is not None and trouble.message else ""
                 message = judgement.message if judgement.message.endswith(detail) else judgement.message + detail
                 return EffectResult(event=Event.UNWELL, code=RejectCode(judgement.code), message=message, log=log)
@@ -406,10 +407,13 @@ class EffectRunner:
         except (HostGoneError, HostRefusedError):
             return None
 
-    async def _log(self, instance: str) -> tuple[str, ...]:
+    async def _log(self, instance: str, last: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the log before a failure, as far as the owner lets it go; `last`: lines that came with the failure."""
+        lines = last
         with contextlib.suppress(HostGoneError, HostRefusedError):
-            return (await self._host.ask(host_api.Logs, host_api.Lines, instance=instance)).lines
-        return ()
+            found = await self._host.ask(host_api.Logs, host_api.Lines, instance=instance, excerpt=True)
+            lines = found.lines or last
+        return self._settings.policy.excerpt(lines)
 
     async def commit(self, change: Change) -> EffectResult:
         """Let the host drop the previous generation; a host that was lost has none."""

@@ -682,12 +682,12 @@ def log_report(report: Report) -> None:
 
 
 def capped(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the last lines, at most 50 and 16 KiB."""
+    """Return the last lines, as many as fit into a report."""
     kept: list[str] = []
     size = 0
-    for line in reversed(lines[-bounds.LOG_LINES :]):
-        size += len(line.encode())
-        if size > bounds.LOG_MAX_BYTES:
+    for line in reversed(lines):
+        size += len(msgspec.json.encode(line)) + 1
+        if size > bounds.EXCERPT_MAX_BYTES:
             break
         kept.append(line)
     return tuple(reversed(kept))

@@ -474,7 +474,8 @@ def conclude(view: RolloutView, options: Options) -> Exit:
 def _details(entry: RolloutDevice) -> list[str]:
     """Return a device's message about its failure, and the last log lines of the instance."""
     message = [line.rstrip() for line in entry.message.splitlines() if line.strip()]
-    return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in entry.log)]
+    more = [f"fleet why {entry.device} --log shows the log before it"] if entry.log else []
+    return [*(message or ["the device gave no reason"]), *(f"| {line}" for line in entry.log), *more]
 
 
 def revisions(client: "Client", view: RolloutView, *, everybody: bool = False) -> Iterator[RolloutView]:

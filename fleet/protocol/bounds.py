@@ -42,6 +42,9 @@ SECRET_BOX_MAX_BYTES: Final = 8 * KIB
 LOG_LINES: Final = 50
 LOG_MAX_BYTES: Final = 16 * KIB
 
+# The log before a failure, in its report: as JSON, so that a report with its message stays within REPORT_MAX_BYTES
+EXCERPT_MAX_BYTES: Final = 44 * KIB
+
 # Chunks that are sent while an operator follows a log
 LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
 LOGS_MINUTES_MAX: Final = 60

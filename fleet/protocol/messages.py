@@ -210,7 +210,8 @@ class Report(Message, frozen=True, kw_only=True):
         code, message: reason of the failure or refusal, and a sentence for people with what to do next.
         tries_ended: with FAILED and ROLLED_BACK, the device does not try this attempt again by itself, although it does
             after most failures of this code (`codes.RETRYABLE`).
-        log: the instance's last lines, at most 50 and 16 KiB.
+        log: the instance's last lines before the failure, as many as the device's owner lets go and
+            `bounds.EXCERPT_MAX_BYTES` holds; with their times, where the host keeps them.
         timings_ms: duration of each phase, by name.
         refused, refused_sha256: of an assignment that was refused as a whole: the version that it claims, which nobody
             has verified (0 where it cannot be read), and the sha256 of the envelope as it came.

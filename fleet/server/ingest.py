@@ -365,7 +365,8 @@ class Ingest:
             if report.phase is Phase.COMMITTED and member.outcome in OPEN:
                 self._unproven[report.device] = None  # of an assignment that is not this one's
             return
-        timings, log, now = {**extra.timings_ms, **_timings(report)}, report.log or extra.log, self._clock().timestamp()
+        timings, now = {**extra.timings_ms, **_timings(report)}, self._clock().timestamp()
+        log = _last_lines(report.log) or extra.log
         self._store.rollouts.hear(rollout.number, after, timings_ms=timings, log=log, now=now)
         self._members[rollout.number, report.device] = (after, replace(extra, timings_ms=timings, log=log))
         self._moved.add(rollout.number)
@@ -519,6 +520,18 @@ class Ingest:
             self._conductor.touch([hello.device])
         if row is not None:
             self._director.answer_nonce(hello.device, hello.nonce)
+
+
+def _last_lines(log: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the last lines of an excerpt, for the member of a rollout; its report keeps the whole."""
+    kept: list[str] = []
+    size = 0
+    for line in reversed(log[-bounds.LOG_LINES :]):
+        size += len(line.encode())
+        if size > bounds.LOG_MAX_BYTES:
+            break
+        kept.append(line)
+    return tuple(reversed(kept))
 
 
 def _timings(report: Report) -> dict[str, int]:

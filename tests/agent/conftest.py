@@ -77,6 +77,7 @@ class SimHost:
         self.die_on = None  # a request type at which the host dies
         self.protocol = host_api.PROTOCOL
         self.engine = "50.0.1"
+        self.kept_log = ("a line",)  # on its disk
         self.page = 64  # instances that fit in one packet
         self._peers = []
         self._listener = None
@@ -179,7 +180,7 @@ class SimHost:
                 self._ask_health(request.check)
                 return host_api.HostStats(id=request.id, **self._paged("instances", request.after, self._figure))
             case host_api.Logs():
-                return host_api.Lines(id=request.id, lines=("a line",))
+                return host_api.Lines(id=request.id, lines=self.kept_log if request.excerpt else ("a line",))
         raise AssertionError(request)
 
     def _paged(self, field, after, entry):

@@ -138,3 +138,13 @@ def test_the_documentation_lists_every_key_and_no_other():
 
     files = {"store.db", "runset.json", "wake"}
     assert documented - files == set(keys(config.Settings))
+
+
+@pytest.mark.parametrize(("logs", "kept"), [("off", 0), ("errors", 52), ("all", 300)])
+def test_the_log_in_a_failure_report_is_the_owners_to_give(logs, kept):
+    lines = [f"2026-05-01T10:00:00Z info: {number}" for number in range(300)]
+    lines[7], lines[9] = "2026-05-01T10:00:00Z error: low", "2026-05-01T10:00:00Z host: wasm trap"
+    lines[11] = "info: no error: here"
+    found = Policy(logs=logs).excerpt(tuple(lines))
+    assert len(found) == kept
+    assert found[-50:] == tuple(lines[-50:] if kept else ())

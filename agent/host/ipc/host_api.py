@@ -206,10 +206,16 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
 
 
 class Logs(msgspec.Struct, frozen=True, kw_only=True, tag="logs"):
-    """Ask for the last log lines of an instance. Answered with `Lines`."""
+    """Ask for the last log lines of an instance. Answered with `Lines`.
+
+    Attributes:
+        excerpt: as many as `bounds.EXCERPT_MAX_BYTES` holds, with their times, from before a restart and of an instance
+            that has stopped too; earlier hosts answer with the last lines.
+    """
 
     id: Count
     instance: str
+    excerpt: bool = False
 
 
 class ListRoutes(msgspec.Struct, frozen=True, kw_only=True, tag="list-routes"):
@@ -302,7 +308,11 @@ class EarlierHostStats(HostStats, frozen=True, kw_only=True, tag="figures"):
 
 
 class Lines(msgspec.Struct, frozen=True, kw_only=True, tag="lines"):
-    """Reply to `Logs`: the last lines, oldest first, at most 50 and 16 KiB; `count` of all since the instance began."""
+    """Reply to `Logs`: lines, oldest first, at most 50 and 16 KiB but for an excerpt.
+
+    Attributes:
+        count: of all lines since the instance began.
+    """
 
     id: Count
     lines: tuple[str, ...] = ()

@@ -213,7 +213,8 @@ class Instance:
         return self._log.lines()
 
     def logs(self, request_id: int) -> host_api.Lines:
-        """Return the last log lines as a reply."""
+        """Return the last log lines as a reply; all lines so far are on the disk, as far as they can be."""
+        self._log.flush()
         return host_api.Lines(id=request_id, lines=self.lines(), count=self._log.count)
 
     def running(self) -> host_api.Running:

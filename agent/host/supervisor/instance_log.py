@@ -57,6 +57,21 @@ class LogFile:
             self._files.written_bytes += disk.append(Write.INSTANCE_LOG, self._path, data, begin=begins)
 
 
+def tail_of(path: Path, most: int) -> tuple[str, ...]:
+    """Return the newest lines of both files of an instance, at most `most` bytes; what cannot be read is lost."""
+    data = b""
+    for each in sorted([path, path.with_name(path.name + OLDER)], key=_written_at, reverse=True):
+        with contextlib.suppress(OSError):
+            fd = os.open(each, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with os.fdopen(fd, "rb") as file:
+                size, wanted = os.fstat(fd).st_size, most + 1 - len(data)
+                file.seek(max(0, size - wanted))
+                data = file.read(wanted) + data
+    if len(data) > most:  # the first line is not whole
+        data = data.partition(b"\n")[2]
+    return tuple(data.decode(errors="replace").splitlines())
+
+
 def _size(path: Path) -> int:
     try:
         return path.lstat().st_size
@@ -90,6 +105,10 @@ class LogFiles:
             disk.make_directory(Write.DIRECTORY, self._directory, mode=0o700)
             self._make_room()
         return LogFile(self._directory / f"{instance}.log", self)
+
+    def excerpt(self, instance: str) -> tuple[str, ...]:
+        """Return the newest lines of an instance, whether or not it runs."""
+        return tail_of(self._directory / f"{Path(instance).name}.log", bounds.EXCERPT_MAX_BYTES)
 
     def _make_room(self) -> None:
         """Remove the oldest logs of instances that this host has not run, beyond the bound for all."""

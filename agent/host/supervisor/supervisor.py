@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from agent import systemd
 from agent.host.http.ingress_config import IngressError
 from agent.host.ipc import host_api
@@ -256,7 +258,11 @@ class Supervisor:
                 return self._routes(request)
             case host_api.Logs():
                 found = self._instances.get(request.instance)
-                return host_api.Lines(id=request.id) if found is None else found.logs(request.id)
+                reply = host_api.Lines(id=request.id) if found is None else found.logs(request.id)
+                if not request.excerpt:
+                    return reply
+                lines = self._resources.logs.excerpt(request.instance) or reply.lines
+                return msgspec.structs.replace(reply, lines=lines)
 
     async def _change(self, request: host_api.Commit | host_api.Stop | host_api.Restart | host_api.Configure) -> None:
         instance = self._instances.get(request.instance)

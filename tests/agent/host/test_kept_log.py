@@ -9,6 +9,7 @@ from support import Grants
 from agent.host.ipc import host_api
 from agent.host.supervisor import instance_log
 from agent.host.supervisor.instance_log import LogFiles
+from fleet.protocol import bounds
 from tests.eventually import eventually
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*")
@@ -35,6 +36,12 @@ def test_what_went_wrong_is_on_the_disk_after_a_kill_of_the_host(tmp_path):
     host = support.Host(tmp_path)
     try:
         host.start("trap", support.a_run("web", 1))
+        support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        host.ask(host_api.Stop, instance="web")
+        for name in ("web", "../logs/web", "../web"):
+            lines = host.ask(host_api.Logs, instance=name, excerpt=True).lines
+            assert lines[: len(before)] == tuple(before), "from before the kill, of an instance that has stopped"
+        host.start("trap", support.a_run("web", 2))
         support.http(host.port, "GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n")
         after = eventually(lambda: len(kept(host)) > len(before) and kept(host), "it goes on")
         assert after[: len(before)] == before
@@ -99,3 +106,21 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path):
     (tmp_path / "logs" / "web.log").symlink_to(tmp_path / "other")
     LogFiles(tmp_path / "logs").open("web").add("a line", urgent=True)
     assert (tmp_path / "other").read_text() == ""
+
+
+def test_an_excerpt_has_the_newest_whole_lines_of_both_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_log, "FILE_MAX_BYTES", 30_000)
+    files = LogFiles(tmp_path / "logs")
+    log = instance_log.InstanceLog(files.open("web"))
+    for number in range(3000):
+        log.note(f"line {number} of a component")
+    log.flush()
+    lines = files.excerpt("web")
+    numbers = [int(line.split()[2]) for line in lines]
+    assert numbers == list(range(numbers[0], 3000))
+    size = sum(len(line) + 1 for line in lines)
+    assert size <= bounds.EXCERPT_MAX_BYTES
+    assert size > 30_000 - 100, "as much as there is"
+    assert files.excerpt("other") == ()
+    (tmp_path / "logs" / "link.log").symlink_to("/etc/passwd")
+    assert files.excerpt("link") == ()

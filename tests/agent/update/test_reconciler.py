@@ -6,6 +6,7 @@ import threading
 import msgspec
 import pytest
 
+from agent.config import Policy, Settings
 from agent.link.https import FetchError
 from agent.update import effects, reconciler, restore
 from agent.update.images import ImageError, ImageStore
@@ -57,11 +58,24 @@ async def test_a_version_that_does_not_start_leaves_the_old_one_serving(kit):
     async with kit.running():
         await kit.run(kit.assignment(1, kit.publish("1.0.0")))
         kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
+        kit.host.kept_log = tuple(f"line {number}" for number in range(40))
         await kit.run(kit.assignment(2, kit.publish("2.0.0")))
         last = kit.reports()[-1]
         assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.HEALTH_FAILED, V1)
-        assert last.log == ("last words",)
+        assert last.log == kit.host.kept_log
         assert kit.host.targets() == {"web": V1}
+
+
+@pytest.mark.parametrize(("logs", "said"), [("errors", ("last words",)), ("off", ())])
+@pytest.mark.asyncio
+async def test_a_host_that_keeps_no_log_and_an_owner_who_lets_none_go(kit, logs, said):
+    kit.settings = Settings(policy=Policy(logs=logs))
+    async with kit.running():
+        await kit.run(kit.assignment(1, kit.publish("1.0.0")))
+        kit.host.refuse[V2] = RejectCode.HEALTH_FAILED
+        kit.host.kept_log = ()
+        await kit.run(kit.assignment(2, kit.publish("2.0.0")))
+        assert kit.reports()[-1].log == said
 
 
 @pytest.mark.parametrize("code", [RejectCode.SECURITY_EPOCH, RejectCode.UNKNOWN_TARGET, RejectCode.GRANT_DENIED])

@@ -20,9 +20,11 @@ from agent.update.state import (
     fault,
     item_key,
     lost,
+    of_change,
     refused,
     transition,
 )
+from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Item, SecretRef
 from fleet.protocol.codes import RETRYABLE, Phase, RejectCode
 from fleet.protocol.manifest import ConfigKey, Grants, Http, Limits, Manifest
@@ -270,3 +272,12 @@ def test_the_version_before_reads_untyped_keys(written):
     again = msgspec.convert(keys, dict[str, ConfigKey])
     assert again == UNTYPED.config
     assert msgspec.structs.replace(UNTYPED, config=again).digest() == UNTYPED.digest()
+
+
+def test_a_report_has_as_much_of_the_log_as_it_holds():
+    lines = tuple(f'{number} "quoted" \u00fc{"x" * 300}' for number in range(1000))
+    back = change(P.PROBATION, code="trapped", message="m" * 4096, generation=4)
+    report = of_change(DEVICE, back, before="", log=lines)
+    assert report.log == lines[-len(report.log) :]
+    size = len(wire.encode(report))
+    assert bounds.REPORT_MAX_BYTES - 24 * bounds.KIB < size < bounds.REPORT_MAX_BYTES - 8 * bounds.KIB

@@ -1,11 +1,13 @@
 """Only a device's signed report decides a rollout: whatever else is heard makes the server ask for that report."""
 
 import itertools
+import json
 from datetime import UTC, datetime
 
 import msgspec
 import pytest
 
+from fleet.protocol import bounds
 from fleet.protocol.assignment import CheckIn
 from fleet.protocol.codes import InstanceState, Outcome, Phase, RejectCode, RolloutState
 from fleet.protocol.messages import Health, Hello, InstanceHealth
@@ -193,6 +195,25 @@ async def test_a_device_without_space_is_deferred_and_costs_no_rollout(new_fleet
         assert "(internal): a bug" in why.stdout
         newest, _, earlier = why.stdout.partition("(no-space)")
         assert ("retries this by itself" in newest, "retries this by itself" in earlier) == (False, True), why.stdout
+
+
+@pytest.mark.asyncio
+async def test_the_log_before_a_failure_reaches_the_operator(new_fleet, behaviours):
+    """Whole in the device's history; its last lines in the rollout, of which there may be thousands."""
+    log = tuple(f"2026-05-01T10:00:00Z line {number} {'x' * 200}" for number in range(190))
+    async with new_fleet() as fleet:
+        bad = await fleet.device("a")
+        bad.behaviour = lambda item: [
+            bad.report(item, Phase.ROLLED_BACK, code=RejectCode.TRAPPED, message="it traps", log=log)
+        ]
+        view = await fleet.operator.deploy(await fleet.operator.publish("1.0.0"), waves="100%")
+        view = await fleet.operator.decided(view)
+        assert view.devices[0].log == log[-bounds.LOG_LINES :]
+        why = await fleet.command("why", bad.id, "--json")
+        entries = json.loads(why.stdout)["entries"]
+        assert next(each["log"] for each in entries if each.get("log")) == list(log)
+        shown = await fleet.command("why", bad.id, "--log")
+        assert (log[0] in shown.stdout, log[-1] in shown.stdout) == (True, True)
 
 
 @pytest.mark.asyncio
