@@ -252,6 +252,9 @@ def _first_boot(options: argparse.Namespace, settings: config.Settings) -> int:
         who = identity.load(directory)
         if not identity.is_copied_disk(who):
             print(identity.doubt(who) or f"{who.device} is already enrolled")
+            used = identity.find_token(credentials=os.environ.get("CREDENTIALS_DIRECTORY"))
+            if used is not None and enrolment.enrolled_with(used.text, who):
+                identity.erase(used)  # a power cut came before that
             return 0
         print(f"this disk was copied from device {who.device}: discarding its identity and state")
         options.force = True

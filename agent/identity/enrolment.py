@@ -202,6 +202,14 @@ def enrol(
     return identity
 
 
+def enrolled_with(text: str, who: Identity) -> bool:
+    """Return whether an identity was made with this token: its time floor is the identity's."""
+    with contextlib.suppress(BadTokenError):
+        token = Token.decode(text)
+        return (token.fleet, token.floor) == (who.fleet, who.floor)
+    return False
+
+
 def _ask(
     token: Token, key: ec.EllipticCurvePrivateKey, sealing: X25519PrivateKey, name: str, machine: str, proxy: str
 ) -> tuple[Enrolled, str]:

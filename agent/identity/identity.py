@@ -13,6 +13,7 @@ identity and asks.
 import contextlib
 import logging
 import os
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -266,7 +267,7 @@ def find_token(
 
 def _read(path: Path) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError), path.open("rb") as file:
-        return file.read(TOKEN_MAX_BYTES).decode().strip()
+        return file.read(TOKEN_MAX_BYTES).decode().strip(f"\0{string.whitespace}")  # zeros: erased, up to a power cut
     return ""
 
 

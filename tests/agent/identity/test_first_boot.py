@@ -2,15 +2,18 @@
 
 import stat
 import tempfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from agent import cli
 from agent.identity import identity
 from agent.identity.identity import Identity
 from fleet.protocol import names
+from fleet.protocol.messages import Token
+from tests.agent.enrolled_device import NOW, enrolled
 
 WHO = Identity(
     device="crane-0a1b2c3d",
@@ -167,3 +170,30 @@ def test_a_long_host_name_leaves_room_for_the_serial_and_the_key():
     name = identity.name_of("x" * 54, "serial:10000000deadbeef")
     assert name.endswith("x-deadbeef")
     names.check_device(names.device_id(name, b"key"))
+
+
+def test_a_token_file_of_zeros_is_none(device):
+    """After a power cut in the middle of its erasure."""
+    (device / "boot" / "wasmfleet.token").write_bytes(b"\0" * 64)
+    assert find(device) is None
+
+
+@pytest.mark.parametrize(("floor", "left"), [(NOW, False), (NOW - timedelta(days=1), True)])
+def test_a_token_that_was_used_before_a_power_cut_is_erased_at_the_next_boot(
+    device, tmp_path, monkeypatch, floor, left
+):
+    """Another token stays: its owner may mean something by it."""
+    made, store = enrolled(tmp_path / "device")
+    store.close()
+    token = Token(
+        url="https://127.0.0.1:1", fleet="f", ca_sha256="0" * 64, root_sha256="0" * 64, floor=floor,
+        expires=NOW + timedelta(days=1), secret="hush",
+    )  # fmt: skip
+    path = device / "boot" / "wasmfleet.token"
+    path.write_text(token.encode())
+    found = find(device)
+    monkeypatch.setattr(identity, "find_token", lambda **_: found)
+    (tmp_path / "agent.toml").touch()
+    places = ("--state", made.places.state, "--runtime", made.places.runtime, "--config", tmp_path / "agent.toml")
+    assert cli.main(["enroll", "--first-boot", *map(str, places)]) == 0
+    assert path.exists() == left
