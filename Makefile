@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Files of tests run side by side, three on two cores since most of a file is waiting; PARALLEL= runs them in one row.
-PARALLEL ?= -n 3 --dist loadfile
+# tests/order.py says which begin first.
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # The boards' tests: the story alone is tests/boards/test_story.py.
 BOARDS ?= tests/boards

@@ -46,8 +46,12 @@ def golden(request):
     return Golden(record=request.config.getoption("--record-golden"))
 
 
-def pytest_collection_modifyitems(items):
-    """A test that needs root says so where there is none, whichever way it was chosen."""
+def pytest_collection_modifyitems(config, items):
+    """A test that needs root says so where there is none, whichever way it was chosen; long files begin first."""
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        from tests.order import place  # not on an emulated board, which has a part of the tests
+
+        items.sort(key=lambda item: place(item.nodeid))
     if os.geteuid() == 0:
         return
     for item in items:

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from fleet.cli.main import main
 from fleet.demo.environment import free_ports
 from fleet.server.config import has_ipv6
 
@@ -112,6 +114,13 @@ def test_a_url_that_others_reach_listens_at_every_address_of_its_kind(host, boun
         assert f'{name} = "{bound}:{port}"' in text
 
 
+def test_a_url_that_is_refused_is_one_line_of_the_process(tmp_path):
+    done = run(tmp_path / "home", "init", "--dev", "--url", "https://0.0.0.0:9743")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -129,7 +138,7 @@ def test_a_url_that_others_reach_listens_at_every_address_of_its_kind(host, boun
     ],
 )
 def test_a_url_that_no_device_can_connect_to_is_refused_in_one_line(url, tmp_path):
-    done = run(tmp_path / "home", "init", "--dev", "--url", url)
-    assert done.returncode == 2
+    done = CliRunner().invoke(main, ["init", "--dev", "--url", url], env={"WASMFLEET_HOME": str(tmp_path / "home")})
+    assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "home").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,16 +31,24 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
-def home(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A home as `fleet init` makes it."""
     operators, devices, mqtt = map(str, free_ports(3))
-    made = run(
-        tmp_path / "home",
+    home = tmp_path_factory.mktemp("made") / "home"
+    done = run(
+        home,
         *("init", "--dev", "--broker", "embedded"),
         *("--operators-port", operators, "--devices-port", devices, "--mqtt-port", mqtt),
     )
-    assert made.returncode == 0, made.stderr
-    return tmp_path / "home"
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / "home", symlinks=True))
 
 
 @contextlib.contextmanager
@@ -93,8 +102,8 @@ def test_no_fleet_to_serve(tmp_path):
 
 
 @pytest.mark.parametrize("broker", ["foo", "mqtts://foo", "mqtts://:1"])
-def test_an_unknown_broker_is_wrong_usage_and_the_known_ones_are_named(broker, home, tmp_path):
-    for done in (run(home, "serve", "--broker", broker), run(tmp_path / "new", "init", "--dev", "--broker", broker)):
+def test_an_unknown_broker_is_wrong_usage_and_the_known_ones_are_named(broker, made, tmp_path):
+    for done in (run(made, "serve", "--broker", broker), run(tmp_path / "new", "init", "--dev", "--broker", broker)):
         assert done.returncode == 2
         assert f"broker {broker!r} is unknown: write auto, mosquitto, embedded, or mqtts://HOST:PORT" in done.stderr
         assert len(done.stderr.splitlines()) == 1
