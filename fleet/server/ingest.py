@@ -296,9 +296,7 @@ class Ingest:
                 continue
             with self._alone(_speaker(message), f"a {wire.plain_name(type(message))}"):
                 self._write_one(message, raw, answers, now)
-        for health, raw in newest.values():
-            with self._alone(health.device, "a health"):
-                self._hear_health(health, raw, now)
+        self._hear_healths(list(newest.values()), now)
 
     def _write_one(self, message: Message, raw: bytes, answers: dict[str, int | None], now: float) -> None:
         match message:
@@ -319,7 +317,7 @@ class Ingest:
             case Hello():
                 self._store.devices.hear_hello(message, now)
                 self._director.heard(message.device)
-                self._doubt_undecided(message.device, message.committed)
+                self._doubt_undecided({message.device: message.committed})
             case State():
                 self._hear_state(message, now)
             case _:
@@ -331,14 +329,33 @@ class Ingest:
             words = "came online" if state.online else "went offline"
             self._store.devices.note(state.device, kind, words, now=now)
 
-    def _hear_health(self, health: Health, raw: bytes, now: float) -> None:
-        self._store.devices.hear_health([(health, raw)], now)
-        if self._director.heard(health.device):
-            self._conductor.touch([health.device])
-        self._doubt_undecided(health.device, health.committed)
-        fallen = {(each.instance, each.target) for each in health.instances if each.state is InstanceState.QUARANTINED}
-        if fallen:
-            self._doubt_succeeded(health.device, fallen)
+    def _hear_healths(self, messages: list[tuple[Health, bytes]], now: float) -> None:
+        """Write the newest health of some devices at once; where that fails, each alone."""
+        if len(messages) > 1:
+            try:
+                with self._store.savepoint():
+                    self._hear_health(messages, now)
+            except RolledBackError:
+                raise
+            except Exception:  # whose message it is shows below, and is logged there
+                log.debug("a batch of health is written one by one", exc_info=True)
+            else:
+                return
+        for health, raw in messages:
+            with self._alone(health.device, "a health"):
+                self._hear_health([(health, raw)], now)
+
+    def _hear_health(self, messages: list[tuple[Health, bytes]], now: float) -> None:
+        self._store.devices.hear_health(messages, now)
+        self._doubt_undecided({health.device: health.committed for health, _ in messages})
+        for health, _ in messages:
+            if self._director.heard(health.device):
+                self._conductor.touch([health.device])
+            fallen = {
+                (each.instance, each.target) for each in health.instances if each.state is InstanceState.QUARANTINED
+            }
+            if fallen:
+                self._doubt_succeeded(health.device, fallen)
 
     def _hear_report(self, report: Report, now: float, *, signed: bool) -> None:
         self._seen[report.device] = None
@@ -485,15 +502,18 @@ class Ingest:
             if (rollout.instance, rollout.value.target) in fallen and member.outcome is Outcome.SUCCEEDED:
                 self._unproven[device] = None
 
-    def _doubt_undecided(self, device: str, committed: int) -> None:
-        """Ask a device that has committed a whole assignment and has not signed what became of a part of it."""
-        if committed == 0:
-            return
-        for rollout in self._store.rollouts.offered(device, undecided=True):
-            if rollout.state in _EXPECTING:
-                found = self._store.rollouts.member(rollout.number, device)
-                if found is not None and 0 < found[1].version <= committed:
+    def _doubt_undecided(self, committed: dict[str, int]) -> None:
+        """Ask devices that have committed a whole assignment and have not signed what became of a part of it."""
+        there = {device: version for device, version in committed.items() if version}
+        for device, offers in (self._store.rollouts.undecided(there) if there else {}).items():
+            for offer in offers:
+                if 0 < offer.version <= there[device] and self._expects(offer.rollout):
                     self._unproven[device] = None
+
+    def _expects(self, number: int) -> bool:
+        """Tell whether reports about a rollout still count."""
+        rollout = self._store.rollouts.get(str(number))
+        return rollout is not None and rollout.state in _EXPECTING
 
     def _answer(self, hello: Hello) -> None:
         if self._store.devices.online([hello.device]):

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.codes import Phase
-from fleet.protocol.messages import Report
+from fleet.protocol.messages import Health, Report, State
 from fleet.protocol.operator_api import History
 from fleet.protocol.topics import Topic, Up
 from signing import dsse
@@ -153,6 +153,30 @@ async def test_that_a_device_signs_is_written_with_its_first_report(new_fleet):
         assert seen.count("COMMIT") == 1
         assert store.devices.signs(crane.id)
         assert store.devices.signs(lift.id)
+
+
+@pytest.mark.asyncio
+async def test_the_health_of_many_devices_asks_the_store_once(new_fleet):
+    async with new_fleet() as fleet:
+        ingest, store = fleet.server._ingest, fleet.server._store
+        devices = [f"b{number}-{number:08x}" for number in range(30)]
+        for device in devices:
+            store.devices.add(
+                device=device, name="b", machine="", sealing_key="", key_sha256=device, group="edge", now=1.0
+            )
+            store.devices.hear_state(State(device=device, online=True), 2.0)
+        ingest.flush()
+        seen = []
+        store._db._db.conn.set_trace_callback(seen.append)
+        for device in devices:
+            health = Health(device=device, boot_id="boot", at=datetime.now(UTC), committed=1)
+            ingest.on_message(str(Topic(device, Up.HEALTH)), wire.encode(health))
+        ingest.flush()
+        store._db._db.conn.set_trace_callback(None)
+        written = [each for each in seen if each.startswith("UPDATE devices SET health_at")]
+        assert len(written) == 30
+        assert len(seen) - len(written) < 10, "queries and savepoints of the whole batch"
+        assert [row.committed for row in store.devices.some(devices)] == [1] * 30
 
 
 @pytest.mark.asyncio
