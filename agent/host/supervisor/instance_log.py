@@ -6,6 +6,7 @@ instance goes on.
 """
 
 import contextlib
+import os
 from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
