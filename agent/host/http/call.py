@@ -118,7 +118,7 @@ class Call:
         self._exchange = exchange
         self._submitted = False
         self._abandoned: CallOutcome | None = None
-        self._is_error = False  # it was abandoned for a fault of its answer
+        self._is_error = False  # abandoned for a fault of its answer
         # Request.
         self._body: deque[bytes] = deque()
         self._pending_bytes = self._body_bytes = 0

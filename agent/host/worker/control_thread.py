@@ -48,7 +48,7 @@ class ControlThread:
         self._messages: deque[ControlMessage] = deque()
         self._calls = threading.Lock()
         self._interrupted = 0  # number of the call that was interrupted and has not ended
-        self._abandoned = False  # it was, since nobody wants its answer
+        self._abandoned = False  # interrupted since nobody wants its answer
         self._ended = 0
         self._reading = threading.Lock()
         self._arrived = threading.Event()

@@ -96,7 +96,7 @@ class NativeChannel:
         if len(head) > frames.PAYLOAD_MAX_BYTES:
             self._write(Frame(Kind.END, call, _HEAD_TOO_LARGE))
             return
-        if b"\r\n\r\n" in head:  # what stands behind an empty line would be taken for trailers
+        if b"\r\n\r\n" in head:  # a part behind an empty line would be taken for trailers
             self._write(Frame(Kind.END, call, _NO_HEAD))
             return
         out, credit = frames.encode(Frame(Kind.RESPONSE, call, head)), INITIAL_CREDIT_BYTES

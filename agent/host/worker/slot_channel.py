@@ -94,7 +94,7 @@ class SlotResponse:
         """Why the guest is to end, or empty."""
         self.problem, self.failed, self.trailers = "", False, b""
         self.said = b""
-        """What the adapter said at the call's end; a frame of the answer's end has it."""
+        """End of the adapter's output for the call, which the frame of the answer's end has."""
         self._stream = stream
         self._credit = INITIAL_CREDIT_BYTES
         self._taken = bytearray()
