@@ -88,7 +88,7 @@ def memory_plan(reservable: int) -> MemoryPlan:
 TICK_MS: Final = 10
 
 _POOLED_MEMORIES: Final = 16
-_KEPT_BYTES: Final = 128 * 1024
+_KEPT_BYTES: Final = 32 * 1024
 
 HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"

@@ -5,6 +5,7 @@ record the new one here, and say in the commit what changed it. A few counts dep
 get the processor; for these a range is recorded, and its ends have the same tenth.
 """
 
+import contextlib
 import mmap
 import os
 import platform
@@ -24,8 +25,11 @@ from host_processes import children
 
 from agent.host.ipc import framing, host_api, worker_api
 from fleet.protocol.manifest import Limits
+from tests.eventually import eventually
 
-REQUESTS = 100
+REQUESTS = 20
+BATCHES = 5
+"""Of which the cheapest counts: on a busy machine a call may take so long that the supervisor hears of it."""
 COUNTED = Path(__file__).with_name("counted")
 MANY = 100_000
 GUESTS = {
@@ -41,7 +45,7 @@ COUNTS = {
     "crossings": {"native": 3, "fresh": 29.3, "reused": 0},
     # Without waiting: the router gets a guest's two frames in one piece or in two.
     "system calls of the router": {"native": 4, "fresh": (4, 5), "reused": (4, 5)},
-    "system calls of the worker": {"native": 4, "fresh": 7, "reused": 3},
+    "system calls of the worker": {"native": 4, "fresh": 8, "reused": 3},
     # The scheduler says whether something has come when a process would wait, and who waits for a lock.
     "calls of the router to wait": {"native": (0, 3), "fresh": (0, 4), "reused": (0, 4)},
     "calls of the worker to wait": {"native": (0, 1), "fresh": (0, 8), "reused": (0, 8)},
@@ -183,21 +187,39 @@ def ask(sock, instance, times):
         assert support.http(None, f"GET /{instance}/ HTTP/1.1\r\nhost: x\r\n\r\n", sock=sock)[0] == 200
 
 
+def named(host):
+    """Pids by name: of the router, and of each instance's worker; empty while one is just being replaced."""
+    pids = {}
+    for pid in children(host.process.pid):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip().removeprefix("worker:")
+            if pids.setdefault(name, pid) != pid and name in GUESTS:
+                return {}
+    return {name: pids[name] for name in ("router", *GUESTS)} if {"router", *GUESTS} <= set(pids) else {}
+
+
+def batches(host, sock, name):
+    """Ask an instance in batches; yield router's and worker's pids twice each, unless one was replaced meanwhile."""
+    for _ in range(BATCHES):
+        pids = eventually(lambda: named(host), "the router and each worker have a name")
+        yield pids["router"], pids[name]
+        ask(sock, name, REQUESTS)
+        yield (pids["router"], pids[name]) if named(host) == pids else None
+
+
 def started(directory, **how):
-    """A host with an instance of each kind, each asked before, and its router and workers: names by pid."""
-    host = support.Host(directory, request_path="frames", **how)
+    """A host with an instance of each kind, each asked before, and a connection to it."""
+    host = support.Host(directory, **how)
     try:
         for name, (guest, limits) in GUESTS.items():
             assert isinstance(host.start(guest, support.a_run(name, 1, limits=limits)), host_api.Started)
         sock = socket.create_connection(("127.0.0.1", host.port), timeout=30)
         for name in GUESTS:
             ask(sock, name, 3)
-        named = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in children(host.process.pid)}
-        pids = {name.removeprefix("worker:"): pid for pid, name in named.items() if name != "zygote"}
     except BaseException:
         host.close()
         raise
-    return host, sock, pids
+    return host, sock
 
 
 def traced(path):
@@ -219,27 +241,33 @@ def may_trace():
 @pytest.mark.skipif(not may_trace(), reason="strace is not there, or may not trace here")
 def test_system_calls_of_a_request(tmp_path):
     trace = ("strace", "-D", "-ff", "-qq", "-ttt", "-s", "0", "-o", str(tmp_path / "trace"))
-    host, sock, pids = started(tmp_path, prefix=trace)
+    host, sock = started(tmp_path, prefix=trace)
+    spans = {name: [] for name in GUESTS}
     try:
-        threads = {name: [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()] for name, pid in pids.items()}
-        spans = {}
         for name in GUESTS:
-            began_s = time.time()
-            ask(sock, name, REQUESTS)
-            spans[name] = began_s, time.time()
+            steps = batches(host, sock, name)
+            for pids in steps:
+                threads = [[int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()] for pid in pids]
+                began_s = time.time()
+                if next(steps) is not None:
+                    spans[name].append((threads, began_s, time.time()))
     finally:
         host.close()
-    for role in ("router", "worker"):
+    for number, role in enumerate(("router", "worker")):
         acting, waiting = {}, {}
-        for name, (began_s, ended_s) in spans.items():
-            counted = Counter(
-                call
-                for thread in threads[role if role == "router" else name]
-                for at_s, call in traced(tmp_path / f"trace.{thread}")
-                if began_s <= at_s <= ended_s
-            )
-            waiting[name] = sum(counted[call] for call in WAITING) / REQUESTS
-            acting[name] = counted.total() / REQUESTS - waiting[name]
+        for name, found in spans.items():
+            counted = [
+                Counter(
+                    call
+                    for thread in threads[number]
+                    for at_s, call in traced(tmp_path / f"trace.{thread}")
+                    if began_s <= at_s <= ended_s
+                )
+                for threads, began_s, ended_s in found
+            ]
+            waits = [sum(batch[call] for call in WAITING) for batch in counted]
+            waiting[name] = min(waits) / REQUESTS
+            acting[name] = min(batch.total() - had for batch, had in zip(counted, waits, strict=True)) / REQUESTS
         check(f"system calls of the {role}", acting)
         check(f"calls of the {role} to wait", waiting)
 
@@ -251,14 +279,16 @@ def switches(pid):
 
 
 def test_context_switches_of_a_request(tmp_path):
-    host, sock, pids = started(tmp_path)
+    host, sock = started(tmp_path)
     router, worker = {}, {}
     try:
         for name in GUESTS:
-            before = switches(pids["router"]), switches(pids[name])
-            ask(sock, name, REQUESTS)
-            router[name] = (switches(pids["router"]) - before[0]) / REQUESTS
-            worker[name] = (switches(pids[name]) - before[1]) / REQUESTS
+            steps, found = batches(host, sock, name), []
+            for pids in steps:
+                before = [switches(pid) for pid in pids]
+                if next(steps) is not None:
+                    found.append([switches(pid) - had for pid, had in zip(pids, before, strict=True)])
+            router[name], worker[name] = (min(column) / REQUESTS for column in zip(*found, strict=True))
     finally:
         host.close()
     check("context switches of the router", router)
