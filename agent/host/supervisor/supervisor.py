@@ -126,6 +126,8 @@ class Supervisor:
         else:
             self._router = RouterHandle(None, self._settings.runtime / "in")
         self._engine = await _ask_engine()
+        if self._engine:
+            self._pool.prepare()
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         server.start()
         background = [asyncio.ensure_future(self._tick()), asyncio.ensure_future(_pet_watchdog(self._status))]

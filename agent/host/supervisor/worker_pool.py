@@ -217,6 +217,10 @@ class WorkerPool:
     def _admit(self, process: WorkerProcess, group: str, spec: WorkerSpec, *, workers: int) -> None:
         self._cgroups.admit(group, process.pid, workers=workers, worker_bytes=spec.process_bytes)
 
+    def prepare(self) -> None:
+        """Start a zygote for the first component."""
+        self._zygotes.prepare()
+
     def retire_idle(self) -> None:
         """End the zygotes that have had no workers for a while."""
         self._zygotes.retire_idle()
@@ -288,6 +292,14 @@ class ZygoteHandle:
     def alive(self) -> bool:
         """True while it serves."""
         return self._sock.fileno() >= 0
+
+    def has_idled(self, now_s: float) -> bool:
+        """Return whether it has had no workers for a while, asked now and then."""
+        if self.workers:
+            self.idle_since_s = None
+        elif self.idle_since_s is None:
+            self.idle_since_s = now_s
+        return self.idle_since_s is not None and now_s - self.idle_since_s > _IDLE_S
 
     async def fork(self, name: str) -> WorkerProcess:
         """Fork a worker process. Raises `ZygoteGoneError`, or `WorkerGoneError` if the zygote does not answer."""
@@ -371,6 +383,14 @@ class ZygotePool:
         """Start zygotes from these modules; without any, from the files that there are."""
         self._pinned = PinnedModules() if pinned is None else pinned
         self._zygotes: dict[_ZygoteKey, ZygoteHandle] = {}
+        self._spare: ZygoteHandle | None = None
+
+    def prepare(self) -> None:
+        """Start a zygote for the first namespace that asks: starting one takes longer than all else about a start.
+
+        Components with a fuel limit, and workers that are shared, have others.
+        """
+        self._spare = ZygoteHandle("", self._pinned, fuel=False, shared=False)
 
     async def fork(self, namespace: str, name: str, *, fuel: bool, shared: bool = False) -> WorkerProcess:
         """Fork a worker process of a namespace, starting its zygote if there is none. Raises `WorkerGoneError`."""
@@ -383,27 +403,37 @@ class ZygotePool:
     def _zygote(self, key: _ZygoteKey) -> ZygoteHandle:
         zygote = self._zygotes.get(key)
         if zygote is None or not zygote.alive:
-            zygote = self._zygotes[key] = ZygoteHandle(key.namespace, self._pinned, fuel=key.fuel, shared=key.shared)
+            zygote = self._zygotes[key] = self._take_spare(key) or ZygoteHandle(
+                key.namespace, self._pinned, fuel=key.fuel, shared=key.shared
+            )
         zygote.idle_since_s = None
         return zygote
+
+    def _take_spare(self, key: _ZygoteKey) -> ZygoteHandle | None:
+        """Return the zygote that was started before anybody asked, if it fits; it is this namespace's from now on."""
+        if self._spare is None or key.fuel or key.shared:
+            return None
+        spare, self._spare = self._spare, None
+        spare.namespace = key.namespace
+        return spare if spare.alive else None
 
     def retire_idle(self) -> None:
         """End the zygotes that have had no workers for a while."""
         now_s = time.monotonic()
         for key, zygote in list(self._zygotes.items()):
-            if zygote.workers:
-                zygote.idle_since_s = None
-            elif zygote.idle_since_s is None:
-                zygote.idle_since_s = now_s
-            elif now_s - zygote.idle_since_s > _IDLE_S:
+            if zygote.has_idled(now_s):
                 zygote.close()
                 del self._zygotes[key]
+        if self._spare is not None and self._spare.has_idled(now_s):
+            self._spare.close()
+            self._spare = None
 
     def close(self) -> None:
         """End every zygote and every worker."""
-        for zygote in self._zygotes.values():
+        for zygote in [*self._zygotes.values(), *([] if self._spare is None else [self._spare])]:
             zygote.close()
         self._zygotes.clear()
+        self._spare = None
 
 
 def python_argv(module: str) -> list[str]:

@@ -45,6 +45,33 @@ def test_a_host_that_ends_leaves_no_process(tmp_path, end):
     host.close()
 
 
+def test_a_host_has_a_zygote_before_the_first_component(tmp_path):
+    host = support.Host(tmp_path)
+    try:
+        host.ask(host_api.Hello)  # it listens before it answers
+        before = zygotes_of(host)
+        assert len(before) == 1
+        host.start("hello", support.a_run("web", 1))
+        assert zygotes_of(host) == before
+        host.start("hello", support.a_run("other", 1, namespace="strangers"))
+        assert len(zygotes_of(host)) == 2
+    finally:
+        host.close()
+
+
+def zygotes_of(host):
+    """The pids of zygotes: of the host's children, and not of a zygote's, which has workers and a self-test."""
+    found = (pid for pid, command in children(host.process.pid).items() if b"agent.host.worker.zygote" in command)
+    return {pid for pid in found if parent(pid) == host.process.pid}
+
+
+def parent(pid):
+    """The pid of a process's parent; 0 for one that has ended."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return 0
+
+
 def test_a_zygote_has_one_thread_after_all_it_does(host):
     port = support.free_port()
     host.start("hello", support.a_run("web", 1, port=port))

@@ -4,10 +4,12 @@ import asyncio
 import os
 import select
 import signal
+from types import SimpleNamespace
 
 import pytest
 import support
 
+from agent.host.supervisor import worker_pool
 from agent.host.supervisor.resources import Cgroups, UidAllocator
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, ZygotePool
 from fleet.protocol.manifest import Limits
@@ -25,6 +27,55 @@ async def test_a_zygote_that_has_just_ended_is_replaced_at_the_next_request():
         second = await pool.fork("main", "b", fuel=False)
         assert second.pid not in {0, first.pid}
         assert first.ended.done(), "what it had forked has ended with it"
+    finally:
+        pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_zygote_is_there_for_the_first_namespace_that_asks():
+    pool = ZygotePool()
+    try:
+        pool.prepare()
+        prepared = pool._spare.process
+        await pool.fork("main", "with fuel", fuel=True)
+        await pool.fork("main", "shared", fuel=False, shared=True)
+        await pool.fork("main", "first", fuel=False)
+        await pool.fork("other", "stranger", fuel=False)
+        had = {(key.namespace, key.fuel, key.shared): zygote for key, zygote in pool._zygotes.items()}
+        assert [key for key, zygote in had.items() if zygote.process is prepared] == [("main", False, False)]
+        assert had["main", False, False].namespace == "main"
+        assert len({zygote.process.pid for zygote in had.values()}) == 4, "namespaces share no zygote"
+    finally:
+        pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_prepared_zygote_that_has_ended_is_replaced():
+    pool = ZygotePool()
+    try:
+        pool.prepare()
+        pool._spare.process.kill()
+        pool._spare.process.wait()
+        assert (await pool.fork("main", "first", fuel=False)).pid
+    finally:
+        pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_prepared_zygote_that_nobody_needs_ends_after_a_while(monkeypatch):
+    pool, now_s = ZygotePool(), 1000.0
+    monkeypatch.setattr(worker_pool, "time", SimpleNamespace(monotonic=lambda: now_s))
+    try:
+        pool.prepare()
+        prepared = pool._spare.process
+        pool.retire_idle()
+        now_s += worker_pool._IDLE_S
+        pool.retire_idle()
+        assert prepared.poll() is None
+        now_s += 1
+        pool.retire_idle()
+        assert prepared.poll() is not None
+        assert (await pool.fork("main", "first", fuel=False)).pid
     finally:
         pool.close()
 
