@@ -94,7 +94,7 @@ class SlotResponse:
         """Why the guest is to end, or empty."""
         self.problem, self.failed, self.trailers = "", False, b""
         self.said = b""
-        """End of the adapter's output for the call, which the frame of the answer's end has."""
+        """Words of the adapter at the call's end, for the frame that ends the answer."""
         self._stream = stream
         self._credit = INITIAL_CREDIT_BYTES
         self._taken = bytearray()

@@ -553,9 +553,7 @@ async def test_an_answer_beyond_its_limit_ends_its_call(tmp_path, begun):
         assert "a body of more than 100000 bytes (limits.response)" in note
         other = await the_board.client()
         other.ask()
-        while (frame := await worker.next()).kind is not Kind.WHOLE_REQUEST:
-            pass
-        worker.answer(frame.call)
+        worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
         assert (await other.answer())[0] == 200
         figures = worker.page.read()
         assert (figures.calls, figures.errors) == ({CallOutcome.OK: 2}, 1)

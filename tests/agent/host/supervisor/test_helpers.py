@@ -2,12 +2,16 @@
 
 import asyncio
 import errno
+import mmap
 import os
+import socket
+from types import SimpleNamespace
 
 import pytest
 
-from agent.host.ipc import framing
-from agent.host.supervisor import helpers
+from agent.host.ipc import framing, stats_page
+from agent.host.supervisor import helpers, worker_handle
+from fleet.protocol.manifest import Limits
 
 
 class ShortLived(helpers.HelperProcess):
@@ -84,3 +88,40 @@ async def test_a_helper_that_cannot_work_here_is_tried_less_and_less_often(monke
     assert "starting another in 15 s" in capsys.readouterr().err
     assert helper._next_pause(loop.time() + 60) == 0.5, "one that lived for a minute is replaced as at first"
     assert helper._next_pause(loop.time()) == 1
+
+
+class Deaf(helpers.RouterHandle):
+    """Router of which the test holds the other end of its socket."""
+
+    def _spawn(self):
+        ours, self.theirs = framing.socket_pair()
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        return os.posix_spawn("/bin/cat", ["cat"], {}, file_actions=[(os.POSIX_SPAWN_CLOSE, 0)]), ours
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.asyncio
+async def test_the_router_writes_numbers_of_calls_into_no_page_of_a_slot(tmp_path, is_shared):
+    """A process that is shared numbers calls itself, and its verdict on one that hangs would be lost."""
+    router = Deaf(None, tmp_path)
+    try:
+        ours, theirs = socket.socketpair()
+        pages = [stats_page.create_page(name) for name in ("calls", "own")]
+        channel = worker_handle.Channel(theirs, *pages)
+        worker = SimpleNamespace(
+            take_channel=lambda: channel,
+            ready=None,
+            process=SimpleNamespace(is_shared=is_shared),
+            ended=asyncio.get_running_loop().create_future(),
+        )
+        with ours:
+            calls, own = (os.fstat(fd).st_ino for fd in pages)
+            router.attach("web", worker, Limits(), reuses=False)
+        fds = ()
+        while len(fds) < 3:
+            _, fds = framing.receive_packet(router.theirs)
+        assert [os.fstat(fd).st_ino for fd in fds[1:]] == [calls, calls if is_shared else own]
+        framing.close_all(fds)
+    finally:
+        router.close()
+        router.theirs.close()

@@ -252,8 +252,10 @@ def test_a_stream_from_a_slot_reaches_its_client_event_by_event(host):
     with socket.create_connection(("127.0.0.1", host.port), timeout=30) as sock:
         sock.sendall(b"GET /events/events HTTP/1.1\r\nhost: x\r\n\r\n")
         data = b""
-        while b"\r\n\r\n" not in data or not data.partition(b"\r\n\r\n")[2]:
-            data += sock.recv(1000)
+        while not data.partition(b"\r\n\r\n")[2]:
+            more = sock.recv(1000)
+            assert more, data
+            data += more
         assert data.startswith(b"HTTP/1.1 200")
     assert get(host, "events")[0] == 200, "a client that leaves ends its call"
     health = host.health("events")
