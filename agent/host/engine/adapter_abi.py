@@ -85,13 +85,17 @@ class Requests(Protocol):
 
 
 class Denials:
-    """Calls that are denied for want of a grant: all are counted, the first of each function is named in the log."""
+    """Log of a guest, with the calls that are denied for want of a grant: all are counted, the first of each is named."""
 
     def __init__(self, log: Callable[[str], None], count: Callable[[], None] = lambda: None) -> None:
         """`count`: called for each."""
         self._log = log
         self._count = count
         self._named: set[str] = set()
+
+    def __call__(self, text: str) -> None:
+        """Log a line."""
+        self._log(text)
 
     def deny(self, function: str, said: str) -> None:
         """Count a call; `said`: what was denied and why, for the log."""

@@ -93,11 +93,10 @@ class Guest:
         log: Log,
         data: str = "",
         outgoing: Requests | None = None,
-        denials: Denials | None = None,
     ) -> None:
         """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
 
-        `denials`: takes note of what is denied for want of a grant; None for the log alone.
+        `log`: a `Denials` counts what is denied for want of a grant, too.
 
         Raises:
             EngineError: GRANT_DENIED, or START_FAILED where the linker has no such interface, or an export that would
@@ -115,12 +114,12 @@ class Guest:
         self._data = data
         self._config = config
         self._log = log
-        denials = denials or Denials(log)
+        denials = log if isinstance(log, Denials) else Denials(log)
         self._http = any(bare(name) in _HTTP for name in image.imports)
         self._environment = grants.allows(ENVIRONMENT) and any(bare(name) == ENVIRONMENT for name in image.imports)
         self._outgoing = outgoing or DenyOutgoing(denials)
         self._wrote: Callable[[int], None] | None = None
-        self._linker, self._wasi = _linker(image, config, log, self._outgoing, self._meter, denials)
+        self._linker, self._wasi = _linker(image, config, denials, self._outgoing, self._meter)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -305,10 +304,9 @@ _OUTGOING: Final = (
 def _linker(
     image: Image,
     config: dict[str, str],
-    log: Log,
+    log: Denials,
     outgoing: Requests,
     wrote: Callable[[int], None],
-    denials: Denials,
 ) -> tuple[wc.Linker, bool]:
     """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
@@ -319,7 +317,7 @@ def _linker(
         linker.add_wasip2()
         if any(bare(name) in _HTTP for name in names):
             linker.add_wasi_http()
-        denied.define(linker, image, denials)
+        denied.define(linker, image, log)
     with linker.root() as root:
         for name in ours:
             with root.add_instance(name) as instance:
@@ -393,13 +391,10 @@ def start(
     log: Log,
     data: str = "",
     outgoing: adapter_abi.Requests | None = None,
-    denials: adapter_abi.Denials | None = None,
 ) -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises."""
     kind = WasiHttpGuest if image.adapted else Guest
-    return kind(
-        image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing, denials=denials
-    )
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
 
 
 class WasiHttpGuest(Guest):

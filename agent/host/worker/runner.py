@@ -133,10 +133,9 @@ class GuestRunner:
             limits=self.limits,
             grants=self._grants,
             config=self._config,
-            log=self.log,
+            log=self._denials,
             data=self._data,
             outgoing=self._outgoing,
-            denials=self._denials,
         )
         if self._meter is not None:
             guest.meter(self._wrote)
