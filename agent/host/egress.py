@@ -17,7 +17,9 @@ import ipaddress
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +43,12 @@ from fleet.protocol.manifest import Grants
 
 _RESOLVE_S: Final = 10.0
 _AT_ONCE: Final = 16
+_NAMES_AT_ONCE: Final = 2
+"""Names of one instance that are being resolved; the process has `sandbox.RESOLVER_THREADS` for all."""
+
 _PACKET: Final = 4096
+_STACK_BYTES: Final = 512 * 1024
+"""Stack of a thread that resolves a name: those of all count as data, which the sandbox limits."""
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -54,6 +61,30 @@ async def resolve(host: str, port: int) -> list[str]:
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(each[4][0]) for each in found))
+
+
+class Names:
+    """Resolver of one instance: a few names at once, each in a thread of its own for as long as that takes.
+
+    A lookup whose caller has given up keeps its place until its thread returns: threads cannot be ended, and those of
+    one instance must leave some for the others.
+    """
+
+    def __init__(self, resolver: Resolve) -> None:
+        self._resolver = resolver
+        self._room = asyncio.Semaphore(_NAMES_AT_ONCE)
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """See `resolve`."""
+        await self._room.acquire()
+        lookup = asyncio.ensure_future(self._resolver(host, port))
+        lookup.add_done_callback(self._done)
+        return await asyncio.shield(lookup)
+
+    def _done(self, lookup: "asyncio.Future[list[str]]") -> None:
+        self._room.release()
+        if not lookup.cancelled():
+            lookup.exception()  # is the caller's, who may have given up
 
 
 async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolver: Resolve = resolve) -> socket.socket:
@@ -142,6 +173,8 @@ def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> N
     with contextlib.suppress(OSError):
         socket.getaddrinfo("localhost", 80)  # makes the resolver load its libraries before the sandbox closes
     loop = asyncio.SelectorEventLoop()
+    threading.stack_size(_STACK_BYTES)
+    loop.set_default_executor(ThreadPoolExecutor(sandbox.RESOLVER_THREADS))
     loop.set_exception_handler(lambda _loop, context: report(str(context["message"]), context.get("exception")))
     asyncio.set_event_loop(loop)
     layers = sandbox.apply(sandbox.egress_spec(str(directory)))
@@ -165,6 +198,7 @@ class Egress:
         self._sock = sock
         self._directory = directory
         self._resolve = resolver
+        self._names: dict[str, Names] = {}
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -193,9 +227,10 @@ class Egress:
             with contextlib.suppress(OSError):  # the worker has ended, or has as many replies unread as fit
                 framing.send_packet(worker, msgspec.json.encode(ConnectReply(id=RESTARTED)))
         grants = Grants(outbound=admitted.outbound, instances=admitted.instances)
-        asyncio.get_running_loop().add_reader(worker, self._asked, worker, grants, asyncio.Semaphore(_AT_ONCE))
+        names = self._names.setdefault(admitted.instance, Names(self._resolve))
+        asyncio.get_running_loop().add_reader(worker, self._asked, worker, grants, asyncio.Semaphore(_AT_ONCE), names)
 
-    def _asked(self, worker: socket.socket, grants: Grants, room: asyncio.Semaphore) -> None:
+    def _asked(self, worker: socket.socket, grants: Grants, room: asyncio.Semaphore, names: Names) -> None:
         try:
             data = worker.recv(_PACKET)
             ask = _asks.decode(data)
@@ -205,12 +240,12 @@ class Egress:
             asyncio.get_running_loop().remove_reader(worker)
             worker.close()
             return
-        task = asyncio.ensure_future(self._answer(worker, grants, ask, room))
+        task = asyncio.ensure_future(self._answer(worker, grants, ask, room, names))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(
-        self, worker: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore
+        self, worker: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore, names: Names
     ) -> None:
         reply, found = ConnectReply(id=ask.id), None
         if room.locked():
@@ -220,7 +255,7 @@ class Egress:
         else:
             async with room:
                 try:
-                    found = await connect(grants, ask, directory=self._directory, resolver=self._resolve)
+                    found = await connect(grants, ask, directory=self._directory, resolver=names)
                 except RefusedError as error:
                     reply = ConnectReply(id=ask.id, error=error.error, why=str(error))
                 except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not wait for a reply in vain

@@ -40,6 +40,9 @@ _VALUE_BYTES: Final = 100  # memory for each byte of a body in transfer: a value
 
 _THREADS_PER_WORKER: Final = 16
 
+RESOLVER_THREADS: Final = 32
+"""Names that the egress resolves at once."""
+
 _FILES_MAX: Final = 1024
 
 _SHARED_WORKERS: Final = 256  # of one publisher on one device
@@ -217,6 +220,7 @@ def egress_spec(directory: str) -> SandboxSpec:
         network=True,
         readable=_RESOLVER,
         data_bytes=_EGRESS_BYTES,
+        threads=2 * RESOLVER_THREADS,
         filter=seccomp.egress,
         modules=(*_NAMES, *_RESOLVING),
     )

@@ -209,6 +209,7 @@ def probe(path, *statuses, says="", **how):
 
 
 TIME = "used up its time"
+IDLE, TOTAL = {"idle_ms": 700}, {"total_ms": 2500}  # short where a guest is to meet them, else those of any manifest
 TASK = Schedule(every_ms=100)
 CHECKED = Health(check=True)
 BOMB = b"".join(b"x-%d: y\r\n" % number for number in range(3000))
@@ -311,6 +312,7 @@ KINDS = {
         ),
         (502, 504, 0),
         "limits.idle",
+        limits=IDLE,
     ),
     "collects streams and never drops one": Hostile(
         native(repeat(20_000, "(drop (call $out))"), wasi=True), (200, 500, 504)
@@ -324,12 +326,16 @@ KINDS = {
     ),
     # waiting
     "waits for an hour": Hostile(
-        native("(call $block (call $subscribe (i64.const 3600000000000)))", wasi=True), (502, 504, 0), "limits.idle"
+        native("(call $block (call $subscribe (i64.const 3600000000000)))", wasi=True),
+        (502, 504, 0),
+        "limits.idle",
+        limits=IDLE,
     ),
     "waits a little, for ever": Hostile(
         native("(loop $on (call $block (call $subscribe (i64.const 100000000))) (br $on))", wasi=True),
         (502, 504, 0),
         "limits.total",
+        limits=TOTAL,
     ),
     # output
     "writes to its output without a line's end": Hostile(
@@ -393,10 +399,12 @@ KINDS = {
     "writes more than it announced": told(b"hcontent-length:3/r/whello/.", 502, 500, 200, 0, says="content-length"),
     "has trailers that frame": told(b"r/whello/tcontent-length:5", 200, 502),
     "answers without an end": told(
-        b"r/b400000000/.", 200, 0, says="limits.", limits={"response_bytes": 1 << 20, "call_ms": 2000}
+        b"r/b400000000/.", 200, 0, says="limits.", limits=TOTAL | {"response_bytes": 1 << 20, "call_ms": 2000}
     ),
     "never reads its request": told(b"r/whello/.", 200, body=b"x" * 200_000),
-    "answers a client that never reads": told(b"r/b60000000/.", 0, reads=False, limits={"response_bytes": 16 << 20}),
+    "answers a client that never reads": told(
+        b"r/b60000000/.", 0, reads=False, limits=IDLE | {"response_bytes": 16 << 20}
+    ),
     "makes sixty thousand fields": probe(b"/fields/60000", 200, 500, 504, 502),
     # the network
     "asks for sites that nobody granted": probe(b"/fetch", 200, says="no outgoing requests are granted"),
@@ -507,7 +515,7 @@ def test_a_hostile_guest_harms_nobody_and_its_end_is_named(host, beside, kind, c
     workers, own = set(lanes_of(host)), forks(host) | {host.process.pid}
     before, since, first = private_bytes(own), host.health("neighbour").since, len(beside.took_s)
     port = support.free_port()
-    limits = Limits(**({"call_ms": 300, "start_ms": 300, "idle_ms": 700, "total_ms": 2500} | hostile.limits))
+    limits = Limits(**({"call_ms": 300, "start_ms": 300} | hostile.limits))
     more = {"trigger": hostile.trigger} if hostile.trigger else {"port": port}
     grants = Grants(interfaces=hostile.grants, outbound=hostile.outbound)
     run = support.a_run("bad", 1, grants=grants, limits=limits, health=hostile.health, **more)

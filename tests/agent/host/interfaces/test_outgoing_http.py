@@ -4,6 +4,7 @@ The egress runs here in a thread, with its own code; its resolver is the one sea
 sockets on loopback, which a grant has to name.
 """
 
+import asyncio
 import errno
 import itertools
 import os
@@ -455,3 +456,28 @@ def test_a_worker_is_who_its_socket_says_and_gets_connected_sockets_only(device,
         framing.receive_packet(lane)
     other.close()
     lane.close()
+
+
+@pytest.mark.asyncio
+async def test_names_of_one_instance_that_nobody_answers_leave_the_threads_to_others():
+    """A thread that resolves a name cannot be ended: it is taken until the resolver gives up."""
+    asked, answered = [], asyncio.Event()
+
+    async def resolver(host, _port):
+        asked.append(host)
+        await answered.wait()
+        return ["93.184.216.34"]
+
+    slow, other = egress.Names(resolver), egress.Names(resolver)
+    for number in range(5):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await slow(f"slow-{number}.test", 80)
+    assert asked == ["slow-0.test", "slow-1.test"], "whoever gave up is still being resolved"
+    lookup = asyncio.ensure_future(other("other.test", 80))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert asked[2:] == ["other.test"]
+    answered.set()
+    assert await lookup == ["93.184.216.34"]
+    assert await slow("slow-5.test", 80) == ["93.184.216.34"]
