@@ -533,13 +533,16 @@ def _diagnose(options: argparse.Namespace) -> int:
     places = _places(options)
     as_owner = partial(_as_owner, places.state)
     with as_owner():
-        found = _read_status(options, rows=HISTORY_ROWS)
+        try:
+            found = _read_status(options, rows=HISTORY_ROWS)
+        except (identity.IdentityError, StoreError) as error:  # the rest is wanted all the more
+            found = status.unknown(str(error))
     subject = diagnose.Subject(places, options.host_state, options.settings, found, as_owner)
     try:
         members = diagnose.write(subject, options.output)
     except OSError as error:
         raise UsageError(f"cannot write {options.output}: {error.strerror}; give another file with -o") from error
-    _print_lines(members)
+    _print_lines([*members, *(() if found.device else found.problems)])
     if os.geteuid() != 0:
         print("run as root, the archive also has the kernel's log and all lines of the instances")
     print(f"wrote {options.output}: it holds names, addresses and log lines, and no key; read it before you pass it on")

@@ -1,6 +1,6 @@
 """Status of the device, read from its store without network or running agent: what runs, what changes, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Final
 
@@ -68,6 +68,23 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[Report, ...] = ()
 
 
+def unknown(problem: str) -> StatusReport:
+    """Return the status of a device of which none can be read: before its enrolment, or with a damaged store."""
+    return StatusReport(
+        device="",
+        fleet="",
+        group="",
+        accepted=0,
+        deployed=0,
+        committed=0,
+        unsent_reports=0,
+        running=(),
+        changing=(),
+        failed=(),
+        problems=(problem,),
+    )
+
+
 def read_status(identity: Identity, store: Store, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
     """Read the device's status with `rows` of its history; with an instance's name, only what concerns it."""
 
@@ -125,6 +142,10 @@ def read_status(identity: Identity, store: Store, instance: str = "", *, rows: i
 
 def format_status(found: StatusReport) -> Iterable[str]:
     """Format a status as lines for people."""
+    return _format_known(found) if found.device else found.problems
+
+
+def _format_known(found: StatusReport) -> Iterator[str]:
     yield f"{found.device} in the fleet {found.fleet}" + (f", group {found.group}" if found.group else "")
     yield f"  assignment: accepted {found.accepted}, committed {found.committed}"
     if found.unsent_reports:

@@ -284,3 +284,23 @@ def test_the_agents_log_is_kept_within_two_files(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     broken = kept_log.KeptLog(tmp_path / "file" / "agent.log")
     broken.handle(logging.LogRecord("agent", logging.INFO, "", 0, "lost", (), None))
+
+
+@pytest.mark.parametrize("state", ["before enrolment", "no directory", "damaged store"])
+def test_an_archive_of_a_device_without_a_status(tmp_path, state):
+    with RunningDevice(tmp_path, "web") as device:
+        if state == "damaged store":
+            (device.state / "store.db").write_bytes(b"no database" * 1000)
+        else:
+            (device.state / "identity" / "enrolled.json").unlink()
+        if state == "no directory":
+            device.state.rename(tmp_path / "elsewhere")
+        done = device.agent("diagnose", "-o", str(tmp_path / "device.tar.gz"))
+        assert done.returncode == 0, done.stderr
+        said = "store.db" if state == "damaged store" else "this device is not enrolled"
+        assert said in done.stdout
+        with tarfile.open(tmp_path / "device.tar.gz") as archive:
+            found = {each.name.removeprefix("diagnose/"): archive.extractfile(each).read() for each in archive}
+        assert said in found["status.txt"].decode()
+        assert found.keys() >= {"status.json", "device.json", "check.json", "configuration.json"}
+        assert json.loads(found["device.json"])["meminfo"]
