@@ -77,7 +77,7 @@ def advance_set(rollout: Rollout, sets: Iterable[Iterable[Member]], now: float, 
     standing = [Standing(members) for members in sets]
     rollout, taken = _come_to_rest(rollout, standing, now, besides)
     changed = dict.fromkeys(device for each in standing for device in each.changed())
-    return Step(rollout, tuple(tuple(each.values()) for each in standing), tuple(changed), taken)
+    return Step(rollout, tuple(each.everybody() for each in standing), tuple(changed), taken)
 
 
 def advance_standing(rollout: Rollout, members: Standing, now: float) -> Step:
@@ -105,7 +105,7 @@ def _come_to_rest(
 def _merged(sets: Sequence[Standing]) -> Standing:
     if len(sets) == 1:
         return sets[0]
-    return Standing(merge_set([tuple(each.values()) for each in sets]))
+    return Standing(merge_set([each.everybody() for each in sets]))
 
 
 _ORDER: Final = (

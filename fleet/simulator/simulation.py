@@ -195,7 +195,7 @@ class Simulation:
         for name in self.members if step.rollout.state is not before.state else step.changed:
             self._order(name)
         if not self.scenario.tick_s:
-            step = with_fields(step, sets=(tuple(self.members.values()),))
+            step = with_fields(step, sets=(self.members.everybody(),))
         self.steps.append(step)
         if not self.rests or self.rests[-1][1].rollout.state is not step.rollout.state:
             self.rests.append((self.now, step))
