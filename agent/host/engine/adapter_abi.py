@@ -85,7 +85,7 @@ class Requests(Protocol):
 
 
 class Denials:
-    """Log of a guest, with the calls that are denied for want of a grant: all are counted, the first of each is named."""
+    """Log of a guest that counts the calls denied for want of a grant, and names the first of each."""
 
     def __init__(self, log: Callable[[str], None], count: Callable[[], None] = lambda: None) -> None:
         """`count`: called for each."""
