@@ -133,7 +133,7 @@ def remove_leftovers(directory: Path, *, recursive: bool = True) -> int:
 def _boot() -> str:
     """Return a word for this boot of the kernel; the same for every boot where the kernel has none."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")[:8]
     return "0"
 
 
