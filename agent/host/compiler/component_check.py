@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _STEP_S: Final = 300
 """For one step; the compiler's own limit of processor time is lower, so this is for a machine under load."""
+
+_WORDS_MAX_BYTES: Final = 64 * 1024
+"""Kept of what a step says on standard error: the last lines count."""
 
 _ANY_TRIGGER: Final = "--any-trigger"
 
@@ -98,12 +101,39 @@ def _compile(data: bytes, command: list[str], engine: dict[str, str]) -> bytes:
 
 
 def _run(command: list[str], data: bytes, step: Step, fd: int = -1) -> subprocess.CompletedProcess[bytes]:
-    try:
-        return subprocess.run(
-            command, input=data, capture_output=True, check=False, timeout=_STEP_S, pass_fds=() if fd < 0 else (fd,)
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _Refusal(step, RejectCode.COMPILE_LIMIT, f"the step took more than {_STEP_S} s") from error
+    """Run a step to its end; of what it says on standard error, the end is kept."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=() if fd < 0 else (fd,)) as process:
+        assert process.stderr is not None
+        said = _End(process.stderr)
+        process.stderr = None  # `communicate` would keep all of it
+        try:
+            out, _ = process.communicate(data, timeout=_STEP_S)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise _Refusal(step, RejectCode.COMPILE_LIMIT, f"the step took more than {_STEP_S} s") from error
+        return subprocess.CompletedProcess(command, process.returncode, out, said.text())
+
+
+class _End(threading.Thread):
+    """Reads a stream to its end and keeps the last of it: a component may write without end."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._stream = stream
+        self._data = b""
+        self.start()
+
+    def run(self) -> None:
+        """Read until the stream ends."""
+        with self._stream:
+            while piece := os.read(self._stream.fileno(), _WORDS_MAX_BYTES):
+                self._data = (self._data + piece)[-_WORDS_MAX_BYTES:]
+
+    def text(self) -> bytes:
+        """Return what is kept, once the stream has ended."""
+        self.join()
+        return self._data
 
 
 def _words(done: subprocess.CompletedProcess[bytes]) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import pytest
 import support
 from wasmtime import wat2wasm
 
+from agent.host.compiler import component_check
 from agent.host.ipc import host_api
 from fleet.component import reader, wasi
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest, Step
@@ -213,3 +214,14 @@ def test_a_request_that_is_not_valid_is_named_by_its_line(tmp_path):
 def test_a_host_says_which_packages_it_serves(host):
     welcome = host.ask(host_api.Hello)
     assert welcome.interfaces == wasi.SERVED
+
+
+def test_what_a_step_says_without_end_is_kept_within_a_bound():
+    """A component may write to standard error while it starts, as much as its time allows."""
+    program = (
+        "import sys\nfor n in range(300): sys.stderr.write('x' * 100_000)\nprint('out')\nsys.exit('the last words')"
+    )
+    done = component_check._run([sys.executable, "-c", program], b"", Step.START)
+    assert (done.returncode, done.stdout) == (1, b"out\n")
+    assert len(done.stderr) <= 64 * 1024
+    assert done.stderr.endswith(b"the last words\n")
