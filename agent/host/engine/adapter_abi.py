@@ -5,7 +5,7 @@ An exchange with a guest of wasi:http: what its heads look like, and where its a
 It is one call: the request's head as a string in, a few words as a string back (components/adapter/wit/adapter.wit).
 The request's body is the store's standard input. The answer's head and body are the process's own standard output:
 written there by the engine without a callback, which would cost a change of threads for each chunk;
-`agent.host.worker.streaming` says where they go. No wasmtime here, and no descriptor.
+`agent.host.worker.slot_channel` says where they go. No wasmtime here, and no descriptor.
 """
 
 import contextlib

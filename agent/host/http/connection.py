@@ -1,21 +1,14 @@
-"""HTTP/1.1 connection of a worker's client: bytes in, requests out; responses in, bytes out. No socket, no guest.
+"""Answers in HTTP/1.1: what a guest says, or the host in its place, as bytes. No socket, no guest.
 
-A connection can be passed to another worker whenever it stands at a message boundary, or has sent no more of its next
-message than fits in a packet (`prefix`). RFC 9112 for framing, RFC 9110 for fields.
+RFC 9112 for framing, RFC 9110 for fields.
 """
 
 import http
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from typing import Final
 
-from agent.host.http.parser import HEAD_MAX_BYTES, Fields, RequestHead, RequestParser, tokens
+from agent.host.http.parser import HEAD_MAX_BYTES, Fields
 from fleet.protocol import bounds
-
-PREFIX_MAX_BYTES: Final = 96 * 1024
-PASSED: Final = b"C"
-"""Begin of the packet with which a connection is passed on; the connection's prefix follows."""
 
 _TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OURS: Final = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"upgrade", b"date"})
@@ -33,122 +26,6 @@ REFUSALS: Final = {
     501: "this method or transfer coding is not served here",
     505: "only HTTP/1.0 and HTTP/1.1 are spoken here",
 }
-
-
-@dataclass(slots=True)
-class Request:
-    """A whole request; `refusal` is the status to answer with instead of asking the guest, 0 for none.
-
-    `headers` and `trailers` are field lines as on the wire, names in lower case. `old`: the client speaks HTTP/1.0;
-    `takes_trailers`: it said that it would read trailers of the answer.
-    """
-
-    method: bytes = b""
-    target: bytes = b""
-    headers: bytes = b""
-    body: bytearray = field(default_factory=bytearray)
-    trailers: bytes = b""
-    keep_alive: bool = True
-    old: bool = False
-    takes_trailers: bool = False
-    refusal: int = 0
-
-
-class Http1Connection:
-    """The protocol state of one connection."""
-
-    def __init__(self, *, body_max_bytes: int) -> None:
-        self.requests: deque[Request] = deque()
-        self.closing = False  # after what is queued to be sent, it ends
-        self._body_max_bytes = body_max_bytes
-        self._reader = RequestParser(self)
-        self._now: Request | None = None
-        self._waits = False  # the client of `_now` waits for 100 Continue
-        self._raw: bytearray | None = bytearray()
-        self._completed = False
-        self.turn = 0
-        """Number of the message that is read now."""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take bytes of the client's; whole requests appear in `requests`. Returns what to send at once."""
-        if self.closing:
-            return b""
-        self._completed = False
-        if self._raw is not None:
-            self._raw += data
-        self._reader.feed(data)
-        if not self._reader.within:
-            self._raw = bytearray()
-        elif self._completed or (self._raw is not None and len(self._raw) > PREFIX_MAX_BYTES):
-            self._raw = None
-        return self.go_on()
-
-    def go_on(self) -> bytes:
-        """Return `100 Continue` for a client that waits for it: once, and not before its turn has come."""
-        if not self._waits or self.requests:
-            return b""
-        self._waits = False
-        return CONTINUE
-
-    @property
-    def unread(self) -> bool:
-        """True if the client may still send bytes that nobody will read: closing at once would cost it the response."""
-        return self._reader.refused
-
-    @property
-    def prefix(self) -> bytes | None:
-        """Bytes of the next message so far, to be fed to another connection; None if this one cannot be passed now."""
-        if self.closing or self.requests or self._raw is None:
-            return None
-        return bytes(self._raw)
-
-    @property
-    def idle(self) -> bool:
-        """True at a message boundary with nothing to answer."""
-        return not self._reader.within and not self.requests
-
-    @property
-    def lacks(self) -> bool:
-        """True within a message of which nothing can be answered before the client sends more."""
-        return self._reader.within and not self.requests
-
-    def give_up(self) -> None:
-        """Refuse the message that is being read, since it comes too slowly."""
-        self._reader.give_up(408)
-
-    # Called by the parser.
-
-    def head(self, head: RequestHead) -> None:
-        """Begin a request."""
-        if head.length is not None and head.length > self._body_max_bytes:
-            self._reader.refuse(413)
-        self._now = Request(head.method, head.target, lines(head.fields), old=head.old)
-        self._now.takes_trailers = not head.old and b"trailers" in tokens(head.fields, b"te")
-        self._waits = head.expects and head.has_body
-
-    def body(self, data: bytes) -> None:
-        """Add a piece of the body."""
-        assert self._now is not None
-        self._waits = False
-        if len(self._now.body) + len(data) > self._body_max_bytes:
-            self._reader.refuse(413)
-        self._now.body += data
-
-    def end(self, trailers: Fields, *, keep_alive: bool) -> None:
-        """Queue the request, which is complete."""
-        assert self._now is not None
-        self._now.trailers = lines(trailers)
-        self._now.keep_alive = keep_alive
-        self.requests.append(self._now)
-        self._now, self._waits = None, False
-        self.turn += 1
-        self._completed = True
-
-    def refused(self, status: int) -> None:
-        """Queue a refusal; nothing after it is read."""
-        self._now, self._waits = None, False
-        self.closing = True
-        self.requests.append(Request(refusal=status, keep_alive=False))
 
 
 def lines(fields: Fields) -> bytes:

@@ -131,22 +131,18 @@ class AddSlot(msgspec.Struct, frozen=True, kw_only=True, tag="add-slot"):
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
-    """Accept connections from the listener that comes along.
+    """Take calls from the channel.
 
-    Behind it come, where there may be several workers, both ends of the queue for clients that wait behind a long call.
-    A worker that said `Ready.frames` gets no descriptors, and takes calls from its channel.
+    A supervisor from before channels sends a listener along: such a worker ends, and says why in the instance's log.
     """
 
 
 class AcceptConnections(msgspec.Struct, frozen=True, kw_only=True, tag="accept-connections"):
-    """Take over the connections that arrive on the socket that comes along."""
+    """Take over connections: of a supervisor whose workers had clients. There are none, so nothing is done."""
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """Accept no more; pass every connection on to the socket that comes along, each at a message boundary.
-
-    Without a socket, connections end after their answer instead. Answered with `HandedOver` when none is left.
-    """
+    """Hand connections over: of a supervisor whose workers had clients. Answered with `HandedOver`; there are none."""
 
     deadline_ms: Count = 10_000
     id: Count = 0

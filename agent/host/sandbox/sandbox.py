@@ -141,8 +141,8 @@ def worker_spec(
     )
 
 
-def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
-    """Return the sandbox of a shared worker: up to `slots` instances of `memory_bytes` and `clients` each, no files.
+def shared_worker_spec(*, uid: int | None, slots: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
+    """Return the sandbox of a shared worker: up to `slots` instances of `memory_bytes` each, no files.
 
     Instances are called one at a time, so bodies count once.
     """
@@ -151,7 +151,7 @@ def shared_worker_spec(*, uid: int | None, slots: int, clients: int, memory_byte
         data_bytes=worker_bytes(memory_bytes=slots * memory_bytes, body_bytes=body_bytes),
         filter=lambda: seccomp.worker(files=False),
         threads=_THREADS_PER_WORKER * _SHARED_WORKERS,
-        descriptors=_FILES_MAX + slots * (clients + _FILES_PER_SLOT),
+        descriptors=_FILES_MAX + slots * (1 + _FILES_PER_SLOT),
     )
 
 

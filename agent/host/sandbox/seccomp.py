@@ -46,9 +46,8 @@ _BASE: Final = (
     "epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2 pipe2 ftruncate",
     "newfstatat fstatat64",
 )
-_SOCKETS: Final = (
-    "recvfrom recvmsg sendto sendmsg shutdown accept accept4 getsockopt setsockopt getsockname getpeername",
-)
+_SOCKETS: Final = ("recvfrom recvmsg sendto sendmsg shutdown getsockopt setsockopt getsockname getpeername",)
+_ACCEPT: Final = ("accept accept4",)
 _FILES: Final = (
     "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
     "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
@@ -91,7 +90,7 @@ def _program(rules: Any) -> bytes:
 
 @cache
 def worker(*, files: bool) -> bytes:
-    """Return the filter of a worker: no new socket, process or executable memory; file access only with `files`."""
+    """Return the filter of a worker: no new socket, connection, process or executable memory; `files`: file access."""
     rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
     if files:  # a process may lower its own limit of file sizes
         own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
@@ -103,7 +102,7 @@ def worker(*, files: bool) -> bytes:
 @cache
 def router() -> bytes:
     """Return the filter of the router: it may only make and connect Unix sockets."""
-    rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
+    rules = _filter(_names(_BASE, _SOCKETS, _ACCEPT), executable_memory=False)
     _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     _allow(rules, "connect")
     return _program(rules)
@@ -112,7 +111,7 @@ def router() -> bytes:
 @cache
 def tls() -> bytes:
     """Return the filter of the TLS terminator: it accepts connections, and makes pairs of Unix sockets."""
-    rules = _filter(_names(_BASE, _SOCKETS), executable_memory=False)
+    rules = _filter(_names(_BASE, _SOCKETS, _ACCEPT), executable_memory=False)
     _allow(rules, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     return _program(rules)
 

@@ -22,7 +22,6 @@ from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
-from agent.host.http.connection import Request
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
@@ -30,7 +29,6 @@ from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.slot_channel import SlotResponse
-from agent.host.worker.streaming import StreamingResponse
 from agent.host.worker.watchdog import (
     LINE_MAX_CHARS,
     Call,
@@ -91,10 +89,6 @@ class GuestRunner:
         self._data = data
         self._channel = channel
         self.say = say
-        self.relieve: Callable[[], None] = lambda: None
-        """Called by the ticker once a call takes its time: nobody should wait behind it."""
-        self.queued: Callable[[], None] = lambda: None
-        """Called by the watchdog once a call takes long: others may be waiting for it."""
         self._lines = TokenBucket(limits.log_lines_per_minute)
         self._faults = TokenBucket(worker_api.FAULTS_A_MINUTE)
         self._dropped = 0
@@ -103,7 +97,7 @@ class GuestRunner:
         self._denials = Denials(self.log, page.denied)
         self._outgoing = DenyOutgoing(self._denials) if outgoing is None else outgoing(self.log)
         self._counting = threading.Lock()
-        self._way: StreamingResponse | SlotResponse | None = None
+        self._way: SlotResponse | None = None
         self._answered = 0
         self._sent_bytes = 0
         self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
@@ -238,13 +232,14 @@ class GuestRunner:
         """Return a sentence for a call to what the guest does not export; None where it does."""
         return None if kind in self._kinds else f"it exports no {kind}"
 
-    def handle(self, request: Request, way: StreamingResponse | SlotResponse | None) -> tuple[int, bytes, bytes]:
-        """Run an HTTP exchange; raises `GuestError`. The caller counts it: the answer may still be bad.
+    def handle(
+        self, head: tuple[bytes, bytes, bytes], body: bytes, way: SlotResponse | None
+    ) -> tuple[int, bytes, bytes]:
+        """Run an HTTP exchange; raises `GuestError`. The router counts it: the answer may still be bad.
 
         Where the guest can, its answer goes out on `way` while it is written.
         """
-        method, target, headers = request.method, request.target, request.headers
-        return self._call(lambda guest: guest.handle(method, target, headers, bytes(request.body), way), way=way)
+        return self._call(lambda guest: guest.handle(*head, body, way), way=way)
 
     def check(self) -> str | None:
         """Ask for the guest's health: None for well, else a sentence."""
@@ -292,16 +287,14 @@ class GuestRunner:
         us = None if began_ns is None else (time.monotonic_ns() - began_ns) // 1000
         self._page.end(outcome, us, error=error)
 
-    def _begin(self, budget_ms: int, way: StreamingResponse | SlotResponse | None = None) -> None:
+    def _begin(self, budget_ms: int, way: SlotResponse | None = None) -> None:
         """Let the page and the ticker know of a call. The page first: no verdict comes before its number is there."""
         number = self._ticker.number()
         self._page.begin(time.monotonic_ns(), number)
         watch = do_nothing if self._writes is None else self._count_writes
-        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, self.relieve, watch, self.queued, way))
+        self._ticker.begin(Call(number, budget_ms, self.limits, self.say, watch, way))
 
-    def _call(
-        self, enter: Callable[[Guest], T], own_ms: int = 0, way: StreamingResponse | SlotResponse | None = None
-    ) -> T:
+    def _call(self, enter: Callable[[Guest], T], own_ms: int = 0, way: SlotResponse | None = None) -> T:
         try:
             if self._guest is None:
                 self.start()

@@ -12,14 +12,10 @@ from typing import Final, NamedTuple, NoReturn
 from agent.host.engine.runtime import TICK_MS
 from agent.host.ipc import framing, worker_api
 from agent.host.worker.slot_channel import SlotResponse
-from agent.host.worker.streaming import StreamingResponse
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Limits
 
 BUSY_MS: Final = 30
-QUEUED_MS: Final = 100
-"""Time of a call after which it is looked for requests that wait: by then another worker would have taken them."""
-
 GRACE_MS: Final = 1000
 TICK_MOST_MS: Final = 3 * TICK_MS
 """Most that one tick counts for: one that came later was kept waiting, and so was the call."""
@@ -48,9 +44,7 @@ class Call(NamedTuple):
         budget_ms: of the guest's own time.
         limits: of the instance that is called.
         say: tells that instance's supervisor.
-        relieve: called once the call takes its time.
         watch: called at each tick.
-        queued: called once a call takes so long that others may be waiting for it.
         flow: where its answer goes, None for one that is not given out while it is written.
     """
 
@@ -58,10 +52,8 @@ class Call(NamedTuple):
     budget_ms: int
     limits: Limits
     say: SendToSupervisor
-    relieve: Callable[[], None] = do_nothing
     watch: Callable[[], None] = do_nothing
-    queued: Callable[[], None] = do_nothing
-    flow: StreamingResponse | SlotResponse | None = None
+    flow: SlotResponse | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +69,6 @@ class _Sums:
     total_ms: int = 0
     said_ms: int | None = None  # when a verdict was said, in `total_ms`
     busy: bool = False
-    looked_ms: int = 0  # when it was looked for requests that wait, in `total_ms`
 
 
 class CallWatchdog:
@@ -233,10 +224,6 @@ class CallWatchdog:
         elif limits.concurrency > 1 and sums.total_ms > BUSY_MS and not sums.busy:
             sums.busy = True
             call.say(worker_api.Busy())
-            call.relieve()
-        elif sums.total_ms > (sums.looked_ms + AGAIN_MS if sums.looked_ms else QUEUED_MS):
-            sums.looked_ms = sums.total_ms
-            call.queued()
 
 
 class WriteTicker:

@@ -1,16 +1,16 @@
 """Process that runs calls of one instance, one at a time, or of several that share it.
 
 A zygote forks a worker, which never returns. A worker of one instance waits for its `Setup`, maps the image, enters the
-sandbox, instantiates the guest and says `Ready`. From then on it has its clients' connections, the supervisor's socket
+sandbox, instantiates the guest and says `Ready`. From then on it has its channel to the router, the supervisor's socket
 and nothing else. When that socket closes, it ends.
 
-With a channel (decision 15) it has no clients: its standard input and output are one end of a socket to the router,
+The channel (decision 15): its standard input and output are one end of a socket to the router,
 from which the guest itself reads calls as frames, in a loop on the main thread; for a native guest the worker does.
 
 A worker that instances of one publisher share, because the device's owner lets them, begins with `OpenShared` instead.
 It maps every image before it enters the sandbox, since nothing in a worker may map machine code afterwards; an instance
 whose image is not here gets a slot in another worker. Each slot is a `Worker` with a control socket, an epoll set,
-clients and figures of its own, and ends alone: by its socket's end, or by a trap, which takes its store and nothing
+channel and figures of its own, and ends alone: by its socket's end, or by a trap, which takes its store and nothing
 else. Calls go one at a time, whosever they are. A guest that hangs can only be ended with the process, and all slots
 with it.
 
@@ -39,14 +39,12 @@ from agent.host.engine import adapter_abi, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.http import connection
 from agent.host.ipc import frames, framing, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
-from agent.host.worker.http_server import CLIENTS_MAX, HttpServer
 from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
 from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse, request_parts
@@ -56,7 +54,7 @@ from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
 
 
 class Worker:
-    """An instance in this process: its control socket, its guest, its clients."""
+    """An instance in this process: its control socket, its guest, its calls."""
 
     def __init__(self, sock: socket.socket, poll: select.epoll) -> None:
         """Prepare a worker on its control socket. The process waits for what is in `poll`."""
@@ -66,7 +64,6 @@ class Worker:
         self._redactor = Redactor(())
         self._outgoing: _MakeOutgoing | None = None
         self.begun = False
-        self._leaving = 0  # the id of the `HandOver` that is carried out
         self._channel = False
         self._slot: SlotChannel | None = None  # of a slot in a shared worker
         self._orders: list[tuple[worker_api.ToWorker, tuple[int, ...]]] = []  # until its router lets it leave its calls
@@ -158,7 +155,6 @@ class Worker:
         ticker: CallWatchdog | None = None,
         scheduling_fd: int | None = None,
         writes: WriteMeter | None = None,
-        clients_max: int = CLIENTS_MAX,
         slot: socket.socket | None = None,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
@@ -192,10 +188,6 @@ class Worker:
             self._slot = SlotChannel(slot, setup.limits.request_bytes)
             self._output = _ChannelOutput(slot)
             self._poll.register(slot, select.EPOLLIN)
-        elif not self._channel:
-            self.clients = HttpServer(
-                self._poll, self._caller, setup.limits, self._handed_over, clients_max=clients_max
-            )
         ready = worker_api.Ready(
             kinds=tuple(sorted(kinds)),
             layers=layers,
@@ -217,9 +209,6 @@ class Worker:
     def _refuse(self, setup: worker_api.Setup, code: RejectCode, error: Exception) -> bool:
         self.say(worker_api.Refused(code=code, message=str(error), id=setup.id))
         return False
-
-    def _handed_over(self, passed: int, cut: int) -> None:
-        self.say(worker_api.HandedOver(passed=passed, cut=cut, id=self._leaving))
 
     def first(self) -> tuple[worker_api.Setup, tuple[int, ...]]:
         """Read the first message, of a slot in a shared worker. Raises `framing.GoneError`."""
@@ -275,12 +264,11 @@ class Worker:
         self._end_orders()
 
     def _serve_slot(self, slot: SlotChannel, request: SlotRequest) -> None:
-        method, target, fields = request_parts(request.head)
         response = SlotResponse(slot.stream, request.call, request.trailers)
         streams = self._caller.streams
         try:
-            call = connection.Request(method=method, target=target, headers=fields, body=request.body)
-            answer = self._caller.handle(call, response if streams else None)
+            head = request_parts(request.head)
+            answer = self._caller.handle(head, bytes(request.body), response if streams else None)
         except GuestError as error:
             outcome = CallOutcome.GUEST_TRAP if response.ended else error.outcome
             slot.fail(self._output.failed(outcome, str(error)))
@@ -289,15 +277,10 @@ class Worker:
             response.native(*answer)
         slot.answer(response)
 
-    def turn(self, wait_s: float) -> None:
-        """Do what there is to do, after waiting at most `wait_s` (-1: however long) for something."""
-        own = self._sock.fileno()
-        for fd, mask in self._poll.poll(wait_s):
-            if fd == own:
-                self.obey(*worker_api.receive_to_worker(self._sock))
-            else:
-                self.clients.event(fd, mask)
-        self.clients.tick()
+    def turn(self) -> None:
+        """Obey what has come, without calls."""
+        if self._poll.poll(0):
+            self.obey(*worker_api.receive_to_worker(self._sock))
 
     def loop(self) -> NoReturn:
         """Serve until the supervisor's socket closes."""
@@ -306,9 +289,7 @@ class Worker:
             while True:
                 self._poll.poll(0 if has_more else -1)
                 has_more = self.turn_of_slot()
-        while not self._channel:
-            self.turn(self.clients.wait_s())
-        while not self._looping:
+        while not self._looping or not self._channel:
             self.obey(*worker_api.receive_to_worker(self._sock))
         self._serve_channel()
 
@@ -337,16 +318,10 @@ class Worker:
                 self._caller.restore()
                 output.write(Frame(Kind.END, 0))
 
-    @property
-    def _has_clients(self) -> bool:
-        return not self._channel and self._slot is None
-
     def close(self) -> None:
         """End this instance, and not the process."""
         if self.begun:
             self._caller.close()
-            if self._slot is None:
-                self.clients.close()
         if self._slot is not None:
             self._slot.stream.sock.close()
         self._poll.close()
@@ -376,22 +351,18 @@ class Worker:
         message: worker_api.Serve | worker_api.AcceptConnections | worker_api.Drain | worker_api.Interrupt,
         fds: tuple[int, ...],
     ) -> None:
-        """Obey a message about the way of calls. With a channel there are no connections to serve or to hand over."""
+        """Obey a message about the way of calls. There are no connections to serve or to hand over."""
+        framing.close_all(fds)
         match message:
-            case worker_api.Serve() if self._has_clients:
-                listener, *queue = (socket.socket(fileno=fd) for fd in fds)
-                self.clients.serve(listener, (queue[0], queue[1]) if queue else None)
-            case worker_api.AcceptConnections() if self._has_clients:
-                self.clients.adopt(socket.socket(fileno=fds[0]))
-            case worker_api.Drain(id=number, deadline_ms=deadline_ms) if self._has_clients:
-                self._leaving = number
-                successor = socket.socket(fileno=fds[0]) if fds else None
-                self.clients.hand_over(successor, deadline_s=deadline_ms / 1000)
+            case worker_api.Serve() if fds:
+                self.say(worker_api.Line(text="host: it is older than its workers, which get no clients: restart it"))
+                raise framing.GoneError("a listener, which this worker cannot serve")
+            case worker_api.Serve():
+                self._looping = True
+            case worker_api.Drain(id=number):
+                self.say(worker_api.HandedOver(passed=0, id=number))
             case _:
-                framing.close_all(fds)
-                self._looping = self._looping or isinstance(message, worker_api.Serve)
-                if isinstance(message, worker_api.Drain):
-                    self.say(worker_api.HandedOver(passed=0, id=message.id))
+                pass
 
     def _carry(
         self, message: worker_api.SaveState | worker_api.LoadState | worker_api.Resume, fds: tuple[int, ...]
@@ -402,8 +373,6 @@ class Worker:
                     state, problem = self._caller.save_state(len(room))
                     room[: len(state)] = state
                 self._holding = problem is None
-                if self._holding and self._has_clients:
-                    self.clients.hold()
                 self.say(worker_api.StateSaved(length=len(state), problem=problem, id=number))
             case worker_api.LoadState(length=length, id=number):
                 with open_state(fds[0]) as room:
@@ -411,8 +380,6 @@ class Worker:
                 self.say(worker_api.StateLoaded(problem=self._caller.load_state(state), id=number))
             case worker_api.Resume():
                 self._holding = False
-                if self._has_clients:
-                    self.clients.resume()
 
 
 def _plug_in(channel_fd: int) -> None:
@@ -485,9 +452,6 @@ def open_state(fd: int) -> Iterator[mmap.mmap | bytearray]:
         os.close(fd)
 
 
-_CLIENTS_A_SLOT: Final = 32
-
-
 class SharedWorker:
     """The process of a shared worker."""
 
@@ -515,7 +479,6 @@ class SharedWorker:
                 sandbox.shared_worker_spec(
                     uid=order.uid,
                     slots=order.slots,
-                    clients=_CLIENTS_A_SLOT,
                     memory_bytes=order.limits.memory_bytes,
                     body_bytes=order.limits.request_bytes + min(order.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                 )
@@ -574,7 +537,6 @@ class SharedWorker:
                     fds[0],
                     layers=self._layers,
                     ticker=self._ticker,
-                    clients_max=_CLIENTS_A_SLOT,
                     slot=socket.socket(fileno=fds[1]) if setup.channel else None,
                 )
                 if not slot.begun:
@@ -583,8 +545,8 @@ class SharedWorker:
             if slot.has_channel:
                 wait_s = 0.0 if slot.turn_of_slot() else -1.0
             else:
-                slot.turn(0)
-                wait_s = slot.clients.wait_s()
+                slot.turn()
+                wait_s = -1.0
         except framing.GoneError:
             self._end(fd)
             return

@@ -106,8 +106,8 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
 
     assert {what: result for what, result in said["tried"].items() if result not in {"EPERM", "EACCES", "ENOSYS"}} == {}
     assert len(said["tried"]) > 20
-    # Its descriptors: the standard three, what wasmtime maps, its epoll; sockets: supervisor, listener, client, egress.
-    # With a channel, that is its standard input and output, in place of listener and client.
+    # Its descriptors: the standard three, of which two are its channel, what wasmtime maps, its epoll; sockets:
+    # supervisor, egress.
     kinds = list(said["descriptors"].values())
     assert kinds.count("socket") <= 4 + (said["descriptors"].get("2") == "socket")
     assert [said["descriptors"][fd] for fd in "01"] == ["socket"] * 2

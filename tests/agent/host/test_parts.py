@@ -12,7 +12,7 @@ import support
 
 from agent.host.engine.runtime import FULL, NONE, SIZED, memory_plan
 from agent.host.http import connection
-from agent.host.http.connection import Http1Connection
+from agent.host.http.parser import RequestParser
 from agent.host.http.routing import RouteTable
 from agent.host.ipc import stats_page
 from agent.host.supervisor import resources
@@ -56,6 +56,26 @@ def test_an_instance_that_does_not_answer_is_a_503():
     assert routes.find(b"board", b"/meter/").status == 503
 
 
+class Requests:
+    """What a parser reads: method, target, body and whether the connection stays, of each request."""
+
+    def __init__(self):
+        self.seen, self.fields, self._body = [], [], b""
+
+    def head(self, head):
+        self._head, self._body = head, b""
+        self.fields.append(head.fields)
+
+    def body(self, data):
+        self._body += data
+
+    def end(self, _trailers, *, keep_alive):
+        self.seen.append((self._head.method, self._head.target, self._body, keep_alive))
+
+    def refused(self, status):
+        self.seen.append(status)
+
+
 def test_requests_come_whole_however_they_are_cut():
     whole = (
         b"POST /a?b HTTP/1.1\r\nHost: x\r\nX-A: 1\r\ncontent-length: 5\r\n\r\nhello"
@@ -63,55 +83,23 @@ def test_requests_come_whole_however_they_are_cut():
         b"POST /d HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     )
     for size in (1, 2, 7, 50, len(whole)):
-        state = Http1Connection(body_max_bytes=100)
+        requests = Requests()
+        parser = RequestParser(requests)
         for at in range(0, len(whole), size):
-            assert state.feed(whole[at : at + size]) == b""
-        seen = [(r.method, bytes(r.target), bytes(r.body), r.keep_alive, r.refusal) for r in state.requests]
-        assert seen == [
-            (b"POST", b"/a?b", b"hello", True, 0),
-            (b"GET", b"/c", b"", True, 0),
-            (b"POST", b"/d", b"abc", True, 0),
+            parser.feed(whole[at : at + size])
+        assert requests.seen == [
+            (b"POST", b"/a?b", b"hello", True),
+            (b"GET", b"/c", b"", True),
+            (b"POST", b"/d", b"abc", True),
         ]
-        assert bytes(state.requests[0].headers) == b"host: x\r\nx-a: 1\r\ncontent-length: 5\r\n"
-
-
-def test_a_connection_can_be_passed_on_with_what_has_come_of_its_next_request():
-    whole = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello"
-    for cut in range(len(whole)):
-        old, new = Http1Connection(body_max_bytes=100), Http1Connection(body_max_bytes=100)
-        old.feed(whole[:cut])
-        prefix = old.prefix
-        assert prefix == whole[:cut]
-        new.feed(prefix)
-        new.feed(whole[cut:])
-        assert [bytes(r.body) for r in new.requests] == [b"hello"]
-
-
-def test_a_connection_is_not_passed_while_it_owes_an_answer_or_holds_the_start_of_a_second_request():
-    state = Http1Connection(body_max_bytes=100)
-    state.feed(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /sec")
-    assert state.prefix is None
-    state.requests.clear()
-    assert state.prefix is None, "where the second began is not known"
-    state.feed(b"ond HTTP/1.1\r\nhost: x\r\n\r\n")
-    state.requests.clear()
-    assert state.prefix == b"", "at the next boundary it can be"
-
-
-def test_a_client_that_asks_whether_to_go_on_is_told_to():
-    state = Http1Connection(body_max_bytes=100)
-    said = state.feed(b"PUT / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n")
-    assert said == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert connection.lines(requests.fields[0]) == b"host: x\r\nx-a: 1\r\ncontent-length: 5\r\n"
 
 
 def test_an_offer_to_upgrade_is_answered_in_http_and_the_connection_stays_http():
-    state = Http1Connection(body_max_bytes=100)
+    requests = Requests()
     offer = b"PUT / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 3\r\n\r\nabc"
-    state.feed(offer + b"GET /next HTTP/1.1\r\nhost: x\r\n\r\n")
-    assert [(r.target, bytes(r.body), r.refusal, r.keep_alive) for r in state.requests] == [
-        (b"/", b"abc", 0, True),
-        (b"/next", b"", 0, True),
-    ]
+    RequestParser(requests).feed(offer + b"GET /next HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert requests.seen == [(b"PUT", b"/", b"abc", True), (b"GET", b"/next", b"", True)]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
     NUMBERS |= {
         "pidfd_open": 434,
         "clone3": 435,
+        "accept4": {"x86_64": 288}.get(os.uname().machine, 242),
         "io_uring_setup": 425,
         "bpf": {"x86_64": 321}.get(os.uname().machine, 280),
     }
@@ -117,6 +118,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
             "an internet socket": call("socket", 2, 1, 0),
             "a netlink socket": call("socket", 16, 3, 0),
             "a unix socket": call("socket", 1, 5, 0),
+            "accept a connection": call("accept4", 0, None, None, 0),
             "fork": call("fork"),
             "clone": call("clone", 17, 0, 0, 0, 0),
             "clone3": call("clone3", 0, 0),
@@ -157,11 +159,11 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         }
         return 200, b"", json.dumps(answer).encode()
 
-    def handle(self, request, way):
-        return attack(self, bytes(request.target), bytes(request.body))
+    def handle(self, head, body, way):
+        return attack(self, bytes(head[1]), bytes(body))
 
     def answer(self, method, target, headers, body, control):
         return attack(self, bytes(target), bytes(body))
 
-    runner.GuestRunner.handle = handle  # of a worker with an HTTP server
-    runner.GuestRunner.answer = answer  # of one with a channel
+    runner.GuestRunner.handle = handle  # of a slot in a shared worker
+    runner.GuestRunner.answer = answer  # of a worker of its own

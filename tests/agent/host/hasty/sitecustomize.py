@@ -7,7 +7,6 @@ import sys
 
 if any(name.startswith("agent.host.") for name in sys.orig_argv) or any("fleet-host" in name for name in sys.orig_argv):
     from agent.host.http import pace, router
-    from agent.host.worker import http_server
 
     pace.WINDOW_S = 1
-    router._SWEEP_S = http_server.SWEEP_S = 0.25
+    router._SWEEP_S = 0.25

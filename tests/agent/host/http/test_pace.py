@@ -1,22 +1,16 @@
-"""Minimum rate of clients, at the router and at a worker, by a clock that the test sets."""
+"""Minimum rate of clients at the router, by a clock that the test sets."""
 
 import asyncio
 import contextlib
 import mmap
-import select
 import socket
 
 import pytest
 from whole_calls import WholeCalls
 
 from agent.host.http import pace, proxy, router
-from agent.host.http.connection import Request
 from agent.host.http.pace import MIN_BYTES_PER_S, WINDOW_S, Pace
 from agent.host.http.routing import RouteTable
-from agent.host.worker import http_server
-from agent.host.worker.streaming import StreamingResponse
-from fleet.protocol.codes import CallOutcome
-from fleet.protocol.manifest import Limits
 from tests.eventually import eventually_async
 
 HEAD = b"POST /web/a HTTP/1.1\r\nhost: board\r\ncontent-length: 1000000\r\n\r\n"
@@ -172,115 +166,6 @@ async def test_what_a_client_has_taken_grows_as_it_reads(monkeypatch):
         client = board.only
         await until(lambda: client._taken() >= 2 * len(board.calls.answer))  # left the process, and acknowledged
         assert client._transport.get_write_buffer_size() == 0
-
-
-class Caller:
-    streams = False
-
-    def __init__(self):
-        self.outcomes = []
-
-    def handle(self, request, way):
-        return 200, b"", b"x" * (8 << 20)
-
-    def count(self, outcome, began_ns, *, error=False):
-        self.outcomes.append(outcome)
-
-
-class Clock:
-    now_s = 1000.0
-
-    def monotonic(self):
-        return self.now_s
-
-    def monotonic_ns(self):
-        return int(self.now_s * 1e9)
-
-
-@pytest.fixture
-def worker(monkeypatch):
-    """A worker's server and its only client, the clock, and what does one turn of its loop."""
-    clock, poll, caller = Clock(), select.epoll(), Caller()
-    monkeypatch.setattr(http_server, "time", clock)
-    server = http_server.HttpServer(poll, caller, Limits(response_bytes=16 << 20), lambda passed, cut: None)
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
-
-    def turn():
-        for fd, mask in poll.poll(0.05):
-            server.event(fd, mask)
-        server.tick()
-
-    with socket.create_connection(listener.getsockname(), timeout=30) as client:
-        server.serve(listener)
-        while not server._clients:
-            turn()
-        yield server, client, clock, turn, caller
-    server.close()
-
-
-@pytest.mark.parametrize("begin", [b"GET /", HEAD + b"x"])
-def test_a_worker_ends_a_request_of_a_byte_every_eight_seconds(worker, begin):
-    server, client, clock, turn, _ = worker
-    client.sendall(begin)
-    for _ in range(12):
-        (one,) = server._clients.values()
-        came = one.received
-        while one.received == came:
-            turn()
-        clock.now_s += 8
-        turn()
-        if not one.state.lacks:
-            break
-        client.sendall(b"x")
-    assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
-
-
-def test_a_worker_waits_for_a_request_over_64_kbit_s_and_not_while_it_is_busy(worker):
-    server, client, clock, turn, _ = worker
-    client.sendall(HEAD)
-    (one,) = server._clients.values()
-    for _ in range(8):
-        came = one.received
-        client.sendall(b"x" * HONEST_BYTES_PER_S * 8)
-        while one.received < came + HONEST_BYTES_PER_S * 8:
-            turn()
-        clock.now_s += 8
-        turn()
-    server._busy_s += 60  # in a call of another client's
-    clock.now_s += 60
-    one.last_s = clock.now_s
-    turn()
-    assert one.sock.fileno() >= 0
-    assert one.state.lacks
-
-
-def test_a_worker_ends_an_answer_that_is_read_a_byte_now_and_then(worker, monkeypatch):
-    server, client, clock, turn, caller = worker
-    client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-    (one,) = server._clients.values()
-    while not one.out:
-        turn()
-    monkeypatch.setattr(http_server, "acknowledged", lambda sock: int(clock.now_s))  # a byte a second
-    for _ in range(8):
-        clock.now_s += 8
-        one.last_s = clock.now_s
-        turn()
-    assert not server._clients
-    assert caller.outcomes[-1] is CallOutcome.CLIENT_SLOW
-
-
-@pytest.mark.parametrize(("a_second", "ended"), [(1, "slow"), (HONEST_BYTES_PER_S, "")])
-def test_a_streamed_answer_keeps_the_same_rate(monkeypatch, a_second, ended):
-    taken = 0
-    monkeypatch.setattr("agent.host.worker.streaming.acknowledged", lambda sock: taken)
-    with socket.socket(socket.AF_INET) as sock:
-        way = StreamingResponse(sock, Request(), 1 << 20)
-        way.out += b"x" * 100_000
-        for _ in range(2 * WINDOW_S * 10):
-            taken += a_second // 10 or (_ % 10 == 0)
-            way.waited(100, most_ms=10_000)
-    assert way.ended == ended
 
 
 def test_the_kernel_knows_what_a_tcp_client_has_taken_and_of_others_nothing():
