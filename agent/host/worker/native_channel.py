@@ -141,7 +141,10 @@ class NativeChannel:
         self._frames.extend(self._decoder.feed(data.partition(token)[2]))
 
     def _read(self) -> bytes:
-        data = self._sock.recv(_READ_BYTES)
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except OSError:  # reset: the router has ended with something unread
+            data = b""
         if not data:
             raise _ChannelEndedError
         return data

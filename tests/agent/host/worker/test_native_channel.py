@@ -1,12 +1,15 @@
 """A native guest behind a channel: the same frames, read and answered by the worker, in the real sandbox."""
 
 import os
+import socket
 
 import pytest
 from echo_guest import ECHO
 
+from agent.host.engine.guest import Turn
 from agent.host.ipc import frames, worker_api
 from agent.host.ipc.frames import Frame, Kind
+from agent.host.worker.native_channel import NativeChannel
 from fleet.protocol.manifest import Grants, Limits
 
 WINDOW = frames.INITIAL_CREDIT_BYTES
@@ -147,3 +150,11 @@ def test_a_worker_whose_channel_ends_asks_for_another(native, zygote):
     it = native("hello")
     it.channel.close()
     assert zygote.exit_status(it.pid) == worker_api.RENEW
+
+
+def test_a_router_that_ends_with_something_unread_is_the_end_of_the_channel_and_no_crash():
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"what nobody reads")
+    ours.close()
+    with theirs:
+        assert NativeChannel(None, None, theirs).serve("") is Turn.CHANNEL_ENDED
