@@ -338,8 +338,11 @@ class Call:
 
     def _take_head(self, payload: bytes) -> None:
         try:
-            status, headers, _ = heads.split_head(payload + b"\r\n")
+            status, headers, behind = heads.split_head(payload + b"\r\n")
             self._set_head(status, headers)
+            if behind and self._status:
+                self._status = 0
+                self._reject(BadAnswerError("its head has an empty line"))
         except ValueError as error:
             self._problem = self._problem or str(error)
 

@@ -76,13 +76,14 @@ class Channel:
         worker: number of the worker.
         flight: calls in it, of which the first runs.
         serves: whether it takes calls.
+        shared: whether a call may wait for those of other instances after it was written.
     """
 
     def __init__(self, calls: "InstanceCalls", worker: int, sock: socket.socket, page: CallPage) -> None:
         self.worker = worker
         self.page = page
         self.flight: deque[Call] = deque()
-        self.serves = False
+        self.serves = self.shared = False
         self.is_open = True
         self._calls = calls
         self._sock = sock
@@ -96,6 +97,7 @@ class Channel:
         self._is_draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._told = 0  # number of the call that was reported last
+        self._started = 0  # number of the call of which a shared worker said that it begins
         self._began_behind = 0  # number of the call that was written behind a reported one
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
@@ -320,7 +322,10 @@ class Channel:
             case Kind.BODY:
                 call.take_body(frame.payload)
             case Kind.CREDIT:
-                call.credited(CREDIT.unpack(frame.payload)[0])
+                more: int = CREDIT.unpack(frame.payload)[0]
+                call.credited(more)
+                if not more:
+                    self._started = frame.call
             case _:
                 end = heads.answer_head(frame.payload)
                 self._lost_place = self._calls.reuses and end.problem is not None
@@ -362,11 +367,12 @@ class Channel:
     def _lose(self) -> None:
         """Give the calls in the channel up, or to another worker where they had not begun."""
         flight = list(self.flight)
+        waits = self.shared and bool(flight) and flight[0].number != self._started and flight[0].can_be_sent_again
         self.close()
         if self._is_draining:
             self._is_draining = False
             self._calls.reports.report(ChannelDrained(self.worker))
-        self._calls.lose(self, flight)
+        self._calls.lose(self, running=[] if waits else flight[:1], behind=flight if waits else flight[1:])
 
     def close(self) -> None:
         """Close the channel; the worker ends for want of it."""
@@ -490,10 +496,9 @@ class InstanceCalls:
             return serving[0]
         return None
 
-    def lose(self, channel: Channel, flight: list[Call]) -> None:
+    def lose(self, channel: Channel, *, running: list[Call], behind: list[Call]) -> None:
         """Give up the call that ran in a channel that has ended; the calls behind it had not begun."""
         self.channels.remove(channel)
-        running, behind = flight[:1], flight[1:]
         for call in reversed(behind):
             call.channel = None
             self._waiting.appendleft(call)

@@ -377,7 +377,9 @@ class Router:
         calls = self._calls_of(message.instance)
         calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
         self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}
-        self._channels[message.worker] = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
+        channel = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
+        channel.shared = message.shared
+        self._channels[message.worker] = channel
 
     def _heed_channel(self, message: ServeChannel | DrainChannel | YieldChannel) -> None:
         channel = self._channels.get(message.worker)

@@ -76,6 +76,8 @@ def answer_head(raw: bytes) -> ResponseHead:
             return ResponseHead(status, fields, trailers=trailers)
         case [_, b"cut"]:
             return ResponseHead(502, b"", "the component dropped its answer's body before its end")
+        case [_, b"headless"]:
+            return ResponseHead(502, b"", "the component wrote an answer without the end of a head")
         case [b"error", said] if (case := parse_number(said)) is not None and case < len(ERRORS):
             return ResponseHead(500, b"", f"the component answered with the error {ERRORS[case]}")
         case _:

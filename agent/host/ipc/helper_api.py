@@ -101,6 +101,8 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
         worker: number of the worker in every message between supervisor and router.
         reuses: whether the worker's store answers several calls.
         whole: whether the worker keeps a request's body until it is whole, so that it should not wait for one.
+        shared: whether calls of other instances may run before one of this; the worker says with a credit of 0 that
+            one begins.
     """
 
     instance: str
@@ -108,6 +110,7 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     limits: Limits
     reuses: bool
     whole: bool = False
+    shared: bool = False
 
 
 class ServeChannel(msgspec.Struct, frozen=True, tag="serve-channel"):

@@ -314,9 +314,10 @@ class RouterHandle(HelperProcess):
         assert channel is not None, "once for each worker"
         with contextlib.closing(channel):
             whole = worker.ready is not None and worker.ready.whole
-            message = helper_api.AddChannel(instance, number, limits, reuses, whole)
+            shared = worker.process.is_shared
+            message = helper_api.AddChannel(instance, number, limits, reuses, whole, shared)
             # The numbers of calls in a slot's page are those of its process, which watches them itself.
-            repeated_fd = channel.page_fd if worker.process.is_shared else channel.worker_page_fd
+            repeated_fd = channel.page_fd if shared else channel.worker_page_fd
             self._tell(message, channel.sock.fileno(), channel.page_fd, repeated_fd)
         handle = ChannelHandle(self, number, worker)
         if self.running:

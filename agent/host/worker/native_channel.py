@@ -21,7 +21,6 @@ _CREDIT_STEP_BYTES: Final = INITIAL_CREDIT_BYTES // 4
 _WHOLE: Final = b"0 whole\r\n\r\n"
 _CUT: Final = b"0 cut\r\n\r\n"
 _TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
-_NO_HEAD: Final = b"error %d" % ERRORS.index("HTTP-protocol-error")
 _HEAD_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-response-header-section-size")
 
 
@@ -95,9 +94,6 @@ class NativeChannel:
         head = b"%d\r\n%b" % (status, fields if fields.isascii() else fields.decode("latin-1").encode())
         if len(head) > frames.PAYLOAD_MAX_BYTES:
             self._write(Frame(Kind.END, call, _HEAD_TOO_LARGE))
-            return
-        if b"\r\n\r\n" in head:  # a part behind an empty line would be taken for trailers
-            self._write(Frame(Kind.END, call, _NO_HEAD))
             return
         out, credit = frames.encode(Frame(Kind.RESPONSE, call, head)), INITIAL_CREDIT_BYTES
         while len(body) > credit:

@@ -22,7 +22,7 @@ _HIGH_BYTES: Final = 128 * 1024
 WHOLE: Final = b"0 whole\r\n\r\n"
 CUT: Final = b"0 cut\r\n\r\n"
 TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
-HEAD_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-response-header-section-size")
+HEADLESS: Final = b"0 headless\r\n\r\n"
 
 
 class SlotStream:
@@ -205,7 +205,7 @@ class SlotResponse:
         """Payload of the frame that ends the answer."""
         if self.ended:
             return CUT
-        return HEAD_TOO_LARGE if self.problem and not self.begun and not self.failed else self.said
+        return HEADLESS if self.problem and not self.begun and not self.failed else self.said
 
 
 class SlotRequest:
@@ -279,6 +279,10 @@ class SlotChannel:
                 return request
             case _:
                 return None
+
+    def begin(self, call: int) -> None:
+        """Say that a call begins, which may have waited for those of other slots."""
+        self.stream.write(frames.encode(Frame(Kind.CREDIT, call, bytes(4))))
 
     def end(self, call: int, said: bytes) -> None:
         """End a call."""

@@ -264,6 +264,7 @@ class Worker:
         self._end_orders()
 
     def _serve_slot(self, slot: SlotChannel, request: SlotRequest) -> None:
+        slot.begin(request.call)
         response = SlotResponse(slot.stream, request.call, request.trailers)
         streams = self._caller.streams
         try:

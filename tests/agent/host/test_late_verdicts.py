@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import support
 
 from agent.host.ipc import host_api
@@ -39,7 +40,8 @@ def test_a_verdict_on_a_call_that_has_ended_ends_nobody(tmp_path):
     host.close()
 
 
-def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_others(host):
+@pytest.mark.parametrize("way", ["GET /stays/ HTTP/1.1\r\n", "PATCH /stays/ HTTP/1.1\r\ncontent-length: 1\r\n"])
+def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_others(host, way):
     """Nobody hears the verdict on its call any more: the worker's own ticker ends it, and the others get another."""
     sleeps = "(call $block (call $subscribe (i64.const 3600000000000)))"
     guest = support.wasm("sleep").decode().partition("\n(")[2]
@@ -53,6 +55,6 @@ def test_who_leaves_a_shared_worker_in_the_middle_of_a_call_does_not_hang_the_ot
         client.sendall(b"POST /leaves/ HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
         support.await_read(client)
         host.ask(host_api.Stop, instance="leaves")
-        assert get(host, "stays") == 200
+        assert support.http(host.port, f"{way}host: x\r\n\r\n" + "x" * ("PATCH" in way))[0] == 200
     assert host.health("stays").restarts == 0, "no fault of its own"
     assert any("on account of one that had left it" in line for line in host.lines_of("stays"))

@@ -15,8 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from agent import disk
 from agent.clock import ReferenceClock
 from agent.config import Network
+from agent.disk import Point, Write
 from agent.identity import enrolment
 from agent.link import dialer, partial_file
 from agent.link import https as https_module
@@ -225,13 +227,13 @@ def test_a_damaged_checkpoint_is_none(https, server, tmp_path, content):
 
 def test_checkpoints_are_made_on_the_way_and_at_the_end_of_an_attempt(https, server, tmp_path, monkeypatch):
     monkeypatch.setattr(partial_file, "STEP_BYTES", 50_000)
-    made, write = [], partial_file.atomic_write
+    made = []
 
-    def record(path, data, *, mode):
-        made.append(json.loads(data)["bytes"])
-        write(path, data, mode=mode)
+    def record(what, point, _path, data):
+        if (what, point) == (Write.MARK, Point.AFTER):
+            made.append(json.loads(data)["bytes"])
 
-    monkeypatch.setattr(partial_file, "atomic_write", record)
+    monkeypatch.setattr(disk, "reached", record)
     server.answer = lambda handler: handler.send_file(DATA, stop_after=180_000)
     with pytest.raises(FetchError):
         download(https, tmp_path / "a.wasm")
