@@ -12,7 +12,9 @@ from tests.e2e.stage import GROUP, HELLO
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-PROBE = Path(__file__).resolve().parents[2] / "components" / "adapter" / "probe.wasm"
+COMPONENTS = Path(__file__).resolve().parents[2] / "components"
+PROBE = COMPONENTS / "adapter" / "probe.wasm"
+TICKER = COMPONENTS / "demo" / "ticker.wasm"
 
 
 @pytest.fixture
@@ -35,11 +37,11 @@ def get(device, path):
         client.close()
 
 
-def test_without_the_grant_it_is_refused_with_the_file_to_save(stage, device, tmp_path):
-    shutil.copy(PROBE, tmp_path)
-    code, output, errors = stage.do(stage.push(tmp_path / PROBE.name))
+def test_without_its_grant_a_component_is_refused_with_the_file_to_save(stage, device, tmp_path):
+    shutil.copy(TICKER, tmp_path)
+    code, output, errors = stage.do(stage.push(tmp_path / TICKER.name))
     assert code != 0
-    assert "wasi:http/outgoing-handler" in output + errors
+    assert "wasi:logging/logging" in output + errors
 
 
 def test_it_takes_over_from_a_native_component_and_nobody_notices(stage, device, probe):

@@ -322,10 +322,8 @@ class Channel:
             case Kind.BODY:
                 call.take_body(frame.payload)
             case Kind.CREDIT:
-                more: int = CREDIT.unpack(frame.payload)[0]
-                call.credited(more)
-                if not more:
-                    self._started = frame.call
+                call.credited(more := CREDIT.unpack(frame.payload)[0])
+                self._started = self._started if more else frame.call
             case _:
                 end = heads.answer_head(frame.payload)
                 self._lost_place = self._calls.reuses and end.problem is not None
