@@ -1,6 +1,7 @@
 """Forecast: an operator's plan played over the fleet as it is, with a version that fails on a share of the devices."""
 
 import random
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -103,7 +104,8 @@ _remembered: list[Callable[[tuple[float, int]], _Run]] = []
 
 
 def _remember(play: Callable[[tuple[float, int]], _Run]) -> None:
-    """Keep the fleet in a process that plays runs, so that it is sent once."""
+    """Keep the fleet in a process that plays runs, so that it is sent once; Ctrl-C ends it at once, and the run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _remembered[:] = [play]
 
 

@@ -1,5 +1,11 @@
 """Forecast of a plan over the fleet as it is."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 from fleet.rollout.decide import Limits
 from fleet.rollout.members import Amount, parse_waves
 from fleet.simulator.forecast import Place, Plan, forecast
@@ -34,3 +40,38 @@ def test_a_forecast_is_made_again_from_its_seed():
 def test_several_processes_make_the_same_forecast():
     alone = forecast(FLEET, WAVES, seed=5, rates=[0.0, 0.05], runs=3)
     assert forecast(FLEET, WAVES, seed=5, rates=[0.0, 0.05], runs=3, processes=2) == alone
+
+
+ENDLESS = """
+import threading
+from fleet.rollout.decide import Limits
+from fleet.rollout.members import parse_waves
+from fleet.simulator.forecast import Plan, forecast
+
+class Endless:
+    def items(self):
+        print("at it", flush=True)
+        threading.Event().wait()
+
+if __name__ == "__main__":
+    forecast(Endless(), Plan(parse_waves("1, 100%"), Limits()), seed=5, processes=2)
+"""
+
+
+def test_ctrl_c_ends_the_runs_under_way_in_every_process(tmp_path):
+    script = tmp_path / "simulate.py"
+    script.write_text(ENDLESS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = (sys.executable, str(script))
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as main:
+        try:
+            assert [main.stdout.readline() for _ in range(2)] == ["at it\n"] * 2
+            os.killpg(main.pid, signal.SIGINT)
+            _, said = main.communicate(timeout=60)
+        except BaseException:
+            os.killpg(main.pid, signal.SIGKILL)
+            raise
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert said.count("most recent call last") == 1, "that of the command, which says `interrupted` in its place"
