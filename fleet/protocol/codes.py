@@ -295,7 +295,7 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.IMAGE_DAMAGED: "the compiled image was changed on disk: check the device's storage, then fleet retry",
     RejectCode.START_FAILED: "see the message and the log; deploy a corrected version",
     RejectCode.HEALTH_FAILED: "the version's own health check failed: see the log, deploy a corrected version",
-    RejectCode.TRAPPED: "the version trapped: see the last lines of its log (fleet why), deploy a corrected version",
+    RejectCode.TRAPPED: "the version trapped: see its log (fleet why DEVICE --log), deploy a corrected version",
     RejectCode.RESTARTED: "the version did not stay up: see the log, deploy a corrected version",
     RejectCode.ERROR_RATE: "the version answered too many calls with errors: see the log, deploy a corrected version",
     RejectCode.TOO_LATE: "the version is slower than the one it replaced: deploy a corrected version",

@@ -212,6 +212,8 @@ async def test_the_log_before_a_failure_reaches_the_operator(new_fleet, behaviou
         why = await fleet.command("why", bad.id, "--json")
         entries = json.loads(why.stdout)["entries"]
         assert next(each["log"] for each in entries if each.get("log")) == list(log)
+        bare = await fleet.command("why", bad.id)
+        assert ("fleet why DEVICE --log" in bare.stdout, log[-1] in bare.stdout) == (True, False)
         shown = await fleet.command("why", bad.id, "--log")
         assert (log[0] in shown.stdout, log[-1] in shown.stdout) == (True, True)
 
