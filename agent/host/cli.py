@@ -271,7 +271,7 @@ def show_processes(runtime: Path, *, as_json: bool) -> int:
     found = processes.read(runtime)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-    else:
+    elif found:
         print("\n".join(processes.table(found)))
         if any(each.private_bytes is None for each in found):
             print("run as root for the memory and files of every process")

@@ -84,3 +84,4 @@ def test_where_nothing_runs_it_says_so(tmp_path):
     assert done.returncode == 1
     assert json.loads(done.stdout) == []
     assert f"neither agent nor host runs with {tmp_path}" in done.stderr
+    assert processes("--runtime", str(tmp_path)).stdout == ""
