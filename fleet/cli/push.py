@@ -521,9 +521,16 @@ def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
 
 
 def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutRequest, options: Options) -> Exit:
-    """Print the effect of pushing `prepared`; return FAILED when no device could run it."""
+    """Print the effect of pushing `prepared`; return FAILED when no device could run it.
+
+    Of what is published already a push is a deploy, and the server knows whether that changes anything.
+    """
     trust = TrustStore(who, client)
     manifest = versioned(prepared, trust)
+    target = TargetName(who.namespace, manifest.name, manifest.version)
+    known = next((release for release in trust.releases if release.name == target), None)
+    if known is not None and (known.sha256, known.manifest) == (prepared.sha256, manifest):
+        return _foresee(who, client, [target], msgspec.structs.replace(request, target=target.path), options)
     seen = host_check.judge(prepared.file, prepared.component, manifest)
     devices = _offered_devices(client, request)
     previous = _previous(client, devices, request)

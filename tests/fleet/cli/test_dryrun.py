@@ -144,6 +144,16 @@ def test_approvals_that_the_plan_wants_are_told(fleet, desk, file, plan, told):
     assert (result.exit_code, json.loads(result.stdout)["warnings"][0]) == (0, told)
 
 
+def test_of_what_is_published_already_the_server_says_whether_anything_would_change(fleet, desk, file):
+    assert fleet("publish", file).exit_code == 0
+    refused = "it is refused: nothing would change: edge-eu is settled on it"
+    desk.routes["POST", "/v1/preflight"] = operator_api.Preflight(
+        waves=(), previous="components/main/ticker/2.0.0.wasm", warnings=(refused,)
+    )
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["warnings"]) == (5, [refused])
+
+
 @pytest.mark.parametrize("where", [(), ("--where", "site=berlin")])
 def test_a_rollout_that_reaches_no_device_is_refused_unless_empty_is_allowed(fleet, desk, file, where):
     desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=())
