@@ -15,6 +15,7 @@ from fleet.protocol.files import (
     atomic_write,
     create_exclusive,
     damage,
+    is_full,
     move_into_place,
     remove_leftovers,
     set_aside,
@@ -240,3 +241,27 @@ def test_a_directory_that_the_medium_does_not_take_is_an_error(no_directory_sync
     no_directory_sync["errno"] = errno.EIO
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         atomic_write(tmp_path / "a", b"1", mode=0o600)
+
+
+def test_a_look_for_room_writes_nothing(tmp_path):
+    os.utime(tmp_path, (0, 0))
+    assert not is_full(tmp_path, 1)
+    assert is_full(tmp_path, 1 << 62)
+    assert not is_full(tmp_path / "none", 1)
+    assert tmp_path.stat().st_mtime == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "free", "inodes", "free_inodes", "full"),
+    [
+        pytest.param(100, 1, 100, 1, False, id="room for one more"),
+        pytest.param(100, 0, 100, 1, True, id="no space"),
+        pytest.param(100, 1, 100, 0, True, id="no inode"),
+        pytest.param(0, 0, 0, 0, False, id="a tmpfs without limits"),
+        pytest.param(100, 1, 0, 0, False, id="a btrfs has no number of inodes"),
+    ],
+)
+def test_what_a_file_system_says_of_its_room(monkeypatch, tmp_path, blocks, free, inodes, free_inodes, full):
+    figures = (4096, 4096, blocks, free, free, inodes, free_inodes, free_inodes, 0, 255)
+    monkeypatch.setattr("os.statvfs", lambda _: os.statvfs_result(figures))
+    assert is_full(tmp_path, 4096) == full
