@@ -441,7 +441,13 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
     """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
-    store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
+    full = f"{places.state} is on a full file system: nothing can be updated until there is space"
+    try:
+        store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
+    except StoreError as error:
+        if is_full(places.state, BESIDE_BYTES):
+            raise StoreError(f"{error}; {full}") from error
+        raise
     try:
         found = status.read_status(who, store, instance, rows=rows or status.TIMELINE_ROWS)
         problems = []
@@ -452,7 +458,7 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
                 f"{places.state} is on a read-only file system: nothing can be updated until it is writable"
             )
         elif is_full(places.state, BESIDE_BYTES):
-            problems.append(f"{places.state} is on a full file system: nothing can be updated until there is space")
+            problems.append(full)
         return msgspec.structs.replace(found, problems=(*problems, *found.problems))
     finally:
         store.close()

@@ -59,6 +59,9 @@ BUSY_S: Final = 10
 BESIDE_BYTES: Final = 64 * 1024
 """Room for the log of an open database and its index."""
 
+NEW_BYTES: Final = 256 * 1024
+"""Room for a new database with what `runset.json` and the first reports bring, its log and its index."""
+
 _HEADER_BYTES: Final = 100
 _VERSIONS: Final = slice(18, 20)
 """Bytes of the header with the versions needed to write and to read the file: SQLite, Database File Format."""
@@ -291,7 +294,7 @@ class Store:
     def renewed(cls, path: Path, *, version: str = "") -> "Store":
         """Open the database; move a damaged one (as after a power cut on a worn disk) aside, and make a new one.
 
-        On a full disk, what the database holds is read into memory, see `copied`.
+        On a full disk, what the database holds is read into memory, see `copied`; a damaged one stays where it is.
 
         Args:
             path: of the database.
@@ -299,10 +302,16 @@ class Store:
 
         Raises:
             StoreError: see the constructor; or rows of a newer agent, which this one cannot read.
+            FullDiskError: the database is damaged, and there is no room for a new one.
         """
         try:
             store = cls._checked(path, version)
         except DamagedStoreError as error:
+            if is_full(path.parent, NEW_BYTES):
+                raise FullDiskError(
+                    f"{path} is damaged, and its disk is too full for a new one: free {NEW_BYTES // 1024} KiB, and the "
+                    "agent rebuilds it when it starts; instances go on meanwhile"
+                ) from error
             for suffix in ("-wal", "-shm"):  # of the damaged one
                 disk.remove(Write.STORE_DAMAGED, path.with_name(path.name + suffix), missing_ok=True)
             aside = disk.set_aside(Write.STORE_DAMAGED, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.update.store import NEW_BYTES
 from tests.agent.read_only_places import unshare
 from tests.agent.running_device import RunningDevice
 
@@ -46,6 +47,11 @@ class SmallDisk:
             while True:
                 file.write(bytes(4096))
         assert os.statvfs(self.place).f_bfree == 0
+
+    def free(self, room):
+        """Leave this many bytes."""
+        filler = self.place / "filler"
+        os.truncate(filler, filler.stat().st_size - room)
 
     def close(self):
         self._holder.communicate(timeout=60)
@@ -108,6 +114,29 @@ def test_the_agent_starts_and_records_nothing(device):
     stopped(process)
     assert "Traceback" not in device.said("agent")
     assert not (device.disk.place / "store.db.damaged").exists()
+
+
+def test_a_damaged_store_stays_until_there_is_room_for_a_new_one(device):
+    device.start_host()
+    assert device.agent("restore").returncode == 0
+    stopped(device.start_agent())
+    with (device.disk.place / "store.db").open("r+b") as file:
+        file.write(bytes(100))
+    device.disk.fill()
+    for _ in range(2):  # each start says it, and changes nothing
+        run = device.agent("run")
+        assert run.returncode == 1
+        assert "store.db is damaged, and its disk is too full for a new one: free 256 KiB" in run.stderr
+        assert "Traceback" not in run.stderr
+        status = device.agent("status")
+        assert "not a database" in status.stderr
+        assert "is on a full file system" in status.stderr
+    assert not (device.disk.place / "store.db.damaged").exists()
+    device.disk.free(NEW_BYTES)
+    stopped(device.start_agent())
+    assert "took over 1 instances" in device.said("agent")
+    assert "web: runs main/hello@1.0.0" in device.agent("status").stdout
+    assert device.answers() == 200
 
 
 GOES_ON = """
