@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.assignment import CheckIn, FollowLogs
-from fleet.protocol.codes import InstanceState
+from fleet.protocol.codes import InstanceState, Outcome
 from fleet.protocol.manifest import ConfigKey, Grants, SecretKey
 from fleet.protocol.messages import (
     DeviceResources,
@@ -294,6 +294,8 @@ async def rollouts_that_do_not(fleet, behaviours, ask, target):
     await ask("POST /v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
     await ask("POST /v1/rollouts/{id}/abort", id=waiting.id)
     await kiosk.until(lambda each: not each.items and each.acked == each.sequence)
+    # the rollout's own word: what the device says of itself does not tell that it has been counted
+    await operator.follow(waiting, lambda view: view.counts.get(Outcome.REVERTED))
     await ask("GET /v1/rollouts")
     return kiosk
 
