@@ -27,7 +27,7 @@ import msgspec
 from agent import disk
 from agent.disk import Point, Write
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
-from fleet.protocol import wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.files import is_full, is_read_only
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
@@ -48,6 +48,8 @@ MIGRATIONS: Final = (
 
 HISTORY_ROWS: Final = 200
 UNACKED_ROWS_MAX: Final = 2000
+UNSENT_EXCERPTS_BYTES_MAX: Final = 4 * bounds.MIB
+"""Reports that the server has not stored, beyond which new ones carry no lines of a log: about a hundred failures."""
 FAILED_ROWS_MAX: Final = 256
 LOST_GENERATIONS: Final = 1000
 """Generations that a lost database may have given since its last commit: far more than attempts between two commits."""
@@ -719,6 +721,9 @@ class Store:
             previous=(self._meta("last_report") or b"").decode(),
         )
         body = wire.encode(full)
+        if full.log and self._unsent_bytes() + len(body) > UNSENT_EXCERPTS_BYTES_MAX:
+            # not those of older reports: each may have been sent, and is named by its hash in the next
+            body = wire.encode(msgspec.structs.replace(full, log=()))
         if not progress:
             last = hashlib.sha256(body).hexdigest().encode()
             db.execute("REPLACE INTO meta VALUES ('last_report', ?)", (last,))
@@ -729,6 +734,9 @@ class Store:
             (UNACKED_ROWS_MAX,),
         )
         return sequence
+
+    def _unsent_bytes(self) -> int:
+        return int(self._rows("SELECT coalesce(sum(length(body)), 0) FROM outbox WHERE acked = 0")[0][0])
 
     def unacked(self, limit: int = 64, after: int = 0) -> tuple[tuple[int, bytes], ...]:
         """Return the reports that the server has not stored yet, oldest first, with their sequence."""

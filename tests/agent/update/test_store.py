@@ -92,6 +92,21 @@ def test_a_device_that_is_offline_for_months_does_not_fill_its_disk(store, monke
     assert waiting == list(range(31, 51))
 
 
+def test_excerpts_of_a_device_that_is_offline_for_months_do_not_fill_its_disk(store, monkeypatch):
+    monkeypatch.setattr("agent.update.store.UNSENT_EXCERPTS_BYTES_MAX", 10_000)
+    line = "x" * 998
+    for number in range(20):
+        store.save(report=report(phase="rolled-back", message=str(number), log=(line,)))
+    kept = [wire.decode(Report, body) for _, body in store.unacked()]
+    assert [each.message for each in kept] == [str(number) for number in range(20)]
+    with_excerpt = [each for each in kept if each.log]
+    assert with_excerpt == kept[: len(with_excerpt)]  # what was signed and named by the next report never changes
+    assert 5 < len(with_excerpt) <= 10
+    store.acknowledge(kept[-1].sequence)
+    store.save(report=report(log=(line,)))
+    assert wire.decode(Report, store.unacked()[0][1]).log == (line,)
+
+
 def test_failures_are_remembered_within_bounds(store, monkeypatch):
     monkeypatch.setattr("agent.update.store.FAILED_ROWS_MAX", 5)
     for number in range(9):
