@@ -102,6 +102,8 @@ def show(options: Options, *, device: str, effective: bool) -> Exit:
         click.echo(click.style("problem: ", fg="yellow", bold=True) + names.readable(" ".join(entry.text.split())))
         if entry.action:
             click.echo(f"         {entry.action}")
+        if entry.log:
+            click.echo(f"         fleet why {detail.row.id} --log shows the log before it")
     return Exit.OK
 
 

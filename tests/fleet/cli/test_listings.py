@@ -245,6 +245,14 @@ def test_one_device_in_full(fleet, fleet_of_two, desk):
         assert line in words(text)
 
 
+def test_a_device_names_the_command_that_shows_the_log_before_a_failure(fleet, fleet_of_two, desk):
+    last_line = f"fleet why {ROW.id} --log shows the log before it"
+    assert last_line not in fleet("device", ROW.id).stdout
+    failed = tuple(msgspec.structs.replace(each, log=("unreachable",)) for each in DETAIL.failed)
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(DETAIL, failed=failed)
+    assert fleet("device", ROW.id).stdout.splitlines()[-1].strip() == last_line
+
+
 def test_requests_that_instances_sent_and_were_denied_are_shown_where_there_are_any(fleet, fleet_of_two, desk):
     assert "DENIED" not in fleet("device", ROW.id).stdout
     reaching = msgspec.structs.replace(HELLO, instance="meter", outgoing=512, denials=3)
