@@ -5,6 +5,7 @@ keys. Everything has a default, so that a device needs no file at all. The confi
 it narrows what the fleet may do on this device, and never widens it.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -234,8 +235,8 @@ def validate(merged: Mapping[str, Any]) -> Settings:
         "policy.compile_s": settings.policy.compile_s,
     }
     for name, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{name} is {value}, but must be more than 0", name)
+        if not 0 < value < math.inf:  # TOML has inf and nan
+            raise ConfigError(f"{name} is {value}, but must be a number more than 0", name)
     for name in sorted(_MAY_BE_NONE):
         if getattr(settings.policy, name) < 0:
             raise ConfigError(

@@ -45,6 +45,8 @@ def test_later_fragments_override_single_keys(tmp_path):
         ("production = 'yes'", "production"),
         ("[policy]\nlogs = 'some'", "logs"),
         ("[network]\nrequest_s = 0", "network.request_s"),
+        ("[network]\nrequest_s = inf", "network.request_s is inf, but must be a number"),
+        ("health_s = nan", "health_s is nan, but must be a number"),
         ("health_s = ", "agent.toml"),
     ],
 )
