@@ -35,6 +35,8 @@ APPLY_LOOK_S: Final = 0.1
 _LISTS_ROUTES: Final = 2
 """Version of the host's protocol from which on it lists routes."""
 
+_FULL: Final = "{} is on a full file system: nothing can be updated until there is space"
+
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
@@ -441,27 +443,35 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
     """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
-    full = f"{places.state} is on a full file system: nothing can be updated until there is space"
     try:
         store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
     except StoreError as error:
         if is_full(places.state, BESIDE_BYTES):
-            raise StoreError(f"{error}; {full}") from error
+            raise StoreError(f"{error}; {_FULL.format(places.state)}") from error
         raise
     try:
         found = status.read_status(who, store, instance, rows=rows or status.TIMELINE_ROWS)
-        problems = []
-        if reason := host_api.why_not(places.runtime):
-            problems.append(f"the host did not start: {reason}")
-        if is_read_only(places.state):
-            problems.append(
-                f"{places.state} is on a read-only file system: nothing can be updated until it is writable"
-            )
-        elif is_full(places.state, BESIDE_BYTES):
-            problems.append(full)
-        return msgspec.structs.replace(found, problems=(*problems, *found.problems))
+        return msgspec.structs.replace(found, problems=(*_problems(places), *found.problems))
     finally:
         store.close()
+
+
+def _problems(places: Paths) -> list[str]:
+    """Return sentences on what this device itself lacks, whatever the agent has recorded."""
+    problems = []
+    if reason := host_api.why_not(places.runtime):
+        problems.append(f"the host did not start: {reason}")
+    if is_read_only(places.state):
+        problems.append(f"{places.state} is on a read-only file system: nothing can be updated until it is writable")
+    elif is_full(places.state, BESIDE_BYTES):
+        problems.append(_FULL.format(places.state))
+    if places.runset.exists() and not places.database.exists():
+        problems.append(f"{places.database} is lost: the agent makes a new one from runset.json when it starts")
+    try:
+        problems += identity.damaged_files(places.identity)
+    except identity.IdentityError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _print_json(value: object) -> None:

@@ -157,6 +157,27 @@ def test_status_shows_why_the_host_did_not_start(tmp_path):
         assert "the host did not start: seccomp is missing around components" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["device.key", "device.pem"])
+def test_status_names_a_damaged_file_of_the_identity(tmp_path, name):
+    enrolled_to_the_full(tmp_path).close()
+    assert "damaged" not in agent(tmp_path, "status").stdout
+    path = tmp_path / "state" / "identity" / name
+    path.write_bytes(b"")
+    done = agent(tmp_path, "status")
+    assert done.returncode == 0
+    assert f"{path} is damaged (empty)" in done.stdout
+
+
+def test_status_names_a_store_that_is_lost(tmp_path):
+    enrolled(tmp_path).close()
+    (tmp_path / "state" / "runset.json").write_text("{}")
+    assert "lost" not in agent(tmp_path, "status").stdout
+    (tmp_path / "state" / "store.db").unlink()
+    done = agent(tmp_path, "status")
+    assert done.returncode == 0
+    assert "store.db is lost: the agent makes a new one from runset.json when it starts" in done.stdout
+
+
 def test_a_token_is_never_an_argument(tmp_path):
     done = agent(tmp_path, "enroll", "wf1.abc")
     assert done.returncode == 2
