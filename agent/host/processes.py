@@ -120,7 +120,7 @@ class _Process:
             private_bytes=rollup["Private_Clean"] + rollup["Private_Dirty"] if rollup else None,
             shared_bytes=rollup["Shared_Clean"] + rollup["Shared_Dirty"] if rollup else None,
             proportional_bytes=rollup["Pss"] if rollup else None,
-            resident_bytes=status.get("VmRSS", 0),
+            resident_bytes=rollup.get("Rss", status.get("VmRSS", 0)),
             threads=sum(1 for _ in (self.directory / "task").iterdir()),
             files=files,
             started=self.started,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.running_device import ROOT, RunningDevice
+from tests.eventually import eventually
 
 COUNTED = ("agent", "supervisor", "router", "zygote", "worker")
 
@@ -28,11 +29,31 @@ def processes(*arguments, **more):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60, **more)
 
 
-@pytest.fixture(scope="module")
-def listed(device):
+def listing(device):
     done = processes("--runtime", str(device.runtime), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def listed(device):
+    return listing(device)
+
+
+def test_threads_are_those_of_the_kernel(device):
+    """The agent may start another one meanwhile: what is listed between two equal answers of the kernel counts."""
+    agent = device._processes[1].pid
+
+    def threads():
+        status = Path(f"/proc/{agent}/status").read_text()
+        return int(status.partition("\nThreads:\t")[2].split()[0])
+
+    def listed_as_they_are():
+        before = threads()
+        counted = next(each["threads"] for each in listing(device) if each["pid"] == agent)
+        return before == counted == threads()
+
+    eventually(listed_as_they_are, "as many threads as the kernel says")
 
 
 def test_each_process_is_named_by_what_it_is(device, listed):
@@ -47,8 +68,6 @@ def test_each_process_is_named_by_what_it_is(device, listed):
 def test_figures_are_those_of_the_kernel(listed):
     by_process = {each["process"]: each for each in listed}
     agent = by_process["agent"]
-    status = dict(line.split(":\t") for line in Path(f"/proc/{agent['pid']}/status").read_text().splitlines())
-    assert agent["threads"] == int(status["Threads"])
     assert agent["files"] > 3
     assert 0 < agent["private_bytes"] <= agent["proportional_bytes"] <= agent["resident_bytes"]
     assert agent["private_bytes"] + agent["shared_bytes"] == agent["resident_bytes"]
