@@ -166,9 +166,11 @@ def _write_beside(path: Path, data: bytes | str, mode: int) -> Path:
             file.flush()
             _set_mode(file.fileno(), mode)
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write to a descriptor names no file
         raise
     return temporary
 

@@ -83,6 +83,9 @@ def test_status_and_why_of_a_device_whose_agent_has_ended(device, end):
     process.wait(60)
     device.disk.fill()
     assert tells(device)["running"][0]["instance"] == "web"
+    refused = device.agent("enroll", "--same-device")
+    path = device.places.identity / "enrolled.json"
+    assert refused.stderr == f"fleet-agent enroll: {path}: No space left on device\n"
 
 
 def stopped(process):
