@@ -110,7 +110,7 @@ class Soak:
         self.begun.clear()
         self.until(f"{this}: nothing is being changed", self.at_rest)
         version = "1" if "/1." in self.target() else "2"
-        self.until(f"{this}: {version} answers", lambda: self.running.answering() or None)
+        self.until(f"{this}: {version} answers", lambda: self.running.answering() == version or None)
         self.running.store_is_whole()
 
     def until(self, what, question):
