@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -221,7 +221,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
         settings = msgspec.convert(dict(merged), Settings)
     except msgspec.ValidationError as error:
         key, words = in_words(str(error))
-        raise ConfigError(words, key) from error
+        raise ConfigError(f"{words}{_choices(key)}", key) from error
     positive = {
         "health_s": settings.health_s,
         "refresh_s": settings.refresh_s,
@@ -253,6 +253,14 @@ def validate(merged: Mapping[str, Any]) -> Settings:
         except ValueError as error:
             raise ConfigError(f"policy.ports: {error}", "policy.ports") from None
     return settings
+
+
+def _choices(key: str) -> str:
+    """Return the advice to a key of which the values are listed."""
+    listed = [
+        each for each in get_args(get_type_hints(Policy).get(key.removeprefix("policy."))) if isinstance(each, str)
+    ]
+    return f"; give one of {', '.join(listed)}" if listed else ""
 
 
 def load(file: Path, *, required: bool = False) -> Settings:

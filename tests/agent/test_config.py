@@ -43,7 +43,7 @@ def test_later_fragments_override_single_keys(tmp_path):
     [
         ("prodution = true", "prodution"),
         ("production = 'yes'", "production"),
-        ("[policy]\nlogs = 'some'", "logs"),
+        ("[policy]\nlogs = 'some'", "policy.logs: Invalid enum value 'some'; give one of off, errors, all"),
         ("[network]\nrequest_s = 0", "network.request_s"),
         ("[network]\nrequest_s = inf", "network.request_s is inf, but must be a number"),
         ("health_s = nan", "health_s is nan, but must be a number"),
