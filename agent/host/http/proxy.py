@@ -203,9 +203,8 @@ class ClientConnection(asyncio.Protocol):
             if begins and not rest:
                 self._learn(data)
             self._rest = b"" if self._closing else rest
-        if (len(self._queue) > 1 or self._rest) and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if len(self._queue) > 1 or self._rest:
+            self._pause_client()
         if self._queue or self._reader.within:  # empty lines between requests do not keep a connection
             self.last_s = time.monotonic()
         self._advance()
@@ -303,8 +302,8 @@ class ClientConnection(asyncio.Protocol):
         while self._queue and not (self._over or self._awaits_turn):
             exchange = self._queue[0]
             if exchange.upstream is None:
-                if self._was_refused and not self._instances.refusals.take(self._take_turn):
-                    self._awaits_turn = True
+                if not self._may_begin():
+                    self._pause_client()
                     return
                 if not exchange.head and not self._routed(exchange):
                     continue
@@ -313,9 +312,19 @@ class ClientConnection(asyncio.Protocol):
             self._stream(exchange)
             return
 
+    def _may_begin(self) -> bool:
+        """Return whether an exchange may begin; if not, `_advance` is called when it may."""
+        if self._full:  # the client has answers to read
+            return False
+        if self._was_refused and not self._instances.refusals.take(self._take_turn):
+            self._awaits_turn = True
+            return False
+        return True
+
     def _take_turn(self) -> None:
         self._awaits_turn = False
         self._advance()
+        self.resume_client()
 
     def _routed(self, exchange: Exchange) -> bool:
         """Find the instance; send a refusal if there is none."""
@@ -392,13 +401,12 @@ class ClientConnection(asyncio.Protocol):
             exchange.ended = True
             exchange.sent_body = exchange.sent_body or exchange.request.chunked
             upstream.end_body(exchange.trailers)
-        if exchange.upstream is upstream and upstream.full and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if exchange.upstream is upstream and upstream.full:
+            self._pause_client()
 
     def resume_client(self) -> None:
-        """Read on from the client: the instance takes more."""
-        if not self._paused or len(self._queue) > 1 or self._closing:
+        """Read on from the client, unless it is ahead of its instance."""
+        if not self._paused or len(self._queue) > 1 or self._closing or self._is_ahead:
             return
         if not self._rest:
             self._paused = False
@@ -407,6 +415,19 @@ class ClientConnection(asyncio.Protocol):
         elif not self._reads_on:
             self._reads_on = True
             asyncio.get_running_loop().call_soon(self._parse_rest)
+
+    @property
+    def _is_ahead(self) -> bool:
+        """True while the request may not begin, or more of its body is here than its guest takes."""
+        if not self._queue:
+            return False
+        upstream = self._queue[0].upstream
+        return self._full or self._awaits_turn if upstream is None else upstream.full
+
+    def _pause_client(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
 
     # Answers.
 
@@ -428,6 +449,9 @@ class ClientConnection(asyncio.Protocol):
         self.last_s = time.monotonic()
         if self._queue and self._queue[0].upstream is not None:
             self._queue[0].upstream.resume()
+        else:
+            self._advance()
+            self.resume_client()
 
     def answered(self, exchange: Exchange) -> None:
         """Go on to the next exchange: the response is complete."""
