@@ -60,6 +60,7 @@ _READ_BYTES: Final = 128 * 1024
 _ABANDON_S: Final = 0.1  # from CANCEL, which ends a guest that waits, to the interrupt, which ends one that computes
 _TOTAL_MARGIN_S: Final = 0.25  # a call that its client delays ends before the supervisor would blame the guest
 _NOTES_A_MINUTE: Final = 60
+_WHY_MAX_CHARS: Final = 200  # of an error that may quote the worker: a larger report would end the router
 
 
 class Reports(Protocol):
@@ -292,7 +293,7 @@ class Channel:
                     done = False
                     break
         except (FrameError, ValueError, struct.error) as error:
-            self._calls.reports.report(ChannelBroken(self.worker, str(error)))
+            self._calls.reports.report(ChannelBroken(self.worker, str(error)[:_WHY_MAX_CHARS]))
             self._lose()
             return True
         if done:
