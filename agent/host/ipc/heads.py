@@ -1,7 +1,7 @@
 """Heads of an exchange between the host and a guest, as the adapter reads and writes them.
 
-The request's head is a string in, a few words are the end of the answer (components/adapter/wit/adapter.wit). Both ways
-of requests to workers use them: the router for frames, the worker for its own HTTP server. No wasmtime here, no I/O.
+The request's head is a string in, a few words are the end of the answer (components/adapter/wit/adapter.wit). No
+wasmtime here, no I/O.
 """
 
 from dataclasses import dataclass
