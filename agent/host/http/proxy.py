@@ -150,6 +150,8 @@ class ClientConnection(asyncio.Protocol):
             self._leave_slow()
             self.close()
             return
+        if is_reading:
+            self.last_s = now_s  # an answer may take as long as this pace allows
         is_sending = self._reader.within and not (self._paused or self._closing)
         lacks = is_sending and (not self._queue or not self._queue[0].complete)
         if self._sending.is_slow(now_s, self._received, self._turn if lacks else None):

@@ -139,21 +139,21 @@ async def test_empty_lines_between_requests_do_not_keep_a_connection(monkeypatch
         assert await reader.read() == b""
 
 
+@pytest.mark.parametrize("requests", [1, 2])
 @pytest.mark.parametrize("each", [1, HONEST_BYTES_PER_S * STEP_S])
 @pytest.mark.asyncio
-async def test_the_router_ends_an_answer_that_is_read_a_byte_now_and_then(monkeypatch, each):
+async def test_the_router_ends_an_answer_that_is_read_a_byte_now_and_then(monkeypatch, each, requests):
     async with web(monkeypatch) as (board, _, writer):
         taken = 0
         monkeypatch.setattr(proxy.ClientConnection, "_taken", lambda self: taken)
         board.calls.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 40000000\r\n\r\n" + b"x" * 40_000_000
         writer.transport.pause_reading()
-        writer.write(b"GET /web/a HTTP/1.1\r\nhost: board\r\n\r\n")
+        writer.write(b"GET /web/a HTTP/1.1\r\nhost: board\r\n\r\n" * requests)
         await until(lambda: board.router._clients and board.only._full)
         client = board.only
         board.pass_time(0)
-        for _ in range(3):
+        for _ in range(router.IDLE_S // STEP_S + 2):
             taken += each
-            client.last_s = board.now_s  # as it would be after each piece
             board.pass_time()
         assert client._transport.is_closing() == (each == 1)
 
