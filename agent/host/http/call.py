@@ -362,7 +362,9 @@ class Call:
             self._problem, self._sentence = str(error), error.sentence
 
     def take_body(self, data: bytes) -> None:
-        """Take a piece of the answer's body."""
+        """Take a piece of the answer's body. Raises `FrameError`: there is nothing in it, or no credit for it."""
+        if not data:
+            raise FrameError("a piece of a body without any bytes")
         self._owed += len(data)
         if self._owed > INITIAL_CREDIT_BYTES:
             raise FrameError("more of a body than its credit")

@@ -603,7 +603,12 @@ OVERRUNS = [
 ]
 
 
-@pytest.mark.parametrize("said", [OVERRUNS[:1], OVERRUNS[1:2], OVERRUNS[2:]], ids=["credit", "all", "body"])
+EMPTY = [Frame(Kind.BODY, 1)]  # costs no credit, and a place in memory
+
+
+@pytest.mark.parametrize(
+    "said", [OVERRUNS[:1], OVERRUNS[1:2], OVERRUNS[2:], EMPTY], ids=["credit", "all", "body", "empty"]
+)
 @pytest.mark.asyncio
 async def test_a_worker_that_overruns_its_credit_or_grants_more_than_it_took_loses_its_channel(tmp_path, said):
     """Else the router would keep whole bodies for a guest that does not read, or a client that does not."""
