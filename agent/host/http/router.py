@@ -14,7 +14,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -115,7 +114,6 @@ def clients_of(page: mmap.mmap) -> int:
 def run_router(
     listener: socket.socket | None,
     sock: socket.socket,
-    directory: Path,
     keep: tuple[int, ...],
     page: mmap.mmap,
     decrypted: socket.socket | None = None,
@@ -134,7 +132,7 @@ def run_router(
     sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
-    sandbox.apply(sandbox.router_spec(str(directory)))
+    sandbox.apply(sandbox.router_spec())
     loop.run_until_complete(Router(listener, sock, SharedClients(page), decrypted).run())
 
 

@@ -80,7 +80,6 @@ class SandboxSpec:
         data_bytes: private memory beyond the current amount; None for no limit.
         file_bytes: size of the largest file that it may write.
         data: data directory, empty for none; mounted at `DATA` if the mount layer holds.
-        root: directory to mount as the root; empty for an empty root.
         filter: makes the seccomp filter.
         threads: limit for all processes of `uid` together.
         descriptors: limit of open descriptors.
@@ -95,7 +94,6 @@ class SandboxSpec:
     data_bytes: int | None = None
     file_bytes: int = 0
     data: str = ""
-    root: str = ""
     threads: int = _THREADS_PER_WORKER
     descriptors: int = _FILES_MAX
     network: bool = False
@@ -188,13 +186,12 @@ def _become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def router_spec(directory: str) -> SandboxSpec:
-    """Return the sandbox of the router, which can only access the directory of the instances' sockets."""
+def router_spec() -> SandboxSpec:
+    """Return the sandbox of the router, which has the sockets that it was given and can access no file."""
     return SandboxSpec(
         uid=_ROUTER_UID if can_assign_users() else None,
-        root=directory,
         filter=seccomp.router,
-        # Clients of the shared port and of own ones, connections to instances for them, idle connections, channels.
+        # Clients of the shared port and of own ones, listeners, and for each worker a channel and its page.
         descriptors=5 * _FILES_MAX,
     )
 
@@ -286,7 +283,7 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
     holds["network"] = own.network
     try:
         holds["mount"] = own.mount and _holds(lambda: _new_root(spec))
-        if not holds["mount"] and (directory := spec.data or spec.root or spec.neighbours):
+        if not holds["mount"] and (directory := spec.data or spec.neighbours):
             os.chdir(directory)
         if spec.uid is not None:
             _become(spec.uid)
@@ -335,7 +332,7 @@ def _namespaces(*, network: bool, user: bool) -> _Namespaces:
 
 
 def _new_root(spec: SandboxSpec) -> None:
-    """Mount an empty root or the spec's directory, and the data directory in it if there is one."""
+    """Mount an empty root, and the data directory in it if there is one."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     if spec.neighbours:
         kernel.mount(spec.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
@@ -343,18 +340,14 @@ def _new_root(spec: SandboxSpec) -> None:
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Opened in this namespace, before the empty root hides the path.
     data_fd = os.open(spec.data, os.O_PATH | os.O_CLOEXEC) if spec.data else -1
-    if spec.root:
-        kernel.mount(spec.root, _ROOT, None, kernel.MS_BIND)
-    else:
-        kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
+    kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
     if spec.data:
         os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as few imports as possible from here on
         kernel.mount(f"/proc/self/fd/{data_fd}", _ROOT + DATA, None, kernel.MS_BIND)
         os.close(data_fd)
     os.chdir(_ROOT)
     kernel.pivot_here()
-    if not spec.root:
-        kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
+    kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
 
 
 def _data_bytes() -> int:
@@ -393,7 +386,7 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
     allowed: dict[int, int] = {}
     opened = []
     try:
-        for outside, inside in ((spec.data, DATA), (spec.root, "/"), (spec.neighbours, NEIGHBOURS)):
+        for outside, inside in ((spec.data, DATA), (spec.neighbours, NEIGHBOURS)):
             if outside:
                 here = os.open(inside if mounted else ".", os.O_PATH | os.O_CLOEXEC)
                 opened.append(here)
@@ -424,7 +417,7 @@ def probe() -> dict[str, bool]:
     """
     uid = _ROUTER_UID if can_assign_users() else None
     found = _probe_one(worker_spec(uid=uid, memory_bytes=MIB, body_bytes=MIB, storage_bytes=0, data=""))
-    for spec in (router_spec("/proc"), egress_spec("/proc")):
+    for spec in (router_spec(), egress_spec("/proc")):
         _probe_one(spec)
     return found
 

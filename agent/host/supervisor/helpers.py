@@ -203,7 +203,6 @@ class RouterHandle(HelperProcess):
     def __init__(
         self,
         ingress: socket.socket | None,
-        directory: Path,
         *,
         decrypted: socket.socket | None = None,
         rules: helper_api.IngressRules = NO_RULES,
@@ -212,7 +211,6 @@ class RouterHandle(HelperProcess):
 
         Args:
             ingress: listening socket; None for no shared port.
-            directory: holds the instances' sockets.
             decrypted: router's end of the socket on which clients arrive that came over TLS.
             rules: the device owner's.
         """
@@ -220,7 +218,6 @@ class RouterHandle(HelperProcess):
         self._decrypted = decrypted
         self._rules = rules
         self._ingress = ingress
-        self._directory = directory
         self._routes: dict[str, bool] = {}
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[int, ChannelHandle] = {}
@@ -231,7 +228,7 @@ class RouterHandle(HelperProcess):
         self._fork()
 
     def _spawn(self) -> tuple[int, socket.socket]:
-        forked = fork_router(self._ingress, self._directory, decrypted=self._decrypted)
+        forked = fork_router(self._ingress, decrypted=self._decrypted)
         self._page = forked.page
         return forked.pid, forked.sock
 
@@ -464,7 +461,6 @@ class ForkedRouter(NamedTuple):
 
 def fork_router(
     listener: socket.socket | None,
-    directory: Path,
     keep: tuple[int, ...] = (),
     decrypted: socket.socket | None = None,
 ) -> ForkedRouter:
@@ -472,12 +468,11 @@ def fork_router(
 
     Args:
         listener: of the shared port.
-        directory: holds the instances' sockets.
         keep: further descriptors that the child may hold.
         decrypted: socket on which clients arrive that came over TLS.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE)
-    pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, directory, keep, page, decrypted))
+    pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, keep, page, decrypted))
     return ForkedRouter(pid, sock, page)
 
 

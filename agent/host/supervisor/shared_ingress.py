@@ -118,9 +118,9 @@ class SharedIngress:
         self._reloading = asyncio.Lock()
         self.router: RouterHandle | None = None
 
-    async def start(self, listener: socket.socket, directory: Path) -> RouterHandle:
+    async def start(self, listener: socket.socket) -> RouterHandle:
         """Start the router on the plain port, and TLS if there is any. Raises `IngressError`."""
-        self.router = RouterHandle(listener, directory, decrypted=self._decrypted, rules=self.config.rules)
+        self.router = RouterHandle(listener, decrypted=self._decrypted, rules=self.config.rules)
         try:
             await self._serve_tls(self.config.tls, None)
         except IngressError:

@@ -124,7 +124,7 @@ class Supervisor:
         if self._settings.ingress is not None:
             await self._open_ingress(*self._settings.ingress)
         else:
-            self._router = RouterHandle(None, self._settings.runtime / "in")
+            self._router = RouterHandle(None)
         self._engine = await _ask_engine()
         if self._engine:
             self._pool.prepare()
@@ -156,7 +156,7 @@ class Supervisor:
         """Serve the shared port as the device's owner configured it. Raises `HostError`."""
         try:
             self._ingress = SharedIngress(self._settings.ingress_config, _listen)
-            self._router = await self._ingress.start(_listen(address, port), self._settings.runtime / "in")
+            self._router = await self._ingress.start(_listen(address, port))
         except IngressError as error:
             raise HostError(f"cannot serve the shared port: {error}") from error
 

@@ -208,13 +208,13 @@ def status_of(port, instance):
 
 
 @pytest.mark.asyncio
-async def test_a_router_that_is_replaced_knows_every_instance_however_many(tmp_path):
+async def test_a_router_that_is_replaced_knows_every_instance_however_many():
     """More messages than its socket holds, since it reads none before it is confined."""
     names = [f"i{number}" for number in range(1000)]
 
     with socket.create_server(("127.0.0.1", 0)) as ingress:
         port = ingress.getsockname()[1]
-        front = RouterHandle(ingress, tmp_path)
+        front = RouterHandle(ingress)
         try:
             for name in names:
                 await front.update(name, up=False)

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 import support
@@ -11,6 +13,7 @@ from host_processes import lanes_of
 from support import Grants, Limits
 
 from agent.host.ipc import host_api
+from agent.host.sandbox import seccomp
 
 
 @pytest.fixture
@@ -125,3 +128,25 @@ def test_a_request_that_was_ended_for_waiting_too_long_is_not_run_a_second_time(
     host.event(lambda event: isinstance(event, host_api.Changed) and event.instance == "waits")
     health = host.health("waits")
     assert (health.calls, health.restarts) == ({"guest-timeout": 1}, 1)
+
+
+CONFINED = """
+import errno, socket
+from agent.host.sandbox import sandbox
+
+kept = socket.socket(socket.AF_UNIX)
+sandbox.apply(sandbox.router_spec())
+for attempt in (lambda: socket.socket(socket.AF_UNIX), lambda: kept.connect("there")):
+    try:
+        attempt()
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+    else:
+        print("done")
+"""
+
+
+@pytest.mark.skipif(not seccomp.AVAILABLE, reason="no seccomp")
+def test_whoever_takes_the_router_over_can_make_and_connect_no_socket():
+    done = subprocess.run([sys.executable, "-c", CONFINED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["EPERM", "EPERM"]
