@@ -355,7 +355,7 @@ class Router:
     @property
     def own_spare(self) -> int:
         """Number of places that clients of instances' own listeners have left; one listener's get no more than that."""
-        return _ALL_OWN_CLIENTS_MAX - sum(len(own.clients) for own in self._own.values())
+        return _ALL_OWN_CLIENTS_MAX - sum(len(own.clients) for own in [*self._own.values(), *self._closed_own])
 
     def own_left(self) -> None:
         """Take note that a client of an instance's own listener has gone."""

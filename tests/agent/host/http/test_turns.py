@@ -14,6 +14,7 @@ from router_board import GET, HEAD, board
 
 from agent.host.http import channel, router
 from agent.host.ipc.frames import Frame, Kind
+from agent.host.ipc.helper_api import AddListener
 
 REFUSED = b"GET /nobody HTTP/1.1\r\nhost: x\r\n\r\n"
 CONNECTIONS, REQUESTS = 40, 100
@@ -105,6 +106,26 @@ async def test_a_full_port_ends_the_connection_that_is_idle_for_longest(tmp_path
         clients[1].ask(GET.replace(b"/a", b"/web2/"))
         worker.answer((await worker.next(Kind.WHOLE_REQUEST)).call)
         assert (await clients[1].answer())[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_clients_of_a_listener_that_was_replaced_keep_their_places_until_they_are_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(router, "_ALL_OWN_CLIENTS_MAX", 1)
+    async with board(tmp_path) as the_board:
+        worker, first = await the_board.worker(), await the_board.client()
+        first.ask()
+        call = (await worker.next(Kind.WHOLE_REQUEST)).call
+        listener = socket.create_server(("127.0.0.1", 0))
+        the_board.address = listener.getsockname()
+        the_board.tell(AddListener("web"), listener.detach())
+        second = await the_board.client()
+        second.ask()
+        for _ in range(20):
+            worker.say(Frame(Kind.NUDGE, 0))
+            assert (await worker.next()).kind is Kind.NUDGE, "there is no place yet"
+        worker.answer(call)
+        assert (await first.answer())[0] == 200
+        await worker.answer_to(second)
 
 
 @pytest.mark.asyncio
