@@ -326,12 +326,14 @@ class Channel:
                 call.credited(more := CREDIT.unpack(frame.payload)[0])
                 self._started = self._started if more else frame.call
             case _:
-                end = heads.answer_head(frame.payload)
-                self._lost_place = self._calls.reuses and end.problem is not None
-                if self.is_in_long_call:
-                    self._yields += 1
-                    self._began_behind = self.flight[1].number if len(self.flight) > 1 else 0
-                self._end(call.settle(end))
+                self._take_end(call, heads.answer_head(frame.payload))
+
+    def _take_end(self, call: Call, end: heads.ResponseHead) -> None:
+        self._lost_place = self._calls.reuses and end.problem is not None
+        if self.is_in_long_call:
+            self._yields += 1
+            self._began_behind = self.flight[1].number if len(self.flight) > 1 else 0
+        self._end(call.settle(end))
 
     def _resume_after_failure(self, payload: bytes) -> None:
         """End the call that failed, if one did, and write everything else anew for the next store."""
