@@ -169,10 +169,8 @@ def test_a_rollback_is_told_with_its_reason_and_log_and_is_exit_code_1(capsys):
     told = capsys.readouterr()
     assert f"  {A}  rolled back (trapped)\n" in told.out
     # the device's own words stand once, line by line
-    assert (
-        told.err
-        == f"\n{A}:\n  unreachable executed\n  in handle\n  | counting\n  fleet why {A} --log shows the log before it\n"
-    )
+    words = "  unreachable executed\n  in handle\n  | counting\n"
+    assert told.err == f"\n{A}:\n{words}  fleet why {A} --log shows the log before it\n"
 
 
 @pytest.mark.parametrize("state", [RolloutState.REVERTED, RolloutState.ABORTED, RolloutState.SUPERSEDED])
