@@ -189,6 +189,13 @@ def test_devices_of_a_group_that_is_not_there_are_refused(fleet, fleet_of_two, o
     assert result.stderr.startswith("error: there is no group 'edge-ue'")
 
 
+def test_a_plan_over_a_group_that_is_not_there_is_refused(fleet, fleet_of_two):
+    unknown = operator_api.Problem(type="unknown-group", title="there is no group 'edge-ue'", status=404)
+    fleet_of_two.routes["GET", "/v1/groups/edge-ue/policy"] = unknown
+    result = fleet("rollout", "simulate", "--group", "edge-ue")
+    assert (result.exit_code, result.stderr.startswith("error: there is no group 'edge-ue'")) == (4, True)
+
+
 def test_a_group_without_devices_is_an_empty_list(fleet, fleet_of_two):
     fleet_of_two.routes["GET", "/v1/groups/spares/policy"] = operator_api.GroupPolicy(group="spares")
     assert fleet("devices", "--group", "spares").stdout == "No such device: 'fleet devices' lists every one.\n"
