@@ -111,13 +111,14 @@ class Server:
         )
 
     def fresh(self, nonce, envelope):
+        now = datetime.now(UTC).replace(microsecond=0)
         statement = Fresh(
             fleet=FLEET,
             device=DEVICE,
             nonce=nonce,
             assignment_sha256=director.payload_sha256(envelope),
-            issued=NOW,
-            expires=NOW + timedelta(minutes=10),
+            issued=now,
+            expires=now + timedelta(minutes=10),
         )
         return director.sign_fresh(statement, self.keys["director"])
 
