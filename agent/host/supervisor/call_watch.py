@@ -81,7 +81,11 @@ class CallWatch:
         now_s, used_ns = time.monotonic(), self._processor_ns()
         if used_ns != self._used_ns or self._worker.calls.waits():
             self._used_ns, self._changed_s = used_ns, now_s
-        total_ms = (time.monotonic_ns() - self._worker.calls.began_ns()) // 1_000_000
+        began_ns = self._worker.calls.began_ns()
+        if not began_ns:  # the router is about to write that it begins, or that it has ended
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_MIN_S, self._look)
+            return
+        total_ms = (time.monotonic_ns() - began_ns) // 1_000_000
         own_ms, idle_ms = (used_ns - self._first_ns) // 1_000_000, int((now_s - self._changed_s) * 1000)
         limits = self._limits
         if own_ms >= limits.call_ms:

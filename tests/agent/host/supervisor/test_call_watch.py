@@ -102,6 +102,22 @@ async def test_a_guest_that_stands_still_is_ended_unless_it_waits_for_its_client
             assert worker.messages.empty()
 
 
+@pytest.mark.asyncio
+async def test_a_call_whose_begin_is_not_written_yet_has_taken_no_time():
+    """The router writes number and begin one after the other, and takes the begin back first at the end."""
+    judge = Judge()
+    async with asyncio.timeout(30):
+        with a_worker(SLEEPS) as worker, a_worker(SLEEPS) as other:
+            worker.calls.begin(0, 7)
+            CallWatch(worker, 7, Limits(total_ms=50), judge)
+            CallWatch(other, 7, Limits(total_ms=50), judge)
+            assert (await judge.verdicts.get())[0] is other
+            worker.begin(7)
+            ended, _, reason = await judge.verdicts.get()
+            assert ended is worker
+            assert int(reason.split("took ")[1].split()[0]) < 30_000
+
+
 @pytest.mark.parametrize("call", [0, 8])
 @pytest.mark.asyncio
 async def test_a_call_that_has_ended_is_not_judged_whatever_runs_meanwhile(call):

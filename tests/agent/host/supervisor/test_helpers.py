@@ -101,9 +101,9 @@ class Deaf(helpers.RouterHandle):
 
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.asyncio
-async def test_the_router_writes_numbers_of_calls_into_no_page_of_a_slot(tmp_path, is_shared):
+async def test_the_router_writes_numbers_of_calls_into_no_page_of_a_slot(is_shared):
     """A process that is shared numbers calls itself, and its verdict on one that hangs would be lost."""
-    router = Deaf(None, tmp_path)
+    router = Deaf(None)
     try:
         ours, theirs = socket.socketpair()
         pages = [stats_page.create_page(name) for name in ("calls", "own")]
