@@ -59,11 +59,17 @@ class HelperProcess(ABC):
         self._pause_s = _PAUSE_S
         self._gone = asyncio.get_running_loop().create_future()
         self._gone.set_result(None)
+        self._there = asyncio.Event()
 
     @property
     def running(self) -> bool:
         """True while there is a process."""
         return self._pidfd >= 0
+
+    async def await_process(self) -> int:
+        """Wait until there is a process, and return its pid."""
+        await self._there.wait()
+        return self.pid
 
     @abstractmethod
     def _spawn(self) -> tuple[int, socket.socket]:
@@ -90,6 +96,7 @@ class HelperProcess(ABC):
         self.pid, self._sock = self._spawn()
         self._sock.setblocking(False)
         self._pidfd = os.pidfd_open(self.pid)
+        self._there.set()
         self._writer = PacketWriter(self._sock, lambda _: None)  # the pidfd reports the end
         loop = asyncio.get_running_loop()
         self._began_s = loop.time()
@@ -116,6 +123,7 @@ class HelperProcess(ABC):
         loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        self._there.clear()
         self._hang_up()
         _, status = os.waitpid(self.pid, 0)
         lost = self._closed()

@@ -464,13 +464,18 @@ class Instance:
 
     async def _start_after(self, generation: Generation, after_s: float) -> None:
         await asyncio.sleep(after_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+        router = None if generation.listener is None else self._router
+        pid = 0 if router is None else await router.await_process()  # without one, a worker would end at once
         async with self.lock:
             if not generation.is_serving or self.state is InstanceState.QUARANTINED:
                 return
             try:
                 await self._workers.start_worker(generation)
             except (StartError, WorkerGoneError) as error:
-                self._decide(generation, str(error), 0.0)
+                if router is not None and not (router.running and router.pid == pid):  # it went with its router
+                    self._carry_out(generation, self._crashes.on_exit(0.0, at_fault=False), str(error))
+                else:
+                    self._decide(generation, str(error), 0.0)
                 return
             if self.state is InstanceState.BACKOFF:
                 self._set_state(InstanceState.RUNNING)

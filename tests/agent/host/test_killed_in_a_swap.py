@@ -62,6 +62,8 @@ def test_whichever_process_is_killed_one_of_both_versions_answers(deadly, phase,
     assert health.generation == generation
     if victim == "router":
         assert health.restarts == 0, "workers end with their router, which is no crash of theirs"
+        changes = [event for event in deadly.events if isinstance(event, host_api.Changed) and event.instance == name]
+        assert len(changes) <= 4, "the next ones wait for the next router"
     # It can be swapped as ever, and nothing is left of it when it is stopped.
     assert isinstance(deadly.start("hello", support.a_run(name, 3)), host_api.Started)
     assert isinstance(deadly.ask(host_api.Commit, instance=name, generation=3), host_api.Done)
