@@ -162,6 +162,7 @@ class Generation:
         past: figures of workers that have ended.
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
+        lost_at_fault: whether that counts as a crash.
         image_sha256, image_bytes: hash and size of its image, if it may share a worker.
         checks_asked, checks_missed, checks_failing: number of health checks, of failed ones, and of the latest
             consecutive failures.
@@ -183,6 +184,7 @@ class Generation:
     saved: SavedState | None = None
     unshared_reason: str = ""
     lost: str = ""
+    lost_at_fault: bool = True
     image_sha256: str = ""
     image_bytes: int = 0
     checks_asked: int = 0

@@ -311,8 +311,10 @@ class Instance:
         self.since = datetime.now(UTC)
         self._set_state(InstanceState.RUNNING)
         self._timers.start(new)
-        if not new.alive:
+        if not new.alive and new.lost_at_fault:
             self._crashed(new, new.lost, 0.0)
+        elif not new.alive:
+            self._carry_out(new, self._crashes.on_exit(0.0, at_fault=False), new.lost)
         await self._update_router()
 
     # Reports of workers.
@@ -382,12 +384,13 @@ class Instance:
         generation.past = generation.past.plus(worker.figures())
         reason = worker.describe_end()
         worker.close()
+        is_excused = worker.excused or worker.ended.result() == worker_api.RENEW
         if not generation.is_serving:
-            generation.lost = reason
+            generation.lost, generation.lost_at_fault = reason, not is_excused
             return
         if worker.blamed:
             generation.unshared_reason = f"a worker that it shared was ended on its account: {reason}"
-        if worker.excused or worker.ended.result() == worker_api.RENEW:
+        if is_excused:
             self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
         elif worker.bystander_of:
             self._log.note(f"host: {reason}")
@@ -472,7 +475,7 @@ class Instance:
             try:
                 await self._workers.start_worker(generation)
             except (StartError, WorkerGoneError) as error:
-                if router is not None and not (router.running and router.pid == pid):  # it went with its router
+                if router is not None and not (router.running and router.pid == pid):  # ended with its router
                     self._carry_out(generation, self._crashes.on_exit(0.0, at_fault=False), str(error))
                 else:
                     self._decide(generation, str(error), 0.0)
