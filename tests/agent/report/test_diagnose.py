@@ -25,6 +25,7 @@ from fleet.protocol.manifest import Grants, Http, Manifest, SecretKey
 from fleet.protocol.messages import Report
 from tests.agent.read_only_places import read_only, unshare
 from tests.agent.running_device import RunningDevice, committed_demo
+from tests.eventually import eventually
 
 PASSWORD = "correct-horse-battery-staple-9911"
 PROXY_PASSWORD = "pr0xy-passw0rd-4711"
@@ -124,6 +125,8 @@ def secrets(device):
             reply = host_api.receive_from_host(sock)
             assert not isinstance(reply, host_api.Failed), reply
     assert device.answers("careless") == 200
+    kept = device.directory / "host" / "logs" / "careless.log"
+    eventually(kept.exists, "the host has written the log to the disk")
 
 
 def unpacked(path):

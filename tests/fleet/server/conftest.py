@@ -435,14 +435,15 @@ class Fleet:
 
     def __init__(self, directory: Path, broker: str, size: str = "dev") -> None:
         self.directory, self.home = directory, directory / "home"
+        operators_port, devices_port, mqtt_port = free_ports(3)  # together, so that no two are the same
         self.made = init(
             self.home,
             fleet="test",
             size=size,
             passphrase=None if size == "dev" else PASSPHRASE,
-            operators_port=free_port(),
-            devices_port=free_port(),
-            mqtt_port=free_port(),
+            operators_port=operators_port,
+            devices_port=devices_port,
+            mqtt_port=mqtt_port,
             broker=broker,
         )
         self.devices: list[Device] = []
