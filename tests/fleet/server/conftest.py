@@ -55,10 +55,6 @@ PATIENCE_S = 60
 PASSPHRASE = b"correct horse"
 
 
-def free_port() -> int:
-    return free_ports(1)[0]
-
-
 class Operator:
     """The operators' API over real TLS."""
 

@@ -15,10 +15,11 @@ import sys
 import pytest
 
 from fleet.admin.bootstrap import init
+from fleet.demo.environment import free_ports
 from fleet.protocol import operator_api
 from fleet.server.config import ServerPaths
 from fleet.server.service import ServeError, Server
-from tests.fleet.server.conftest import PASSPHRASE, Operator, free_port
+from tests.fleet.server.conftest import PASSPHRASE, Operator
 
 DAMAGES = {
     "empty": lambda data: b"",
@@ -44,7 +45,7 @@ def homes(tmp_path_factory):
     made = {}
     for size in ("dev", "solo"):
         home = tmp_path_factory.mktemp(size) / "home"
-        ports = {f"{name}_port": free_port() for name in ("operators", "devices", "mqtt")}
+        ports = dict(zip(("operators_port", "devices_port", "mqtt_port"), free_ports(3), strict=True))
         passphrase = None if size == "dev" else PASSPHRASE
         init(home, fleet="test", size=size, passphrase=passphrase, broker="mosquitto", **ports)
         made[size] = home
