@@ -311,10 +311,8 @@ class Instance:
         self.since = datetime.now(UTC)
         self._set_state(InstanceState.RUNNING)
         self._timers.start(new)
-        if not new.alive and new.lost_at_fault:
-            self._crashed(new, new.lost, 0.0)
-        elif not new.alive:
-            self._carry_out(new, self._crashes.on_exit(0.0, at_fault=False), new.lost)
+        if not new.workers:  # of a worker that ended just now the report is still to come
+            self._replace(new, new.lost, 0.0, at_fault=new.lost_at_fault)
         await self._update_router()
 
     # Reports of workers.
@@ -385,18 +383,15 @@ class Instance:
         reason = worker.describe_end()
         worker.close()
         is_excused = worker.excused or worker.ended.result() == worker_api.RENEW
+        at_fault = not (is_excused or worker.bystander_of)
         if not generation.is_serving:
-            generation.lost, generation.lost_at_fault = reason, not is_excused
+            generation.lost, generation.lost_at_fault = reason, at_fault
             return
         if worker.blamed:
             generation.unshared_reason = f"a worker that it shared was ended on its account: {reason}"
-        if is_excused:
-            self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
-        elif worker.bystander_of:
+        if worker.bystander_of and not is_excused:
             self._log.note(f"host: {reason}")
-            self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
-        else:
-            self._crashed(generation, reason, uptime_s)
+        self._replace(generation, reason, uptime_s, at_fault=at_fault)
 
     def health_answered(self, worker: WorkerHandle, problem: str | None) -> None:
         """Count a result of the health check; kill a worker after too many consecutive failures."""
@@ -434,6 +429,13 @@ class Instance:
         worker.kill(reason[:_REASON_MAX_CHARS], at_fault=True)
 
     # Crash, back-off, quarantine.
+
+    def _replace(self, generation: Generation, reason: str, uptime_s: float, *, at_fault: bool) -> None:
+        """Replace a worker of the serving generation, which has ended; `at_fault`: count that as a crash."""
+        if at_fault:
+            self._crashed(generation, reason, uptime_s)
+        else:
+            self._carry_out(generation, self._crashes.on_exit(uptime_s, at_fault=False), reason)
 
     def _crashed(self, generation: Generation, reason: str, uptime_s: float) -> None:
         """Handle a crash of a worker of the serving generation."""
@@ -476,7 +478,7 @@ class Instance:
                 await self._workers.start_worker(generation)
             except (StartError, WorkerGoneError) as error:
                 if router is not None and not (router.running and router.pid == pid):  # ended with its router
-                    self._carry_out(generation, self._crashes.on_exit(0.0, at_fault=False), str(error))
+                    self._replace(generation, str(error), 0.0, at_fault=False)
                 else:
                     self._decide(generation, str(error), 0.0)
                 return

@@ -20,7 +20,7 @@ class Case:
     """An instance whose workers die as the test says, and are replaced by nobody."""
 
     def __init__(self, tmp_path):
-        self.kept = tmp_path / "crashes.json"
+        self.kept, self.starts = tmp_path / "crashes.json", 0
         resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
         self.instance = Instance("web", resources, pool=None, egress=None, router=None, events=asyncio.Queue())
         self.instance._start_after = self._nobody
@@ -28,7 +28,7 @@ class Case:
         self.instance.current = self.generation = Generation(support.a_run("web", 1), -1, is_serving=True)
 
     async def _nobody(self, *_):
-        pass
+        self.starts += 1
 
     def dies(self, uptime_s):
         self.instance._crashed(self.generation, "it crashed", uptime_s)
@@ -93,3 +93,23 @@ async def test_too_much_data_is_a_quarantine_after_the_change_that_is_under_way(
         assert (case.instance.state, len(case.generation.workers)) == ("running", 1)
     async with case.instance.lock:
         assert (case.instance.state, case.generation.workers) == ("quarantined", [])
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_ends_while_it_takes_over_is_replaced_once(case):
+    """Its exit is reported a moment after its end is known."""
+    worker = a_worker(SHORT_S)
+    worker.alive = False
+    new = Generation(support.a_run("web", 2), -1, workers=[worker])
+    await case.instance._switch(None, new)
+    await asyncio.sleep(0)
+    assert (case.instance.restarts, case.starts) == (0, 0)
+
+
+@pytest.mark.parametrize("at_fault", [True, False])
+@pytest.mark.asyncio
+async def test_the_end_of_a_worker_before_its_generation_serves_counts_as_what_it_was(case, at_fault):
+    new = Generation(support.a_run("web", 2), -1, lost="its process ended", lost_at_fault=at_fault)
+    await case.instance._switch(None, new)
+    await asyncio.sleep(0)
+    assert (case.instance.restarts, case.starts) == (int(at_fault), 1)
