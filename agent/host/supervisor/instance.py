@@ -298,7 +298,7 @@ class Instance:
                 self._kill_for_call(generation, worker, reason)
 
     async def _switch(self, old: Generation | None, new: Generation) -> None:
-        """Move connections, route and timers from `old` to `new`, which already serves."""
+        """Move route and timers from `old` to `new`, which already serves."""
         if old is not None:
             await self._workers.hand_over(old.alive)
             if old.listener is not None and old.listener is not new.listener:

@@ -285,14 +285,14 @@ class WorkerSet:
             self.retire(generation, worker)
 
     def drop(self, generation: Generation, *, drained: bool = False) -> None:
-        """End a generation for good; `drained`: its connections have already been handed over."""
+        """End a generation for good; `drained`: its calls have ended."""
         generation.dropped, generation.is_serving = True, False
         for worker in list(generation.workers):
             self.retire(generation, worker, drained=drained)
         generation.close()
 
     def retire(self, generation: Generation, worker: WorkerHandle, *, drained: bool = False) -> None:
-        """End a worker on purpose and keep its figures: now if `drained`, else when its connections are handed over."""
+        """End a worker on purpose and keep its figures: now if `drained`, else when its calls have ended."""
         if worker in generation.workers:
             generation.workers.remove(worker)
             generation.past = generation.past.plus(worker.figures())
