@@ -4,19 +4,9 @@
 // Everything lives in the arena, and nothing is freed one by one: when the guest holds no resource any more at the end
 // of an exchange, the arena is emptied as a whole.
 #pragma once
-#include <stddef.h>
-#include <stdint.h>
+#include "wasm.h"
 
 #define TYPES "wasi:http/types@0.2.12"
-#define EXPORT(name) __attribute__((export_name(name)))
-#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
-
-typedef struct {
-    const char *data;
-    size_t size;
-} text;
-
-#define TEXT(literal) ((text){literal, sizeof(literal) - 1})
 
 // Resources that the guest holds.
 extern uint32_t live;

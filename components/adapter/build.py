@@ -42,10 +42,9 @@ SOURCES = {
     "driver": ["driver.c"],
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
     "probe": ["probe.c"],
-    "waits": ["-DWAITS", "-Wno-unused", "probe.c"],
     "script": ["script.c"],
 }
-GUESTS = ("probe", "waits", "script")
+GUESTS = ("probe", "script")
 OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz"}
 OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm" for guest in GUESTS}
 
@@ -80,9 +79,8 @@ def whole(scratch: Path) -> Path:
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
     shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
-    shutil.copy(HERE / "waits" / "waits.wit", copy)
     (copy / "deps" / "clocks").mkdir()  # not beside the others: what toolchains bring of it is whole
-    shutil.copy(HERE / "waits" / "clocks.wit", copy / "deps" / "clocks")
+    shutil.copy(HERE / "clocks.wit", copy / "deps" / "clocks")
     return copy
 
 

@@ -1,14 +1,5 @@
 // The half that calls the guest: the request's head to the first half, its handles to the guest, the answer's head back.
-#include <stddef.h>
-#include <stdint.h>
-
-#define EXPORT(name) __attribute__((export_name(name)))
-#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
-
-typedef struct {
-    const char *data;
-    size_t size;
-} text;
+#include "wasm.h"
 
 typedef struct {
     int32_t request;

@@ -28,74 +28,18 @@
 //   /stdin             how many bytes standard input has, at most 64
 //   /fields/N          an answer with N fields of a hundred bytes
 //   /sick, /poison     from here on its health check fails, or traps
-//
-// Built with WAITS it is another one, which has a clock, and of these paths /:
-//
 //   /race?host:port/path       a request there and a timer of 200 ms: which of them was first
 //   /sleep             an answer after a minute
-#include <stddef.h>
-#include <stdint.h>
+#define ROOM_BYTES (256 * 1024)
+#define PAGE_BYTES (16 * 1024)
+#include "guest.h"
 
-#define V "@0.2.3"
-#define TYPES "wasi:http/types" V
-#define STREAMS "wasi:io/streams" V
-#define EXPORT(name) __attribute__((export_name(name)))
-#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
-
-typedef struct {
-    const char *data;
-    size_t size;
-} text;
-
-typedef struct {
-    text name;
-    text value;
-} field;
-
-typedef struct {
-    uint8_t tag;
-    text value;
-} optional;
-
-typedef struct {
-    uint8_t tag;
-    int32_t handle;
-} made;
-
-#define TEXT(literal) ((text){literal, sizeof(literal) - 1})
-#define SPREAD(literal) literal, sizeof(literal) - 1
-
-IMPORT(TYPES, "[constructor]fields") int32_t fields_new(void);
-IMPORT(TYPES, "[method]fields.append") void append(int32_t, const char *, size_t, const char *, size_t, uint8_t *);
 IMPORT(TYPES, "[method]fields.set") void set_field(int32_t, const char *, size_t, const text *, size_t, uint8_t *);
 IMPORT(TYPES, "[method]fields.delete") void delete_field(int32_t, const char *, size_t, uint8_t *);
 IMPORT(TYPES, "[method]fields.get") void get_field(int32_t, const char *, size_t, text *);
 IMPORT(TYPES, "[method]fields.has") int32_t has_field(int32_t, const char *, size_t);
 IMPORT(TYPES, "[method]fields.clone") int32_t clone_fields(int32_t);
 IMPORT(TYPES, "[static]fields.from-list") void from_list(const field *, size_t, made *);
-IMPORT(TYPES, "[method]fields.entries") void entries(int32_t, text *);
-IMPORT(TYPES, "[resource-drop]fields") void drop_fields(int32_t);
-IMPORT(TYPES, "[method]incoming-request.method") void request_method(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.path-with-query") void request_target(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.scheme") void request_scheme(int32_t, uint8_t *);
-IMPORT(TYPES, "[method]incoming-request.authority") void request_authority(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.headers") int32_t request_headers(int32_t);
-IMPORT(TYPES, "[method]incoming-request.consume") void consume(int32_t, made *);
-IMPORT(TYPES, "[resource-drop]incoming-request") void drop_request(int32_t);
-IMPORT(TYPES, "[method]incoming-body.stream") void body_stream(int32_t, made *);
-IMPORT(TYPES, "[static]incoming-body.finish") int32_t finish_incoming(int32_t);
-IMPORT(TYPES, "[method]future-trailers.get") void get_trailers(int32_t, uint8_t *);
-IMPORT(TYPES, "[method]future-trailers.subscribe") int32_t trailers_ready(int32_t);
-IMPORT(TYPES, "[resource-drop]future-trailers") void drop_future(int32_t);
-IMPORT(TYPES, "[constructor]outgoing-response") int32_t response_new(int32_t);
-IMPORT(TYPES, "[method]outgoing-response.set-status-code") int32_t set_status(int32_t, int32_t);
-IMPORT(TYPES, "[method]outgoing-response.body") void response_body(int32_t, made *);
-IMPORT(TYPES, "[method]outgoing-body.write") void body_write(int32_t, made *);
-IMPORT(TYPES, "[static]outgoing-body.finish") void finish_outgoing(int32_t, int32_t, int32_t, void *);
-IMPORT(TYPES, "[resource-drop]outgoing-body") void drop_body(int32_t);
-IMPORT(TYPES, "[static]response-outparam.set")
-void set_response(int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int32_t, int32_t, int32_t);
-IMPORT(TYPES, "[resource-drop]response-outparam") void drop_outparam(int32_t);
 IMPORT(TYPES, "[constructor]outgoing-request") int32_t outgoing_new(int32_t);
 IMPORT(TYPES, "[method]outgoing-request.set-scheme")
 int32_t set_scheme(int32_t, int32_t, int32_t, const char *, size_t);
@@ -116,32 +60,12 @@ IMPORT(TYPES, "[method]incoming-response.headers") int32_t answer_headers(int32_
 IMPORT(TYPES, "[method]incoming-response.consume") void answer_body(int32_t, made *);
 IMPORT(TYPES, "[resource-drop]incoming-response") void drop_response(int32_t);
 IMPORT(TYPES, "http-error-code") void error_code_of(int32_t, uint8_t *);
-IMPORT("wasi:io/error" V, "[resource-drop]error") void drop_io_error(int32_t);
 IMPORT("wasi:io/poll" V, "poll") void poll_list(const int32_t *, size_t, text *);
-IMPORT("wasi:io/poll" V, "[method]pollable.block") void block(int32_t);
-IMPORT("wasi:io/poll" V, "[resource-drop]pollable") void drop_pollable(int32_t);
-IMPORT(STREAMS, "[method]input-stream.blocking-read") void blocking_read(int32_t, uint64_t, optional *);
-IMPORT(STREAMS, "[method]output-stream.blocking-write-and-flush")
-void blocking_write(int32_t, const char *, size_t, void *);
-IMPORT(STREAMS, "[method]output-stream.check-write") void check_write(int32_t, void *);
 IMPORT(STREAMS, "[method]output-stream.subscribe") int32_t has_room(int32_t);
-IMPORT(STREAMS, "[method]output-stream.write") void write_some(int32_t, const char *, size_t, void *);
-IMPORT(STREAMS, "[resource-drop]input-stream") void drop_input(int32_t);
-IMPORT(STREAMS, "[resource-drop]output-stream") void drop_output(int32_t);
 IMPORT("wasi:cli/stdin" V, "get-stdin") int32_t get_stdin(void);
 IMPORT("wasi:cli/stdout" V, "get-stdout") int32_t get_stdout(void);
 IMPORT("wasi:cli/stderr" V, "get-stderr") int32_t get_stderr(void);
-
-static char room[256 * 1024] __attribute__((aligned(8)));
-static size_t used;
-
-EXPORT("cabi_realloc") void *cabi_realloc(void *old, size_t old_size, size_t align, size_t size) {
-    (void)old, (void)old_size;
-    used = (used + align - 1) & ~(align - 1);
-    if (size > sizeof room - used) __builtin_trap();
-    used += size;
-    return room + used - size;
-}
+IMPORT("wasi:clocks/monotonic-clock" V, "subscribe-duration") int32_t after(uint64_t ns);
 
 static uint64_t scratch[8]; // where calls put answers that are not looked at
 
@@ -153,21 +77,6 @@ static int starts(text a, text b) {
 }
 
 static int is(text a, text b) { return a.size == b.size && starts(a, b); }
-
-static char page[16 * 1024];
-static size_t written;
-
-static void say(text t) {
-    __builtin_memcpy(page + written, t.data, t.size);
-    written += t.size;
-}
-
-static void say_number(int32_t number) {
-    char digits[10], *at = digits + sizeof digits;
-    do *--at = (char)('0' + number % 10);
-    while (number /= 10);
-    say((text){at, (size_t)(digits + sizeof digits - at)});
-}
 
 static void say_result(const char *what, size_t size, const uint8_t *result) {
     static const text names[] = {TEXT("invalid-syntax\n"), TEXT("forbidden\n"), TEXT("immutable\n")};
@@ -183,11 +92,6 @@ static void write_all(int32_t stream, text t) {
         if (*(uint8_t *)scratch) __builtin_trap();
         t = (text){t.data + size, t.size - size};
     }
-}
-
-static int32_t must(made it) {
-    if (it.tag) __builtin_trap();
-    return it.handle;
 }
 
 static int32_t outparam;
@@ -221,40 +125,6 @@ static void answer_page(int32_t status) {
     finish(body, -1);
 }
 
-static void list_fields(int32_t fields) {
-    text list;
-    entries(fields, &list);
-    for (size_t i = 0; i < list.size; i++) {
-        const field *line = (const field *)list.data + i;
-        say(TEXT("\n"));
-        say(line->name);
-        say(TEXT("="));
-        say(line->value);
-    }
-    drop_fields(fields);
-}
-
-static void describe(int32_t request) {
-    static const text methods[] = {TEXT("get"),     TEXT("head"),    TEXT("post"),  TEXT("put"),  TEXT("delete"),
-                                   TEXT("connect"), TEXT("options"), TEXT("trace"), TEXT("patch")};
-    optional it;
-    uint8_t scheme[16];
-    request_method(request, &it);
-    say(it.tag < 9 ? methods[it.tag] : it.value);
-    say(TEXT(" "));
-    request_target(request, &it);
-    say(it.tag ? it.value : TEXT("-"));
-    say(TEXT(" "));
-    request_scheme(request, scheme);
-    say(!scheme[0] ? TEXT("-") : scheme[4] ? TEXT("https") : TEXT("http"));
-    say(TEXT(" "));
-    request_authority(request, &it);
-    say(it.tag ? it.value : TEXT("-"));
-    int32_t headers = request_headers(request);
-    list_fields(headers);
-    say(TEXT("\n"));
-}
-
 // The trailers come after the body, which nobody reads here.
 static void trailers_of(int32_t request) {
     made body;
@@ -264,8 +134,8 @@ static void trailers_of(int32_t request) {
     block(ready);
     drop_pollable(ready);
     get_trailers(future, result);
-    if (result[24]) list_fields(*(int32_t *)(result + 28));
     say(TEXT("\n"));
+    if (result[24]) list_fields(*(int32_t *)(result + 28));
     drop_future(future);
 }
 
@@ -406,8 +276,7 @@ static void read_stdin(void) {
 static void many_fields(text number) {
     static char value[100];
     uint8_t result[16];
-    uint32_t count = 0;
-    for (size_t i = 0; i < number.size; i++) count = count * 10 + (uint32_t)(number.data[i] - '0');
+    uint32_t count = number_of(number);
     for (size_t i = 0; i < sizeof value; i++) value[i] = 'v';
     int32_t fields = fields_new();
     while (count--) append(fields, SPREAD("x-field"), value, sizeof value, result);
@@ -500,24 +369,18 @@ static void get(text place, int posted) {
         answer_page(200);
         return;
     }
-    text list;
     made body, input;
-    int32_t out_body = answer(200), out = open_body(out_body), headers = answer_headers(response);
-    say_number(answer_status(response));
-    entries(headers, &list);
-    for (size_t i = 0; i < list.size; i++) {
-        const field *line = (const field *)list.data + i;
-        say(TEXT("\n")), say(line->name), say(TEXT("=")), say(line->value);
-    }
-    drop_fields(headers);
-    say(TEXT("\n\n"));
+    int32_t out_body = answer(200), out = open_body(out_body);
+    say_number(answer_status(response)), say(TEXT("\n"));
+    list_fields(answer_headers(response));
+    say(TEXT("\n"));
     write_all(out, (text){page, written});
     answer_body(response, &body);
     body_stream(must(body), &input);
     for (;;) {
         uint32_t chunk[3];
         used = 0;
-        blocking_read(must(input), 64 * 1024, (optional *)chunk);
+        blocking_read(must(input), 64 * 1024, chunk);
         if (!(chunk[0] & 0xff)) {
             write_all(out, (text){(const char *)(uintptr_t)chunk[1], chunk[2]});
             continue;
@@ -575,7 +438,7 @@ static void early(int32_t request, text place) {
     body_stream(must(incoming), &input);
     for (;;) {
         uint32_t chunk[3];
-        blocking_read(must(input), 8 * 1024, (optional *)chunk);
+        blocking_read(must(input), 8 * 1024, chunk);
         if (chunk[0] & 0xff) break;
         say((text){(const char *)(uintptr_t)chunk[1], chunk[2]});
     }
@@ -598,9 +461,6 @@ static void crowd(text place) {
     answer_page(200);
 }
 
-#ifdef WAITS
-IMPORT("wasi:clocks/monotonic-clock" V, "subscribe-duration") int32_t after(uint64_t ns);
-
 static void race(text place) {
     int32_t future = ask(place, 0), ready[2] = {answer_ready(future), after(200000000)};
     text list;
@@ -618,17 +478,6 @@ static void sleep(void) {
     answer_page(200);
 }
 
-EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
-    optional it;
-    used = written = 0;
-    outparam = param;
-    request_target(request, &it);
-    if (starts(it.value, TEXT("/race?"))) race((text){it.value.data + 6, it.value.size - 6});
-    else if (is(it.value, TEXT("/sleep"))) sleep();
-    else say(TEXT("hello over wasi:http\n")), answer_page(200);
-    drop_request(request);
-}
-#else
 EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, int32_t param) {
     optional it;
     used = written = 0;
@@ -665,6 +514,10 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         early(request, (text){target.data + 7, target.size - 7});
     } else if (starts(target, TEXT("/crowd?"))) {
         crowd((text){target.data + 7, target.size - 7});
+    } else if (starts(target, TEXT("/race?"))) {
+        race((text){target.data + 6, target.size - 6});
+    } else if (is(target, TEXT("/sleep"))) {
+        sleep();
     } else if (is(target, TEXT("/stdin"))) {
         read_stdin();
     } else if (starts(target, TEXT("/fields/"))) {
@@ -683,8 +536,7 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         for (int32_t stream = open_body(answer(200));;) write_all(stream, TEXT("event\n"));
     } else if (starts(target, TEXT("/large/")) || starts(target, TEXT("/pages/"))) {
         int32_t body = answer(200), stream = open_body(body);
-        uint32_t blocks = 0;
-        for (size_t i = 7; i < target.size; i++) blocks = blocks * 10 + (uint32_t)(target.data[i] - '0');
+        uint32_t blocks = number_of((text){target.data + 7, target.size - 7});
         if (target.data[1] == 'l') blocks *= 256;
         for (uint32_t n = 0; n < blocks; n++) {
             for (size_t i = 0; i < 4096; i += 4) *(uint32_t *)(page + i) = n;
@@ -693,8 +545,7 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
         drop_output(stream);
         finish(body, -1);
     } else if (starts(target, TEXT("/status/")) && target.size == 11) {
-        const char *d = target.data + 8;
-        finish(answer((d[0] - '0') * 100 + (d[1] - '0') * 10 + d[2] - '0'), -1);
+        finish(answer((int32_t)number_of((text){target.data + 8, 3})), -1);
     } else {
         if (is(target, TEXT("/fields"))) try_fields(request);
         else if (is(target, TEXT("/twice"))) twice(request);
@@ -710,4 +561,3 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
     }
     drop_request(request);
 }
-#endif

@@ -16,114 +16,19 @@
 //   z            write the request's trailers, as d writes fields
 //   n            write which steps failed
 //   !            trap; ;  return, leaving the rest to its drops
-#include <stddef.h>
-#include <stdint.h>
+#define ROOM_BYTES (512 * 1024)
+#define PAGE_BYTES (192 * 1024)
+#include "guest.h"
 
-#define V "@0.2.3"
-#define TYPES "wasi:http/types" V
-#define STREAMS "wasi:io/streams" V
-#define EXPORT(name) __attribute__((export_name(name)))
-#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
-
-typedef struct {
-    const char *data;
-    size_t size;
-} text;
-
-typedef struct {
-    text name;
-    text value;
-} field;
-
-typedef struct {
-    uint8_t tag;
-    text value;
-} optional;
-
-typedef struct {
-    uint8_t tag;
-    int32_t handle;
-} made;
-
-#define TEXT(literal) ((text){literal, sizeof(literal) - 1})
-#define SPREAD(literal) literal, sizeof(literal) - 1
-
-IMPORT(TYPES, "[constructor]fields") int32_t fields_new(void);
-IMPORT(TYPES, "[method]fields.append") void append(int32_t, const char *, size_t, const char *, size_t, uint8_t *);
-IMPORT(TYPES, "[method]fields.entries") void entries(int32_t, text *);
-IMPORT(TYPES, "[resource-drop]fields") void drop_fields(int32_t);
-IMPORT(TYPES, "[method]incoming-request.method") void request_method(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.path-with-query") void request_target(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.scheme") void request_scheme(int32_t, uint8_t *);
-IMPORT(TYPES, "[method]incoming-request.authority") void request_authority(int32_t, optional *);
-IMPORT(TYPES, "[method]incoming-request.headers") int32_t request_headers(int32_t);
-IMPORT(TYPES, "[method]incoming-request.consume") void consume(int32_t, made *);
-IMPORT(TYPES, "[resource-drop]incoming-request") void drop_request(int32_t);
-IMPORT(TYPES, "[method]incoming-body.stream") void body_stream(int32_t, made *);
-IMPORT(TYPES, "[static]incoming-body.finish") int32_t finish_incoming(int32_t);
 IMPORT(TYPES, "[resource-drop]incoming-body") void drop_incoming(int32_t);
-IMPORT(TYPES, "[method]future-trailers.get") void get_trailers(int32_t, uint8_t *);
-IMPORT(TYPES, "[method]future-trailers.subscribe") int32_t trailers_ready(int32_t);
-IMPORT(TYPES, "[resource-drop]future-trailers") void drop_future(int32_t);
-IMPORT(TYPES, "[constructor]outgoing-response") int32_t response_new(int32_t);
-IMPORT(TYPES, "[method]outgoing-response.set-status-code") int32_t set_status(int32_t, int32_t);
-IMPORT(TYPES, "[method]outgoing-response.body") void response_body(int32_t, made *);
 IMPORT(TYPES, "[resource-drop]outgoing-response") void drop_response(int32_t);
-IMPORT(TYPES, "[method]outgoing-body.write") void body_write(int32_t, made *);
-IMPORT(TYPES, "[static]outgoing-body.finish") void finish_outgoing(int32_t, int32_t, int32_t, void *);
-IMPORT(TYPES, "[resource-drop]outgoing-body") void drop_body(int32_t);
-IMPORT(TYPES, "[static]response-outparam.set")
-void set_response(int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int32_t, int32_t, int32_t);
-IMPORT(TYPES, "[resource-drop]response-outparam") void drop_outparam(int32_t);
-IMPORT("wasi:io/error" V, "[resource-drop]error") void drop_error(int32_t);
-IMPORT("wasi:io/poll" V, "[method]pollable.block") void block(int32_t);
-IMPORT("wasi:io/poll" V, "[resource-drop]pollable") void drop_pollable(int32_t);
-IMPORT(STREAMS, "[method]input-stream.blocking-read") void blocking_read(int32_t, uint64_t, uint32_t *);
-IMPORT(STREAMS, "[method]output-stream.blocking-write-and-flush")
-void blocking_write(int32_t, const char *, size_t, uint32_t *);
 IMPORT(STREAMS, "[method]output-stream.blocking-flush") void blocking_flush(int32_t, uint32_t *);
-IMPORT(STREAMS, "[method]output-stream.check-write") void check_write(int32_t, void *);
-IMPORT(STREAMS, "[method]output-stream.write") void write_some(int32_t, const char *, size_t, uint32_t *);
-IMPORT(STREAMS, "[resource-drop]input-stream") void drop_input(int32_t);
-IMPORT(STREAMS, "[resource-drop]output-stream") void drop_output(int32_t);
-
-static char room[512 * 1024] __attribute__((aligned(8)));
-static size_t used;
-
-EXPORT("cabi_realloc") void *cabi_realloc(void *old, size_t old_size, size_t align, size_t size) {
-    (void)old, (void)old_size;
-    used = (used + align - 1) & ~(align - 1);
-    if (size > sizeof room - used) __builtin_trap();
-    used += size;
-    return room + used - size;
-}
 
 static int32_t request, outparam, response, fields, trailers, body, stream, incoming, input;
 static int has_request, has_param, has_response, has_fields, has_trailers, has_body, has_stream, has_incoming, has_input;
 
-static char page[192 * 1024];
-static size_t written;
 static char failed[64];
 static size_t failures;
-
-static void say(text t) {
-    if (t.size > sizeof page - written) __builtin_trap();
-    __builtin_memcpy(page + written, t.data, t.size);
-    written += t.size;
-}
-
-static void say_number(uint32_t number) {
-    char digits[10], *at = digits + sizeof digits;
-    do *--at = (char)('0' + number % 10);
-    while (number /= 10);
-    say((text){at, (size_t)(digits + sizeof digits - at)});
-}
-
-static uint32_t number_of(text t) {
-    uint32_t number = 0;
-    for (size_t i = 0; i < t.size; i++) number = number * 10 + (uint32_t)(t.data[i] - '0');
-    return number;
-}
 
 static void fail(char step) {
     if (failures < sizeof failed) failed[failures++] = step;
@@ -132,7 +37,7 @@ static void fail(char step) {
 // A stream's error: true, and forgotten.
 static int broke(const uint32_t *result) {
     if (!(result[0] & 0xff)) return 0;
-    if (!(result[1] & 0xff)) drop_error((int32_t)result[2]);
+    if (!(result[1] & 0xff)) drop_io_error((int32_t)result[2]);
     return 1;
 }
 
@@ -145,8 +50,7 @@ static void make_body(void) {
     if (has_body) return;
     make_response();
     response_body(response, &it);
-    if (it.tag) __builtin_trap();
-    body = it.handle, has_body = 1;
+    body = must(it), has_body = 1;
 }
 
 static void open_body(void) {
@@ -154,8 +58,7 @@ static void open_body(void) {
     make_body();
     if (!has_stream) {
         body_write(body, &it);
-        if (it.tag) __builtin_trap();
-        stream = it.handle, has_stream = 1;
+        stream = must(it), has_stream = 1;
     }
 }
 
@@ -178,42 +81,13 @@ static void write_page(char step) {
     written = 0;
 }
 
-static void list_fields(int32_t these) {
-    text list;
-    entries(these, &list);
-    for (size_t i = 0; i < list.size; i++) {
-        const field *line = (const field *)list.data + i;
-        say(line->name), say(TEXT("=")), say(line->value), say(TEXT("\n"));
-    }
-    drop_fields(these);
-}
-
-static void describe(void) {
-    static const text methods[] = {TEXT("get"),     TEXT("head"),    TEXT("post"),  TEXT("put"),  TEXT("delete"),
-                                   TEXT("connect"), TEXT("options"), TEXT("trace"), TEXT("patch")};
-    optional it;
-    uint8_t scheme[16];
-    request_method(request, &it);
-    if (it.tag > 8) say(TEXT("other "));
-    say(it.tag < 9 ? methods[it.tag] : it.value), say(TEXT(" "));
-    request_target(request, &it);
-    say(it.tag ? it.value : TEXT("-")), say(TEXT(" "));
-    request_scheme(request, scheme);
-    say(!scheme[0] ? TEXT("-") : scheme[4] ? TEXT("https") : TEXT("http")), say(TEXT(" "));
-    request_authority(request, &it);
-    say(it.tag ? it.value : TEXT("-")), say(TEXT("\n"));
-    list_fields(request_headers(request));
-}
-
 static void open_input(void) {
     made it;
     if (has_input) return;
     consume(request, &it);
-    if (it.tag) __builtin_trap();
-    incoming = it.handle, has_incoming = 1;
+    incoming = must(it), has_incoming = 1;
     body_stream(incoming, &it);
-    if (it.tag) __builtin_trap();
-    input = it.handle, has_input = 1;
+    input = must(it), has_input = 1;
 }
 
 // Read a piece; false at the end, or at an error, which is a failure.
@@ -322,7 +196,7 @@ static void step(char what, text t) {
         close_stream();
         if (has_body) drop_body(body), has_body = 0;
         break;
-    case 'd': describe(), write_page('d'); break;
+    case 'd': describe(request), write_page('d'); break;
     case 'k':
         if (read_piece('k', &piece)) write_all('k', piece);
         break;

@@ -1,10 +1,7 @@
 // The shims: each built alone, with -DSHIM=<its name>. A function takes what the guest gave it to the engine, and wraps
 // what the engine answers.
-#include <stddef.h>
-#include <stdint.h>
+#include "wasm.h"
 
-#define EXPORT(name) __attribute__((export_name(name)))
-#define IMPORT(module, name) __attribute__((import_module(module), import_name(name)))
 #define ENGINE(shim) "wasmfleet:engine/" shim "@0.1.0"
 #define CALL(shim) EXPORT(shim)
 #define WRAP "wasmfleet:adapter/wrap@0.1.0"

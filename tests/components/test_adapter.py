@@ -79,7 +79,7 @@ def test_an_ordinary_answer_arrives_with_its_fields_and_its_body(guest):
     [
         (b"GET", b"/describe?a=b", b"host: here:8080\r\n", "get /describe?a=b http here:8080\n"),
         (b"PATCH", b"/describe", b"x: 1\r\nhost: here\r\ny:2\r\n", "patch /describe http here\nx=1\ny=2\n"),
-        (b"PROPFIND", b"/describe", b"", "PROPFIND /describe http -\n"),
+        (b"PROPFIND", b"/describe", b"", "other PROPFIND /describe http -\n"),
         (b"GET", b"http://there/describe", b"host: here\r\n", "get /describe http there\n"),
         (b"GET", b"/describe", b"host: h\r\nconnection: x\r\nupgrade: y\r\n", "get /describe http h\n"),
         (b"GET", b"/describe", b"x: caf\xe9\r\ny: caf\xc3\xa9\r\n", "get /describe http -\nx=caf\xe9\ny=caf\xc3\xa9\n"),

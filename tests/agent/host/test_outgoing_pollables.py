@@ -12,7 +12,6 @@ from agent.host.interfaces.outgoing_http import AT_ONCE
 from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants
 
-CLOCK = "wasi:clocks/monotonic-clock"
 WAIT_S = 30
 
 
@@ -20,9 +19,9 @@ WAIT_S = 30
 def web(host):
     """Ask the probe, which may send requests to a peer; the answer's body."""
 
-    def ask(there, path, *, guest="probe", body=b"", **limits):
-        grants = Grants(interfaces=(*HANDLER, CLOCK), outbound=(f"http://127.0.0.0/8:{there.port}",))
-        reply = host.start(guest, support.a_run("web", 1, grants=grants, limits=Limits(**limits)))
+    def ask(there, path, *, body=b"", **limits):
+        grants = Grants(interfaces=HANDLER, outbound=(f"http://127.0.0.0/8:{there.port}",))
+        reply = host.start("probe", support.a_run("web", 1, grants=grants, limits=Limits(**limits)))
         assert isinstance(reply, host_api.Started), reply
         head = f"POST /web/{path}?127.0.0.1:{there.port}/ HTTP/1.1\r\nhost: board\r\n"
         status, _, said = support.http(host.port, f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -40,12 +39,12 @@ def hears(peer, connection):
 
 @pytest.mark.parametrize("per_instance", [0, 100])
 def test_a_guest_waits_for_an_answer_no_longer_than_for_its_timer(web, peer, per_instance):
-    assert web(peer(hears), "race", guest="waits", requests_per_instance=per_instance) == b"timer"
+    assert web(peer(hears), "race", requests_per_instance=per_instance) == b"timer"
 
 
 def test_an_answer_that_comes_first_is_heard_first(web, peer):
     there = peer(lambda peer, connection: peer.request(connection) and connection.sendall(OK))
-    assert web(there, "race", guest="waits") == b"answer"
+    assert web(there, "race") == b"answer"
 
 
 @pytest.mark.parametrize("size", [4, 1_000_000])

@@ -3,12 +3,12 @@
 import os
 
 import pytest
-from channel_worker import HTTP, Zygote
+from channel_worker import Zygote
 
 from agent.host.ipc import frames, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.sandbox import sandbox
-from fleet.protocol.manifest import Grants, Limits
+from fleet.protocol.manifest import Limits
 
 REUSED = Limits(requests_per_instance=1000)
 WINDOW = frames.INITIAL_CREDIT_BYTES
@@ -333,14 +333,13 @@ def test_secrets_do_not_leave_with_a_failure(worker):
     assert "unreachable" not in ended(answer, "guest-trap")
 
 
-def test_a_guest_that_waits_for_a_timer_ends_with_its_client(worker):
-    it = worker("waits", limits=REUSED, grants=Grants(interfaces=(*HTTP.interfaces, "wasi:clocks/monotonic-clock")))
-    number = it.send("/sleep")
-    it.write(Frame(Kind.CANCEL, number))
-    answer = it.answer(number)
+def test_a_guest_that_waits_for_a_timer_ends_with_its_client(reused):
+    number = reused.send("/sleep")
+    reused.write(Frame(Kind.CANCEL, number))
+    answer = reused.answer(number)
     assert answer.failed[:2] == ["guest-trap", "cancelled"]
-    it.realign(answer)
-    assert it.get("/").body == HELLO
+    reused.realign(answer)
+    assert reused.get("/").body == HELLO
 
 
 def test_a_nudge_that_nobody_waits_for_is_passed_over(probe):
