@@ -1,6 +1,8 @@
 """Component that answers each request with its fields and body."""
 
-ECHO = """
+from native_guests import handler
+
+ECHO = f"""
 (component
   (core module $m
     (memory (export "memory") 4)
@@ -21,13 +23,5 @@ ECHO = """
       (i32.const 64))
     (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
   (core instance $i (instantiate $m))
-  (type $request (record
-    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
-  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
-  (func $handle (param "request" $request) (result $response)
-    (canon lift (core func $i "handle") (memory (core memory $i "memory"))
-      (realloc (core func $i "realloc")) (post-return (core func $i "reset"))))
-  (instance $handler (export "request" (type $request)) (export "response" (type $response))
-    (export "handle" (func $handle)))
-  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))
+  {handler("i", "i")})
 """

@@ -258,6 +258,17 @@ class Host:
         self.stderr.close()
 
 
+@contextlib.contextmanager
+def shared_host(directory, **how):
+    """Host that more than one test uses; it ends with the block."""
+    host = Host(directory, **how)
+    host.shared = True
+    try:
+        yield host
+    finally:
+        host.close()
+
+
 def http(port, request: bytes | str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n", sock=None):
     """One exchange on a plain socket: (status, headers, body)."""
     own = sock is None

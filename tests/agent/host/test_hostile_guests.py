@@ -16,6 +16,7 @@ import pytest
 import support
 from echo_guest import ECHO
 from host_processes import forks, lanes_of
+from native_guests import handler
 from support import Grants, Health, Limits
 
 from agent.host.ipc import host_api
@@ -127,18 +128,10 @@ GUEST = """(component
     (func $start {start})
     (start $start))
   (core instance $guest (instantiate $guest (with "room" (instance $room)){given}))
-  (type $request (record
-    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
-  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
-  (func $handle (param "request" $request) (result $response)
-    (canon lift (core func $guest "handle") (memory (core memory $room "memory"))
-      (realloc (core func $room "realloc")) (post-return (core func $room "reset"))))
+  {handler}
   (func $check (result (result (error string)))
     (canon lift (core func $guest "check") (memory (core memory $room "memory"))))
-  (instance $handler (export "request" (type $request)) (export "response" (type $response))
-    (export "handle" (func $handle)))
   (instance $health (export "check" (func $check)))
-  (export "wasmfleet:http/handler@0.1.0" (instance $handler))
   (export "wasmfleet:http/health@0.1.0" (instance $health)))
 """
 
@@ -171,6 +164,7 @@ def native(handle="", *, data="", realloc="", reset="", functions="", check="", 
         given=' (with "host" (instance $host))' if wasi else "",
         functions=functions,
         handle=handle,
+        handler=handler("guest", "room"),
         check=check,
         start=start,
     )
@@ -419,10 +413,8 @@ KINDS = {
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """A host for this file alone: what others have on theirs is none of it."""
-    host = support.Host(tmp_path_factory.mktemp("hostile"))
-    host.shared = True
-    yield host
-    host.close()
+    with support.shared_host(tmp_path_factory.mktemp("hostile")) as host:
+        yield host
 
 
 class Neighbour:

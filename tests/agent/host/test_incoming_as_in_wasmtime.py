@@ -44,14 +44,12 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    host = support.Host(tmp_path_factory.mktemp("compared"))
-    host.shared = True
-    port = support.free_port()
-    limits = Limits(request_bytes=2 << 20, response_bytes=2 << 20)
-    reply = host.start(SCRIPT.read_bytes(), support.a_run("script", 1, port=port, limits=limits))
-    assert isinstance(reply, host_api.Started), reply
-    yield port
-    host.close()
+    with support.shared_host(tmp_path_factory.mktemp("compared")) as host:
+        port = support.free_port()
+        limits = Limits(request_bytes=2 << 20, response_bytes=2 << 20)
+        reply = host.start(SCRIPT.read_bytes(), support.a_run("script", 1, port=port, limits=limits))
+        assert isinstance(reply, host_api.Started), reply
+        yield port
 
 
 @pytest.mark.parametrize("case", rotated(CASES))

@@ -65,12 +65,8 @@ def started_host(directory, *, certificates=(), env=None):
     python, more = system_python()
     paths = filter(None, (more.get("PYTHONPATH"), (env or {}).get("PYTHONPATH")))
     env = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths)}
-    host = support.Host(directory, prefix=resolver.prefix(directory), python=python, env=env)
-    host.shared = True
-    try:
+    with support.shared_host(directory, prefix=resolver.prefix(directory), python=python, env=env) as host:
         yield host
-    finally:
-        host.close()
 
 
 @pytest.fixture(scope="module")

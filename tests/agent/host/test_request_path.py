@@ -14,7 +14,7 @@ import support
 from host_processes import children, forks, lanes_of
 from support import Grants, Health, Limits
 from traffic import Traffic
-from wire import Wire
+from wire import Wire, streamed
 
 from agent.host.ipc import host_api
 
@@ -50,15 +50,7 @@ def test_what_a_guest_writes_goes_out_from_the_moment_its_answer_is_set(host, po
     """The guest writes before it sets its answer, and never flushes, as JavaScript does."""
     start(host, port=port, requests_per_instance=per_instance)
     body = b"x" * 200_000
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
-        kept.sendall(b"POST /stream HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:-1])
-        heard = b""
-        while b"first\n" not in heard:
-            piece = kept.recv(65536)
-            assert piece, heard
-            heard += piece
-        kept.sendall(body[-1:])
-        assert support.read_answer(kept, heard)[2] == b"first\n" + body
+    assert streamed(port, body) == (200, b"first\n" + body)
 
 
 @pytest.mark.parametrize("size", [1, 60_000, 300_000, 3_000_000])
@@ -184,10 +176,8 @@ def test_a_worker_that_is_killed_in_a_call_is_replaced_and_who_waits_is_answered
 
 @pytest.fixture(scope="module")
 def killable(tmp_path_factory):
-    host = support.Host(tmp_path_factory.mktemp("killable"))
-    host.shared = True
-    yield host
-    host.close()
+    with support.shared_host(tmp_path_factory.mktemp("killable")) as host:
+        yield host
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,8 @@ GET = b"GET /web/ HTTP/1.1\r\nhost: x\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    host = support.Host(tmp_path_factory.mktemp("host"), env={"PYTHONPATH": PATHS})
-    host.shared = True
-    yield host
-    host.close()
+    with support.shared_host(tmp_path_factory.mktemp("host"), env={"PYTHONPATH": PATHS}) as host:
+        yield host
 
 
 def started(host, port=None):

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import support
+from native_guests import handler
 from support import Grants
 
 from agent.host.ipc import heads, host_api
@@ -99,15 +100,7 @@ def guest(imports, functions, types, code):
       (i32.const 64)))
   (core instance $guest (instantiate $guest
     (with "room" (instance $room)) (with "host" (instance {given}))))
-  (type $request (record
-    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
-  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
-  (func $handle (param "request" $request) (result $response)
-    (canon lift (core func $guest "handle") (memory (core memory $room "memory"))
-      (realloc (core func $room "realloc")) (post-return (core func $room "reset"))))
-  (instance $handler (export "request" (type $request)) (export "response" (type $response))
-    (export "handle" (func $handle)))
-  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))"""
+  {handler("guest", "room")})"""
 
 
 ASKS_SOCKETS = """

@@ -6,7 +6,6 @@ A language whose tools are not here is skipped by name, and so is the comparison
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import support
 from serve import serving
 from support import Limits
+from wire import streamed
 
 from agent.host.engine.runtime import Engine
 from agent.host.ipc import host_api
@@ -88,16 +88,7 @@ def test_what_it_streams_goes_out_while_the_request_still_comes(server, port):
     """A runtime that sets its answer late, or writes before that, is heard from the moment it has done both."""
     if server[0] != "js":
         pytest.skip(f"the server in {server[0]} has no such path")
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as kept:
-        kept.sendall(b"POST /stream HTTP/1.1\r\nhost: board\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY[:-1])
-        heard = b""
-        while b"first\n" not in heard:
-            piece = kept.recv(65536)
-            assert piece, heard
-            heard += piece
-        kept.sendall(BODY[-1:])
-        status, _, body = support.read_answer(kept, heard)
-    assert (status, body) == (200, b"first\n" + BODY)
+    assert streamed(port, BODY) == (200, b"first\n" + BODY)
 
 
 @pytest.mark.timeout(600)

@@ -98,3 +98,19 @@ class Wire:
                 found.append(self.answer()[0])
         except EOFError:
             return found
+
+
+def streamed(port, body):
+    """(status, body) of the answer to POST /stream: the line `first`, then the request's body, whose last byte is held
+    back until that line is there.
+    """
+    with Wire(port) as wire:
+        wire.send(b"POST /stream HTTP/1.1\r\nhost: board\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:-1])
+        status, _ = wire.head()
+        heard = b""
+        while b"first\n" not in heard:
+            piece = wire.chunk()
+            assert piece, heard
+            heard += piece
+        wire.send(body[-1:])
+        return status, heard + b"".join(iter(wire.chunk, b""))
