@@ -55,8 +55,10 @@ _ALL_OWN_CLIENTS_MAX: Final = 1536
 """Clients of all of those: with the shared port's, no more than the router has descriptors for (`router_spec`)."""
 
 _COUNT: Final = struct.Struct("=I")
-_NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_ACCEPT_PAUSE_S: Final = 1.0
+NO_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of `accept` that leave the listener readable: whoever asks again at once spins."""
+
+ACCEPT_PAUSE_S: Final = 1.0
 _IDLE_WHERE_FULL_S: Final = 5.0
 """Time after which a client between two requests gives its place to one who waits."""
 
@@ -174,9 +176,9 @@ class Acceptor:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno in _NO_RESOURCES:  # the listener stays readable, so asking again at once would never end
+            if error.errno in NO_RESOURCES:  # the listener stays readable, so asking again at once would never end
                 self.pause()
-                asyncio.get_running_loop().call_later(_ACCEPT_PAUSE_S, self.go_on)
+                asyncio.get_running_loop().call_later(ACCEPT_PAUSE_S, self.go_on)
             return
         self.welcome(sock)
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from agent.host.http.ingress_config import READY, Certificate, IngressError
+from agent.host.http.router import ACCEPT_PAUSE_S, NO_RESOURCES
 from agent.host.http.routing import plain_address
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import TlsClient
@@ -139,11 +140,9 @@ class Terminator:
 
     def _retire(self) -> None:
         """Accept no more: the supervisor has closed its end."""
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._sock)
+        asyncio.get_running_loop().remove_reader(self._sock)
         self._retired = True
-        if self._accepting:
-            loop.remove_reader(self._listener)
+        self._pause()
         self._listener.close()
         if not self._count:
             self._ended.set()
@@ -153,14 +152,23 @@ class Terminator:
             self._accepting = True
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    def _accept(self) -> None:
-        if self._count >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
+    def _pause(self) -> None:
+        if self._accepting:
             self._accepting = False
             asyncio.get_running_loop().remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        if self._count >= _CLIENTS_MAX:  # the others wait at the listener until one has gone
+            self._pause()
             return
         try:
             sock, address = self._listener.accept()
-        except OSError:  # another terminator took it, or there is no descriptor left for now
+        except BlockingIOError:  # another terminator took it
+            return
+        except OSError as error:
+            if error.errno in NO_RESOURCES:  # as in `router.Acceptor`
+                self._pause()
+                asyncio.get_running_loop().call_later(ACCEPT_PAUSE_S, self._accept_again)
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -238,7 +246,11 @@ class _ClientSide(_Side):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptor left
+            self.transport.abort()
+            return
         try:
             message = msgspec.json.encode(TlsClient(self._address))
             framing.send_packet(self._terminator.to_router, message, (theirs.fileno(),))
