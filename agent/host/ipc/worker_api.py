@@ -88,7 +88,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         image: in a shared worker, which of its images.
         egress: whether the socket to the egress comes along.
         secrets: whether secrets come along: a JSON object of values by name. Not in a shared worker.
-        channel: whether the worker's end of a channel comes along, see `Ready.frames`. Not in a shared worker.
+        channel: whether the worker's end of a channel comes along, which has its calls once it is told to serve.
     """
 
     instance: str
@@ -137,17 +137,6 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     """
 
 
-class AcceptConnections(msgspec.Struct, frozen=True, kw_only=True, tag="accept-connections"):
-    """Take over connections: of a supervisor whose workers had clients. There are none, so nothing is done."""
-
-
-class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
-    """Hand connections over: of a supervisor whose workers had clients. Answered with `HandedOver`; there are none."""
-
-    deadline_ms: Count = 10_000
-    id: Count = 0
-
-
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     """Ask the guest's health export. Answered with `Checked`."""
 
@@ -162,7 +151,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
-    """Have the guest save its state into the memfd that comes along, and answer no request until `Drain` or `Resume`.
+    """Have the guest save its state into the memfd that comes along, and begin no call until `Resume`.
 
     Answered with `StateSaved`; with a problem in it, the worker goes on by itself.
     """
@@ -214,17 +203,9 @@ class EarlierAddSlot(AddSlot, frozen=True, kw_only=True, tag="seat"):
     """`AddSlot` of supervisors before 0.2.0."""
 
 
-class EarlierAcceptConnections(AcceptConnections, frozen=True, kw_only=True, tag="adopt"):
-    """`AcceptConnections` of supervisors before 0.2.0."""
-
-
-class EarlierDrain(Drain, frozen=True, kw_only=True, tag="hand-over"):
-    """`Drain` of supervisors before 0.2.0."""
-
-
-Request = Setup | OpenShared | Drain | Check | Task | Probe | SaveState | LoadState | Configure
-ToWorker = Request | AddSlot | Serve | AcceptConnections | Resume | Interrupt
-Earlier = EarlierOpenShared | EarlierAddSlot | EarlierAcceptConnections | EarlierDrain
+Request = Setup | OpenShared | Check | Task | Probe | SaveState | LoadState | Configure
+ToWorker = Request | AddSlot | Serve | Resume | Interrupt
+Earlier = EarlierOpenShared | EarlierAddSlot
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -233,13 +214,11 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     Attributes:
         kinds: exports of the guest (`agent.host.engine.runtime.HANDLER` and so on).
         layers: isolation layer -> whether it holds in this worker.
-        frames: its calls come over its channel, once it is told to serve.
         whole: a body is kept until it is whole, so that none may be larger than `limits.request`.
     """
 
     kinds: tuple[str, ...]
     layers: dict[str, bool]
-    frames: bool = False
     whole: bool = False
     id: Count = 0
 
@@ -256,14 +235,6 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
     code: RejectCode
     message: str
-    id: Count = 0
-
-
-class HandedOver(msgspec.Struct, frozen=True, kw_only=True, tag="handed-over"):
-    """Connections handed over: none is left; `cut` of them were closed at the deadline."""
-
-    passed: Count
-    cut: Count = 0
     id: Count = 0
 
 
@@ -337,7 +308,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-Reply = Ready | Opened | Refused | HandedOver | Checked | Ran | Probed | StateSaved | StateLoaded | Configured
+Reply = Ready | Opened | Refused | Checked | Ran | Probed | StateSaved | StateLoaded | Configured
 FromWorker = Reply | Line | Fault | Busy | Overdue
 
 _to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker | Earlier)

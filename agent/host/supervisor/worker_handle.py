@@ -121,20 +121,17 @@ class ControlSocket:
 
     Attributes:
         memory_fd: the process's own memory figures, which come with `Ready` or `Opened`; -1 for none.
-        drained: from a `Drain` on: done once the worker has handed its connections over.
         closed: set once nothing is read any more.
     """
 
     def __init__(self, owner: ControlOwner, sock: socket.socket) -> None:
         self.owner = owner
         self.memory_fd = -1
-        self.drained: asyncio.Future[None] | None = None
         self.closed = asyncio.Event()
         self._sock = sock
         self._budget = TokenBucket(worker_api.most_a_minute(0))
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
-        self._drain_id = 0
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
@@ -166,8 +163,6 @@ class ControlSocket:
         """
         number = next(self._ids)
         pending = self._pending[number] = _Pending(reply, asyncio.get_running_loop().create_future())
-        if isinstance(message, worker_api.Drain):
-            self._drain_id, self.drained = number, asyncio.get_running_loop().create_future()
         try:
             self.send(msgspec.structs.replace(message, id=number), *fds)
             self.owner.request_sent()
@@ -196,10 +191,6 @@ class ControlSocket:
             framing.close_all(fds)
             if not self._take_reply(message):
                 self.owner.on_message(message)
-
-    def _set_drained(self) -> None:
-        if self.drained is not None and not self.drained.done():
-            self.drained.set_result(None)
 
     def unplug(self) -> None:
         """Close the socket."""
@@ -242,8 +233,6 @@ class ControlSocket:
         """
         if not isinstance(message, worker_api.Reply):
             return False
-        if isinstance(message, worker_api.HandedOver) and message.id in {0, self._drain_id}:
-            self._set_drained()
         found = list(self._pending.values()) if message.id == 0 else [self._pending.get(message.id)]
         for pending in found:
             if pending is not None and pending.accepts(message) and not pending.future.done():
@@ -438,7 +427,7 @@ class WorkerHandle:
     """A slot of a worker process: where one instance runs.
 
     Attributes:
-        channel: for the router to take, of a worker that is ready and takes frames.
+        channel: for the router to take, of a worker that is ready.
         page: figures that the worker writes.
         calls: page of its calls: of a worker with a channel the router writes it, else the worker, and it is `page`.
         ready: the worker's `Ready`; None until it is set up.
@@ -446,7 +435,7 @@ class WorkerHandle:
         blamed: after the end of a shared process: whether this slot was the cause.
         bystander_of: the same, of the other slots: the instance that was the cause.
         ended: done with the exit status; a slot that left a shared process has 0.
-        route: its channel, once the router has it; None for a worker that has an HTTP server.
+        route: its channel, once the router has it.
         excused: ended without any fault of its instance's.
     """
 
@@ -488,11 +477,11 @@ class WorkerHandle:
 
     @property
     def _drained(self) -> asyncio.Future[None] | None:
-        return self.control.drained if self.route is None else self.route.drained
+        return None if self.route is None else self.route.drained
 
     @property
     def is_draining(self) -> bool:
-        """True while it hands its connections over, or ends its calls."""
+        """True while it ends its calls, and gets no more."""
         return self._drained is not None and not self._drained.done()
 
     def request_sent(self) -> None:
@@ -517,19 +506,17 @@ class WorkerHandle:
     ) -> None:
         """Take note that the worker is set up: it has its page of figures, and from now on its end is reported.
 
-        `channel`: the router's end, which is closed unless the worker takes frames.
+        `channel`: the router's end of its channel.
         """
         self.ready = ready
         self.since_s = time.monotonic()
         self.control.allow(log_lines_a_minute=log_lines_a_minute)
-        if channel is not None and ready.frames:
+        if channel is not None:
             calls_fd = stats_page.create_page(self.name)
             self.calls = stats_page.StatsPage(calls_fd)
             self.channel = Channel(channel, calls_fd, self.page_fd)
         else:
             os.close(self.page_fd)
-            if channel is not None:
-                channel.close()
         self.page_fd = -1
 
     def take_channel(self) -> Channel | None:
@@ -582,7 +569,7 @@ class WorkerHandle:
             self.process.leave(self, reason)
 
     async def end_when_drained(self, reason: str, timeout_s: float) -> None:
-        """End it as soon as its connections are handed over, or after `timeout_s`, or when this is cancelled."""
+        """End it as soon as its calls are over, or after `timeout_s`, or when this is cancelled."""
         try:
             if self._drained is not None and self.alive:
                 waits: list[asyncio.Future[Any]] = [self._drained, self.ended]

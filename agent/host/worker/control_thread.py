@@ -35,13 +35,11 @@ class ControlThread:
         page: StatsPage,
         *,
         tick: Callable[[], None],
-        say: Callable[[worker_api.FromWorker], None],
     ) -> None:
         """Start the thread. `tick` lets one epoch pass; `page` has the number of the call in flight."""
         self._sock = sock
         self._page = page
         self._tick = tick
-        self._say = say
         # Under the lock; the thread has one of its own, as no two threads may use one at once.
         self._more = select.poll()
         self._more.register(sock, select.POLLIN)
@@ -116,10 +114,7 @@ class ControlThread:
         match received.message:
             case worker_api.Interrupt(call=call, abandoned=abandoned):
                 self._interrupt(call, abandoned=abandoned)
-            case worker_api.Drain(id=number):
-                self._say(worker_api.HandedOver(passed=0, id=number))  # connections are the router's
-                framing.close_all(received.fds)
-            case worker_api.Serve() | worker_api.AcceptConnections():
+            case worker_api.Serve():
                 framing.close_all(received.fds)
             case _:
                 self._messages.append(received)

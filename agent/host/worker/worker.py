@@ -191,7 +191,6 @@ class Worker:
         ready = worker_api.Ready(
             kinds=tuple(sorted(kinds)),
             layers=layers,
-            frames=self._channel or slot is not None,
             whole=slot is not None or not self._caller.streams,
             id=setup.id,
         )
@@ -254,10 +253,8 @@ class Worker:
 
     def _obey_as_slot(self, message: worker_api.ToWorker, fds: tuple[int, ...]) -> None:
         """Obey at once, or, while calls come, when the router says that none is on its way."""
-        apart = isinstance(
-            message, worker_api.Serve | worker_api.AcceptConnections | worker_api.Drain | worker_api.Interrupt
-        )
-        if self._looping and not (apart or self._holding or isinstance(message, worker_api.Resume)):
+        apart = isinstance(message, worker_api.Serve | worker_api.Interrupt | worker_api.Resume)
+        if self._looping and not (apart or self._holding):
             self._orders.append((message, fds))
             return
         self.obey(message, fds)
@@ -296,7 +293,7 @@ class Worker:
 
     def _serve_channel(self) -> NoReturn:
         """Serve calls of the channel until that ends, or the supervisor's socket closes."""
-        control = ControlThread(self._sock, self._page, tick=self._tick, say=self.say)
+        control = ControlThread(self._sock, self._page, tick=self._tick)
         sock = self._channel_sock = socket.socket(fileno=1)
         output = _ChannelOutput(sock)
         native = None if self._caller.streams else NativeChannel(self._caller, control, sock)
@@ -331,8 +328,10 @@ class Worker:
     def obey(self, message: worker_api.ToWorker, fds: tuple[int, ...]) -> None:
         """Do what the supervisor says."""
         match message:
-            case worker_api.Serve() | worker_api.AcceptConnections() | worker_api.Drain() | worker_api.Interrupt():
-                self._route(message, fds)
+            case worker_api.Serve():
+                self._serve(fds)
+            case worker_api.Interrupt():
+                pass  # the call has ended
             case worker_api.Check(id=number):
                 self.say(worker_api.Checked(id=number, problem=self._caller.check()))
             case worker_api.Task(id=number, scheduled_ms=scheduled_ms):
@@ -347,23 +346,13 @@ class Worker:
             case worker_api.Setup() | worker_api.OpenShared() | worker_api.AddSlot():
                 raise framing.GoneError("set up twice")
 
-    def _route(
-        self,
-        message: worker_api.Serve | worker_api.AcceptConnections | worker_api.Drain | worker_api.Interrupt,
-        fds: tuple[int, ...],
-    ) -> None:
-        """Obey a message about the way of calls. There are no connections to serve or to hand over."""
+    def _serve(self, fds: tuple[int, ...]) -> None:
+        """Take calls from the channel from now on. Raises `framing.GoneError` for a listener, which none serves."""
         framing.close_all(fds)
-        match message:
-            case worker_api.Serve() if fds:
-                self.say(worker_api.Line(text="host: it is older than its workers, which get no clients: restart it"))
-                raise framing.GoneError("a listener, which this worker cannot serve")
-            case worker_api.Serve():
-                self._looping = True
-            case worker_api.Drain(id=number):
-                self.say(worker_api.HandedOver(passed=0, id=number))
-            case _:
-                pass
+        if fds:
+            self.say(worker_api.Line(text="host: it is older than its workers, which get no clients: restart it"))
+            raise framing.GoneError("a listener, which this worker cannot serve")
+        self._looping = True
 
     def _carry(
         self, message: worker_api.SaveState | worker_api.LoadState | worker_api.Resume, fds: tuple[int, ...]

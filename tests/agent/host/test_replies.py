@@ -127,28 +127,6 @@ async def test_an_answer_of_another_type_than_was_asked_for_is_none():
         assert [type(message) for message in heard] == [worker_api.Ran, worker_api.Refused, worker_api.Checked]
 
 
-@pytest.mark.asyncio
-async def test_what_an_earlier_order_left_behind_does_not_end_the_wait_of_a_later_one():
-    def hand_over(worker):
-        return worker.request(worker_api.Drain(), reply=worker_api.HandedOver, timeout_s=LIMIT_S)
-
-    async with played() as (worker, peer, _heard):
-        (first,) = await begun(hand_over(worker))
-        (earlier,) = await peer.packets(1)
-        first.cancel()
-        (second,) = await begun(hand_over(worker))
-        (later,) = await peer.packets(1)
-        (after,) = await begun(probe(worker))
-        (marker,) = await peer.packets(1)
-        peer.say("handed-over", id=earlier["id"], passed=1)
-        peer.say("probed", id=marker["id"])
-        await after
-        assert not worker.control.drained.done()
-        peer.say("handed-over", id=later["id"], passed=7)
-        assert (await second).passed == 7
-        assert worker.control.drained.done()
-
-
 # What a worker of a version without ids in most messages says, request by request.
 OLD_ANSWERS = [
     (worker_api.Setup(instance="web", grants=Grants(), limits=Limits()), "ready", {"kinds": [], "layers": {}}),
@@ -159,7 +137,6 @@ OLD_ANSWERS = [
     ),
     (worker_api.OpenShared(images=(), limits=Limits(), slots=1), "opened", {"layers": {}}),
     (worker_api.OpenShared(images=(), limits=Limits(), slots=1), "refused", {"code": "internal", "message": "m"}),
-    (worker_api.Drain(), "handed-over", {"passed": 3, "cut": 0}),
     (worker_api.Check(), "checked", {"id": ..., "problem": None}),
     (worker_api.Task(scheduled_ms=1), "ran", {"id": ..., "problem": None}),
     (worker_api.Probe(), "probed", {"id": ...}),
@@ -170,7 +147,6 @@ OLD_ANSWERS = [
 ANSWER_OF = {
     worker_api.Setup: worker_api.Ready,
     worker_api.OpenShared: worker_api.Opened,
-    worker_api.Drain: worker_api.HandedOver,
     worker_api.Check: worker_api.Checked,
     worker_api.Task: worker_api.Ran,
     worker_api.Probe: worker_api.Probed,
@@ -279,8 +255,6 @@ async def test_a_supervisor_that_gives_no_ids_is_answered_without():
         loaded = await old.ask("load-state", state, length=saved["length"])
         assert loaded == {"type": "state-loaded", "problem": None, "id": 0}
         os.close(state)
-        left = await old.ask("hand-over", deadline_ms=1000)
-        assert left == {"type": "handed-over", "passed": 0, "cut": 0, "id": 0}
 
 
 @pytest.mark.asyncio
