@@ -96,8 +96,13 @@ def _played(
     if processes == 1:
         yield from map(play, runs)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_remember, initargs=(play,)) as pool:
-        yield from pool.map(_play_remembered, runs)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_remember, initargs=(play,))
+    try:
+        # Not `pool.map`: it cancels the rest itself, and Python 3.11 then fails to end a pool whose process is gone.
+        for each in [pool.submit(_play_remembered, run) for run in runs]:
+            yield each.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _remembered: list[Callable[[tuple[float, int]], _Run]] = []
