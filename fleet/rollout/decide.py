@@ -277,12 +277,12 @@ def _judge(rollout: Rollout, members: Standing) -> tuple[Action, ...]:
     for wave in range(1, rollout.wave + 1):
         failed = _counted_as(Outcome.FAILED, wave)
         if members.count(failed) > _allowed(members, wave, rollout.limits.failures, _HUNDREDTH):
-            return _breach(rollout, _blame(members.select(failed)))
+            return _breach(rollout, blame(members.select(failed)))
     for wave in range(1, rollout.wave + 1):
         lost = _counted_as(Outcome.LOST, wave)
         allowed = _allowed(members, wave, rollout.limits.lost, _TWENTIETH)
         if members.count(lost) > allowed and PauseCause.LOST not in rollout.causes:
-            return (Pause(PauseCause.LOST, f"{_names(members.select(lost))} lost: silent since the swap began"),)
+            return (Pause(PauseCause.LOST, f"{names(members.select(lost))} lost: silent since the swap began"),)
     return ()
 
 
@@ -440,7 +440,7 @@ def _gate(rollout: Rollout, members: Standing, now: float) -> tuple[Action, ...]
     if not rollout.vacancies and not members.any(inside):
         mute = members.select(lambda kind: kind.wave == wave and _mute(kind))
         if mute:
-            reason = f"no device of wave {wave} can answer: {_names(mute)} {mute[0].outcome}"
+            reason = f"no device of wave {wave} can answer: {names(mute)} {mute[0].outcome}"
             return (Pause(PauseCause.CANARY, reason),)
     held = _held(rollout, members, inside, now)
     if held is not None:
@@ -479,7 +479,7 @@ def _held(rollout: Rollout, members: Standing, inside: Chosen, now: float) -> Wa
     if done < need:
         open_still = members.devices(lambda kind: inside(kind) and kind.outcome in OPEN)
         if done + len(open_still) < need:
-            return Revert(_blame(members.select(lambda kind: inside(kind) and kind.outcome is Outcome.FAILED)))
+            return Revert(blame(members.select(lambda kind: inside(kind) and kind.outcome is Outcome.FAILED)))
         successes = "1 success" if need == 1 else f"{need} successes"
         reason = f"wave {wave} needs {successes} and has {done}; it waits for {_named(members, open_still)}"
         return Wait(reason, open_still, until)
@@ -536,7 +536,7 @@ def _catch_up(rollout: Rollout, members: Standing, now: float, besides: int) -> 
     if not rollout.closed and failed:
         recent = members.later(lambda kind: kind.arrival, _arrived_at, now - ARRIVALS_S)
         if len(failed) > (rollout.limits.failures or _HUNDREDTH).down(recent):
-            return (Close(_blame(failed)),)
+            return (Close(blame(failed)),)
     shut = bool(rollout.closed or rollout.causes)
     absent = members.devices(lambda kind: kind.arrival and not kind.new and _taken_back(kind, shut=shut))
     if absent:
@@ -594,7 +594,8 @@ def _devices(members: Iterable[Member]) -> tuple[str, ...]:
     return tuple(each.device for each in members)
 
 
-def _names(members: Sequence[Member]) -> str:
+def names(members: Sequence[Member]) -> str:
+    """Name the first members, and count the rest."""
     return _shown(members[:_NAMED_MAX], len(members))
 
 
@@ -607,7 +608,8 @@ def _shown(members: Iterable[Member], of: int) -> str:
     return shown + (f" and {of - _NAMED_MAX} more" if of > _NAMED_MAX else "")
 
 
-def _blame(failed: Sequence[Member]) -> str:
+def blame(failed: Sequence[Member]) -> str:
+    """Name the first device that failed, and why."""
     first = min(failed, key=lambda each: (each.ended_at or 0, each.device))
     more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
     why = f" ({first.code})" if first.code else ""

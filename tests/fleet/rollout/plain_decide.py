@@ -19,12 +19,13 @@ from fleet.rollout.decide import (
     Succeed,
     Wait,
     Withdraw,
+    blame,
+    names,
 )
 from fleet.rollout.members import Amount
 from fleet.rollout.model import FROM_SWAP, OPEN, UNDER_WAY
 
 _MAY_BE_SILENT = frozenset({Outcome.WAITING, Outcome.IN_PROGRESS, Outcome.DEFERRED})
-_NAMED_MAX = 3
 _HUNDREDTH = Amount(1, percent=True)
 _TWENTIETH = Amount(5, percent=True)
 
@@ -80,12 +81,12 @@ def _judge(rollout, members):
     for wave in range(1, rollout.wave + 1):
         failed = [each for each in members if each.wave == wave and each.counts_as(Outcome.FAILED)]
         if len(failed) > _allowed(members, wave, rollout.limits.failures, _HUNDREDTH):
-            return _breach(rollout, _blame(failed))
+            return _breach(rollout, blame(failed))
     for wave in range(1, rollout.wave + 1):
         lost = [each for each in members if each.wave == wave and each.counts_as(Outcome.LOST)]
         allowed = _allowed(members, wave, rollout.limits.lost, _TWENTIETH)
         if len(lost) > allowed and PauseCause.LOST not in rollout.causes:
-            return (Pause(PauseCause.LOST, f"{_names(lost)} lost: silent since the swap began"),)
+            return (Pause(PauseCause.LOST, f"{names(lost)} lost: silent since the swap began"),)
     return ()
 
 
@@ -213,7 +214,7 @@ def _gate(rollout, members, now):
         return (Revert("no device is left that the change concerns"),)
     mute = [] if inside or rollout.vacancies else [each for each in members if each.wave == wave and _mute(each)]
     if mute:
-        return (Pause(PauseCause.CANARY, f"no device of wave {wave} can answer: {_names(mute)} {mute[0].outcome}"),)
+        return (Pause(PauseCause.CANARY, f"no device of wave {wave} can answer: {names(mute)} {mute[0].outcome}"),)
     held = _held(rollout, members, inside, now)
     if held is not None:
         return (held,) if not isinstance(held, Revert) else _breach(rollout, held.reason) or (Wait(held.reason),)
@@ -235,20 +236,20 @@ def _held(rollout, members, inside, now):
     wave, until = (rollout.wave, _next_silence(rollout, members, now))
     if rollout.vacancies and (not inside):
         first = [each for each in members if each.canary and each.outcome is Outcome.PENDING]
-        reason = f"wave {wave} waits for the first device that comes online: {_names(first)}"
+        reason = f"wave {wave} waits for the first device that comes online: {names(first)}"
         return Wait(reason, _devices(first), until)
     at_it = [each for each in inside if _holds(each)]
     if at_it:
-        return Wait(f"wave {wave} waits for {_names(at_it)}", _devices(at_it), until)
+        return Wait(f"wave {wave} waits for {names(at_it)}", _devices(at_it), until)
     unaccepted = [each for each in inside if not (each.accepted and each.accepted is each.outcome)]
     done = sorted(each.ended_at or 0 for each in inside if each.outcome is Outcome.SUCCEEDED)
     need = max(1, rollout.limits.min_success.up(len(unaccepted))) if unaccepted else 0
     if len(done) < need:
         open_still = [each for each in inside if each.outcome in OPEN]
         if len(done) + len(open_still) < need:
-            return Revert(_blame([each for each in inside if each.outcome is Outcome.FAILED]))
+            return Revert(blame([each for each in inside if each.outcome is Outcome.FAILED]))
         successes = "1 success" if need == 1 else f"{need} successes"
-        reason = f"wave {wave} needs {successes} and has {len(done)}; it waits for {_names(open_still)}"
+        reason = f"wave {wave} needs {successes} and has {len(done)}; it waits for {names(open_still)}"
         return Wait(reason, _devices(open_still), until)
     gate = rollout.gates[wave - 1]
     ready = done[need - 1] + gate.soak_s if need else now
@@ -286,7 +287,7 @@ def _catch_up(rollout, members, now, besides):
     recent = [each for each in members if each.arrival and (each.offered_at or -ARRIVALS_S) > now - ARRIVALS_S]
     failed = [each for each in recent if each.counts_as(Outcome.FAILED)]
     if not rollout.closed and len(failed) > (rollout.limits.failures or _HUNDREDTH).down(len(recent)):
-        return (Close(_blame(failed)),)
+        return (Close(blame(failed)),)
     shut = bool(rollout.closed or rollout.causes)
     absent = tuple(
         each.device
@@ -320,22 +321,9 @@ def _queue(rollout, members, due, now):
     if not due:
         return Wait("", until=_next_silence(rollout, members, now))
     why = f"is closed: {rollout.closed}" if rollout.closed else "is open"
-    reason = f"the catch-up queue {why}; in it: {_names(due)}"
+    reason = f"the catch-up queue {why}; in it: {names(due)}"
     return Wait(reason, _devices(due), _next_silence(rollout, members, now))
 
 
 def _devices(members):
     return tuple(each.device for each in members)
-
-
-def _names(members):
-    shown = ", ".join(each.device if each.online else f"{each.device} (offline)" for each in members[:_NAMED_MAX])
-    return shown + (f" and {len(members) - _NAMED_MAX} more" if len(members) > _NAMED_MAX else "")
-
-
-def _blame(failed):
-    first = min(failed, key=lambda each: (each.ended_at or 0, each.device))
-    more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-    why = f" ({first.code})" if first.code else ""
-    said = f": {first.message}" if first.message else ""
-    return f"{first.device}{more} {first.outcome}{why}{said}"
