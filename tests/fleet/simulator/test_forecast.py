@@ -43,6 +43,7 @@ def test_several_processes_make_the_same_forecast():
 
 
 ENDLESS = """
+import signal
 import threading
 from fleet.rollout.decide import Limits
 from fleet.rollout.members import parse_waves
@@ -50,10 +51,11 @@ from fleet.simulator.forecast import Plan, forecast
 
 class Endless:
     def items(self):
-        print("at it", flush=True)
+        print("at it\\n", end="", flush=True)  # in one piece, unbuffered too
         threading.Event().wait()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell leaves ignored in the background
     forecast(Endless(), Plan(parse_waves("1, 100%"), Limits()), seed=5, processes=2)
 """
 
