@@ -290,9 +290,8 @@ def simulate(
         plan = client.policy(group).plan or operator_api.GroupPlan()  # the server refuses a name that no group has
         rows = [row for row in client.devices(where).devices if group in row.groups and not row.revoked]
         if not rows:
-            meant = f"no device of the group {group!r} is meant by {where}" if where else ""
-            title = meant or f"the group {group!r} has no devices"
-            raise Fault(title, "", "'fleet groups' lists the groups", code=Exit.REFUSED)
+            title = f"the group {group!r} has no devices{f' that --where {where!r} takes' if where else ''}"
+            raise Fault(title, "", "'fleet devices' lists all, with their groups", code=Exit.REFUSED)
     given = {name: value for name, value in limits.items() if value not in (None, "")}
     by = "" if plan.budget is None else plan.budget.by
     try:

@@ -115,6 +115,14 @@ def test_a_plan_is_played_over_the_group(fleet, desk):
     assert (bad.exit_code, "--max-lost: 'x'" in bad.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(("where", "said"), [([], "no devices"), (["--where", "site=mars"], "no devices that --where")])
+def test_a_plan_that_concerns_nobody_is_not_played(fleet, desk, where, said):
+    desk.routes[("GET", "/v1/devices")] = operator_api.Devices(devices=())
+    result = fleet("rollout", "simulate", "--group", "edge-eu", *where)
+    assert (result.exit_code, f"the group 'edge-eu' has {said}" in result.stderr) == (4, True)
+    assert "'fleet devices' lists all, with their groups" in result.stderr
+
+
 def test_a_rollout_that_waits_for_an_approval_says_who_gives_it(fleet, desk):
     desk.routes[("GET", "/v1/rollouts/7")] = msgspec.structs.replace(
         VIEW, state=RolloutState.PAUSED, causes=(PauseCause.APPROVAL,), reason="wave 1 wants an approval", by="alice"
