@@ -217,6 +217,9 @@ class Egress:
             data, fds = framing.receive_packet(self._sock)
         except BlockingIOError:
             return
+        except framing.DescriptorsLostError as error:
+            report(f"cannot connect anything for {_admits.decode(error.data).instance}", error)
+            return
         except framing.GoneError:
             self._ended.set()
             return

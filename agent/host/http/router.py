@@ -9,9 +9,11 @@ import contextlib
 import errno
 import gc
 import mmap
+import os
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Final
@@ -301,10 +303,22 @@ class Router:
             while not self._ended.is_set():
                 try:
                     data, fds = framing.receive_packet(self._sock)
+                except framing.DescriptorsLostError as error:
+                    self._refuse(_decoder.decode(error.data), str(error))
                 except framing.GoneError:
                     self._ended.set()
                 else:
                     self._take(_decoder.decode(data), fds)
+
+    def _refuse(self, message: ToRouter, why: str) -> None:
+        """Do without what there is no descriptor for: all others are served."""
+        match message:
+            case AddChannel(worker=worker):
+                self.report(ChannelBroken(worker, why))
+            case AddListener(instance=instance):
+                sys.stderr.write(f"router: {instance} has no listener of its own: {why}\n")
+            case _:
+                self._take(message, ())
 
     def _take(self, message: ToRouter, fds: tuple[int, ...]) -> None:
         match message:
@@ -372,8 +386,14 @@ class Router:
 
     def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
         channel_fd, *page_fds = fds
-        page = CallPage(*page_fds)
-        framing.close_all(page_fds)
+        try:
+            page = CallPage(*page_fds)  # its maps keep descriptors of their own
+        except OSError as error:
+            os.close(channel_fd)
+            self.report(ChannelBroken(message.worker, os.strerror(error.errno)))
+            return
+        finally:
+            framing.close_all(page_fds)
         calls = self._calls_of(message.instance)
         calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
         self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}

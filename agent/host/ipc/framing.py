@@ -15,6 +15,17 @@ class GoneError(Exception):
     """The peer closed the connection, or sent data that is not a message."""
 
 
+class DescriptorsLostError(GoneError):
+    """A packet came without all of its descriptors, for which this process has no room; the connection goes on.
+
+    `data` is the packet.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__("no more descriptors may be open")
+        self.data = data
+
+
 _SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 CONSTANT_SEALS: Final = _SIZE_SEALS | fcntl.F_SEAL_WRITE
 
@@ -78,7 +89,8 @@ def receive_packet(
     """Receive a packet and its descriptors, which the caller owns.
 
     Raises:
-        GoneError: the connection is closed, or the packet or its descriptors exceed the limits.
+        GoneError: the connection is closed, or the packet exceeds `max_bytes`.
+        DescriptorsLostError: this process may not open as many, or there are more than `max_fds`.
         BlockingIOError: no packet on a non-blocking socket.
     """
     space = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
@@ -92,7 +104,10 @@ def receive_packet(
     for level, kind, payload in rights:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or (not data and not fds):
+    if flags & socket.MSG_TRUNC or (not data and not fds):
         close_all(fds)
         raise GoneError("the peer closed the connection" if not data else "the packet is larger than allowed")
+    if flags & socket.MSG_CTRUNC:
+        close_all(fds)
+        raise DescriptorsLostError(data)
     return data, tuple(fds)

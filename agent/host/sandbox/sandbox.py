@@ -49,6 +49,12 @@ _SHARED_WORKERS: Final = 256  # of one publisher on one device
 
 _FILES_PER_SLOT: Final = 8  # socket, epoll set and listener, and those of a swap
 
+_CLIENTS_FILES: Final = 4 * _FILES_MAX  # clients of the shared port and of own ones, and what else the router has
+
+_FILES_PER_CHANNEL: Final = 4  # of the router, for a worker: its channel, two pages, and the instance's listener
+
+_CHANNELS_MAX: Final = 4 * _FILES_MAX
+
 _DESCRIPTORS_MAX: Final = 1 << 31
 _ROOT: Final = "/tmp"  # noqa: S108 - only a mount point for an empty root, in the process's own namespace
 _ALL_RIGHTS: Final = (1 << 16) - 1
@@ -191,8 +197,7 @@ def router_spec() -> SandboxSpec:
     return SandboxSpec(
         uid=_ROUTER_UID if can_assign_users() else None,
         filter=seccomp.router,
-        # Clients of the shared port and of own ones, listeners, and for each worker a channel and its page.
-        descriptors=5 * _FILES_MAX,
+        descriptors=_CLIENTS_FILES + _FILES_PER_CHANNEL * _CHANNELS_MAX,
     )
 
 
@@ -217,6 +222,7 @@ def egress_spec(directory: str) -> SandboxSpec:
         network=True,
         readable=_RESOLVER,
         data_bytes=_EGRESS_BYTES,
+        descriptors=_CHANNELS_MAX + 2 * _FILES_MAX,  # a socket for each worker, and connections that are being made
         threads=2 * RESOLVER_THREADS,
         filter=seccomp.egress,
         modules=(*_NAMES, *_RESOLVING),

@@ -318,7 +318,7 @@ class ZygoteHandle:
         try:
             async with asyncio.timeout(_FORK_TIMEOUT_S):
                 await fork.done
-        except ZygoteGoneError:
+        except (ZygoteGoneError, WorkerGoneError):
             fork.process.close()
             raise
         except TimeoutError as error:
@@ -330,11 +330,22 @@ class ZygoteHandle:
             raise
         return fork.process
 
+    def _give_up(self, message: ZygoteMessage, why: str) -> None:
+        """End a forked worker that there is no descriptor for; the others stay."""
+        fork = self._forks.popleft()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(message.pid, signal.SIGKILL)
+        if not fork.done.done():
+            fork.done.set_exception(WorkerGoneError(why))
+
     def _readable(self) -> None:
         try:
             data, fds = framing.receive_packet(self._sock)
             message = ZygoteMessage.decode(data)
         except BlockingIOError:
+            return
+        except framing.DescriptorsLostError as error:
+            self._give_up(ZygoteMessage.decode(error.data), str(error))
             return
         except framing.GoneError:
             self.close()
