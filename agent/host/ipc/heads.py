@@ -25,6 +25,14 @@ ERRORS: Final = (
 )
 REQUEST_DENIED: Final = ERRORS.index("HTTP-request-denied")
 
+WHOLE: Final = b"0 whole\r\n\r\n"
+"""End of an answer, as `answer_head` reads it; its head has gone before."""
+
+CUT: Final = b"0 cut\r\n\r\n"
+HEADLESS: Final = b"0 headless\r\n\r\n"
+REQUEST_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
+HEAD_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-response-header-section-size")
+
 
 def utf8(data: bytes) -> bytes:
     """Decode bytes for a string that a guest is given: field values may be any bytes, and Latin-1 reads them all."""
@@ -51,6 +59,20 @@ def request_head(method: bytes, target: bytes, headers: bytes, trailers: bytes =
     if not lines.isascii():
         lines = lines.decode("latin-1").encode()
     return b"%b %b http %b\r\n%b" % (method, utf8(target), utf8(authority) if b" " not in authority else b"", lines)
+
+
+def request_parts(head: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return method, target and field lines of a head as `request_head` makes it."""
+    line, _, fields = head.partition(b"\r\n")
+    method, target, *_ = line.split(b" ")
+    return method, target, fields if fields.isascii() else fields.decode().encode("latin-1")
+
+
+def native_head(status: int, fields: bytes, length: int) -> bytes:
+    """Return the head of a native guest's answer, whose body of `length` bytes is whole, as the adapter writes one."""
+    if b"content-length:" not in fields.lower():  # the router need not wait then to refuse a large body
+        fields = b"content-length: %d\r\n%b" % (length, fields)
+    return b"%d\r\n%b" % (status, fields if fields.isascii() else fields.decode("latin-1").encode())
 
 
 @dataclass(frozen=True, slots=True)

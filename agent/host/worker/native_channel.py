@@ -9,19 +9,14 @@ import socket
 from collections import deque
 from typing import Final
 
-from agent.host.engine.adapter_abi import ERRORS
 from agent.host.engine.guest import Turn
-from agent.host.ipc import frames
+from agent.host.ipc import frames, heads
 from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, FrameError, Kind
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.runner import GuestRunner
 
 _READ_BYTES: Final = 256 * 1024
 _CREDIT_STEP_BYTES: Final = INITIAL_CREDIT_BYTES // 4
-_WHOLE: Final = b"0 whole\r\n\r\n"
-_CUT: Final = b"0 cut\r\n\r\n"
-_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
-_HEAD_TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-response-header-section-size")
 
 
 class _ChannelEndedError(Exception):
@@ -68,12 +63,12 @@ class NativeChannel:
         try:
             body = self._body(call) if request.kind is Kind.REQUEST else b""
             if body is None:
-                self._write(Frame(Kind.END, call, _TOO_LARGE))
+                self._write(Frame(Kind.END, call, heads.REQUEST_TOO_LARGE))
             else:
-                status, fields, answer = self._runner.answer(*_request(request.payload), body, self._control)
+                status, fields, answer = self._runner.answer(*heads.request_parts(request.payload), body, self._control)
                 self._answer(call, status, fields, memoryview(answer))
         except _CancelledError:
-            self._write(Frame(Kind.END, call, _CUT))
+            self._write(Frame(Kind.END, call, heads.CUT))
         self._control.ended(call)
 
     def _body(self, call: int) -> bytes | None:
@@ -89,18 +84,16 @@ class NativeChannel:
         return bytes(body) if len(body) <= most else None
 
     def _answer(self, call: int, status: int, fields: bytes, body: memoryview) -> None:
-        if b"content-length:" not in fields.lower():  # the router need not wait then to refuse a large body
-            fields = b"content-length: %d\r\n%b" % (len(body), fields)
-        head = b"%d\r\n%b" % (status, fields if fields.isascii() else fields.decode("latin-1").encode())
+        head = heads.native_head(status, fields, len(body))
         if len(head) > frames.PAYLOAD_MAX_BYTES:
-            self._write(Frame(Kind.END, call, _HEAD_TOO_LARGE))
+            self._write(Frame(Kind.END, call, heads.HEAD_TOO_LARGE))
             return
         out, credit = frames.encode(Frame(Kind.RESPONSE, call, head)), INITIAL_CREDIT_BYTES
         while len(body) > credit:
             self._send(out + frames.encode_body(call, body[:credit]))
             body = body[credit:]
             out, credit = b"", self._credit(call)
-        self._send(out + frames.encode_body(call, body) + frames.encode(Frame(Kind.END, call, _WHOLE)))
+        self._send(out + frames.encode_body(call, body) + frames.encode(Frame(Kind.END, call, heads.WHOLE)))
 
     def _credit(self, call: int) -> int:
         """Wait for credit for the answer in hand. Raises `_CancelledError`."""
@@ -153,10 +146,3 @@ class NativeChannel:
             self._sock.sendall(data)
         except OSError as error:
             raise _ChannelEndedError from error
-
-
-def _request(head: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return method, target and field lines of a head as `adapter_abi.request_head` makes it."""
-    line, _, fields = head.partition(b"\r\n")
-    method, target, *_ = line.split(b" ")
-    return method, target, fields if fields.isascii() else fields.decode().encode("latin-1")

@@ -12,17 +12,13 @@ import threading
 from collections import deque
 from typing import Final
 
-from agent.host.engine.adapter_abi import ERRORS, READ_BYTES, drain_stdout, stdout_pipe
-from agent.host.ipc import frames, framing
+from agent.host.engine.adapter_abi import READ_BYTES, drain_stdout, stdout_pipe
+from agent.host.ipc import frames, framing, heads
 from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, FrameError, Kind
 
 _READ_BYTES: Final = 256 * 1024
 _CREDIT_STEP_BYTES: Final = INITIAL_CREDIT_BYTES // 4
 _HIGH_BYTES: Final = 128 * 1024
-WHOLE: Final = b"0 whole\r\n\r\n"
-CUT: Final = b"0 cut\r\n\r\n"
-TOO_LARGE: Final = b"error %d" % ERRORS.index("HTTP-request-body-size")
-HEADLESS: Final = b"0 headless\r\n\r\n"
 
 
 class SlotStream:
@@ -125,9 +121,6 @@ class SlotResponse:
                 self._take(data)
             self.send()
 
-    def waited(self, ms: int, *, most_ms: int) -> None:
-        """Count nothing: the router times its clients."""
-
     def end(self, why: str) -> None:
         """Serve the client no further; discard what the guest still writes."""
         self.ended = self.ended or why
@@ -192,20 +185,16 @@ class SlotResponse:
 
     def native(self, status: int, fields: bytes, body: bytes) -> None:
         """Take the whole answer of a native guest."""
-        if b"content-length:" not in fields.lower():  # the router need not wait then to refuse a large body
-            fields = b"content-length: %d\r\n%b" % (len(body), fields)
-        fields = fields if fields.isascii() else fields.decode("latin-1").encode()
-        self._taken += b"%d\r\n%b\r\n" % (status, fields)
         self._taken += body
-        self._begin(bytes(self._taken[: len(self._taken) - len(body) - 2]), len(self._taken) - len(body))
-        self.said = WHOLE
+        self._begin(heads.native_head(status, fields, len(body)), 0)
+        self.said = heads.WHOLE
 
     @property
     def last(self) -> bytes:
         """Payload of the frame that ends the answer."""
         if self.ended:
-            return CUT
-        return HEADLESS if self.problem and not self.begun and not self.failed else self.said
+            return heads.CUT
+        return heads.HEADLESS if self.problem and not self.begun and not self.failed else self.said
 
 
 class SlotRequest:
@@ -268,12 +257,12 @@ class SlotChannel:
                 return None
             case Kind.CANCEL:
                 self._request = None
-                self.end(request.call, CUT)
+                self.end(request.call, heads.CUT)
                 return None
             case Kind.END:
                 self._request = None
                 if request.size > self._request_max:
-                    self.end(request.call, TOO_LARGE)
+                    self.end(request.call, heads.REQUEST_TOO_LARGE)
                     return None
                 request.trailers = frame.payload
                 return request
@@ -306,10 +295,3 @@ class SlotChannel:
         """Read on behind this token."""
         self._request = self._answer = None
         self.stream.align(token)
-
-
-def request_parts(head: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return method, target and field lines of a head as `heads.request_head` makes it."""
-    line, _, fields = head.partition(b"\r\n")
-    method, target, *_ = line.split(b" ")
-    return method, target, fields if fields.isascii() else fields.decode().encode("latin-1")

@@ -175,7 +175,7 @@ class CallWatchdog:
         passed_ms = min(passed_ms, TICK_MOST_MS)
         sums.total_ms += passed_ms
         sums.idle_ms = 0 if own_ns or not self._waits() else sums.idle_ms + passed_ms
-        self._mind(call, passed_ms)
+        self._mind(call)
         sums.carry_ns += own_ns
         while sums.carry_ns >= TICK_MS * NS_PER_MS:
             sums.carry_ns -= TICK_MS * NS_PER_MS
@@ -190,15 +190,14 @@ class CallWatchdog:
             if self._call is call:
                 self._tick()
 
-    def _mind(self, call: Call, passed_ms: int) -> None:
-        """Wait no longer than a call may for a client that does not take its answer; end the guest if that is gone."""
+    def _mind(self, call: Call) -> None:
+        """Wait for a client that does not take its answer, as long as a call may; end the guest if that is gone."""
         flow, sums = call.flow, self._sums
         if flow is None or not flow.live:
             return
         with flow.lock:
             if flow.over:
                 return
-            flow.waited(passed_ms, most_ms=call.limits.idle_ms)
             if flow.out:
                 sums.idle_ms = 0  # the guest's peer is the client, who has a limit of its own
                 if sums.total_ms + TICK_MOST_MS > call.limits.total_ms:

@@ -39,7 +39,7 @@ from agent.host.engine import adapter_abi, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.ipc import frames, framing, worker_api
+from agent.host.ipc import frames, framing, heads, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
@@ -47,7 +47,7 @@ from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
-from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse, request_parts
+from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse
 from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import NATIVE_ANSWER_MAX_BYTES
@@ -265,7 +265,7 @@ class Worker:
         response = SlotResponse(slot.stream, request.call, request.trailers)
         streams = self._caller.streams
         try:
-            head = request_parts(request.head)
+            head = heads.request_parts(request.head)
             answer = self._caller.handle(head, bytes(request.body), response if streams else None)
         except GuestError as error:
             outcome = CallOutcome.GUEST_TRAP if response.ended else error.outcome
