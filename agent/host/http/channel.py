@@ -43,7 +43,7 @@ from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Limits
 
 WAITING_MAX: Final = 1024
-"""Calls of an instance that wait for a worker; as many clients wait at the listener of a worker (`BACKLOG`)."""
+"""Calls of an instance that wait for a worker; as many clients wait at its listener (`BACKLOG`)."""
 
 KEPT_BYTES: Final = 8 * 1024 * 1024
 """Large bodies of an instance that are kept until they are whole, or one of them, by their limit: other clients wait.

@@ -41,7 +41,7 @@ _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep",
 
 
 def http_date(time_s: int) -> str:
-    """Format a time as RFC 9110, section 5.6.7 has it; `email.utils` would cost a worker 300 KB."""
+    """Format a time as RFC 9110, section 5.6.7 has it; `email.utils` would cost the router 300 KB."""
     year, month, day, hour, minute, second, weekday, *_ = time.gmtime(time_s)
     return f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04} {hour:02}:{minute:02}:{second:02} GMT"
 

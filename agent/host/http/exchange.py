@@ -18,9 +18,6 @@ class Asker(Protocol):
     def send(self, data: bytes) -> None:
         """Send bytes of the response."""
 
-    def answered(self, exchange: "Exchange") -> None:
-        """Go on to the next exchange: the response is complete."""
-
     def upstream_failed(self, exchange: "Exchange") -> None:
         """Retry or fail the exchange: the instance hung up before its response was complete."""
 
@@ -61,6 +58,9 @@ class Upstream(Protocol):
 
     def drop(self) -> None:
         """Take note that the client wants the answer no more."""
+
+    def drop_slow(self) -> None:
+        """Take note that the client is not waited for any longer."""
 
 
 class Exchange:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from agent.host.http import connection
-from agent.host.http.call import Call
 from agent.host.http.channel import InstanceCalls
 from agent.host.http.exchange import Exchange, Upstream
 from agent.host.http.pace import Pace, acknowledged
@@ -136,7 +135,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def waits_for_guest(self) -> bool:
         """True while its request is in a call, which has limits of its own, or waits for one: nothing of it is read."""
-        is_call = bool(self._queue) and isinstance(self._queue[0].upstream, Call)
+        is_call = bool(self._queue) and self._queue[0].upstream is not None
         return is_call and (self._queue[0].complete or self._paused)
 
     def close(self) -> None:
@@ -172,7 +171,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _leave_slow(self) -> None:
         """End the call under way, if there is one, as its client's doing."""
-        if self._queue and isinstance(call := self._queue[0].upstream, Call):
+        if self._queue and (call := self._queue[0].upstream) is not None:
             call.drop_slow()
 
     def end_when_idle(self) -> None:
