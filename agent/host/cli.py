@@ -64,13 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fleet-host {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run components as the agent directs")
-    run.add_argument(
-        "--runtime",
-        type=Path,
-        default=host_api.RUNTIME,
-        metavar="DIR",
-        help="directory of the sockets (default: %(default)s)",
-    )
+    _add_runtime(run)
     run.add_argument(
         "--state",
         type=Path,
@@ -121,13 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "PRIVATE is memory that no other process has; PSS divides what several share among them, so that its sum is "
         "what all take together. As root: components' processes let nobody else read theirs.",
     )
-    shown.add_argument(
-        "--runtime",
-        type=Path,
-        default=host_api.RUNTIME,
-        metavar="DIR",
-        help="directory of the host's sockets (default: %(default)s)",
-    )
+    _add_runtime(shown)
     shown.add_argument("--json", action="store_true", help="print JSON for programs")
     judge = commands.add_parser(
         "check-component",
@@ -139,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("file", nargs="*", metavar="FILE", help="component to check")
     return parser
+
+
+def _add_runtime(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runtime",
+        type=Path,
+        default=host_api.RUNTIME,
+        metavar="DIR",
+        help="directory of the host's sockets (default: %(default)s)",
+    )
 
 
 def _group(text: str) -> int:
