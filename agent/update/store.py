@@ -376,11 +376,8 @@ class Store:
     def _check(self, version: str) -> None:
         """See `checked`: SQLite itself notices a damaged page only when it is read, and rows never."""
         with self._reading():
-            if _header(self._path)[_VERSIONS] not in {
-                b"",
-                b"\1\1",
-                b"\2\2",
-            }:  # SQLite would read it, and refuse to write
+            # SQLite would read another format, and refuse to write.
+            if _header(self._path)[_VERSIONS] not in {b"", b"\1\1", b"\2\2"}:
                 raise DamagedStoreError(f"{self._path} is damaged: it is of an unknown format")
             (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
