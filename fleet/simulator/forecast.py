@@ -1,5 +1,6 @@
 """Forecast: an operator's plan played over the fleet as it is, with a version that fails on a share of the devices."""
 
+import contextlib
 import random
 import signal
 import statistics
@@ -98,11 +99,23 @@ def _played(
         return
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_remember, initargs=(play,))
     try:
+        with _interrupt_held():
+            submitted = [pool.submit(_play_remembered, run) for run in runs]
         # Not `pool.map`: it cancels the rest itself, and Python 3.11 then fails to end a pool whose process is gone.
-        for each in [pool.submit(_play_remembered, run) for run in runs]:
+        for each in submitted:
             yield each.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C back, also from processes that start meanwhile: they would say where it met them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _remembered: list[Callable[[tuple[float, int]], _Run]] = []
@@ -111,6 +124,7 @@ _remembered: list[Callable[[tuple[float, int]], _Run]] = []
 def _remember(play: Callable[[tuple[float, int]], _Run]) -> None:
     """Keep the fleet in a process that plays runs, so that it is sent once; Ctrl-C ends it at once, and the run."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _remembered[:] = [play]
 
 

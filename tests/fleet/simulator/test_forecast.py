@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fleet.rollout.decide import Limits
 from fleet.rollout.members import Amount, parse_waves
 from fleet.simulator.forecast import Place, Plan, forecast
@@ -44,6 +46,7 @@ def test_several_processes_make_the_same_forecast():
 
 ENDLESS = """
 import signal
+import sys
 import threading
 from fleet.rollout.decide import Limits
 from fleet.rollout.members import parse_waves
@@ -54,22 +57,26 @@ class Endless:
         print("at it\\n", end="", flush=True)  # in one piece, unbuffered too
         threading.Event().wait()
 
+if __name__ == "__mp_main__" and sys.argv[1] == "starts":
+    print("starts\\n", end="", flush=True)
+    sys.stdin.read()  # until it is closed, after Ctrl-C
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell leaves ignored in the background
     forecast(Endless(), Plan(parse_waves("1, 100%"), Limits()), seed=5, processes=2)
 """
 
 
-def test_ctrl_c_ends_the_runs_under_way_in_every_process(tmp_path):
+@pytest.mark.parametrize("moment", ["starts", "at it"])
+def test_ctrl_c_ends_the_runs_under_way_in_every_process(tmp_path, moment):
     script = tmp_path / "simulate.py"
     script.write_text(ENDLESS)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    command = (sys.executable, str(script))
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as main:
+    command = (sys.executable, str(script), moment)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, **pipes, text=True, start_new_session=True) as main:
         try:
-            assert [main.stdout.readline() for _ in range(2)] == ["at it\n"] * 2
+            assert [main.stdout.readline() for _ in range(2)] == [f"{moment}\n"] * 2
             os.killpg(main.pid, signal.SIGINT)
             _, said = main.communicate(timeout=60)
         except BaseException:
