@@ -64,7 +64,6 @@ class ResponseSink(Protocol):
 
     problem: str
     failed: bool
-    trailers: bytes
     said: bytes  # by the adapter at the end of the call
     notes_problems: bool  # in the log of the instance; otherwise others do
 
@@ -375,7 +374,7 @@ class WholeResponse:
     notes_problems = True
 
     def __init__(self) -> None:
-        self.problem, self.failed, self.trailers, self.said = "", False, b"", b""
+        self.problem, self.failed, self.said = "", False, b""
 
     def rest(self) -> bytes:
         """See `ResponseSink.rest`."""
@@ -443,7 +442,6 @@ class WasiHttpGuest(Guest):
             way.problem, way.failed = way.problem or head.problem, True
             return head.status, b"content-type: text/plain\r\n", head.problem.encode() + b"\n"
         self._left = left
-        way.trailers = head.trailers
         if way.begun:
             return 0, b"", b""
         if head.status:

@@ -27,6 +27,7 @@ from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     AddChannel,
     AddListener,
+    ChannelBroken,
     ChannelDrained,
     DrainChannel,
     DrainRouter,
@@ -390,7 +391,7 @@ class Router:
             page = CallPage(*page_fds)  # its maps keep descriptors of their own
         except OSError as error:
             os.close(channel_fd)
-            self.report(ChannelBroken(message.worker, os.strerror(error.errno)))
+            self.report(ChannelBroken(message.worker, str(error)))
             return
         finally:
             framing.close_all(page_fds)

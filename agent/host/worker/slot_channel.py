@@ -88,7 +88,7 @@ class SlotResponse:
         """Bytes that the guest has written, its head included."""
         self.ended = ""
         """Why the guest is to end, or empty."""
-        self.problem, self.failed, self.trailers = "", False, b""
+        self.problem, self.failed = "", False
         self.said = b""
         """Words of the adapter at the call's end, for the frame that ends the answer."""
         self._stream = stream
