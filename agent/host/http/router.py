@@ -312,7 +312,7 @@ class Router:
                     self._take(_decoder.decode(data), fds)
 
     def _refuse(self, message: ToRouter, why: str) -> None:
-        """Do without what there is no descriptor for: all others are served."""
+        """Refuse the channel or listener that there is no descriptor for, and go on with all others."""
         match message:
             case AddChannel(worker=worker):
                 self.report(ChannelBroken(worker, why))
@@ -388,7 +388,7 @@ class Router:
     def _add_channel(self, message: AddChannel, fds: tuple[int, ...]) -> None:
         channel_fd, *page_fds = fds
         try:
-            page = CallPage(*page_fds)  # its maps keep descriptors of their own
+            page = CallPage(*page_fds)  # a map keeps a descriptor of its own
         except OSError as error:
             os.close(channel_fd)
             self.report(ChannelBroken(message.worker, str(error)))
