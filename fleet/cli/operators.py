@@ -15,7 +15,8 @@ from fleet.protocol.trust_api import OperatorReply, Role
 _ROLE = click.option(
     "--role",
     type=click.Choice([str(each) for each in Role]),
-    help="viewer reads, operator also changes what devices run, admin also manages operators  [operator, or as before]",
+    help="scraper reads metrics alone, viewer everything, operator also changes what devices run, admin also manages "
+    "operators  [operator, or as before]",
 )
 _SAVE = click.option(
     "--save",
@@ -45,7 +46,11 @@ def list_(options: Options) -> None:
         output.table(("OPERATOR", "ROLE", "SINCE"), rows, empty="nobody")
 
 
-@command("add", examples="fleet operators add bob\nfleet operators add board-room --role viewer --save room.token")
+@command(
+    "add",
+    examples="fleet operators add bob\nfleet operators add board-room --role viewer --save room.token\n"
+    "fleet operators add prometheus --role scraper --save scraper.token",
+)
 @click.argument("name")
 @_ROLE
 @_SAVE

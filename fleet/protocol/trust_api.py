@@ -16,6 +16,7 @@ from fleet.protocol.operator_api import Body, View
 class Role(StrEnum):
     """Role of an operator."""
 
+    SCRAPER = "scraper"  # read the server's metrics, and nothing else
     VIEWER = "viewer"  # look
     OPERATOR = "operator"  # and change desired states
     ADMIN = "admin"  # and manage operators

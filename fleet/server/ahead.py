@@ -91,6 +91,10 @@ class AheadDevices:
             self._shown.clear()
         self._shown[device.id] = _Shown(assignment, envelope)
 
+    def count(self) -> int:
+        """Return the number of devices with newer assignments than the server's."""
+        return len(self._ahead(""))
+
     def problems(self) -> list[str]:
         """Name the devices that are ahead, and those of which a restored server does not know it yet."""
         rows = self._ahead("")

@@ -104,6 +104,11 @@ class Ingest:
         self._bad_at: dict[str, float] = {}
         self._logged: set[tuple[str, str]] = set()
 
+    @property
+    def pending(self) -> int:
+        """Number of messages that are not written yet."""
+        return len(self._pending)
+
     def on_message(self, topic: str, payload: bytes) -> None:
         """Take one message; it is written with the next batch. Raise nothing, whatever came."""
         device = topics.sender(topic)

@@ -128,6 +128,10 @@ class Certificates:
 
     Made anew when two thirds of a life are over, when a wrong clock dated them, and when they or their keys are
     damaged. While the clocks disagree a certificate is valid by both.
+
+    Attributes:
+        client: certificate and key of the server as a client of its broker.
+        ends: end of the listeners' certificate, UTC.
     """
 
     def __init__(self, home: ServerPaths, ca: CertificateAuthority, host: str, clock: ServerClock) -> None:
@@ -159,6 +163,7 @@ class Certificates:
             changed = True
         both = (self._tls / "mqtt.pem").read_bytes() + (self._tls / "mqtt.key").read_bytes()
         atomic_write(self.client, both, mode=0o600)
+        self.ends = x509.load_pem_x509_certificate((self._tls / "server.pem").read_bytes()).not_valid_after_utc
         if changed:
             for context in self._contexts:
                 self._load(context)

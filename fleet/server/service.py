@@ -32,6 +32,7 @@ from fleet.server import listener as listeners
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay, Talk
+from fleet.server.api.metrics import Figures, Metrics
 from fleet.server.api.operators import (
     CommandHandlers,
     DeviceHandlers,
@@ -44,7 +45,7 @@ from fleet.server.api.publishing import Artifacts, PublishingHandlers
 from fleet.server.api.routes import Handlers
 from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
-from fleet.server.api.views import Metrics, Views
+from fleet.server.api.views import Views
 from fleet.server.broker.broker import Broker, BrokerError, Denied
 from fleet.server.check_ins import CheckIns
 from fleet.server.clock import BEHIND_MAX, ServerClock
@@ -162,9 +163,10 @@ class Server:
         for_operators = routes.application(self._operators, self._store)
         for_devices = routes.device_application(self._devices)
         limits = self._config.limits
+        seen = self._latencies
         for application, sockets, context, most in (
-            (for_operators, operators, certificates.context(devices=False), limits.operators),
-            (for_devices, devices, certificates.context(devices=True), limits.devices),
+            (seen.of(for_operators, "operators"), operators, certificates.context(devices=False), limits.operators),
+            (seen.of(for_devices, "devices"), devices, certificates.context(devices=True), limits.devices),
         ):
             if most.within(files) != most:
                 log.warning("only %s connections: this process may not have more open files (ulimit -n)", files)
@@ -321,7 +323,22 @@ class Server:
         keys = DeviceKeys(
             store=store, repository=repository, director=self._director, controller=self._conductor, clock=clock
         )
-        metrics = Metrics(store=store, messages=ingest.counts, connected=lambda: self._bus.connected)
+        figures = Figures(
+            version=_version(),
+            started_at=self._started_at,
+            connected=lambda: self._bus.connected,
+            messages=ingest.counts,
+            pending=lambda: ingest.pending,
+            certificates=lambda: {
+                "root": self._ca.root.not_valid_after_utc,
+                "issuing": self._ca.issuer.not_valid_after_utc,
+                "server": self._certificates.ends,
+            },
+            roles=lambda: {role.role: role.expires for role in self._repository.roles()},
+            ahead=ahead.count,
+        )
+        metrics = Metrics(store=store, figures=figures, clock=clock, monotonic=time.monotonic)
+        self._latencies = metrics.latencies
         self._operators = Handlers(
             fleet=FleetHandlers(views=views, metrics=metrics, status=self.status, ahead=ahead),
             devices=DeviceHandlers(

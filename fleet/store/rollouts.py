@@ -323,6 +323,16 @@ class Rollouts:
         sql = "SELECT outcome, count(*) AS n FROM rollout_devices WHERE rollout = ? GROUP BY outcome"
         return {row["outcome"]: row["n"] for row in self._db.rows(sql, number)}
 
+    def failures(self, *, after: float) -> dict[str, int]:
+        """Count devices that failed since `after`, by code, in rollouts that are open or ended since."""
+        sql = (
+            "SELECT json_extract(b.member, '$.code') AS code, count(*) AS n FROM rollouts r "
+            "JOIN rollout_devices b ON b.rollout = r.number "
+            "WHERE coalesce(r.ended_at, ?) >= ? AND b.outcome = 'failed' AND b.ended_at >= ? "
+            "GROUP BY code ORDER BY code"
+        )
+        return {row["code"] or "": row["n"] for row in self._db.rows(sql, after, after, after)}
+
     def states(self) -> dict[str, int]:
         """Count rollouts by state."""
         rows = self._db.rows("SELECT state, count(*) AS n FROM rollouts GROUP BY state ORDER BY state")

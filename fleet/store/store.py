@@ -245,6 +245,16 @@ class Access:
         row = self._db.row(sql, device)
         return None if row is None else read(CertificateRow, row)
 
+    def count_expiring(self, *, before: float) -> int:
+        """Count the devices whose newest certificate ends before then, without revoked ones."""
+        sql = (
+            "SELECT count(*) AS n FROM (SELECT max(c.not_after) AS ends FROM certificates c "
+            "JOIN devices d ON d.id = c.device WHERE NOT d.revoked GROUP BY c.device) WHERE ends < ?"
+        )
+        row = self._db.row(sql, before)
+        assert row is not None
+        return int(row["n"])
+
     def revoked(self) -> list[CertificateRow]:
         """Return every revoked certificate."""
         return [read(CertificateRow, row) for row in self._db.rows("SELECT * FROM certificates WHERE revoked")]

@@ -289,6 +289,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "sqlite_utils": ("fleet.store.sqlite",),
     "amqtt": ("fleet.server.broker.embedded",),
     "httpx": ("fleet.client",),
+    "prometheus_client": ("fleet.server.api.metrics",),
     "univers": ("fleet.evidence.query",),
     "packageurl": ("fleet.evidence.sbom",),
 }

@@ -22,8 +22,9 @@ from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
 from fleet.server.api.devices import LogRelay
 from fleet.server.api.http import answer, body, param
+from fleet.server.api.metrics import Metrics
 from fleet.server.api.query import LABEL, Number, Word
-from fleet.server.api.views import Metrics, Views
+from fleet.server.api.views import Views
 from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import Director
 from fleet.server.enrolment import Enrolment
@@ -75,9 +76,10 @@ class FleetHandlers:
         wanted = await body(request, operator_api.ReconcileRequest)
         return answer(self._ahead.reconcile(wanted, by=by))
 
-    async def metrics(self, _request: Request, _by: str) -> Response:
+    async def metrics(self, request: Request, _by: str) -> Response:
         """GET /metrics."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        text, kind = self._metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
 
 
 class DeviceHandlers:

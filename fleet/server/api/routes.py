@@ -65,9 +65,10 @@ class Access(Enum):
     """Role that a route requires, least first."""
 
     OPEN = 0  # no token
-    VIEWER = 1
-    OPERATOR = 2
-    ADMIN = 3
+    SCRAPER = 1
+    VIEWER = 2
+    OPERATOR = 3
+    ADMIN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -482,7 +483,7 @@ async def _openapi(_request: Request, _by: str) -> Response:
 
 UNDOCUMENTED: Final[tuple[Route, ...]] = (
     _get("/healthz", lambda _: _health, "text/plain", "Answer while the server runs", access=Access.OPEN),
-    _get("/metrics", lambda on: on.fleet.metrics, "text/plain", "Show figures for Prometheus"),
+    _get("/metrics", lambda on: on.fleet.metrics, "text/plain", "Show figures for Prometheus", access=Access.SCRAPER),
     _get("/openapi.json", lambda _: _openapi, "application/json", "Show this document"),
 )
 """Routes outside of the OpenAPI document, for machines."""
@@ -617,8 +618,10 @@ def _authorise(request: Request, needs: Access, store: Store) -> str:
             action="send the token that fleet init wrote to operator/token",
         )
     name, role = operator
+    if role == Role.SCRAPER and needs is not Access.SCRAPER:
+        raise Refusal(403, "forbidden", f"{name} is a scraper and may read nothing but /metrics")
     match needs:
-        case Access.OPEN | Access.VIEWER:
+        case Access.OPEN | Access.SCRAPER | Access.VIEWER:
             pass
         case Access.OPERATOR:
             if role == Role.VIEWER:

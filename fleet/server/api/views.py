@@ -1,4 +1,4 @@
-"""Views: replies of the operator API from rows of the store, and Prometheus text. Views never write."""
+"""Views: replies of the operator API from rows of the store. Views never write."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ import msgspec
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.bounds import NUMBER_MAX
-from fleet.protocol.codes import RETRYABLE, AlertKind, Outcome, Phase, RejectCode, remediation
+from fleet.protocol.codes import RETRYABLE, Outcome, Phase, RejectCode, remediation
 from fleet.protocol.messages import Health, Report
 from fleet.protocol.names import BadNameError, TargetName
 from fleet.protocol.operator_api import GroupPlan, History
@@ -403,63 +403,3 @@ def _shown(target: str) -> str:
         return str(TargetName.from_path(target))
     except BadNameError:
         return target
-
-
-class Metrics:
-    """Figures of the server.
-
-    Args:
-        messages: number of messages from devices, by kind.
-        connected: whether the server is on its broker.
-    """
-
-    def __init__(self, *, store: Store, messages: Counter[str], connected: Callable[[], bool]) -> None:
-        self._store, self._messages, self._connected = store, messages, connected
-
-    def text(self) -> str:
-        """Render the figures in Prometheus' text format."""
-        devices, online = self._store.devices.count()
-        alerts = Counter(each.kind for each in self._store.devices.alerts())
-        lines = [
-            *_metric("wasmfleet_devices", "gauge", "Devices that are enrolled.", [("", devices)]),
-            *_metric("wasmfleet_devices_online", "gauge", "Devices that are online.", [("", online)]),
-            *_metric(
-                "wasmfleet_devices_behind",
-                "gauge",
-                "Devices that have not accepted their newest assignment.",
-                [("", len(self._store.delivery.behind()))],
-            ),
-            *_metric(
-                "wasmfleet_rollouts",
-                "gauge",
-                "Rollouts by state.",
-                [(f'{{state="{state}"}}', count) for state, count in self._store.rollouts.states().items()],
-            ),
-            *_metric(
-                "wasmfleet_messages_total",
-                "counter",
-                "Messages from devices by kind.",
-                [(f'{{kind="{kind}"}}', count) for kind, count in sorted(self._messages.items())],
-            ),
-            *_metric(
-                "wasmfleet_device_alerts",
-                "gauge",
-                "Devices with a security event, by kind.",
-                [(f'{{kind="{kind}"}}', alerts[kind]) for kind in AlertKind],
-            ),
-            *_metric(
-                "wasmfleet_broker_connected",
-                "gauge",
-                "Whether the server is on its broker.",
-                [("", int(self._connected()))],
-            ),
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _metric(name: str, kind: str, words: str, samples: list[tuple[str, int]]) -> list[str]:
-    return [
-        f"# HELP {name} {words}",
-        f"# TYPE {name} {kind}",
-        *(f"{name}{labels} {value}" for labels, value in samples),
-    ]

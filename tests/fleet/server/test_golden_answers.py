@@ -184,7 +184,8 @@ async def of_operators(fleet, behaviours, clerk):
     await whom_to_trust(ask)
     acts = {entry["act"] for entry in (await ask("GET /v1/audit", limit=200)).json()["entries"]}
     metrics = await operator.http.get("/metrics")
-    lines = [re.sub(r" \S+$", "", line) for line in metrics.text.splitlines() if not line.startswith("# HELP")]
+    timely = ("# HELP", "wasmfleet_http_request_duration_seconds", "process_")
+    lines = [re.sub(r" \S+$", "", line) for line in metrics.text.splitlines() if not line.startswith(timely)]
     clerk.note("GET /metrics", metrics, body=lines)
 
     await ask("POST /v1/undo", operator_api.UndoRequest(group="edge"))
