@@ -8,14 +8,14 @@ policy; a security epoch never falls.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, assert_never
+from typing import Any
 
 from tuf.api.metadata import TargetFile
 
 from fleet.protocol import bounds, manifest, names, outbound
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Evidence, Grants, Http, Manifest, OnMessage, Schedule, Service
+from fleet.protocol.manifest import Evidence, Grants, Manifest, describe_trigger
 from fleet.protocol.names import TargetName
 from signing.errors import Rejected
 from signing.state import VerifierState
@@ -227,7 +227,7 @@ def describe(release: Release, *, before: Release | None = None) -> str:
     wanted = _describe_grants(grants)
     lines = [
         f"{release.name}, {release.length} bytes, sha256 {release.sha256}",
-        f"  called by   {_trigger(release.manifest)}",
+        f"  called by   {' and '.join(map(describe_trigger, release.manifest.triggers))}",
         f"  may reach   {', '.join(wanted) or 'nothing'}",
     ]
     newly = _describe_grants(grants, beyond=old)
@@ -247,19 +247,3 @@ def _describe_grants(grants: Grants, *, beyond: Grants | None = None) -> list[st
         *(outbound.describe(each) for each in grants.outbound if not outbound.covered(each, had.outbound)),
         *(f"{each}.internal" for each in grants.instances if each not in had.instances),
     ]
-
-
-def _trigger(described: Manifest) -> str:
-    match described.trigger:
-        case Http():
-            return "HTTP requests"
-        case Schedule(every_ms=int(every)):
-            return f"a timer, every {every} ms"
-        case Schedule(cron=cron):
-            return f"a timer, at {cron}"
-        case OnMessage(topics=topics):
-            return f"messages on {', '.join(topics) or 'no topic'}"
-        case Service():
-            return "nothing: it runs until it ends"
-        case other:
-            assert_never(other)

@@ -11,7 +11,7 @@ from fleet.component import component_toml, reader, served, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import bounds
-from fleet.protocol.manifest import BadManifestError, Grants
+from fleet.protocol.manifest import BadManifestError, Grants, describe_trigger
 from fleet.protocol.operator_api import DeviceRow
 from fleet.protocol.printable import printable
 
@@ -58,6 +58,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     if options.json:
         facts = msgspec.to_builtins(shape)
         assert isinstance(facts, dict)
+        facts |= {"triggers": [] if manifest is None else msgspec.to_builtins(manifest.triggers)}
         output.show_json(
             {**facts, "problem": problem, "unserved": unserved, "notes": notes, "component_toml": suggestion}
         )
@@ -71,6 +72,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
             ("holds", f"{len(shape.modules)} core modules, {shape.components} components"),
             ("made by", shape.producers),
             ("manifest", str(found) if found else "none beside it"),
+            ("called by", () if manifest is None else tuple(map(describe_trigger, manifest.triggers))),
             ("problem", problem),
             *(("note", note) for note in notes),
         ]

@@ -170,9 +170,11 @@ def unfit(device: DeviceRow, component: Component | None, manifest: Manifest) ->
         said = f"it is {device.machine}, the component is for {', '.join(manifest.arch)}"
     elif device.versions.host and not device.versions.engine:
         said = "it has no engine"
-    elif component is not None and (reported := device.versions.interfaces):
-        lacking = served.unserved(component, device=reported)
+    elif reported := device.versions.interfaces:
+        lacking = () if component is None else served.unserved(component, device=reported)
+        uncalled = served.uncalled(manifest, reported)
         said = f"its host does not serve {lacking[0].name}: upgrade its agent" if lacking else ""
+        said = said or (f"its host is too old, {uncalled}: upgrade its agent" if uncalled else "")
     said = said or served.too_large(manifest, device.memory_bytes)
     return Excluded(device=device.id, reason=said) if said else None
 

@@ -31,7 +31,7 @@ from fleet.component import reader, served
 from fleet.protocol import bounds, operator_api, outbound
 from fleet.protocol.codes import OnBreach
 from fleet.protocol.files import create_exclusive
-from fleet.protocol.manifest import Grants, Manifest
+from fleet.protocol.manifest import Grants, Manifest, trigger_name
 from fleet.protocol.names import BadNameError, TargetName, check_label
 from fleet.protocol.operator_api import DeviceRow, Excluded, GroupPlan, Preflight, RolloutRequest
 from fleet.rollout import members
@@ -633,7 +633,7 @@ def _draw(stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRo
 
 def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:
     shape = prepared.component
-    kind = type(manifest.trigger).__name__.lower()
+    kind = ", ".join(dict.fromkeys(map(trigger_name, manifest.triggers)))
     now = f"in place of {output.target(preflight.previous)}" if preflight.previous else "as a new instance"
     rows = [
         ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),

@@ -12,7 +12,7 @@ differs from the defaults, in units for people.
 import json
 import re
 import tomllib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Final, get_args
 
 import msgspec
@@ -42,6 +42,7 @@ from fleet.protocol.manifest import (
     SecretKey,
     Service,
     Trigger,
+    trigger_name,
 )
 
 DEV_VERSION: Final = "0.0.0-dev.0"
@@ -100,8 +101,8 @@ def load(
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise BadManifestError(f"{FILE_NAME} is not TOML: {error}") from error
     table = Table("", raw)
-    trigger = _trigger(table, component)
-    world = _world(table, component, trigger, file_name)
+    triggers = _triggers(table, component)
+    world = _world(table, component, triggers, file_name)
     health = table.table("health").struct(Health)
     if component is not None:
         health = _health(health, component, file_name, written="check" in raw.get("health", {}))
@@ -109,7 +110,8 @@ def load(
         name=_name(table, component, file_name),
         version=checked(names.check_version, table.text("version", version), "version"),
         description=table.text("description", ""),
-        trigger=trigger,
+        trigger=triggers[0],
+        more_triggers=triggers[1:],
         world=world,
         grants=_grants(table.table("grants")),
         limits=table.table("limits").struct(Limits),
@@ -246,8 +248,19 @@ def _nothing_to_call(component: Component, file_name: str) -> str:
     return f"{file_name} exports {what}; a device can call one of {known}"
 
 
-def _trigger(table: Table, component: Component | None) -> Trigger:
-    raw = table.take("trigger")
+def _triggers(table: Table, component: Component | None) -> tuple[Trigger, ...]:
+    raw, several = table.take("trigger"), table.take("triggers")
+    if several is not None:
+        if raw is not None:
+            raise BadManifestError(f"{FILE_NAME}: trigger and triggers: write one of them, triggers for several")
+        if not isinstance(several, list):
+            raise table.wrong("triggers", "a list of triggers", several)
+        if not several:
+            raise BadManifestError(f"{FILE_NAME}: triggers is empty: name at least one")
+        found = tuple(_trigger(f"triggers[{number}]", each) for number, each in enumerate(several))
+        if wrong := manifest.trigger_conflict(found):
+            raise BadManifestError(f"{FILE_NAME}: triggers: {wrong}")
+        return found
     if raw is None:
         entry = _entry(component, None) if component else None
         if entry is None or entry[1] in {Schedule, OnMessage}:
@@ -255,8 +268,12 @@ def _trigger(table: Table, component: Component | None) -> Trigger:
                 f'{FILE_NAME}: trigger is missing: "http", "service", {{ type = "schedule", every = "10s" }} '
                 'or { type = "message", topics = ["name"] }'
             )
-        return entry[1]()
-    inner = Table("trigger", raw if isinstance(raw, dict) else {"type": raw})
+        return (entry[1](),)
+    return (_trigger("trigger", raw),)
+
+
+def _trigger(path: str, raw: object) -> Trigger:
+    inner = Table(path, raw if isinstance(raw, dict) else {"type": raw})
     kind = inner.text("type", "")
     trigger: Trigger
     match kind:
@@ -269,9 +286,9 @@ def _trigger(table: Table, component: Component | None) -> Trigger:
         case "message":
             trigger = OnMessage(topics=inner.texts("topics", lambda topic: None if topic else "a topic has a name"))
             if not trigger.topics:
-                raise BadManifestError(f"{FILE_NAME}: trigger.topics is missing: list the topics that it receives")
+                raise BadManifestError(f"{FILE_NAME}: {path}.topics is missing: list the topics that it receives")
         case _:
-            raise BadManifestError(f"{FILE_NAME}: trigger.type {kind!r}: one of http, schedule, message, service")
+            raise BadManifestError(f"{FILE_NAME}: {path}.type {kind!r}: one of http, schedule, message, service")
     inner.finish()
     return trigger
 
@@ -280,27 +297,38 @@ def _schedule(table: Table) -> Schedule:
     every = table.duration("every", None)
     spec = table.take("cron")
     if (every is None) == (spec is None):
-        raise BadManifestError(f'{FILE_NAME}: trigger: a schedule has either every = "10s" or cron = "*/5 * * * *"')
+        either = 'a schedule has either every = "10s" or cron = "*/5 * * * *"'
+        raise BadManifestError(f"{FILE_NAME}: {table.path}: {either}")
     if spec is None:
         return Schedule(every_ms=every)
     if not isinstance(spec, str):
         raise table.wrong("cron", 'a text such as "*/5 * * * *"', spec)
-    return Schedule(cron=checked(manifest.check, spec, "trigger.cron"))
+    return Schedule(cron=checked(manifest.check, spec, table.at("cron")))
 
 
-def _world(table: Table, component: Component | None, trigger: Trigger, file_name: str) -> str:
+def _world(table: Table, component: Component | None, triggers: Sequence[Trigger], file_name: str) -> str:
+    """Return the world of the first trigger. Raises `BadManifestError` for a trigger without its export."""
     written = table.text("world", "")
     if component is None:
         return written
+    alone = len(triggers) == 1
+    first, *_ = [
+        _entry_of(component, each, "trigger" if alone else f"trigger {trigger_name(each)!r}", file_name)
+        for each in triggers
+    ]
+    if written not in {"", first[2]}:
+        raise BadManifestError(f"{FILE_NAME}: world is {written!r}, but {file_name} exports {first[0]}")
+    return first[2]
+
+
+def _entry_of(component: Component, trigger: Trigger, where: str, file_name: str) -> tuple[str, type[Trigger], str]:
     kind = type(trigger)
     entry = _entry(component, kind)
     if entry is None:
         wanted = " nor ".join(interface for interface, other, _ in _ENTRIES if other is kind)
         which = "neither " if " nor " in wanted else "no "
-        raise BadManifestError(f"{FILE_NAME}: trigger does not fit: {file_name} exports {which}{wanted}")
-    if written not in {"", entry[2]}:
-        raise BadManifestError(f"{FILE_NAME}: world is {written!r}, but {file_name} exports {entry[0]}")
-    return entry[2]
+        raise BadManifestError(f"{FILE_NAME}: {where} does not fit: {file_name} exports {which}{wanted}")
+    return entry
 
 
 def _health(health: Health, component: Component, file_name: str, *, written: bool) -> Health:
@@ -441,7 +469,8 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         lines.append(f"version = {text(manifest.version)}")
     if manifest.description:
         lines.append(f"description = {text(manifest.description)}")
-    lines.append(f"trigger = {_trigger_lines(manifest.trigger)}")
+    triggers = [_trigger_lines(each) for each in manifest.triggers]
+    lines.append(f"trigger = {triggers[0]}" if len(triggers) == 1 else f"triggers = [{', '.join(triggers)}]")
     if manifest.world:
         lines.append(f"world = {text(manifest.world)}")
     if manifest.security_epoch:

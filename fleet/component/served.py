@@ -170,6 +170,16 @@ def uncallable(trigger: Trigger) -> str:
             return f"no device hands messages to components: export {wasi.HTTP_HANDLER}, and be called over HTTP"
 
 
+def uncalled(manifest: Manifest, device: Collection[str]) -> str:
+    """Say which of the manifest's triggers a device does not have, by what it reported; empty for none.
+
+    `device`: as in `unserved`; of a device of before, which reports no trigger, everything later is missing.
+    """
+    if len(manifest.triggers) > 1 and wasi.SEVERAL_TRIGGERS not in device:
+        return "it knows manifests with one trigger only"
+    return ""
+
+
 def problems(component: Component, manifest: Manifest | None, *, file_name: str = "component.wasm") -> tuple[str, ...]:
     """Say in sentences why no device could run a component; nothing where the table has no objection.
 
@@ -178,8 +188,7 @@ def problems(component: Component, manifest: Manifest | None, *, file_name: str 
     found = [each.why for each in unserved(component, file_name=file_name)]
     if manifest is None:
         return tuple(found)
-    if said := uncallable(manifest.trigger):
-        found.append(said)
+    found += filter(None, map(uncallable, manifest.triggers))
     if manifest.limits.memory_bytes > _MEMORY_MAX_BYTES:
         most = format_size(manifest.limits.memory_bytes)
         found.append(f"limits.memory is {most}: a component addresses at most {format_size(_MEMORY_MAX_BYTES)}")
@@ -200,7 +209,7 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
 
 def serial(manifest: Manifest) -> str:
     """Say that requests wait for each other, where the manifest allows one at a time; empty otherwise."""
-    if not isinstance(manifest.trigger, Http) or manifest.limits.concurrency > 1:
+    if not manifest.triggers_of(Http) or manifest.limits.concurrency > 1:
         return ""
     return (
         "requests are answered one at a time, the next waits until the last is answered: "

@@ -55,3 +55,8 @@ SERVED: Final = (
     "wasi:sockets@0.2",
 )
 """Packages of which a host serves interfaces, as it reports them; `fleet.component.served` has the interfaces."""
+
+SEVERAL_TRIGGERS: Final = "wasmfleet:triggers@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS,)
+"""What a host of this version reports besides: how it calls components in ways that hosts before it do not."""

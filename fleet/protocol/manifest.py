@@ -15,10 +15,11 @@ with commas. When both days are restricted, either fits. Times are naive: wall-c
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
@@ -172,6 +173,50 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 Trigger = Http | Schedule | OnMessage | Service
+
+TriggerKind = TypeVar("TriggerKind", bound=Trigger)
+
+TRIGGERS_MAX: Final = 8
+"""Most triggers of one component."""
+
+
+def trigger_name(trigger: Trigger) -> str:
+    """Return the type of a trigger as manifests have it, such as `schedule`."""
+    return str(trigger.__struct_config__.tag)
+
+
+def describe_trigger(trigger: Trigger) -> str:
+    """Describe what calls a component, for people."""
+    match trigger:
+        case Http():
+            return "HTTP requests"
+        case Schedule(every_ms=int(every)):
+            return f"a timer, every {every} ms"
+        case Schedule(cron=cron):
+            return f"a timer, at {cron}"
+        case OnMessage(topics=topics):
+            return f"messages on {', '.join(topics) or 'no topic'}"
+        case Service():
+            return "nothing: it runs until it ends"
+        case other:
+            assert_never(other)
+
+
+def trigger_conflict(triggers: Sequence[Trigger]) -> str:
+    """Say why one instance cannot have all of these triggers; empty where it can."""
+    if len(triggers) > TRIGGERS_MAX:
+        return f"{len(triggers)} triggers, at most {TRIGGERS_MAX} are allowed"
+    if len(set(triggers)) < len(triggers):
+        return "one of the triggers is there twice"
+    for kind, name in ((Http, "http"), (OnMessage, "message"), (Service, "service")):
+        if sum(isinstance(each, kind) for each in triggers) > 1:
+            return f"an instance has at most one trigger of type {name}"
+    if len(triggers) > 1 and any(isinstance(each, Service) for each in triggers):
+        return (
+            "a service runs without end, so that its instance has no turn for other triggers: "
+            "make it a component of its own"
+        )
+    return ""
 
 
 class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -372,10 +417,11 @@ class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Declaration of a component: identity, trigger, grants, limits, health check, configuration.
+    """Declaration of a component: identity, triggers, grants, limits, health check, configuration.
 
     Attributes:
         name, version: of the component; the signing key determines the namespace.
+        trigger, more_triggers: what it is called by; the first, which devices of every version read, and others.
         world: contract that it exports, such as `wasmfleet:http` (small native world) or `wasi:http`.
         security_epoch: a device that has run epoch N refuses older ones.
         data_schema: version of the instance's data; a change copies it before the swap.
@@ -396,6 +442,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     data_schema: Count = 0
     arch: tuple[str, ...] = ()
     secrets: dict[str, SecretKey] = {}
+    more_triggers: tuple[Trigger, ...] = ()
+
+    @property
+    def triggers(self) -> tuple[Trigger, ...]:
+        """Everything that it is called by."""
+        return (self.trigger, *self.more_triggers)
+
+    def triggers_of(self, kind: type[TriggerKind]) -> tuple[TriggerKind, ...]:
+        """Return its triggers of one kind."""
+        return tuple(each for each in self.triggers if isinstance(each, kind))
 
     def plain(self) -> dict[str, Any]:
         """Convert to JSON types for signing, without later fields that have their default: `LATER`, `LATER_OF_KEYS`."""
@@ -418,7 +474,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return wire.digest(self.plain())
 
 
-LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances")
+LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances", "more_triggers")
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 
@@ -447,7 +503,8 @@ def decode(data: bytes) -> Manifest:
     """Read a normalised manifest from JSON.
 
     Raises:
-        BadManifestError: too large, not JSON, an unknown field or one of another type, a key that contradicts itself.
+        BadManifestError: too large, not JSON, an unknown field or one of another type, a key that contradicts itself,
+            triggers that do not go together.
     """
     if len(data) > bounds.MANIFEST_MAX_BYTES:
         raise BadManifestError(f"the manifest has {len(data)} bytes, at most {bounds.MANIFEST_MAX_BYTES} fit")
@@ -458,6 +515,8 @@ def decode(data: bytes) -> Manifest:
     for key, declared in found.config.items():
         if wrong := declared.contradiction():
             raise BadManifestError(f"manifest: config.{key}: {wrong}")
+    if wrong := trigger_conflict(found.triggers):
+        raise BadManifestError(f"manifest: triggers: {wrong}")
     return found
 
 

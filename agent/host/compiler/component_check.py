@@ -215,7 +215,8 @@ def _exports(manifest: Manifest, fd: int, *, any_trigger: bool) -> tuple[str, ..
     _tick(engine, runtime.TICK_MS / 1000)
     started = guest.start(image, limits=limits, grants=manifest.grants, config=config, log=lambda _line: None)
     # `served.problems` refuses triggers that no device has
-    needed = {} if any_trigger else {runtime.HANDLER if isinstance(manifest.trigger, Http) else runtime.TASK: "trigger"}
+    triggers = () if any_trigger else manifest.triggers
+    needed = {runtime.HANDLER if isinstance(each, Http) else runtime.TASK: "trigger" for each in triggers}
     if manifest.health.check:
         needed[runtime.HEALTH] = "manifest"
     for export, of in needed.items():

@@ -37,7 +37,7 @@ from agent.host.supervisor.shared_ingress import SharedIngress
 from agent.host.supervisor.swap import SwapBarrier
 from agent.host.supervisor.worker_handle import WorkerGoneError
 from agent.host.supervisor.worker_pool import WorkerPool, ZygotePool
-from fleet.component.wasi import SERVED
+from fleet.component.wasi import CALLED, SERVED
 from fleet.protocol.codes import InstanceState, RejectCode
 
 VERSION: Final = "0.2.0"
@@ -388,7 +388,7 @@ class Supervisor:
             ingress="" if ingress is None else f"{ingress[0]}:{ingress[1]}",
             running=running,
             more=more,
-            interfaces=SERVED if self._engine else (),
+            interfaces=(*SERVED, *CALLED) if self._engine else (),
             protocol=host_api.PROTOCOL,
         )
 

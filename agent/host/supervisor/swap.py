@@ -113,8 +113,7 @@ async def go_back(parts: SwapParts, current: Generation, warm: Generation) -> fl
 
 def check_schedule(generation: Generation) -> None:
     """Raise `StartError` for a schedule that is malformed or never due."""
-    trigger = generation.run.manifest.trigger
-    if isinstance(trigger, Schedule):
+    for trigger in generation.run.manifest.triggers_of(Schedule):
         try:
             ScheduleTimer(trigger)
         except BadCronError as error:
@@ -122,12 +121,12 @@ def check_schedule(generation: Generation) -> None:
 
 
 def check_exports(generation: Generation) -> None:
-    """Raise `StartError` for a guest that does not export what its trigger calls."""
-    trigger = generation.run.manifest.trigger
-    needed = HANDLER if isinstance(trigger, Http) else TASK if isinstance(trigger, Schedule) else ""
-    if needed not in generation.kinds:
-        what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
-        raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {what}")
+    """Raise `StartError` for a guest that does not export what one of its triggers calls."""
+    for trigger in generation.run.manifest.triggers:
+        needed = HANDLER if isinstance(trigger, Http) else TASK if isinstance(trigger, Schedule) else ""
+        if needed not in generation.kinds:
+            what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
+            raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {what}")
 
 
 async def check_health(generation: Generation, worker: WorkerHandle) -> None:
@@ -158,7 +157,7 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
     Raises:
         StartError: PORT_IN_USE.
     """
-    if not isinstance(generation.run.manifest.trigger, Http):
+    if not generation.run.manifest.triggers_of(Http):
         return
     port = generation.run.port
     was_open = parts.listeners.is_open(parts.name, port)
@@ -177,7 +176,7 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
 
 async def finish_task(parts: SwapParts, generation: Generation) -> None:
     """Stop a generation's timers, and wait for a scheduled task in flight: two generations never run a task at once."""
-    if isinstance(generation.run.manifest.trigger, Schedule):
+    if generation.run.manifest.triggers_of(Schedule):
         await parts.workers.finish_task(generation)
 
 

@@ -15,7 +15,7 @@ from agent.host.supervisor.wall_clock import CronTimer
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import GRACE_S
 from fleet.protocol import manifest
-from fleet.protocol.manifest import Health, Schedule
+from fleet.protocol.manifest import Health, Http, Schedule
 
 MIN_EVERY_MS: Final = 100
 
@@ -77,8 +77,10 @@ class InstanceTimers:
         self.stop()
         self._generation = generation
         manifest = generation.run.manifest
-        if isinstance(manifest.trigger, Schedule):
-            self._tasks.append(asyncio.ensure_future(self._run_tasks(generation, ScheduleTimer(manifest.trigger))))
+        in_turn = asyncio.Lock()
+        for schedule in manifest.triggers_of(Schedule):
+            timer = ScheduleTimer(schedule)
+            self._tasks.append(asyncio.ensure_future(self._run_tasks(generation, timer, in_turn)))
         if manifest.health.check:
             self._tasks.append(asyncio.ensure_future(self._check_health(generation)))
 
@@ -103,22 +105,28 @@ class InstanceTimers:
         if workers := generation.alive:
             self._events.health_answered(workers[0], await ask_health(generation, workers[0]))
 
-    async def _run_tasks(self, generation: Generation, timer: ScheduleTimer) -> None:
-        timeout_s = generation.run.limits.total_ms / 1000 + GRACE_S
+    async def _run_tasks(self, generation: Generation, timer: ScheduleTimer, in_turn: asyncio.Lock) -> None:
         while True:
             task = worker_api.Task(scheduled_ms=await timer.next())
-            if not generation.alive:
-                continue
-            worker = generation.alive[0]
-            try:
-                ran = await worker.request(task, reply=worker_api.Ran, timeout_s=timeout_s)
-            except WorkerGoneError:
-                continue
-            except TimeoutError:
-                worker.kill("its task did not end in time")
-                continue
-            if ran.problem is not None:
-                self._log.note(f"host: its task failed: {ran.problem}")
+            async with in_turn:  # one task of an instance at a time, whichever schedule it is of
+                await self._run_task(generation, task)
+
+    async def _run_task(self, generation: Generation, task: worker_api.Task) -> None:
+        if not generation.alive:
+            return
+        worker = generation.alive[0]
+        # a request that the worker has begun is answered first
+        waits = 2 if generation.run.manifest.triggers_of(Http) else 1
+        timeout_s = waits * generation.run.limits.total_ms / 1000 + GRACE_S
+        try:
+            ran = await worker.request(task, reply=worker_api.Ran, timeout_s=timeout_s)
+        except WorkerGoneError:
+            return
+        except TimeoutError:
+            worker.kill("its task did not end in time")
+            return
+        if ran.problem is not None:
+            self._log.note(f"host: its task failed: {ran.problem}")
 
     async def _check_health(self, generation: Generation) -> None:
         # Evaluated each time: a commit ends the shorter interval.

@@ -176,7 +176,7 @@ class WorkerSet:
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
             channel = None
-            if isinstance(generation.run.manifest.trigger, Http):
+            if generation.run.manifest.triggers_of(Http):
                 channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
                 fds.append(theirs.fileno())
             message = worker_api.Setup(

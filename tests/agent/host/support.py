@@ -133,12 +133,23 @@ TESTS = []  # that have begun: each runs components of its own, for a host that 
 
 
 def a_run(
-    instance, generation, *, trigger=None, grants=None, limits=None, health=None, namespace="main", schema=0, **rest
+    instance,
+    generation,
+    *,
+    trigger=None,
+    more_triggers=(),
+    grants=None,
+    limits=None,
+    health=None,
+    namespace="main",
+    schema=0,
+    **rest,
 ):
     manifest = Manifest(
         name=instance,
         version=f"1.0.{generation}",
         trigger=trigger or Http(),
+        more_triggers=more_triggers,
         grants=grants or Grants(),
         limits=limits or Limits(),
         health=health or Health(),

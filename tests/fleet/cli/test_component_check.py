@@ -186,6 +186,34 @@ def test_other_architectures_are_judged_by_what_devices_reported(saved, fleet, d
     assert (result.exit_code, json.loads(result.stdout)["problems"]) == (1, ["none of these devices could run it"])
 
 
+TWO_TRIGGERS = bytes(wat2wasm((GUESTS / "two-triggers.wat").read_text()))
+TRIGGERS = 'triggers = ["http", { type = "schedule", every = "10s" }]\n'
+
+
+def test_several_triggers_are_shown_judged_by_this_machine_and_by_what_devices_reported(saved, fleet, desk):
+    newer = Versions(agent="1", host="1", engine="50.0.1", interfaces=(*wasi.SERVED, *wasi.CALLED))
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=(row("new", versions=newer), row("before")))
+    file = saved(TWO_TRIGGERS)
+    file.with_name("component.toml").write_text(TRIGGERS)
+    result = fleet("component", "check", file, "--group", "edge-eu", "--json")
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["problems"]) == (0, [])
+    reason = "its host is too old, it knows manifests with one trigger only: upgrade its agent"
+    assert said["excluded"] == [{"device": "before", "reason": reason}]
+    lines = [" ".join(line.split()) for line in fleet("component", "inspect", file).stdout.splitlines()]
+    assert lines[lines.index("called by HTTP requests") + 1] == "a timer, every 10000 ms"
+    said = json.loads(fleet("component", "inspect", file, "--json").stdout)
+    assert [each["type"] for each in said["triggers"]] == ["http", "schedule"]
+
+
+def test_a_trigger_without_its_export_is_named_before_anybody_signs(saved, fleet):
+    file = saved(HELLO)
+    file.with_name("component.toml").write_text(TRIGGERS)
+    result = fleet("push", file, "--group", "edge-eu", "--dry-run")
+    assert result.exit_code != 0
+    assert "exports no wasmfleet:schedule/task" in result.stderr
+
+
 NO_DEVICES = operator_api.Devices(devices=())
 
 

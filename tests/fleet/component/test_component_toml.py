@@ -23,6 +23,7 @@ from fleet.protocol.manifest import (
     Schedule,
     SecretKey,
     Service,
+    trigger_conflict,
 )
 from fleet.protocol.manifest import convert as manifest_of
 
@@ -35,6 +36,9 @@ def made(*, imports=(), exports=("wasmfleet:http/handler@0.1.0",)):
 
 V1 = made(exports=("wasmfleet:http/handler@0.1.0", "wasmfleet:http/health@0.1.0"))
 TASK = made(exports=("wasmfleet:schedule/task@0.1.0",))
+
+
+EVERY = "{{ type = 'schedule', every = '{}s' }}"
 
 
 def refusal(text, **kwargs):
@@ -186,6 +190,23 @@ def test_the_demo_s_own_texts(name):
         ("trigger = { type = 'message' }", "trigger.topics is missing"),
         ("trigger = 'schedule'", "trigger: a schedule has either every"),
         ("trigger = 'service'", "trigger does not fit: component.wasm exports no wasi:cli/run"),
+        ("trigger = 'http'\ntriggers = ['http']", "trigger and triggers: write one of them"),
+        ("triggers = 'http'", "triggers: expected a list of triggers, not a text"),
+        ("triggers = []", "triggers is empty"),
+        ("triggers = ['http', 'often']", "triggers[1].type 'often': one of http"),
+        ("triggers = ['http', { type = 'schedule' }]", "triggers[1]: a schedule has either every"),
+        ("triggers = ['http', { type = 'schedule', cron = '* *' }]", "triggers[1].cron: '* *' has 2 fields"),
+        ("triggers = ['http', 'http']", "triggers: one of the triggers is there twice"),
+        ("triggers = ['http', 'service']", "a service runs without end"),
+        (f"triggers = [{', '.join(EVERY.format(n) for n in range(1, 10))}]", "9 triggers, at most 8 are allowed"),
+        (
+            f"triggers = ['http', {EVERY.format(1)}]",
+            "'schedule' does not fit: component.wasm exports no wasmfleet:schedule",
+        ),
+        (
+            f"triggers = [{EVERY.format(1)}, 'http']",
+            "'schedule' does not fit: component.wasm exports no wasmfleet:schedule",
+        ),
         ("world = 'wasi:http'", "world is 'wasi:http', but component.wasm exports wasmfleet:http/handler"),
         ("[config.'a b']", "config: 'a b' is not a key"),
         ("[config.x]\ntype = 'float'", "config.x.type: 'float' is none of text, integer, number, boolean"),
@@ -330,7 +351,7 @@ def test_a_component_that_wants_nothing_needs_no_file():
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 labels = st.from_regex(r"\A[a-z0-9-]{1,20}\Z")
 interfaces = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}:[a-z][a-z0-9-]{0,8}(/[a-z][a-z0-9-]{0,8})?\Z")
-triggers = st.one_of(
+a_trigger = st.one_of(
     st.just(Http()),
     st.just(Service()),
     st.builds(Schedule, every_ms=st.integers(100, 10**9)),
@@ -342,7 +363,7 @@ manifests = st.builds(
     Manifest,
     name=labels,
     version=st.sampled_from(["1.2.3", "0.0.0-dev.0", "2.0.0-rc.1+build.5"]),
-    trigger=triggers,
+    trigger=a_trigger,
     world=st.sampled_from(["", "wasi:http"]),
     description=texts,
     grants=st.builds(
@@ -375,6 +396,23 @@ manifests = st.builds(
 )
 
 
+several = st.lists(a_trigger, min_size=2, max_size=8).filter(lambda each: not trigger_conflict(each))
+
+
+@given(several)
+def test_several_triggers_read_back_to_the_same_ones(triggers):
+    manifest = Manifest(name="x", version="1.0.0", trigger=triggers[0], more_triggers=tuple(triggers[1:]))
+    assert component_toml.load(component_toml.render(manifest)) == manifest
+    assert manifest_of(manifest.plain()) == manifest
+
+
+def test_several_triggers_of_a_component_that_exports_what_they_call():
+    both = made(exports=("wasmfleet:schedule/task@0.1.0", "wasi:http/incoming-handler@0.2.0"))
+    manifest = component_toml.load(f"triggers = [{EVERY.format(10)}, 'http']", component=both)
+    assert manifest.triggers == (Schedule(every_ms=10_000), Http())
+    assert manifest.world == "wasmfleet:schedule", "that of the first"
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow])  # of the machine, when it has much else to do
 @given(manifests.filter(lambda each: not each.config.keys() & each.secrets.keys()))
 def test_what_is_suggested_reads_back_to_the_same_manifest(manifest):
@@ -397,6 +435,7 @@ def test_whatever_the_text_only_its_own_error_comes_out(text):
 
 # Documentation
 
+WRITTEN_AS = {"more_triggers": "triggers"}
 DOCS = (Path(__file__).resolve().parents[3] / "docs/component-toml.md").read_text()
 
 
@@ -413,7 +452,7 @@ def test_the_docs_list_every_field_with_its_default():
             assert f"`{default}`" in documented(f"{table}.{field.key}")
     for field in msgspec.structs.fields(Manifest):
         if field.name not in {"limits", "health", "grants", "config", "secrets"}:
-            documented(field.name)
+            documented(WRITTEN_AS.get(field.name, field.name))
     for field in msgspec.structs.fields(Grants):
         documented(f"grants.{field.name}")
     for field in msgspec.structs.fields(ConfigKey):
@@ -424,7 +463,7 @@ def test_the_docs_list_every_field_with_its_default():
 
 def test_the_docs_list_no_field_that_is_not_there():
     known = {"trigger.every", "trigger.cron", "trigger.topics", "trigger.type"}
-    known |= {field.name for field in msgspec.structs.fields(Manifest)}
+    known |= {WRITTEN_AS.get(field.name, field.name) for field in msgspec.structs.fields(Manifest)}
     known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
     known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}

@@ -89,6 +89,27 @@ def test_a_later_field_written_out_at_its_default_hashes_the_same():
         manifest.convert(HELLO.plain() | {"of_tomorrow": 1})
 
 
+def test_a_device_of_before_reads_a_manifest_with_one_trigger():
+    assert "more_triggers" not in HELLO.plain()
+    several = msgspec.structs.replace(HELLO, more_triggers=(manifest.Schedule(every_ms=1000),))
+    assert list(several.plain()["more_triggers"]) == [{"type": "schedule", "every_ms": 1000, "cron": None}]
+    assert several.digest() == "07c775ec9e4d963b9216612dc8c4e215aa7f21abb63dd0a4d4d2cca331f02f04"
+    assert manifest.convert(several.plain()) == several
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([{"type": "http"}], "there twice"),
+        ([{"type": "service"}], "a service runs without end"),
+        ([{"type": "schedule", "every_ms": number} for number in range(100, 108)], "9 triggers, at most 8"),
+    ],
+)
+def test_signed_triggers_that_do_not_go_together_are_no_manifest(more, words):
+    with pytest.raises(BadManifestError, match=f"triggers: .*{words}"):
+        manifest.convert(HELLO.plain() | {"more_triggers": more})
+
+
 KEYS = {
     "integer": manifest.ConfigKey(type="integer", min=-2, max=10),
     "number": manifest.ConfigKey(type="number", min=0, max=1),
