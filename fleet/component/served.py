@@ -103,7 +103,7 @@ def is_served(name: str) -> bool:
     """Tell whether devices serve an interface in this version, to some component."""
     interface, _, version = name.partition("@")
     allowed = IMPORTS.get(interface)
-    return allowed == ANY or (allowed is not None and _fits(version, allowed))
+    return allowed == ANY or (allowed is not None and fits(version, allowed))
 
 
 def _served(name: str, component: Component, device: Collection[str]) -> bool:
@@ -115,10 +115,11 @@ def _served(name: str, component: Component, device: Collection[str]) -> bool:
     packages = dict(each.rpartition("@")[::2] for each in device)
     allowed = packages.get(package(name))
     known = interface in IMPORTS or package(name) not in {package(each) for each in IMPORTS}
-    return known and (allowed == ANY or (allowed is not None and _fits(version, allowed)))
+    return known and (allowed == ANY or (allowed is not None and fits(version, allowed)))
 
 
-def _fits(version: str, allowed: str) -> bool:
+def fits(version: str, allowed: str) -> bool:
+    """Tell whether a version is `allowed`, or a release of it, as `0.2.3` is of `0.2`."""
     return version == allowed or re.fullmatch(re.escape(allowed) + r"(\.\d+)+(\+.*)?", version) is not None
 
 

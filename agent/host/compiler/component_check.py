@@ -201,7 +201,8 @@ def _linked(request: ComponentCheckRequest, fd: int, *, any_trigger: bool) -> Co
 
 def _exports(manifest: Manifest, fd: int, *, any_trigger: bool) -> tuple[str, ...]:
     """Instantiate the guest in a worker's sandbox; return what it exports for a device to call."""
-    from agent.host.engine import adapter_abi, guest, runtime  # noqa: PLC0415
+    from agent.host.engine import adapter_abi, guest, host_interface, runtime  # noqa: PLC0415
+    from agent.host.interfaces import registry  # noqa: PLC0415
 
     limits = manifest.limits
     engine = runtime.Engine(fuel=bool(limits.fuel), pooled=True)
@@ -213,7 +214,10 @@ def _exports(manifest: Manifest, fd: int, *, any_trigger: bool) -> tuple[str, ..
     )
     config = dict.fromkeys(manifest.secrets, "") | {key: each.default or "" for key, each in manifest.config.items()}
     _tick(engine, runtime.TICK_MS / 1000)
-    started = guest.start(image, limits=limits, grants=manifest.grants, config=config, log=lambda _line: None)
+    served_here = host_interface.Served(registry.INTERFACES)
+    started = guest.start(
+        image, limits=limits, grants=manifest.grants, config=config, log=lambda _line: None, served=served_here
+    )
     # `served.problems` refuses triggers that no device has
     triggers = () if any_trigger else manifest.triggers
     needed = {runtime.HANDLER if isinstance(each, Http) else runtime.TASK: "trigger" for each in triggers}

@@ -88,11 +88,6 @@ CHECK: Final = Signature((), _OUTCOME)
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
 LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
-_LEVEL: Final = "enum { trace, debug, info, warn, error, critical }"
-LOG: Final = Signature((("level", _LEVEL), ("context", "string"), ("message", "string")))
-_CONFIG_ERROR: Final = "variant { upstream(string), io(string) }"
-GET: Final = Signature((("key", "string"),), f"result<option<string>, {_CONFIG_ERROR}>")
-GET_ALL: Final = Signature((), f"result<list<tuple<string, string>>, {_CONFIG_ERROR}>")
 
 
 def signature(function: wc.FuncType) -> Signature:

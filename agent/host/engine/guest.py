@@ -12,8 +12,8 @@ an exchange; after one that did not end well, the next store's adapter is asked 
 """
 
 import enum
-from collections.abc import Callable
-from typing import Any, ClassVar, Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from wasmtime import Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
@@ -22,6 +22,7 @@ from wasmtime.component import Func
 from agent.host.engine import adapter_abi, denied, refusals
 from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
+from agent.host.engine.host_interface import NOTHING_SERVED, Served, Surroundings
 from agent.host.engine.runtime import (
     HANDLER,
     HEALTH,
@@ -40,7 +41,7 @@ from agent.host.engine.runtime import (
 from fleet.component import compose
 from fleet.component.compose import BRIDGE
 from fleet.component.reader import bare
-from fleet.component.wasi import CONFIG, ENVIRONMENT, HTTP_TYPES, LOGGING, OUTGOING_HANDLER
+from fleet.component.wasi import CONFIG, ENVIRONMENT, HTTP_TYPES, OUTGOING_HANDLER
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
 
@@ -91,9 +92,9 @@ class Guest:
         config: dict[str, str],
         log: Log,
         data: str = "",
-        outgoing: Requests | None = None,
+        served: Served = NOTHING_SERVED,
     ) -> None:
-        """Instantiate, within `limits.start_ms`. `outgoing`: what a guest of wasi:http sends requests by.
+        """Instantiate, within `limits.start_ms`. `served`: what the host serves by functions of its own.
 
         `log`: a `Denials` counts what is denied for want of a grant, too.
 
@@ -107,7 +108,7 @@ class Guest:
             raise EngineError(RejectCode.GRANT_DENIED, f"it imports {', '.join(missing)}, which is not granted")
         for interface, function in (*self._entries, *OPTIONAL):
             image.export(interface, function)  # before any of its code runs
-        image.check_imports()
+        image.check_imports(served.interfaces)
         self._image = image
         self._limits = limits
         self._data = data
@@ -116,9 +117,10 @@ class Guest:
         denials = log if isinstance(log, Denials) else Denials(log)
         self._http = any(bare(name) in _HTTP for name in image.imports)
         self._environment = grants.allows(ENVIRONMENT) and any(bare(name) == ENVIRONMENT for name in image.imports)
-        self._outgoing = outgoing or DenyOutgoing(denials)
+        self._outgoing = served.outgoing or DenyOutgoing(denials)
         self._wrote: Callable[[int], None] | None = None
-        self._linker, self._wasi = _linker(image, config, denials, self._outgoing, self._meter)
+        ours = _Ours(served, config, denials)
+        self._linker, self._wasi = _linker(image, ours, self._outgoing, self._meter)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -298,38 +300,48 @@ _OUTGOING: Final = (
     *("begin", "room", "write", "send", "start", "finish", "abort", "head", "read", "poll", "close", "reset"),
 )
 """Functions of the adapter's interface `host` that are methods of `Requests`."""
+ADAPTERS_OWN: Final = (*_OUTGOING, "cancelled", "wrote")
+"""Names of every function of the adapter's interface `host`."""
 
 
-def _linker(
-    image: Image,
-    config: dict[str, str],
-    log: Denials,
-    outgoing: Requests,
-    wrote: Callable[[int], None],
-) -> tuple[wc.Linker, bool]:
+class _Ours(NamedTuple):
+    """Functions that the host serves itself, and what these need; see `Surroundings`."""
+
+    served: Served
+    config: Mapping[str, str]
+    log: Denials
+
+    def define(self, instance: wc.LinkerInstance, name: str) -> None:
+        """Define the functions and resources of an import."""
+        interface = self.served.interfaces[bare(name)]
+        functions = interface.make(Surroundings(self.config, self.log, name, self.served.parts))
+        for resource, number in interface.resources.items():
+            instance.add_resource(resource, wc.ResourceType.host(number), functions[f"[drop]{resource}"])
+        for function in interface.functions:
+            instance.add_func(function, functions[function])
+
+
+def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int], None]) -> tuple[wc.Linker, bool]:
     """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
-    ours = [name for name in names if bare(name) in (LOGGING, compose.HOST, *CONFIG)]
-    wasi = bool(set(names) - set(ours))
+    own = [name for name in names if bare(name) == compose.HOST or bare(name) in ours.served.interfaces]
+    wasi = bool(set(names) - set(own))
     if wasi:
         linker.add_wasip2()
         if any(bare(name) in _HTTP for name in names):
             linker.add_wasi_http()
-        denied.define(linker, image, log)
+        denied.define(linker, image, ours.log)
     with linker.root() as root:
-        for name in ours:
+        for name in own:
             with root.add_instance(name) as instance:
-                if name.startswith(LOGGING):
-                    instance.add_func("log", lambda _store, level, context, text: log(_line(level, context, text)))
-                elif name.startswith(compose.HOST):
+                if bare(name) == compose.HOST:
                     for function in _OUTGOING:
                         instance.add_func(function, _asking(getattr(outgoing, function)))
                     instance.add_func("cancelled", _cancelled)
                     instance.add_func("wrote", _asking(wrote))
                 else:
-                    instance.add_func("get", lambda _store, key: config.get(key))
-                    instance.add_func("get-all", lambda _store: list(config.items()))
+                    ours.define(instance, name)
     return linker, wasi
 
 
@@ -340,10 +352,6 @@ def _asking(answer: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cancelled(_store: object) -> None:
     raise CancelledCallError
-
-
-def _line(level: str, context: str, text: str) -> str:
-    return f"{level} {context}: {text}" if context else f"{level} {text}"
 
 
 class _Lines:
@@ -389,11 +397,11 @@ def start(
     config: dict[str, str],
     log: Log,
     data: str = "",
-    outgoing: adapter_abi.Requests | None = None,
+    served: Served = NOTHING_SERVED,
 ) -> Guest:
     """Instantiate a guest of either world; raises what `Guest` raises."""
     kind = WasiHttpGuest if image.adapted else Guest
-    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, outgoing=outgoing)
+    return kind(image, limits=limits, grants=grants, config=config, log=log, data=data, served=served)
 
 
 class WasiHttpGuest(Guest):

@@ -25,7 +25,7 @@ import hashlib
 import mmap
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +37,7 @@ from wasmtime import component as wc
 
 from agent.host.engine import codec, memory_in_use, refusals
 from agent.host.engine.codec import Codec, FastCodec, Signature
+from agent.host.engine.host_interface import NO_INTERFACES, Interfaces
 from fleet.component import compose, wasi
 from fleet.component.reader import Fault, NotAComponentError, bare, read
 from fleet.component.toml_fields import format_size
@@ -95,8 +96,7 @@ HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 
-# Exports that the host calls, and imports that it serves by functions of its own: `agent.host.engine.codec` lays values
-# out by these types.
+# Exports that the host calls: `agent.host.engine.codec` lays values out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (HANDLER, "handle"): codec.HANDLE,
     (HEALTH, "check"): codec.CHECK,
@@ -106,9 +106,6 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
     (compose.BRIDGE, "serve"): codec.SERVE,
-    (wasi.LOGGING, "log"): codec.LOG,
-    **{(config, "get"): codec.GET for config in wasi.CONFIG},
-    **{(config, "get-all"): codec.GET_ALL for config in wasi.CONFIG},
 }
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
@@ -194,7 +191,7 @@ class Image:
         _check_type("exports", name, function, _member(self.engine.raw, self.exports[name], function))
         return found
 
-    def check_imports(self) -> None:
+    def check_imports(self, interfaces: Interfaces = NO_INTERFACES) -> None:
         """Compare what the host serves by functions of its own with what the component takes it for.
 
         Raises:
@@ -205,6 +202,11 @@ class Image:
                 item = _member(self.engine.raw, extern, function) if bare(name) == interface else None
                 if item is not None:
                     _check_type("imports", name, function, item)
+            served = interfaces.get(bare(name))
+            for function, expected in served.functions.items() if served is not None else ():
+                item = _member(self.engine.raw, extern, function)
+                if item is not None:
+                    _check_one_of("imports", name, function, item, expected)
 
     def functions(self, interface: str) -> dict[str, Any]:
         """Return the functions of an import, by its name with version, each with its type."""
@@ -241,14 +243,17 @@ def _member(engine: wasmtime.Engine, extern: Any, function: str) -> Any:
 
 
 def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
-    expected = SIGNATURES[bare(interface), function]
-    said = expected.unlike(item)
-    if said is None:
+    _check_one_of(verb, interface, function, item, (SIGNATURES[bare(interface), function],))
+
+
+def _check_one_of(verb: str, interface: str, function: str, item: Any, expected: Sequence[Signature]) -> None:
+    said = [each.unlike(item) for each in expected]
+    if None in said:
         return
     raise EngineError(
         RejectCode.START_FAILED,
-        f"it {verb} {interface} with another type of {function}: expected {expected}, found {said}; "
-        "build it against the WIT of that interface",
+        f"it {verb} {interface} with another type of {function}: expected {' or '.join(map(str, expected))}, "
+        f"found {said[0]}; build it against the WIT of that interface",
     )
 
 

@@ -21,7 +21,9 @@ from typing import TypeVar
 from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
+from agent.host.engine.host_interface import Served
 from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
+from agent.host.interfaces import registry
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
@@ -129,7 +131,7 @@ class GuestRunner:
             config=self._config,
             log=self._denials,
             data=self._data,
-            outgoing=self._outgoing,
+            served=Served(registry.INTERFACES, outgoing=self._outgoing),
         )
         if self._meter is not None:
             guest.meter(self._wrote)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.host.egress import Egress
 from agent.host.engine.guest import start
+from agent.host.engine.host_interface import Served
 from agent.host.interfaces.outgoing_http import OutgoingHttp
 from agent.host.ipc import framing, helper_api
 from fleet.protocol.manifest import Grants, Limits
@@ -141,7 +142,9 @@ class Device:
         granted = Grants(interfaces=HANDLER, outbound=outbound, instances=instances)
         sock = self.lane(outbound=outbound, instances=instances)
         out = OutgoingHttp(sock, granted, limits, log=self.lines.append, count=self.counted.append, context=context)
-        made = start(self._image, limits=limits, grants=granted, config={}, log=self.lines.append, outgoing=out)
+        made = start(
+            self._image, limits=limits, grants=granted, config={}, log=self.lines.append, served=Served(outgoing=out)
+        )
         self._guests.append((made, sock))
         return made
 

@@ -24,7 +24,7 @@ def test_large_bodies_leave_nothing_behind_though_nobody_collects(tmp_path):
     (tmp_path / "echo.cwasm").write_bytes(support.compiled(ECHO))
     image = Engine().load(str(tmp_path / "echo.cwasm"))
     limits = Limits(request_bytes=1 << 20)
-    guest = guests.start(image, limits=limits, grants=Grants(), config={}, log=print, data="", outgoing=None)
+    guest = guests.start(image, limits=limits, grants=Grants(), config={}, log=print, data="")
 
     def exchange():
         assert guest.handle(b"POST", b"/", b"host: board\r\n", BODY, None)[2] == BODY

@@ -1,0 +1,59 @@
+"""Packages of WASI 0.2 that the engine or the adapter serves: what they do on a device. Loaded for the page alone."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from agent.host.interfaces.package import Package
+
+_RELEASES: Final = ("0.2",)
+
+
+def _standard(
+    name: str,
+    about: str,
+    grant: str,
+    *,
+    limits: Mapping[str, str] = MappingProxyType({}),
+    counters: Mapping[str, str] = MappingProxyType({}),
+) -> Package:
+    return Package(name, about, grant, limits, counters, versions={name: _RELEASES})
+
+
+PACKAGES: Final[tuple[Package, ...]] = (
+    _standard(
+        "wasi:cli",
+        "Standard streams, exit, terminal and environment. Standard output and error are lines of the instance's log.",
+        'None for the streams. Without `interfaces = ["wasi:cli/environment"]` there are no variables; with it '
+        "configuration and secrets are variables.",
+        counters={"log lines dropped": "of both streams, over `limits.log_lines_per_minute`"},
+    ),
+    _standard("wasi:clocks", "Monotonic clock, and the time of day in UTC.", "None."),
+    _standard(
+        "wasi:filesystem",
+        "The instance's own directory, `/data`: kept across restarts, swaps and rollbacks. Another `data_schema` gets "
+        "a copy of its own ([component.toml](component-toml.md)).",
+        '`interfaces = ["wasi:filesystem"]`. Without it there are no directories.',
+        limits={
+            "size": "`limits.storage`",
+            "bytes written a day": "`limits.daily_written`, of all workers of the instance together",
+        },
+        counters={"written today": "bytes, in UTC"},
+    ),
+    _standard(
+        "wasi:http",
+        "Requests in ([wasi:http](wasi-http.md)) and out. The adapter, inside the sandbox, defines the types.",
+        'None for requests that arrive. To send: `interfaces = ["wasi:http/outgoing-handler"]` and destinations in '
+        "`outbound`, or neighbours in `instances`.",
+        limits={"requests at once": "16", "body": "`limits.request`"},
+        counters={"outgoing": "requests sent", "denials": "requests that no grant covers"},
+    ),
+    _standard("wasi:io", "Streams, pollables and errors of the other packages.", "None."),
+    _standard("wasi:random", "Random bytes of the kernel.", "None."),
+    _standard(
+        "wasi:sockets",
+        "There for standard libraries: every socket and every look-up is refused with `access-denied`.",
+        "None helps.",
+        counters={"denials": "calls"},
+    ),
+)
