@@ -104,15 +104,55 @@ QUIET: Final = click.Option(["--quiet", "-q"], is_flag=True, help="Print only re
 DEBUG: Final = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error")
 
 
+_FORCE: Final = "fleet.cli.force"
+
+
+def _remember_force(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - click calls it
+    ctx.meta[_FORCE] = wanted
+
+
+def _check_free(ctx: click.Context, _param: click.Parameter, file: Path | None) -> Path | None:
+    if file is not None:
+        keep(file, force=ctx.meta.get(_FORCE, False))
+    return file
+
+
+def keep(file: Path, *, force: bool) -> None:
+    """Refuse to replace a file without `--force`; devices and pipes such as /dev/stdout are written into.
+
+    Raises:
+        Fault: the file exists.
+    """
+    open_already = file.absolute().parts[1:2] in {("dev",), ("proc",)}  # /dev/stdout: the caller's redirection
+    dangling = file.is_symlink() and not file.exists()
+    if not force and not open_already and (file.is_file() or dangling):
+        raise Fault(f"{file} exists", "it is replaced only on demand", "name another file, or add --force")
+
+
+def new_file_option(*names: str, **how: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make an option that names a file to write; one that exists is refused before anything is done.
+
+    FORCE_OPTION goes with it, once for each command.
+    """
+    return click.option(*names, type=click.Path(path_type=Path, dir_okay=False), callback=_check_free, **how)
+
+
+FORCE_OPTION: Final = click.option(
+    "--force",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_remember_force,
+    help="Replace the file if it exists",
+)
+
 SIGN_YES: Final = click.option("--yes", is_flag=True, help="Sign without asking")
 
-SAVE_EVENT: Final = click.option(
-    "--out",
-    "to",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Save the signing event in this file; publish nothing",
-)
+
+def save_event_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command `--out FILE` as `to`, and `--force`."""
+    words = "Save the signing event in this file; publish nothing"
+    return new_file_option("--out", "to", metavar="FILE", help=words)(FORCE_OPTION(function))
 
 
 def share_worker_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from fleet.cli import operator, output
-from fleet.cli.base import Exit, Fault, Group, Options, command, reason
+from fleet.cli.base import FORCE_OPTION, Exit, Fault, Group, Options, command, new_file_option, reason
 from fleet.cli.operator import Operator, load_operator
 from fleet.protocol import names
 from fleet.protocol.codes import RejectCode
@@ -72,15 +72,8 @@ def bundles() -> None:
     metavar="ID",
     help="Put in this device, with its secrets in boxes that it alone can open; repeatable",
 )
-@click.option(
-    "-o",
-    "--output",
-    "target",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the bundle to this file",
-)
+@new_file_option("-o", "--output", "target", required=True, metavar="FILE", help="Write the bundle to this file")
+@FORCE_OPTION
 def create(options: Options, *, group: str, named: tuple[str, ...], target: Path) -> None:
     """Put what a group's devices should run into one file: assignments, metadata and components.
 

@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from fleet.cli import host_check, output
-from fleet.cli.base import Exit, Fault, Group, Options, command, read_file, write_file
+from fleet.cli.base import FORCE_OPTION, Exit, Fault, Group, Options, command, new_file_option, read_file, write_file
 from fleet.component import component_toml, reader, served, wasi
 from fleet.component import compose as composer
 from fleet.component.toml_fields import FILE_NAME
@@ -165,15 +165,10 @@ def _devices(options: Options, group: str, device: str) -> list[DeviceRow]:
 
 @command("compose", examples="fleet component compose server.wasm -o whole.wasm && wasm-tools validate whole.wasm")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    "target",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help="Write the composed component to this file",
+@new_file_option(
+    "-o", "--output", "target", required=True, metavar="FILE", help="Write the composed component to this file"
 )
+@FORCE_OPTION
 def compose(options: Options, *, file: Path, target: Path) -> Exit:
     """Put FILE, a guest of wasi:http, into the adapter that devices run it in.
 

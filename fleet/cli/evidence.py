@@ -12,7 +12,7 @@ from typing import Final
 import click
 
 from fleet.cli import output
-from fleet.cli.base import Exit, Fault, Group, Options, command, write_file
+from fleet.cli.base import FORCE_OPTION, Exit, Fault, Group, Options, command, new_file_option, write_file
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client, ProblemError
@@ -184,13 +184,9 @@ def boms() -> None:
     "fleet sbom show hello@1.4.0 --save hello.cdx.json",
 )
 @click.argument("target", metavar="NAME@VERSION")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the published SBOM to this file")
-@click.option(
-    "--save-provenance",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the published provenance to this file",
-)
+@new_file_option("--save", metavar="FILE", help="Write the published SBOM to this file")
+@new_file_option("--save-provenance", metavar="FILE", help="Write the published provenance to this file")
+@FORCE_OPTION
 def show(options: Options, *, target: str, save: Path | None, save_provenance: Path | None) -> None:
     """Show the packages in a published component and the provenance bound to it.
 

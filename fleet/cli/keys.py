@@ -10,7 +10,7 @@ import click
 from securesystemslib.signer import CryptoSigner
 
 from fleet.cli import output
-from fleet.cli.base import SAVE_EVENT, SIGN_YES, Fault, Group, Options, command, days, read_file, reason
+from fleet.cli.base import SIGN_YES, Fault, Group, Options, command, days, read_file, reason, save_event_option
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, signing_faults, without
 from fleet.cli.trust_store import TrustStore
@@ -69,7 +69,7 @@ def keys() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="With --ci: write the public files that a pipeline needs into this new directory, its --home",
 )
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 def new(options: Options, *, name: str, form: str, ci: bool, **how: Any) -> None:
     """Create the key NAME in an encrypted file; it may sign nothing until a role names it.
@@ -276,7 +276,7 @@ def show(options: Options, *, name: str) -> None:
 @click.option(
     "--threshold", metavar="NUMBER", type=click.IntRange(1), help="Number of keys that must sign  [as before]"
 )
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 def rotate(
     options: Options,
@@ -332,7 +332,7 @@ def _check_role(files: dict[str, bytes], role: str, *, new: bool) -> None:
 
 @command("revoke", examples="fleet keys revoke bob")
 @click.argument("name")
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 def revoke(options: Options, *, name: str, to: Path | None, yes: bool) -> None:
     """Take the key NAME out of every role. NAME may be the beginning of the key id."""

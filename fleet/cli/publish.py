@@ -21,7 +21,7 @@ from fleet.cli.base import Exit, Fault, Options, command, confirm, read_file
 from fleet.cli.component import beside, read_component
 from fleet.cli.evidence import Attached, attached
 from fleet.cli.operator import Operator, load_operator
-from fleet.cli.signing_event import SUFFIX, save
+from fleet.cli.signing_event import save_named
 from fleet.cli.trust_store import TrustStore
 from fleet.cli.unlock import publishing_key
 from fleet.client import Client, ProblemError
@@ -260,8 +260,7 @@ def _need_others(trust: TrustStore, event: Event, target: TargetName) -> None:
     lacking = events.missing(trust.heads, event)
     if not lacking:
         return
-    path = Path(event.name + SUFFIX)
-    save(path, event)
+    path = save_named(event)
     raise Fault(
         f"{target} is not published yet",
         f"the namespace {target.namespace} requires {lacking[0].count} more signatures; yours is in {path}",

@@ -17,11 +17,23 @@ import click
 from msgspec import structs
 
 from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, confirm, write_file
+from fleet.cli.base import (
+    FORCE_OPTION,
+    SIGN_YES,
+    Exit,
+    Fault,
+    Group,
+    Options,
+    command,
+    confirm,
+    keep,
+    new_file_option,
+    write_file,
+)
 from fleet.cli.ca import open_root
 from fleet.cli.keys import write_public
 from fleet.cli.operator import Operator, connect, default_home, home, load_operator
-from fleet.cli.signing_event import SUFFIX, hand_over, merged, read_team, save, show_recovery
+from fleet.cli.signing_event import hand_over, merged, read_team, save_named, show_recovery
 from fleet.cli.trust_store import load_devices
 from fleet.cli.unlock import free_key_file, keyring, new_passphrase, open_key
 from fleet.protocol.operator_api import ReconcileRequest, Reconciliation
@@ -227,15 +239,8 @@ def server() -> None:
 
 
 @command("backup", examples="fleet server backup -o fleet.tar")
-@click.option(
-    "-o",
-    "--output",
-    "target",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the backup to this file",
-)
+@new_file_option("-o", "--output", "target", required=True, metavar="FILE", help="Write the backup to this file")
+@FORCE_OPTION
 def backup(options: Options, *, target: Path) -> None:
     """Write what the server of this home knows into one file, without its keys; the server may run meanwhile.
 
@@ -448,8 +453,7 @@ def rebuild(
     event = done(lambda: _sign(who, files, event, yes=yes))
     lacking = done(lambda: events.missing(files, event))
     if lacking:
-        path = Path(event.name + SUFFIX)
-        save(path, event)
+        path = save_named(event)
         names = ", ".join(sorted({each.whose for each in lacking}))
         click.echo(
             f"The new server is in {rebuilding.draft_of(place).server} and waits for signatures of {names}.\n"
@@ -533,19 +537,21 @@ def publisher_init(options: Options, *, directory: Path) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write the public keys into this directory  [.]",
 )
-def publisher_keys(options: Options, *, to: Path) -> None:
+@click.option("--force", is_flag=True, help="Replace files there that have the same names")
+def publisher_keys(options: Options, *, to: Path, force: bool) -> None:
     """Make keys for snapshot and timestamp on the signing host, and write their public halves to *.pub.
 
     The keys count once root names them: run 'fleet sign move publisher' on the operator's machine.
     """
     module = _signing_host()
+    paths = {role: to / f"{role}.pub" for role in ("snapshot", "timestamp")}
+    for path in paths.values():
+        keep(path, force=force)
     try:
         made = module.make_keys(home(options) / "publisher" / "keys")
     except SigningError as error:
         raise Fault(str(error)) from None
-    paths = {}
     for role, key in made.items():
-        paths[role] = to / f"{role}.pub"
         write_file(paths[role], keyrings.public_pem(key), "name another --out")
     output.result(
         options,

@@ -12,7 +12,19 @@ from securesystemslib.signer import Key
 from fleet import ca
 from fleet.cli import ca as ca_commands
 from fleet.cli import output
-from fleet.cli.base import SAVE_EVENT, SIGN_YES, Exit, Fault, Group, Options, command, days, read_file
+from fleet.cli.base import (
+    FORCE_OPTION,
+    SIGN_YES,
+    Exit,
+    Fault,
+    Group,
+    Options,
+    command,
+    days,
+    new_file_option,
+    read_file,
+    save_event_option,
+)
 from fleet.cli.operator import load_operator
 from fleet.cli.signing_event import Ceremony, Change, load, merged, save, show_recovery, signing_faults, team_keys
 from fleet.cli.trust_store import Cached
@@ -50,7 +62,7 @@ _FILES = click.argument(
 @click.option(
     "--threshold", metavar="NUMBER", default=2, show_default=True, help="With team: number of keys that must sign"
 )
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 @click.option("--snapshot", type=_PUBLIC, metavar="FILE", help="With publisher: public key of snapshot from now on")
 @click.option("--timestamp", type=_PUBLIC, metavar="FILE", help="With publisher: public key of timestamp from now on")
@@ -285,13 +297,8 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
 @command("approve", examples="fleet sign approve acme-root-2.signing.json\nfleet sign approve event.json --key alice")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--key", default="", metavar="NAME", help="Sign only with this key  [every key here that counts]")
-@click.option(
-    "--out",
-    "to",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the signed event to this file  [FILE]",
-)
+@new_file_option("--out", "to", metavar="FILE", help="Write the signed event to this file  [FILE]")
+@FORCE_OPTION
 @click.option("--offline", is_flag=True, help="Compare with what this machine verified last, when the server is lost")
 @SIGN_YES
 def approve(options: Options, *, file: Path, key: str, to: Path | None, offline: bool, yes: bool) -> None:
@@ -338,7 +345,7 @@ def publish(options: Options, *, files: Sequence[Path]) -> Exit:
 @click.option(
     "--within", default=DUE, show_default=True, metavar="DAYS", help="Without ROLE: renew what expires within this time"
 )
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | None, yes: bool) -> None:
     """Sign roles anew before they expire: root, targets, namespaces. Nothing but their expiry changes."""
@@ -370,7 +377,7 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
     show_default=True,
     help="Make 2^BITS hash bins",
 )
-@SAVE_EVENT
+@save_event_option
 @SIGN_YES
 def move_to_bins(options: Options, *, namespace: str | None, bits: int, to: Path | None, yes: bool) -> None:
     """Move the targets of NAMESPACE into hash bins, for good; worth it from about a thousand targets.

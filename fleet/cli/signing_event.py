@@ -104,8 +104,10 @@ class Ceremony:
         event = self.sign(event, extra=extra, yes=yes)
         lacking = self.missing(event)
         if lacking or to is not None:
-            path = to or Path(event.name + SUFFIX)
-            save(path, event)
+            if to is None:
+                path = save_named(event)
+            else:
+                save(path := to, event)
             self.say_missing(path, lacking)
             return False
         self.publish(event)
@@ -166,6 +168,27 @@ def merged(paths: Sequence[Path]) -> Event:
 def save(path: Path, event: Event) -> None:
     """Write an event's file. Raises `Fault`."""
     write_file(path, event.encode(), "choose another --out")
+
+
+def save_named(event: Event) -> Path:
+    """Write an event to a file in this directory named after it, and return the path.
+
+    Signatures of a copy that lies there are kept; another event under that name keeps its file, and this one gets the
+    next free name.
+
+    Raises:
+        Fault: the file cannot be written.
+    """
+    path, number = Path(event.name + SUFFIX), 1
+    while path.exists():
+        try:
+            event = events.merge(events.decode(read_file(path, events.MAX_BYTES)), event)
+            break
+        except SigningError:
+            number += 1
+            path = Path(f"{event.name}-{number}{SUFFIX}")
+    save(path, event)
+    return path
 
 
 @contextlib.contextmanager
@@ -345,9 +368,7 @@ def hand_over(home: Path, team: Team, passphrase: bytes | None) -> Path:
         event = events.sign(files, event, ring.open(ring.get("root"), lambda _what: passphrase))
     except SigningError as error:
         raise Fault(str(error), code=Exit.REFUSED) from None
-    path = Path(event.name + SUFFIX)
-    save(path, event)
-    return path
+    return save_named(event)
 
 
 def show_recovery(words: str) -> None:

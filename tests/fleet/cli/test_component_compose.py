@@ -72,7 +72,7 @@ def in_a_process(*arguments: object, at_most_bytes: int = resource.RLIM_INFINITY
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path):
     out = tmp_path / "whole.wasm"
     out.write_bytes(b"of yesterday")
-    done = in_a_process(PROBE, "-o", out, at_most_bytes=1000)
+    done = in_a_process(PROBE, "-o", out, "--force", at_most_bytes=1000)
     assert done.returncode == 2
     assert b"cannot write" in done.stderr
     assert b"file too large" in done.stderr
@@ -90,7 +90,7 @@ def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.wasm").symlink_to("real/whole.wasm")
     (tmp_path / "real" / "whole.wasm").write_bytes(b"of yesterday")
-    assert run(PROBE, "-o", tmp_path / "link.wasm").exit_code == 0
+    assert run(PROBE, "-o", tmp_path / "link.wasm", "--force").exit_code == 0
     assert (tmp_path / "link.wasm").is_symlink()
     assert (tmp_path / "real" / "whole.wasm").read_bytes().startswith(b"\0asm")
 

@@ -90,6 +90,21 @@ def test_three_people_take_over_root_each_at_a_machine_of_their_own(fleet, team,
     assert (work / "fleet-root-3.signing.json").exists()
 
 
+def test_an_event_replaces_only_a_copy_of_itself(fleet, team, work):
+    words = ("keys", "rotate", "root", "--to", "root", "--to", "alice", "--to", "bob", "--threshold", "2", "--yes")
+    assert fleet(*words, "--out", "event.json").exit_code == 0
+    for who in ("alice", "bob"):
+        assert team[who]("sign", "approve", "event.json", "--yes").exit_code == 0
+    assert fleet("sign", "publish", "event.json").exit_code == 0
+    kept = work / "fleet-root-3.signing.json"
+    kept.write_text("a letter that happens to have this name")
+    said = fleet("keys", "rotate", "timestamp", "--yes").stdout
+    assert "fleet-root-3-2.signing.json" in said
+    assert kept.read_text().startswith("a letter")
+    assert team["alice"]("sign", "approve", "fleet-root-3-2.signing.json", "--yes").exit_code == 0
+    assert events.decode((work / "fleet-root-3-2.signing.json").read_bytes())
+
+
 def test_a_namespace_that_wants_two_publishes_with_two(fleet, team, desk, work):
     words = ("keys", "rotate", "main", "--to", "main", "--to", "alice", "--threshold", "2")
     begun = fleet(*words, "--yes", "--out", "event.json")
