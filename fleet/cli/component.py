@@ -1,17 +1,32 @@
 """`fleet component`: inspect a component file before anybody signs it, and compose it as a device does."""
 
+import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
 
 from fleet.cli import host_check, output
-from fleet.cli.base import FORCE_OPTION, Exit, Fault, Group, Options, command, new_file_option, read_file, write_file
+from fleet.cli.base import (
+    FORCE_OPTION,
+    Exit,
+    Fault,
+    Group,
+    Options,
+    command,
+    keep,
+    new_file_option,
+    read_file,
+    write_file,
+)
 from fleet.component import component_toml, reader, served, wasi
 from fleet.component import compose as composer
+from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
 from fleet.protocol import bounds
-from fleet.protocol.manifest import BadManifestError, Grants, describe_trigger
+from fleet.protocol.manifest import BadManifestError, Grants, Manifest, describe_trigger
 from fleet.protocol.operator_api import DeviceRow
 from fleet.protocol.printable import printable
 
@@ -23,31 +38,27 @@ def component() -> None:
 
 @command(
     "inspect",
-    examples="fleet component inspect hello.wasm\nfleet component inspect hello.wasm --toml > component.toml",
+    examples="fleet component inspect hello.wasm\nfleet component inspect hello.wasm --write\n"
+    "fleet component inspect hello.wasm --toml | less",
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--toml", is_flag=True, help="Print only a component.toml that grants all its imports")
-def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
-    """Show what FILE imports and exports, and the manifest it has or would need."""
+@click.option("--write", is_flag=True, help="Write that component.toml beside FILE, as a whole")
+@click.option("--force", is_flag=True, help="With --write: replace a component.toml that says something else")
+def inspect(options: Options, *, file: Path, toml: bool, write: bool, force: bool) -> Exit:
+    """Show what FILE imports and exports, and the manifest it has or would need.
+
+    Exit code 1: FILE or its manifest has a problem, or imports what no device serves.
+    """
+    if toml and write:
+        raise click.UsageError("--toml prints the manifest, --write writes it: choose one.")
     data = read_component(file)
     found = beside(file)
-    manifest = None
-    try:
-        shape = reader.read(data, file_name=file.name)
-        text = None if found is None else found.read_text(encoding="utf-8", errors="replace")
-        manifest = component_toml.describe(shape, text, file_name=file.name)
-    except reader.NotAComponentError as error:
-        raise Fault(str(error)) from None
-    except component_toml.NeedsTomlError as error:
-        suggestion, problem = error.suggestion, str(error)
-        missing = True
-    except BadManifestError as error:
-        if toml or found is not None:
-            raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
-        suggestion, problem, missing = "", str(error), True  # a library, or one to compose: shown all the same
-    else:
-        suggestion = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
-        problem, missing = "", False
+    if found is not None and _is_output(found):
+        # '> component.toml': the shell emptied it before this program began
+        output.note(f"note: the shell emptied {found} before it was read; --write keeps what stands there")
+        found = None
+    shape, manifest, suggestion, problem = _described(file, data, found, shown=not (toml or write))
     unserved = tuple(each.name for each in served.unserved(shape, file_name=file.name))
     notes = served.notes(shape, Grants() if manifest is None else manifest.grants)
     if manifest is not None and (waits := served.serial(manifest)):
@@ -55,6 +66,10 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
     if toml:
         click.echo(printable(suggestion.rstrip(), lines=True))
         return Exit.OK
+    if write:
+        _write_toml(options, found or file.with_name(FILE_NAME), suggestion, force=force)
+        return Exit.OK
+    code = Exit.FAILED if problem or unserved else Exit.OK
     if options.json:
         facts = msgspec.to_builtins(shape)
         assert isinstance(facts, dict)
@@ -62,7 +77,7 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
         output.show_json(
             {**facts, "problem": problem, "unserved": unserved, "notes": notes, "component_toml": suggestion}
         )
-        return Exit.OK
+        return code
     output.facts(
         [
             ("component", f"{file}, {output.size(shape.size_bytes)}"),
@@ -78,10 +93,58 @@ def inspect(options: Options, *, file: Path, toml: bool) -> Exit:
         ]
     )
     if not suggestion:
-        return Exit.OK
-    click.echo("\nA sufficient component.toml:\n" if missing else "\nAs component.toml:\n")
+        return code
+    click.echo("\nA sufficient component.toml:\n" if problem else "\nAs component.toml:\n")
     _show_toml(suggestion)
-    return Exit.OK
+    return code
+
+
+class _Described(NamedTuple):
+    """Component with its manifest, or the problem of having none and what would do; empty where nothing would."""
+
+    component: Component
+    manifest: Manifest | None
+    suggestion: str
+    problem: str
+
+
+def _described(file: Path, data: bytes, found: Path | None, *, shown: bool) -> _Described:
+    """Read a component and the manifest beside it; `shown` for a component without any that can be shown all the same.
+
+    Raises:
+        Fault: no component, or a manifest that is invalid.
+    """
+    try:
+        shape = reader.read(data, file_name=file.name)
+        text = None if found is None else found.read_text(encoding="utf-8", errors="replace")
+        manifest = component_toml.describe(shape, text, file_name=file.name)
+    except reader.NotAComponentError as error:
+        raise Fault(str(error)) from None
+    except component_toml.NeedsTomlError as error:
+        return _Described(shape, None, error.suggestion, str(error))
+    except BadManifestError as error:
+        if not shown or found is not None:
+            raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
+        return _Described(shape, None, "", str(error))  # a library, or one to compose
+    rendered = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
+    return _Described(shape, manifest, rendered, "")
+
+
+def _is_output(path: Path) -> bool:
+    """Tell whether standard output goes to this very file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # a standard output that is closed, or no file
+        return False
+
+
+def _write_toml(options: Options, target: Path, suggestion: str, *, force: bool) -> None:
+    """Write a manifest as a whole, and say so. Raises `Fault` when there is another one."""
+    text = printable(suggestion.rstrip(), lines=True) + "\n"
+    if target.exists() and target.read_text(encoding="utf-8", errors="replace") != text:
+        keep(target, force=force)
+    write_file(target, text)
+    output.result(options, {"file": str(target), "component_toml": text}, f"Wrote {target}.")
 
 
 @command(

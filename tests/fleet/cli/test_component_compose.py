@@ -111,7 +111,7 @@ def test_a_component_that_no_device_runs_is_shown_with_its_problem(tmp_path, tex
     file = tmp_path / "thing.wasm"
     file.write_bytes(wat2wasm(text))
     done = CliRunner().invoke(main, ["component", "inspect", str(file)])
-    assert (done.exit_code, "component.toml:" in done.output) == (0, False), done.output
+    assert (done.exit_code, "component.toml:" in done.output) == (1, False), done.output
     assert problem in " ".join(done.output.split())
     said = json.loads(CliRunner().invoke(main, ["component", "inspect", str(file), "--json"]).output)
     assert problem in said["problem"]
