@@ -7,9 +7,9 @@ modules: `how_to_componentize` names the command that makes a component of one.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 MAGIC: Final = b"\0asm"
 MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
@@ -30,8 +30,18 @@ TEXT_MAX_BYTES: Final = 4 << 20
 _CONTINUES: Final = 0x80
 
 
+T = TypeVar("T")
+
+
 class DamagedError(Exception):
     """The bytes are not well-formed; the message says what and at which offset."""
+
+
+def item(items: Sequence[T], number: int, what: str) -> T:
+    """Return an item of an index space. Raises `DamagedError` where it is not there."""
+    if not 0 <= number < len(items):
+        raise DamagedError(f"{what} {number} is not there")
+    return items[number]
 
 
 class Budget:

@@ -46,6 +46,7 @@ PARTS: Final = 2
 _INSTANCE: Final = 5
 _ALIAS: Final = 6
 _TYPE: Final = 7
+_USES_MAX: Final = 32  # no interface of WASI is 10 deep; each costs a few of Python's frames
 _SORT_FUNC: Final = b"\x01"
 _SORT_TYPE: Final = b"\x03"
 _SORT_INSTANCE: Final = b"\x05"
@@ -170,6 +171,7 @@ class _Imports:
         self._types: dict[int, int] = {}  # by index of the guest's types: index in the outer one, if needed
         self._of_io: set[int] = set()  # subset: the engine's resources of wasi:io, or types that contain some
         self._met_io = False
+        self._depth = 0
 
     def answers(self) -> dict[str, int]:
         """Return an instance for each import; imports without a provider become imports of the outer component."""
@@ -203,7 +205,9 @@ class _Imports:
         shims = _SHIMS[_key(name)]
         made = encode_shim(self._inner, at, _IO, shims)
         given = {
-            each: self._adapted[_key(self._inner.instances[n])] if own else self._instances[n]
+            each: _at(self._adapted, _key(binary.item(self._inner.instances, n, "instance")))
+            if own
+            else self._imported(n)
             for each, n, own in made.wanted
         }
         functions = {shim: self._shim(shim, instance, served) for shim in made.shims}
@@ -215,36 +219,51 @@ class _Imports:
         given = {}
         for each in part.instances:
             meant = _ENGINE.get(_key(each))
-            given[each] = self._adapted[_key(each)] if meant is None else served[meant]
+            given[each] = self._adapted[_key(each)] if meant is None else _at(served, meant)
         types = {
             each: self._out.type_of(self._adapted[_OF_IO[each]] if each in _OF_IO else instance, each)
             for each in part.type_imports
         }
         return self._out.function_of(self._out.instantiate(number, given, types), name)
 
+    def _imported(self, number: int) -> int:
+        """Return the instance that answers an import of the guest before the one at hand."""
+        found = binary.item(self._instances, number, "instance")
+        if found < 0:
+            name = self._inner.instances[number]
+            raise types.ForeignTypeError(f"a type of an import is of {name!r}, which the component makes itself")
+        return found
+
     def _type(self, number: int) -> int:
         """Return the outer component's index of a type of the guest."""
         if number not in self._types:
+            if self._depth > _USES_MAX:
+                raise binary.DamagedError(f"types that use one another in a circle, or more than {_USES_MAX} deep")
             if number >= len(self._inner.types):
                 raise binary.DamagedError(f"type {number} of an import is not there")
             found = self._inner.types[number]
             before, self._met_io = self._met_io, False
             if isinstance(found, Alias):
-                if found.instance >= len(self._instances):
-                    raise binary.DamagedError(f"instance {found.instance} of a type is not there")
-                if self._instances[found.instance] < 0:
-                    raise types.ForeignTypeError(f"the type {found.name} of an import is an instance's of its own")
-                self._types[number] = self._out.type_of(self._instances[found.instance], found.name)
+                self._types[number] = self._out.type_of(self._imported(found.instance), found.name)
                 self._met_io = self._inner.instances[found.instance].startswith(_IO)
             else:
+                self._depth += 1
                 self._types[number] = self._out.define(
                     types.rewrite(binary.Cursor(self._inner.data, *found), self._type)
                 )
+                self._depth -= 1
             if self._met_io:
                 self._of_io.add(number)
             self._met_io |= before
         self._met_io |= number in self._of_io
         return self._types[number]
+
+
+def _at(instances: dict[str, int], name: str) -> int:
+    """Return the instance of an interface. Raises `ForeignTypeError` where there is none."""
+    if name not in instances:
+        raise types.ForeignTypeError(f"a type of an import is of {name!r}, which is not there")
+    return instances[name]
 
 
 def _key(name: str) -> str:
@@ -378,38 +397,42 @@ class _Encoder:
     used: list[str] = field(default_factory=list)
     known: dict[tuple[int, bool], int] = field(default_factory=dict)
     imported: dict[tuple[int, bool], int] = field(default_factory=dict)
+    depth: int = 0
 
     def encode(self) -> InterfaceShim:
         """Encode the component. `inside` holds the types of its imports, `outside` those of its exports."""
         engine = self._interface(self.at, own=False)
         inside: list[int] = []
         outside: list[int] = []
+        find = functools.partial(binary.item, what="type")
         for item in types.declarations(binary.Cursor(self.guest.data, *self.guest.kind(self.at))):
             match item:
                 case types.Definition(start, end):
                     for space in (inside, outside):
-                        body = types.rewrite(binary.Cursor(self.guest.data, start, end), space.__getitem__)
+                        cursor = binary.Cursor(self.guest.data, start, end)
+                        body = types.rewrite(cursor, functools.partial(find, space))
                         space.append(self._define(body))
                 case types.Outer(number):
                     inside.append(self._outer(number, own=True))
                     outside.append(inside[-1])
                 case types.Export(name, True, int(number)):
-                    self._export_function(engine, name, inside[number], outside[number])
+                    self._export_function(engine, name, find(inside, number), find(outside, number))
                 case types.Export(name, _, None):
                     inside.append(self._type_of(engine, name))
                     outside.append(self._export_type(name, inside[-1]))
                 case types.Export(name, _, int(number)):
-                    foreign = inside[number] in self.known.values()  # of another interface, passed on
-                    inside.append(inside[number] if foreign else self._type_of(engine, name))
-                    outside.append(self._export_type(name, outside[number]))
+                    known, exported = find(inside, number), find(outside, number)
+                    foreign = known in self.known.values()  # of another interface, passed on
+                    inside.append(known if foreign else self._type_of(engine, name))
+                    outside.append(self._export_type(name, exported))
         return InterfaceShim(bytes(self.out), tuple(self.wanted), tuple(self.used))
 
     def _outer(self, number: int, *, own: bool) -> int:
         """Rewrite a type of the guest: with `own` to the adapter's where it has one, else to the engine's."""
-        found = self.guest.types[number]
+        found = binary.item(self.guest.types, number, "type")
         if not isinstance(found, Alias):
             raise types.ForeignTypeError(f"type {number} of an import is no interface's")
-        own = own and self.guest.instances[found.instance].startswith(self.own)
+        own = own and binary.item(self.guest.instances, found.instance, "instance").startswith(self.own)
         if (number, own) not in self.known:
             self.known[number, own] = self._type_of(self._interface(found.instance, own=own), found.name)
         return self.known[number, own]
@@ -417,8 +440,12 @@ class _Encoder:
     def _interface(self, at: int, *, own: bool) -> int:
         """Import an interface that the guest imports."""
         if (at, own) not in self.imported:
+            if self.depth > _USES_MAX:
+                raise binary.DamagedError(f"interfaces that use one another in a circle, or more than {_USES_MAX} deep")
             cursor = binary.Cursor(self.guest.data, *self.guest.kind(at))
+            self.depth += 1
             kind = self._define(types.rewrite(cursor, lambda number: self._outer(number, own=own)))
+            self.depth -= 1
             name = f"{'own' if own else 'engine'}-i{at}"
             self.wanted.append((name, at, own))
             self._put(reader.IMPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(kind))

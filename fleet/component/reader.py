@@ -299,9 +299,9 @@ class ComponentIndex:
 
     def kind(self, instance: int) -> tuple[int, int]:
         """Return where the type of an imported instance is defined."""
-        if self.kinds[instance] < 0:
+        if binary.item(self.kinds, instance, "instance") < 0:
             raise types.ForeignTypeError("a type of an import is that of an instance of its own")
-        found = self.types[self.kinds[instance]]
+        found = binary.item(self.types, self.kinds[instance], "type")
         if isinstance(found, Alias):
             raise types.ForeignTypeError(f"{self.instances[instance]} has a type of another's")
         return found

@@ -59,4 +59,4 @@ SERVED: Final = (
 SEVERAL_TRIGGERS: Final = "wasmfleet:triggers@1"
 
 CALLED: Final = (SEVERAL_TRIGGERS,)
-"""What a host of this version reports besides: how it calls components in ways that hosts before it do not."""
+"""Names that a host of this version reports besides: how it calls components in ways that hosts before it do not."""

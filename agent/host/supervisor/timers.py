@@ -108,7 +108,7 @@ class InstanceTimers:
     async def _run_tasks(self, generation: Generation, timer: ScheduleTimer, in_turn: asyncio.Lock) -> None:
         while True:
             task = worker_api.Task(scheduled_ms=await timer.next())
-            async with in_turn:  # one task of an instance at a time, whichever schedule it is of
+            async with in_turn:  # tasks of an instance take turns, whichever schedule they are of
                 await self._run_task(generation, task)
 
     async def _run_task(self, generation: Generation, task: worker_api.Task) -> None:

@@ -236,6 +236,13 @@ def test_damaged_guests_end_in_a_refusal_and_nothing_else(data):
             compose.compose(compose.load_adapter(), sample)
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_types_and_interfaces_that_use_one_another_in_a_circle_or_are_not_there_are_refused(value):
+    for at in range(120, 160):  # types of the first interfaces
+        with contextlib.suppress(compose.ComposeError):
+            compose.compose(compose.load_adapter(), PROBE[:at] + bytes([value]) + PROBE[at + 1 :])
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_type(raw):
     with contextlib.suppress(binary.DamagedError, types.ForeignTypeError):
