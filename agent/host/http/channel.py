@@ -30,6 +30,7 @@ from agent.host.ipc import heads
 from agent.host.ipc.frames import FROM_GUEST, TOKEN_BYTES, Frame, FrameDecoder, FrameError, Kind, encode
 from agent.host.ipc.helper_api import (
     LONG_CALL_S,
+    AddChannel,
     CallAbandoned,
     ChannelBroken,
     ChannelDrained,
@@ -77,14 +78,14 @@ class Channel:
         worker: number of the worker.
         flight: calls in it, of which the first runs.
         serves: whether it takes calls.
-        shared: whether a call may wait for those of other instances after it was written.
     """
 
-    def __init__(self, calls: "InstanceCalls", worker: int, sock: socket.socket, page: CallPage) -> None:
-        self.worker = worker
+    def __init__(self, calls: "InstanceCalls", terms: AddChannel, sock: socket.socket, page: CallPage) -> None:
+        self.worker = terms.worker
+        self.terms = terms
         self.page = page
         self.flight: deque[Call] = deque()
-        self.serves = self.shared = False
+        self.serves = False
         self.is_open = True
         self._calls = calls
         self._sock = sock
@@ -209,6 +210,7 @@ class Channel:
     def serve(self) -> None:
         """Take calls."""
         self.serves, self._is_draining = True, False
+        self._calls.adopt(self.terms)
         self._calls.pump()
 
     def _go_on(self) -> None:
@@ -368,7 +370,7 @@ class Channel:
     def _lose(self) -> None:
         """Give the calls in the channel up, or to another worker where they had not begun."""
         flight = list(self.flight)
-        waits = self.shared and bool(flight) and flight[0].number != self._started and flight[0].can_be_sent_again
+        waits = self.terms.shared and bool(flight) and flight[0].number != self._started and flight[0].can_be_sent_again
         self.close()
         if self._is_draining:
             self._is_draining = False
@@ -425,11 +427,22 @@ class InstanceCalls:
         """Return a new call, which is submitted once enough of its body has come."""
         return Call(self, client, exchange)
 
-    def add(self, worker: int, sock: socket.socket, page: CallPage) -> Channel:
-        """Add the channel of a worker."""
-        channel = Channel(self, worker, sock, page)
+    def add(self, terms: AddChannel, sock: socket.socket, page: CallPage) -> Channel:
+        """Add the channel of a worker; where none serves yet, calls already keep to its limits."""
+        if not any(channel.serves for channel in self.channels):
+            self.adopt(terms)
+        channel = Channel(self, terms, sock, page)
         self.channels.append(channel)
         return channel
+
+    def adopt(self, terms: AddChannel) -> None:
+        """Keep to the limits of a channel that serves from now on."""
+        self.limits, self.reuses, self.whole = terms.limits, terms.reuses, terms.whole
+
+    @property
+    def _latest(self) -> Channel:
+        """Latest channel of those that serve, else of all: a worker of a version to come has nothing to do with it."""
+        return next((channel for channel in reversed(self.channels) if channel.serves), self.channels[-1])
 
     def submit(self, call: Call) -> None:
         """Give a call to a worker, or let it wait."""
@@ -522,9 +535,9 @@ class InstanceCalls:
     def count(self, outcome: CallOutcome) -> None:
         """Count a request that was answered without the guest."""
         if self.channels:
-            self.channels[-1].page.count(outcome)
+            self._latest.page.count(outcome)
 
     def note(self, text: str) -> None:
         """Write a line to the instance's log, as far as there is room for it."""
         if self.channels and self._notes.take():
-            self.reports.report(ChannelNote(self.channels[-1].worker, text))
+            self.reports.report(ChannelNote(self._latest.worker, text))

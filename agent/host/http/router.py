@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable
 from typing import Final
@@ -27,7 +26,6 @@ from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     AddChannel,
     AddListener,
-    ChannelBroken,
     ChannelDrained,
     DrainChannel,
     DrainRouter,
@@ -305,21 +303,18 @@ class Router:
                 try:
                     data, fds = framing.receive_packet(self._sock)
                 except framing.DescriptorsLostError as error:
-                    self._refuse(_decoder.decode(error.data), str(error))
+                    self._refuse(_decoder.decode(error.data))
                 except framing.GoneError:
                     self._ended.set()
                 else:
                     self._take(_decoder.decode(data), fds)
 
-    def _refuse(self, message: ToRouter, why: str) -> None:
+    def _refuse(self, message: ToRouter) -> None:
         """Refuse the channel or listener that there is no descriptor for, and go on with all others."""
-        match message:
-            case AddChannel(worker=worker):
-                self.report(ChannelBroken(worker, why))
-            case AddListener(instance=instance):
-                sys.stderr.write(f"router: {instance} has no listener of its own: {why}\n")
-            case _:
-                self._take(message, ())
+        if isinstance(message, AddChannel | AddListener):
+            self.report(RouteAcknowledged(message.id, framing.no_descriptors("the router")))
+        else:
+            self._take(message, ())
 
     def _take(self, message: ToRouter, fds: tuple[int, ...]) -> None:
         match message:
@@ -328,7 +323,10 @@ class Router:
             case RouteUpdate() | RouteRemove() | IngressRules():
                 self._heed(message)
                 self.report(RouteAcknowledged(message.id))
-            case AddListener() | RemoveListener():
+            case AddListener():
+                self._heed_listener(message, fds)
+                self.report(RouteAcknowledged(message.id))
+            case RemoveListener():
                 self._heed_listener(message, fds)
             case AddChannel():
                 self._add_channel(message, fds)
@@ -391,16 +389,15 @@ class Router:
             page = CallPage(*page_fds)  # a map keeps a descriptor of its own
         except OSError as error:
             os.close(channel_fd)
-            self.report(ChannelBroken(message.worker, str(error)))
+            why = framing.no_descriptors("the router") if error.errno in framing.NO_DESCRIPTORS else str(error)
+            self.report(RouteAcknowledged(message.id, why))
             return
         finally:
             framing.close_all(page_fds)
         calls = self._calls_of(message.instance)
-        calls.limits, calls.reuses, calls.whole = message.limits, message.reuses, message.whole
         self._channels = {worker: channel for worker, channel in self._channels.items() if channel.is_open}
-        channel = calls.add(message.worker, socket.socket(fileno=channel_fd), page)
-        channel.shared = message.shared
-        self._channels[message.worker] = channel
+        self._channels[message.worker] = calls.add(message, socket.socket(fileno=channel_fd), page)
+        self.report(RouteAcknowledged(message.id))
 
     def _heed_channel(self, message: ServeChannel | DrainChannel | YieldChannel) -> None:
         channel = self._channels.get(message.worker)

@@ -1,6 +1,7 @@
 """Packets with descriptors over SOCK_SEQPACKET, socket pairs, and sealed memfds."""
 
 import array
+import errno
 import fcntl
 import os
 import socket
@@ -15,6 +16,15 @@ class GoneError(Exception):
     """The peer closed the connection, or sent data that is not a message."""
 
 
+NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
+"""Errors of a process, or a device, in which no more files may be open."""
+
+
+def no_descriptors(where: str) -> str:
+    """Return the sentence for a process that may open no more files."""
+    return f"no more files may be open in {where}: stop other instances, or raise LimitNOFILE of fleet-host.service"
+
+
 class DescriptorsLostError(GoneError):
     """A packet came without all of its descriptors, for which this process has no room; the connection goes on.
 
@@ -22,7 +32,7 @@ class DescriptorsLostError(GoneError):
     """
 
     def __init__(self, data: bytes) -> None:
-        super().__init__("no more descriptors may be open")
+        super().__init__("no more files may be open")
         self.data = data
 
 

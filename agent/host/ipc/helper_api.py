@@ -81,9 +81,13 @@ class DrainRouter(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class AddListener(msgspec.Struct, frozen=True, tag="add-listener"):
-    """Accept clients of this instance alone from the listening socket that comes along, in place of an earlier one."""
+    """Accept clients of this instance alone from the listening socket that comes along, in place of an earlier one.
+
+    Answered with `RouteAcknowledged`.
+    """
 
     instance: str
+    id: Count = 0
 
 
 class RemoveListener(msgspec.Struct, frozen=True, tag="remove-listener"):
@@ -96,6 +100,7 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     """Add a worker's channel, which takes no calls until `ServeChannel`. Two pages come along behind it.
 
     The first records the calls that go over the channel, see `stats_page.CallPage`. The second is the worker's own.
+    Answered with `RouteAcknowledged`.
 
     Attributes:
         worker: number of the worker in every message between supervisor and router.
@@ -111,10 +116,11 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
     reuses: bool
     whole: bool = False
     shared: bool = False
+    id: Count = 0
 
 
 class ServeChannel(msgspec.Struct, frozen=True, tag="serve-channel"):
-    """Give calls to this worker from now on."""
+    """Give calls to this worker from now on, by the limits of its channel."""
 
     worker: Count
 
@@ -146,9 +152,10 @@ ToRouter = (
 
 
 class RouteAcknowledged(msgspec.Struct, frozen=True, tag="acknowledged"):
-    """Reply to the message with this id: the change is in effect."""
+    """Reply to the message with this id: the change is in effect, or why not."""
 
     id: Count
+    problem: str = ""
 
 
 class ChannelDrained(msgspec.Struct, frozen=True, tag="channel-drained"):

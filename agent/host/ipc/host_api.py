@@ -463,13 +463,24 @@ def send(sock: socket.socket, message: Request | FromHost, fd: int | None = None
         raise IpcError(f"cannot reach the other side: {error.strerror}") from error
 
 
-def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+class FileLostError(Exception):
+    """The descriptor of a request did not arrive: this process may open no more. The connection is intact."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(framing.no_descriptors("the host"))
+        self.id = request.id
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, int | None, bool]:
+    """Receive a packet, its descriptor, and whether that was lost."""
     try:
         data, fds = framing.receive_packet(sock, max_fds=1)
+    except framing.DescriptorsLostError as error:
+        return error.data, None, True
     except framing.GoneError as error:
         raise IpcError(str(error)) from error
     framing.close_all(fds[1:])  # there is room for a second one, by alignment
-    return data, fds[0] if fds else None
+    return data, fds[0] if fds else None, False
 
 
 def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
@@ -478,15 +489,19 @@ def receive_request(sock: socket.socket) -> tuple[Request, int | None]:
     Raises:
         IpcError: closed, or not a request.
         UnreadableError: a request of another version.
+        FileLostError: a request whose descriptor this process has no room for.
         BlockingIOError: nothing there on a non-blocking socket.
     """
-    data, fd = _receive(sock)
+    data, fd, lost = _receive(sock)
     try:
-        return _requests.decode(data), fd
+        request = _requests.decode(data)
     except wire.JSON_ERRORS as error:
         if fd is not None:
             os.close(fd)
         raise _unreadable(data, error, "not a request") from error
+    if lost:
+        raise FileLostError(request)
+    return request, fd
 
 
 def receive_from_host(sock: socket.socket) -> FromHost:
@@ -497,7 +512,7 @@ def receive_from_host(sock: socket.socket) -> FromHost:
         UnreadableError: a message of another version.
         BlockingIOError: nothing there on a non-blocking socket.
     """
-    data, fd = _receive(sock)
+    data, fd, _ = _receive(sock)
     if fd is not None:
         os.close(fd)
     try:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from agent.host.ipc.framing import GoneError, close_all, receive_packet, send_packet
+from agent.host.ipc.framing import DescriptorsLostError, GoneError, close_all, receive_packet, send_packet
 from fleet.protocol import wire
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
@@ -350,9 +350,23 @@ def receive_to_worker(sock: socket.socket) -> tuple[ToWorker, tuple[int, ...]]:
         raise GoneError(f"not a message of the supervisor: {error}") from error
 
 
+def setup_id(data: bytes) -> int:
+    """Return the id of a `Setup` whose descriptors were lost; 0 for anything else."""
+    try:
+        return msgspec.json.decode(data, type=Setup).id
+    except wire.JSON_ERRORS:
+        return 0
+
+
 def receive_from_worker(sock: socket.socket) -> tuple[FromWorker, tuple[int, ...]]:
-    """Receive a worker's next message and its descriptors; raises as `receive_packet`."""
-    data, fds = receive_packet(sock)
+    """Receive a worker's next message and its descriptors, as far as there is room for those.
+
+    The supervisor can do without any of them. Raises as `receive_packet`.
+    """
+    try:
+        data, fds = receive_packet(sock)
+    except DescriptorsLostError as error:
+        data, fds = error.data, ()
     try:
         return _from_worker.decode(data), fds
     except wire.JSON_ERRORS as error:

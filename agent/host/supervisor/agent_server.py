@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
+from agent.host.http.router import ACCEPT_PAUSE_S, NO_RESOURCES
 from agent.host.ipc import host_api
 from agent.host.ipc.packet_writer import PacketWriter
 from fleet.protocol import bounds
@@ -109,8 +110,12 @@ class AgentServer:
 
     def start(self) -> None:
         """Start accepting connections."""
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._listen()
         self._broadcaster = asyncio.ensure_future(self._broadcast())
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def stop_accepting(self) -> None:
         """Close the listening socket; connections stay, to receive the last events and replies."""
@@ -128,7 +133,10 @@ class AgentServer:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_RESOURCES:  # the listener stays readable, so asking again at once would never end
+                asyncio.get_running_loop().remove_reader(self._listener)
+                asyncio.get_running_loop().call_later(ACCEPT_PAUSE_S, self._listen)
             return
         if not may_command(sock, self._agent_group) or len(self._connections) >= _CONNECTIONS_MAX:
             sock.close()
@@ -152,6 +160,9 @@ class AgentServer:
             if error.id is not None:
                 message = f"this host does not know what the agent asks ({error}): restart fleet-host if it is older"
                 connection.send(host_api.Failed(id=error.id, code=RejectCode.INTERNAL, message=message))
+            return
+        except host_api.FileLostError as error:
+            connection.send(host_api.Failed(id=error.id, code=RejectCode.INTERNAL, message=str(error)))
             return
         except host_api.IpcError:
             connection.close()

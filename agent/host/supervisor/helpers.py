@@ -93,9 +93,17 @@ class HelperProcess(ABC):
             asyncio.get_running_loop().remove_reader(self._sock)
 
     def _fork(self) -> None:
-        self.pid, self._sock = self._spawn()
+        """Fork the process, and send it its state. Raises `OSError`: there is none."""
+        self.pid, sock = self._spawn()
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            sock.close()
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise
+        self._sock = sock
         self._sock.setblocking(False)
-        self._pidfd = os.pidfd_open(self.pid)
         self._there.set()
         self._writer = PacketWriter(self._sock, lambda _: None)  # the pidfd reports the end
         loop = asyncio.get_running_loop()
@@ -103,7 +111,10 @@ class HelperProcess(ABC):
         self._gone = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)
         loop.add_reader(self._sock, self._readable)
-        self._tell_everything()
+        try:
+            self._tell_everything()
+        except OSError:  # out of descriptors: another process is told everything after a pause
+            self._hang_up()
 
     def _tell(self, message: msgspec.Struct, *fds: int) -> None:
         """Send a message; a process that has ended will be replaced, and given its whole state again."""
@@ -162,6 +173,10 @@ class HelperProcess(ABC):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             self._ended()
+
+
+class RouterRefusedError(Exception):
+    """The router has no room for a listener or a channel; the message says of what."""
 
 
 NO_RULES: Final = helper_api.IngressRules()
@@ -231,7 +246,7 @@ class RouterHandle(HelperProcess):
         self._channels: dict[int, ChannelHandle] = {}
         self._numbers = itertools.count(1)
         self._ids = itertools.count(1)
-        self._acks: dict[int, asyncio.Future[None]] = {}
+        self._acks: dict[int, asyncio.Future[str]] = {}
         self._page: mmap.mmap
         self._fork()
 
@@ -256,7 +271,7 @@ class RouterHandle(HelperProcess):
         self._page.close()
         for future in self._acks.values():
             if not future.done():
-                future.set_result(None)
+                future.set_result("")
         for channel in self._channels.values():  # the worker sees the end of it, and is replaced
             channel.set_drained()
         self._channels.clear()
@@ -287,40 +302,64 @@ class RouterHandle(HelperProcess):
         await self._acknowledged(number)
 
     async def _acknowledged(self, number: int) -> None:
+        """Wait until the router knows, if there is one. Raises `RouterRefusedError`."""
         if not self.running:
             return
         future = self._acks[number] = asyncio.get_running_loop().create_future()
+        problem = ""
         try:
             async with asyncio.timeout(_ACK_S):
-                await future
+                problem = await future
         except TimeoutError:
             pass
         finally:
             self._acks.pop(number, None)
+        if problem:
+            raise RouterRefusedError(problem)
 
-    def listen(self, instance: str, listener: Listener) -> None:
-        """Have the router accept an instance's clients from its listener, in place of an earlier one."""
-        if self._listeners.get(instance) is not listener:
-            self._listeners[instance] = listener
-            self._tell(helper_api.AddListener(instance), listener.sock.fileno())
+    async def listen(self, instance: str, listener: Listener) -> None:
+        """Have the router accept an instance's clients from its listener, in place of an earlier one.
+
+        Raises:
+            RouterRefusedError: the earlier one stays.
+            OSError: the same, as a descriptor cannot be copied.
+        """
+        earlier = self._listeners.get(instance)
+        if earlier is listener:
+            return
+        number = next(self._ids)
+        self._tell(helper_api.AddListener(instance, number), listener.sock.fileno())
+        self._listeners[instance] = listener
+        try:
+            await self._acknowledged(number)
+        except RouterRefusedError:
+            if earlier is None:
+                del self._listeners[instance]
+            else:
+                self._listeners[instance] = earlier
+            raise
 
     def stop_listening(self, instance: str) -> None:
         """Have the router close an instance's listener."""
         if self._listeners.pop(instance, None) is not None:
             self._tell(helper_api.RemoveListener(instance))
 
-    def attach(self, instance: str, worker: WorkerHandle, limits: Limits, *, reuses: bool) -> ChannelHandle:
-        """Give the router a worker's channel, of which this process keeps nothing.
+    async def attach(self, instance: str, worker: WorkerHandle, limits: Limits, *, reuses: bool) -> ChannelHandle:
+        """Give the router a worker's channel, of which this process keeps nothing; it gets no calls until it serves.
 
         `reuses` as in `AddChannel`.
+
+        Raises:
+            RouterRefusedError: the router has no room for it.
+            OSError: a descriptor cannot be copied.
         """
-        number = next(self._numbers)
+        number, told = next(self._numbers), next(self._ids)
         channel = worker.take_channel()
         assert channel is not None, "once for each worker"
         with contextlib.closing(channel):
             whole = worker.ready is not None and worker.ready.whole
             shared = worker.process.is_shared
-            message = helper_api.AddChannel(instance, number, limits, reuses, whole, shared)
+            message = helper_api.AddChannel(instance, number, limits, reuses, whole, shared, told)
             # The numbers of calls in a slot's page are those of its process, which watches them itself.
             repeated_fd = channel.page_fd if shared else channel.worker_page_fd
             self._tell(message, channel.sock.fileno(), channel.page_fd, repeated_fd)
@@ -328,6 +367,7 @@ class RouterHandle(HelperProcess):
         if self.running:
             self._channels[number] = handle
             worker.ended.add_done_callback(lambda _: self._forget(number))
+        await self._acknowledged(told)
         return handle
 
     def _forget(self, number: int) -> None:
@@ -361,7 +401,7 @@ class RouterHandle(HelperProcess):
         if isinstance(message, helper_api.RouteAcknowledged):
             future = self._acks.get(message.id)
             if future is not None and not future.done():
-                future.set_result(None)
+                future.set_result(message.problem)
         elif (channel := self._channels.get(message.worker)) is not None:
             if isinstance(message, helper_api.ChannelDrained):
                 channel.set_drained()
@@ -417,30 +457,35 @@ class EgressHandle(HelperProcess):
 
     def _tell_everything(self) -> None:
         for number in self._workers:
-            self._admit(number)
+            with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
+                self._admit(number)
 
     def _is_needed(self) -> bool:
         return bool(self._workers)
 
     def admit(self, instance: str, grants: Grants) -> EgressTicket:
-        """Admit a worker of this instance."""
+        """Admit a worker of this instance. Raises `OSError`: there is no room for it."""
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
         message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
         self._workers[number] = _Admitted(ours, message)
-        if self._sock is not None:
-            self._admit(number)
-        elif not self.running:
-            self._fork()
-        # Otherwise the last process is ending, and its end starts the next.
+        try:
+            if self._sock is not None:
+                self._admit(number)
+            elif not self.running:
+                self._fork()
+            # Otherwise the last process is ending, and its end starts the next.
+        except OSError:
+            theirs.close()
+            self.release(number)
+            raise
         return EgressTicket(number, theirs)
 
     def _admit(self, number: int) -> None:
         worker = self._workers[number]
         message = msgspec.structs.replace(worker.message, again=number in self._known)
         self._known.add(number)
-        with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
-            self._tell(message, worker.sock.fileno())
+        self._tell(message, worker.sock.fileno())
 
     def release(self, number: int) -> None:
         """Remove a worker that has ended; with the last worker, the process ends."""
@@ -480,7 +525,11 @@ def fork_router(
         decrypted: socket on which clients arrive that came over TLS.
     """
     page = mmap.mmap(-1, mmap.PAGESIZE)
-    pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, keep, page, decrypted))
+    try:
+        pid, sock = fork_child("router", lambda theirs: run_router(listener, theirs, keep, page, decrypted))
+    except OSError:
+        page.close()
+        raise
     return ForkedRouter(pid, sock, page)
 
 
@@ -496,7 +545,11 @@ def fork_child(name: str, run: Callable[[socket.socket], None]) -> tuple[int, so
     """Fork a process that runs `run` on its end of a socket pair, and is killed when this process ends."""
     ours, theirs = framing.socket_pair()
     parent = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        framing.close_all([ours.detach(), theirs.detach()])
+        raise
     if pid == 0:
         status = 1
         try:

@@ -27,7 +27,7 @@ from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace,
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources
+from agent.host.supervisor.resources import HostResources, NoRoomError
 from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_pool import WorkerPool
@@ -39,6 +39,9 @@ _FAILED_CHECKS_MAX: Final = 3
 """Consecutive failed health checks after which the worker is replaced."""
 
 _OVERDUE_GRACE_MS: Final = 5000  # for a worker whose own watchdog has failed
+
+_NO_ROOM_PAUSE_S: Final = 2.0
+"""Pause before a worker is tried again that the device had no room for: nothing tells when there is some."""
 
 _REASON_MAX_CHARS: Final = 200
 
@@ -479,6 +482,10 @@ class Instance:
             except (StartError, WorkerGoneError) as error:
                 if router is not None and not (router.running and router.pid == pid):  # ended with its router
                     self._replace(generation, str(error), 0.0, at_fault=False)
+                elif isinstance(error, NoRoomError):
+                    self.error = str(error)
+                    self._log.note(f"host: no worker: {error}")
+                    self._workers.tasks.spawn(self._start_after(generation, _NO_ROOM_PAUSE_S))
                 else:
                     self._decide(generation, str(error), 0.0)
                 return

@@ -7,8 +7,10 @@ it was when another takes its name, as dpkg and pip do it; nothing is copied, ne
 """
 
 import contextlib
+import errno
 import importlib.util
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -66,6 +68,8 @@ class PinnedModules:
     def _link(self, link: Path, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors.append(descriptor)
+        if 2 * len(self._descriptors) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # the other half is for instances
         link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         link.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
 

@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Final, NamedTuple
 
 from agent import disk
 from agent.disk import Write
-from agent.host.ipc import host_api
+from agent.host.ipc import framing, host_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
@@ -41,6 +42,19 @@ from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
 BACKLOG: Final = 1024
+
+
+class NoRoomError(StartError):
+    """Start for which the device has no room, which is no fault of the component's: it may succeed later."""
+
+
+def no_room(name: str, error: Exception) -> NoRoomError:
+    """Return the error of a start that failed for `error`, of this process or the router."""
+    why = str(error)
+    if isinstance(error, OSError):
+        full = error.errno in framing.NO_DESCRIPTORS
+        why = framing.no_descriptors("the host") if full else error.strerror or why
+    return NoRoomError(RejectCode.INTERNAL, f"{name}: {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +175,21 @@ class UidAllocator:
             disk.remove(Write.UIDS_DAMAGED, path, missing_ok=True)  # written atomically, so the file is not ours
 
     def allocate(self, instance: str) -> int | None:
-        """Return the uid of an instance, assigned if needed; None if this host cannot assign users."""
+        """Return the uid of an instance, assigned if needed; None if this host cannot assign users.
+
+        Raises `OSError`: it could not be saved, and is not assigned.
+        """
         if not can_assign_users():
             return None
         found = self._given.pop(instance, None)
         if found is None:
             found = self._free()
             self._given[instance] = found
-            self._save()
+            try:
+                self._save()
+            except OSError:  # nobody else's, after a restart
+                del self._given[instance]
+                raise
         else:
             self._given[instance] = found  # ordered by use: the longest unused first
         return found
@@ -218,7 +239,12 @@ class CrashCounter:
 
     def _save(self) -> None:
         data = json.dumps(self._counts).encode()
-        disk.write(Write.CRASHES, self._path, data, mode=0o600)
+        try:
+            disk.write(Write.CRASHES, self._path, data, mode=0o600)
+        except OSError as error:  # a worker that crashed is replaced all the same
+            sys.stderr.write(f"host: cannot save the count of crashes: {error.strerror}\n")
+            sys.stderr.flush()
+            return
         self.written_bytes += len(data)
 
 
@@ -312,7 +338,10 @@ class Cgroups:
         return True
 
     def admit(self, instance: str, pid: int, *, workers: int, worker_bytes: int) -> bool:
-        """Move a process into its group, which may have `workers` of `worker_bytes` each; return whether it worked."""
+        """Move a process into its group, which may have `workers` of `worker_bytes` each; return whether it worked.
+
+        Raises `OSError`: there is no descriptor for it.
+        """
         if not self.available or self._root is None:
             return False
         group = self._root / f"i-{instance}"
@@ -323,7 +352,9 @@ class Cgroups:
                 _write(group / "memory.swap.max", "0")
             _write(group / "pids.max", str(workers * _THREADS_PER_WORKER))
             _write(group / "cgroup.procs", str(pid))
-        except OSError:
+        except OSError as error:
+            if error.errno in framing.NO_DESCRIPTORS:
+                raise
             return False
         return True
 

@@ -23,7 +23,7 @@ import msgspec
 
 from agent import systemd
 from agent.host.http.ingress_config import IngressError
-from agent.host.ipc import host_api
+from agent.host.ipc import framing, host_api
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
@@ -32,7 +32,7 @@ from agent.host.supervisor.agent_server import AgentServer, EventQueue
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
 from agent.host.supervisor.pinned_modules import PinnedModules
-from agent.host.supervisor.resources import BACKLOG, HostResources
+from agent.host.supervisor.resources import BACKLOG, HostResources, no_room
 from agent.host.supervisor.shared_ingress import SharedIngress
 from agent.host.supervisor.swap import SwapBarrier
 from agent.host.supervisor.worker_handle import WorkerGoneError
@@ -222,12 +222,18 @@ class Supervisor:
             return await self._handle(request, fd)
         except (StartError, WorkerGoneError) as error:
             code = error.code if isinstance(error, StartError) else RejectCode.INTERNAL
-            instance = self._instances.get(name)
-            return host_api.Failed(
-                id=request.id, code=code, message=plain(str(error)), log=() if instance is None else instance.lines()
-            )
+            return self._failed(request, name, code, error)
+        except OSError as error:
+            if error.errno not in framing.NO_DESCRIPTORS:
+                raise
+            return self._failed(request, name, RejectCode.INTERNAL, no_room(name or "the host", error))
         finally:
             self._forget_stopped(name)
+
+    def _failed(self, request: host_api.Request, name: str, code: RejectCode, error: Exception) -> host_api.Failed:
+        instance = self._instances.get(name)
+        log = () if instance is None else instance.lines()
+        return host_api.Failed(id=request.id, code=code, message=plain(str(error)), log=log)
 
     def agent_gone(self) -> None:
         """Close the secrets that wait for a start, which no client can request any more."""

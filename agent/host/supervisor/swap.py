@@ -25,7 +25,7 @@ from agent.host.ipc import framing, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.supervisor.generation import Generation, SavedState
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import Listeners
+from agent.host.supervisor.resources import Listeners, no_room
 from agent.host.supervisor.timers import InstanceTimers, ScheduleTimer, ask_health
 from agent.host.supervisor.worker_handle import R, WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import WorkerSet
@@ -84,6 +84,7 @@ async def take_over(
             if transfers_state(old, new):
                 await transfer_state(old, new)
                 undo.callback(resume, old)
+        await listen(parts, new, old, undo)
         let_serve(parts, new)
         undo.pop_all()  # from here on calls go to the new generation
     return began_s
@@ -106,6 +107,7 @@ async def go_back(parts: SwapParts, current: Generation, warm: Generation) -> fl
         undo.callback(resume, current)
         if problem := await transfer_back(current, warm):
             parts.log.note(f"host: {problem}")
+        await listen(parts, warm, current, undo)
         let_serve(parts, warm)
         undo.pop_all()
     return began_s
@@ -155,7 +157,7 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
     """Give a generation the listener of its port: the open one, or a new one that `undo` closes again.
 
     Raises:
-        StartError: PORT_IN_USE.
+        StartError: PORT_IN_USE; INTERNAL: there is no descriptor for it.
     """
     if not generation.run.manifest.triggers_of(Http):
         return
@@ -164,6 +166,8 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
     try:
         generation.listener = parts.listeners.open(parts.name, port)
     except OSError as error:
+        if error.errno in framing.NO_DESCRIPTORS:
+            raise no_room(parts.name, error) from error
         code, what = (
             (RejectCode.INTERNAL, "make its socket for the router")
             if port is None
@@ -172,6 +176,19 @@ def open_listener(parts: SwapParts, generation: Generation, undo: AsyncExitStack
         raise StartError(code, f"{parts.name}: cannot {what}: {error.strerror or error}") from error
     if not was_open:
         undo.callback(parts.listeners.close_port, parts.name, port)
+
+
+async def listen(parts: SwapParts, new: Generation, old: Generation | None, undo: AsyncExitStack) -> None:
+    """Have the router accept clients from the new generation's listener, until `undo` gives it the old one's again.
+
+    Raises:
+        StartError: there is no room for it, and the old one stays.
+    """
+    await parts.workers.listen(new)
+    if old is None or old.listener is None or old.listener.sock.fileno() < 0:
+        undo.callback(parts.workers.stop_listening)
+    else:
+        undo.push_async_callback(parts.workers.listen, old)
 
 
 async def finish_task(parts: SwapParts, generation: Generation) -> None:
@@ -362,7 +379,10 @@ def _only_worker(generation: Generation) -> WorkerHandle:
 async def save(generation: Generation) -> SavedState:
     """Save the state of a generation, which is then held. If this raises `StateError`, it is not held."""
     worker, max_bytes = _only_worker(generation), generation.run.limits.state_bytes
-    saved = SavedState(framing.sealed_memfd("state", max_bytes), 0)
+    try:
+        saved = SavedState(framing.sealed_memfd("state", max_bytes), 0)
+    except OSError as error:
+        raise StateError(f"there is no memory for it: {error.strerror}") from error
     try:
         answer = await _ask(generation, worker, worker_api.SaveState(), saved.fd, worker_api.StateSaved)
         saved.length = _length(answer, max_bytes)

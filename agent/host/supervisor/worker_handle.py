@@ -275,7 +275,10 @@ class WorkerProcess:
         return not self.ended.done()
 
     def only_slot(self, name: str, events: WorkerEvents) -> "WorkerHandle":
-        """Return the slot of a process of one instance, which speaks on the process's own control socket."""
+        """Return the slot of a process of one instance, which speaks on the process's own control socket.
+
+        Raises `OSError`.
+        """
         slot = WorkerHandle(name, self, self._control, events)
         self.slots.append(slot)
         return slot
@@ -298,10 +301,14 @@ class WorkerProcess:
             raise
 
     def add_slot(self, name: str, events: WorkerEvents) -> "WorkerHandle":
-        """Add a slot to a shared process. Raises `WorkerGoneError`."""
+        """Add a slot to a shared process. Raises `WorkerGoneError` or `OSError`."""
         ours, theirs = framing.socket_pair()
         with theirs:
-            slot = WorkerHandle(name, self, ours, events)
+            try:
+                slot = WorkerHandle(name, self, ours, events)
+            except OSError:
+                ours.close()
+                raise
             try:
                 self._control.send(worker_api.AddSlot(), theirs.fileno())
             except WorkerGoneError:
@@ -408,6 +415,16 @@ class WorkerProcess:
             self.pidfd = -1
 
 
+def _new_page(name: str) -> tuple[int, stats_page.StatsPage]:
+    """Return a new page of figures: its memfd, and the page mapped. Raises `OSError`."""
+    fd = stats_page.create_page(name)
+    try:
+        return fd, stats_page.StatsPage(fd)
+    except OSError:
+        os.close(fd)
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """Router's end of a worker's channel, the page of its calls and the worker's own page; its owner closes them."""
@@ -435,19 +452,24 @@ class WorkerHandle:
         blamed: after the end of a shared process: whether this slot was the cause.
         bystander_of: the same, of the other slots: the instance that was the cause.
         ended: done with the exit status; a slot that left a shared process has 0.
-        route: its channel, once the router has it.
+        attached: its channel, once the router has it.
+        route: the same, once it takes calls.
         excused: ended without any fault of its instance's.
     """
 
     def __init__(
         self, name: str, process: WorkerProcess, control: ControlSocket | socket.socket, events: WorkerEvents
     ) -> None:
-        """`control` is the process's own control socket, or of a slot in a shared process a socket of its own."""
+        """`control` is the process's own control socket, or of a slot in a shared process a socket of its own.
+
+        Raises `OSError`.
+        """
         self.name = name
         self.process = process
-        self.page_fd = stats_page.create_page(name)
-        self.page = self.calls = stats_page.StatsPage(self.page_fd)
+        self.page_fd, self.page = _new_page(name)
+        self.calls = self.page
         self.channel: Channel | None = None
+        self.attached: WorkerChannel | None = None
         self.ready: worker_api.Ready | None = None
         self.since_s = time.monotonic()
         self.killed_because = ""
@@ -506,18 +528,21 @@ class WorkerHandle:
     ) -> None:
         """Take note that the worker is set up: it has its page of figures, and from now on its end is reported.
 
-        `channel`: the router's end of its channel.
+        `channel`: the router's end of its channel. Raises `OSError`, and the worker is not set up.
         """
-        self.ready = ready
-        self.since_s = time.monotonic()
-        self.control.allow(log_lines_a_minute=log_lines_a_minute)
         if channel is not None:
-            calls_fd = stats_page.create_page(self.name)
-            self.calls = stats_page.StatsPage(calls_fd)
+            try:
+                calls_fd, self.calls = _new_page(self.name)
+            except OSError:
+                channel.close()
+                raise
             self.channel = Channel(channel, calls_fd, self.page_fd)
         else:
             os.close(self.page_fd)
         self.page_fd = -1
+        self.ready = ready
+        self.since_s = time.monotonic()
+        self.control.allow(log_lines_a_minute=log_lines_a_minute)
 
     def take_channel(self) -> Channel | None:
         """Return the channel, which the caller then owns; None without one, or if it has been taken."""

@@ -9,13 +9,14 @@ otherwise a shared worker is started with the images of its whole set, so that s
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -175,12 +176,14 @@ class WorkerPool:
         Raises:
             WorkerGoneError: there is none to be had.
             TimeoutError: a new shared worker did not open in time.
+            OSError: the device has no process, memory or descriptor left for one.
         """
         if not spec.may_share:
             process = await self._zygotes.fork(spec.namespace, spec.name, fuel=spec.fuel)
-            # Two generations at a swap, each with as many workers as it may have calls at once.
-            self._admit(process, spec.instance, spec, workers=2 * spec.limits.concurrency)
-            return process.only_slot(spec.name, events)
+            with _ended_on_error(process):
+                # Two generations at a swap, each with as many workers as it may have calls at once.
+                self._admit(process, spec.instance, spec, workers=2 * spec.limits.concurrency)
+                return process.only_slot(spec.name, events)
         publisher = self._publishers.setdefault(_PublisherKey(spec.namespace, spec.fuel), _Publisher())
         async with publisher.lock:
             publisher.forget_ended(spec.image_sha256)
@@ -204,11 +207,12 @@ class WorkerPool:
         self._opened += 1
         name = f"{spec.namespace}-{self._opened}"
         process = await self._zygotes.fork(spec.namespace, name, fuel=spec.fuel, shared=True)
-        self._admit(process, group, spec, workers=MAX_SLOTS)
-        process.ended.add_done_callback(lambda _: self._cgroups.dismiss(group))
-        order = worker_api.OpenShared(
-            images=tuple(images), limits=spec.limits, slots=MAX_SLOTS, uid=self._uids.allocate(group)
-        )
+        with _ended_on_error(process):
+            self._admit(process, group, spec, workers=MAX_SLOTS)
+            process.ended.add_done_callback(lambda _: self._cgroups.dismiss(group))
+            order = worker_api.OpenShared(
+                images=tuple(images), limits=spec.limits, slots=MAX_SLOTS, uid=self._uids.allocate(group)
+            )
         await process.open_shared(order, *images.values(), timeout_s=_OPEN_S)
         worker = _SharedWorker(self._opened, process, spec)
         publisher.workers.append(worker)
@@ -231,6 +235,16 @@ class WorkerPool:
         for publisher in self._publishers.values():
             publisher.close()
         self._publishers.clear()
+
+
+@contextlib.contextmanager
+def _ended_on_error(process: WorkerProcess) -> Iterator[None]:
+    """End a process that the device has no room to go on with."""
+    try:
+        yield
+    except OSError as error:
+        process.kill(f"it could not be set up: {error.strerror}")
+        raise
 
 
 _FORK_TIMEOUT_S: Final = 60.0
@@ -270,7 +284,8 @@ class ZygoteHandle:
         self.workers: dict[int, WorkerProcess] = {}
         self._forks: deque[_Fork] = deque()
         ours, theirs = framing.socket_pair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             self.process = subprocess.Popen(
                 [
                     *python_argv("agent.host.worker.zygote"),
@@ -283,6 +298,7 @@ class ZygoteHandle:
                 stdout=subprocess.DEVNULL,
                 env=_environment() | pinned.environment(),
             )
+            undo.pop_all()
         self._sock = ours
         ours.setblocking(False)
         self._writer = PacketWriter(ours, lambda _: self.close())
@@ -302,7 +318,13 @@ class ZygoteHandle:
         return self.idle_since_s is not None and now_s - self.idle_since_s > _IDLE_S
 
     async def fork(self, name: str) -> WorkerProcess:
-        """Fork a worker process. Raises `ZygoteGoneError`, or `WorkerGoneError` if the zygote does not answer."""
+        """Fork a worker process.
+
+        Raises:
+            ZygoteGoneError: the zygote has ended.
+            WorkerGoneError: it does not answer.
+            OSError: this process has no descriptor left for a worker.
+        """
         if not self.alive:
             raise ZygoteGoneError(f"the zygote of {self.namespace} is gone")
         ours, theirs = framing.socket_pair()
@@ -311,32 +333,34 @@ class ZygoteHandle:
         with theirs:
             try:
                 self._writer.send(ZygoteMessage.fork().encode(), theirs.fileno())
-            except OSError as error:
+            except OSError:
                 self._forks.remove(fork)
                 fork.process.close()
-                raise WorkerGoneError(f"the zygote of {self.namespace} cannot be asked: {error.strerror}") from error
+                raise
         try:
             async with asyncio.timeout(_FORK_TIMEOUT_S):
                 await fork.done
-        except (ZygoteGoneError, WorkerGoneError):
-            fork.process.close()
-            raise
         except TimeoutError as error:
             self.close()
             raise WorkerGoneError(f"the zygote of {self.namespace} does not answer") from error
+        except (WorkerGoneError, OSError):
+            fork.process.close()
+            raise
         except asyncio.CancelledError:
             # Forked in the same turn of the loop. What is forked later is ended by `_readable`.
             fork.process.kill("the request for it was cancelled")
             raise
         return fork.process
 
-    def _give_up(self, message: ZygoteMessage, why: str) -> None:
+    def _give_up(self, message: ZygoteMessage) -> None:
         """End a forked worker that there is no descriptor for; the others stay."""
         fork = self._forks.popleft()
         with contextlib.suppress(ProcessLookupError):
             os.kill(message.pid, signal.SIGKILL)
-        if not fork.done.done():
-            fork.done.set_exception(WorkerGoneError(why))
+        if fork.done.done():  # the caller was cancelled, and does not close it
+            fork.process.close()
+        else:
+            fork.done.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
 
     def _readable(self) -> None:
         try:
@@ -345,7 +369,7 @@ class ZygoteHandle:
         except BlockingIOError:
             return
         except framing.DescriptorsLostError as error:
-            self._give_up(ZygoteMessage.decode(error.data), str(error))
+            self._give_up(ZygoteMessage.decode(error.data))
             return
         except framing.GoneError:
             self.close()

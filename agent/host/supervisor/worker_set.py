@@ -18,9 +18,9 @@ from agent.host.ipc import worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import Generation, data_directory
-from agent.host.supervisor.helpers import EgressHandle, RouterHandle, needs_egress
+from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefusedError, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources
+from agent.host.supervisor.resources import HostResources, no_room
 from agent.host.supervisor.worker_handle import (
     WorkerChannel,
     WorkerEvents,
@@ -121,7 +121,7 @@ class WorkerSet:
         """Start a worker of a generation: sandboxed, guest instantiated; with `serve`, accepting connections.
 
         Raises:
-            StartError: the worker could not be started.
+            StartError: the worker could not be started; INTERNAL for a fault of the device's.
         """
         limits = generation.run.limits
         worker: WorkerHandle | None = None
@@ -135,6 +135,7 @@ class WorkerSet:
                 )
                 channel = None if setup.channel is None else setup.channel.dup()
             worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute, channel=channel)
+            await self._attach(generation, worker)
         except WorkerRefusedError as error:
             raise StartError(error.refusal.code, f"{self._name}: {error}") from error
         except WorkerGoneError as error:
@@ -143,6 +144,10 @@ class WorkerSet:
             if worker is not None:
                 worker.end("it did not start in time")
             raise StartError(RejectCode.START_FAILED, f"{self._name}: it did not start in time") from error
+        except (OSError, RouterRefusedError) as error:
+            if worker is not None and worker.ready is not None:
+                self.retire(generation, worker)
+            raise no_room(self._name, error) from error
         finally:
             if worker is not None and worker.ready is None:
                 if worker in generation.workers:  # else it was retired meanwhile
@@ -151,8 +156,37 @@ class WorkerSet:
                 self._close_when_ended(worker)
         generation.kinds, generation.layers = frozenset(ready.kinds), ready.layers
         if serve and generation.listener is not None:
-            self.serve(generation, worker)
+            await self._serve_at_once(generation, worker)
         return worker
+
+    async def _serve_at_once(self, generation: Generation, worker: WorkerHandle) -> None:
+        try:
+            await self.listen(generation)
+        except StartError:
+            self.retire(generation, worker)
+            raise
+        self.serve(worker)
+
+    async def _attach(self, generation: Generation, worker: WorkerHandle) -> None:
+        """Give the router the worker's channel, if it has one. Raises as `RouterHandle.attach`."""
+        if worker.channel is not None:
+            assert self._router is not None
+            limits = generation.run.limits
+            reuses = limits.requests_per_instance > 1 and not limits.fuel
+            worker.attached = await self._router.attach(self._name, worker, limits, reuses=reuses)
+
+    async def listen(self, generation: Generation) -> None:
+        """Have the router accept clients from the generation's listener.
+
+        Raises:
+            StartError: the router has no room for it; the one before stays.
+        """
+        if generation.listener is not None:
+            assert self._router is not None
+            try:
+                await self._router.listen(self._name, generation.listener)
+            except (OSError, RouterRefusedError) as error:
+                raise no_room(self._name, error) from error
 
     @contextlib.contextmanager
     def _setup(self, worker: WorkerHandle, generation: Generation) -> Iterator[_SetupPacket]:
@@ -218,15 +252,11 @@ class WorkerSet:
             return False
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
-    def serve(self, generation: Generation, worker: WorkerHandle) -> None:
+    def serve(self, worker: WorkerHandle) -> None:
         """Let a worker take calls from its channel. Raises `WorkerGoneError`."""
-        assert generation.listener is not None
-        assert self._router is not None
-        self._router.listen(self._name, generation.listener)
+        assert worker.attached is not None
         if worker.route is None:
-            limits = generation.run.limits
-            reuses = limits.requests_per_instance > 1 and not limits.fuel
-            worker.route = self._router.attach(self._name, worker, limits, reuses=reuses)
+            worker.route = worker.attached
             worker.notify(worker_api.Serve())
         worker.route.serve()
 
@@ -241,7 +271,7 @@ class WorkerSet:
             raise WorkerGoneError(f"{self._name}: {generation.lost or 'its worker has ended'}")
         if generation.listener is not None:
             for worker in generation.alive:
-                self.serve(generation, worker)
+                self.serve(worker)
 
     async def configure(self, generation: Generation, config: dict[str, str]) -> None:
         """Give every worker of a generation this configuration, those that start later included.

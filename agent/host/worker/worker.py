@@ -211,7 +211,12 @@ class Worker:
 
     def first(self) -> tuple[worker_api.Setup, tuple[int, ...]]:
         """Read the first message, of a slot in a shared worker. Raises `framing.GoneError`."""
-        setup, fds = worker_api.receive_to_worker(self._sock)
+        try:
+            setup, fds = worker_api.receive_to_worker(self._sock)
+        except framing.DescriptorsLostError as error:
+            why = framing.no_descriptors("the shared worker")
+            self.say(worker_api.Refused(code=RejectCode.INTERNAL, message=why, id=worker_api.setup_id(error.data)))
+            raise
         if not isinstance(setup, worker_api.Setup):
             raise framing.GoneError("the first message is not a setup")
         return setup, fds
@@ -507,7 +512,10 @@ class SharedWorker:
 
     def _take_in(self) -> None:
         """Take in another instance."""
-        message, fds = worker_api.receive_to_worker(self._sock)
+        try:
+            message, fds = worker_api.receive_to_worker(self._sock)
+        except framing.DescriptorsLostError:  # the slot that there is no room for has ended with its socket
+            return
         if not isinstance(message, worker_api.AddSlot):
             raise framing.GoneError("not a slot")
         poll = select.epoll()

@@ -279,6 +279,29 @@ async def test_a_swap_gives_new_calls_to_the_new_worker_and_lets_the_old_one_fin
 
 
 @pytest.mark.asyncio
+async def test_calls_keep_to_the_limits_of_the_worker_that_serves_before_a_swap_and_after_a_revert(tmp_path):
+    async with board(tmp_path) as the_board:
+
+        async def status(serving):
+            client = await the_board.client()
+            client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n" + b"x" * 100)
+            if serving is not None:
+                call = (await serving.next(Kind.REQUEST)).call
+                assert await serving.body() == b"x" * 100
+                serving.answer(call)
+            return (await client.answer())[0]
+
+        strict = await the_board.worker(whole=True, request_bytes=10)
+        ample = await the_board.worker(whole=True, request_bytes=1000, serve=False)
+        assert await status(None) == 413
+        for gone, comes in ((strict, ample), (ample, strict)):
+            the_board.tell(helper_api.ServeChannel(comes.number))
+            the_board.tell(helper_api.DrainChannel(gone.number))
+            await the_board.report(helper_api.ChannelDrained)
+            assert await status(None if comes is strict else ample) == (413 if comes is strict else 200)
+
+
+@pytest.mark.asyncio
 async def test_a_worker_leaves_its_loop_between_two_calls_and_is_given_none_meanwhile(tmp_path):
     async with board(tmp_path) as the_board:
         worker, client, other = await the_board.worker(), await the_board.client(), await the_board.client()

@@ -116,12 +116,14 @@ async def test_the_router_writes_numbers_of_calls_into_no_page_of_a_slot(is_shar
         )
         with ours:
             calls, own = (os.fstat(fd).st_ino for fd in pages)
-            router.attach("web", worker, Limits(), reuses=False)
+            attached = asyncio.ensure_future(router.attach("web", worker, Limits(), reuses=False))
+            await asyncio.sleep(0)
         fds = ()
         while len(fds) < 3:
             _, fds = framing.receive_packet(router.theirs)
         assert [os.fstat(fd).st_ino for fd in fds[1:]] == [calls, calls if is_shared else own]
         framing.close_all(fds)
+        attached.cancel()
     finally:
         router.close()
         router.theirs.close()
