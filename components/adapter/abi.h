@@ -111,6 +111,7 @@ typedef struct {
     error_code error;
 } nothing_or_error;
 
+#define ERROR_CONNECTION_TERMINATED 7
 #define ERROR_HTTP_REQUEST_DENIED 15
 #define ERROR_RESPONSE_HEAD_SIZE 26
 #define ERROR_INTERNAL 38

@@ -2,14 +2,13 @@
 #include "channel.h"
 #include "io.h"
 
-#define PAYLOAD_MAX 65536u
+#define PAYLOAD_MAX FRAME_MAX
 #define HEADER 9u
 #define INITIAL_CREDIT 65536u
 #define CREDIT_STEP 16384u // of a body that the guest has read: small bodies cost no frame of credit
 #define AHEAD_MAX (16384u + 16u * (HEADER + 1u)) // whole requests behind the one in hand, with their frames
-#define TOO_LARGE TEXT("error 26") // an answer's fields: HTTP-response-header-section-size
 
-enum kind { REQUEST = 1, WHOLE_REQUEST, BODY, END, CREDIT, RESPONSE, YIELD, STORE_FAILED, CANCEL, NUDGE };
+enum kind { REQUEST = 1, WHOLE_REQUEST, BODY, END, CREDIT, RESPONSE, YIELD, STORE_FAILED, CANCEL, NUDGE, ANSWERED, ASK };
 
 IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t channel_stdin(void);
 IMPORT("wasmfleet:engine/stdout@0.1.0", "get-stdout") int32_t channel_stdout(void);
@@ -29,7 +28,7 @@ typedef struct {
     uint32_t call;
 } frame;
 
-int looping, metered, in_call;
+int looping, metered, prompt, in_call, answer_ended, body_cut;
 
 static int32_t in = -1, out = -1;
 static int exact;                                   // the next store reads on where this one stops
@@ -44,7 +43,7 @@ static uint32_t body_at, body_size, body_taken;
 static char trailers[PAYLOAD_MAX];
 static uint32_t trailers_size;
 static uint32_t call, credit, last_ended;
-static int body_open, body_skipped;
+static int body_open, body_skipped, asked;
 
 // Nobody waits for this call any more: its guest ends here.
 static _Noreturn void give_up(void) {
@@ -137,6 +136,12 @@ static int read_ahead(const frame *it) {
     return fill(at + HEADER, it->size);
 }
 
+// Nothing more comes of the request's body. Behind the answer's end the next frame may be another call's: none is read.
+static void end_body(void) {
+    body_open = 0;
+    if (answer_ended) in_call = 0;
+}
+
 // One frame while a call is in hand; those of earlier calls are skipped. At the channel's end the call ends.
 static void take_frame(void) {
     frame it;
@@ -144,12 +149,12 @@ static void take_frame(void) {
     if (!ok) give_up();
     if (it.kind == WHOLE_REQUEST) {
         ok = read_ahead(&it);
-    } else if (it.call != call || (!body_open && it.kind != CREDIT && it.kind != CANCEL)) {
+    } else if (it.call != call || (!body_open && it.kind != CREDIT && it.kind != CANCEL && it.kind != ASK)) {
         ok = skip(it.size);
     } else if (it.kind == BODY) {
         ok = read_body(it.size);
     } else if (it.kind == END) {
-        body_open = 0;
+        end_body();
         trailers_size = it.size;
         ok = fill(trailers, it.size);
     } else if (it.kind == CREDIT) {
@@ -158,7 +163,11 @@ static void take_frame(void) {
         ok = fill((char *)&more, sizeof more);
         credit += more;
     } else if (it.kind == CANCEL) {
-        give_up();
+        if (!answer_ended) give_up();
+        body_cut = body_open; // the client got its answer, and sends no more
+        end_body();
+    } else if (it.kind == ASK) {
+        asked = 1;
     } else {
         __builtin_trap();
     }
@@ -215,7 +224,7 @@ static void begin_call(uint32_t number, int with_body) {
     credit = INITIAL_CREDIT;
     body_at = body_size = body_taken = trailers_size = 0;
     body_open = with_body;
-    body_skipped = 0;
+    body_skipped = body_cut = answer_ended = asked = 0;
     in_call = 1;
     if (metered) host_wrote(0);
 }
@@ -233,6 +242,13 @@ static int next_ahead(text *head) {
     return 1;
 }
 
+// The guest has returned from a call whose answer had ended before.
+static void say_returned(uint32_t number) {
+    call = number;
+    put_frame(END, TEXT(""));
+    channel_flush();
+}
+
 enum turn channel_next(int last, text *head) {
     looping = 1;
     exact = last;
@@ -244,6 +260,7 @@ enum turn channel_next(int last, text *head) {
         char *to = wanted ? take_room(it.size) : NULL;
         if (!(wanted ? fill(to, it.size) : skip(it.size)) || !read_end()) return CHANNEL_ENDED;
         if (it.kind == YIELD) return LEAVE;
+        if (it.kind == ASK) say_returned(it.call);
         if (!wanted) continue; // of a call that has ended
         *head = (text){to, it.size};
         begin_call(it.call, it.kind == REQUEST);
@@ -301,7 +318,7 @@ void channel_look(void) {
     if (in_call && (channel_has_read() || has_arrived(channel_arrival()))) take_frame();
 }
 
-uint32_t channel_credit(void) { return credit < PAYLOAD_MAX ? credit : PAYLOAD_MAX; }
+uint32_t channel_credit(void) { return answer_ended ? 0 : credit < PAYLOAD_MAX ? credit : PAYLOAD_MAX; }
 
 // Further bytes in the frame of the body that was written last, so that small writes share one.
 static void grow_frame(const char *data, uint32_t size) {
@@ -340,9 +357,20 @@ int channel_head(text head) {
     return 1;
 }
 
-enum turn channel_end(text outcome, int last) {
-    put_frame(END, outcome.size > PAYLOAD_MAX ? TOO_LARGE : outcome);
+void channel_answer_ended(text outcome) {
+    put_frame(ANSWERED, outcome);
     channel_flush();
+    answer_ended = 1;
+    in_call = body_open;
+}
+
+enum turn channel_end(text outcome, int last) {
+    if (!answer_ended) {
+        put_frame(END, outcome);
+        channel_flush();
+    } else if (asked || prompt) {
+        say_returned(call); // otherwise the router finds out by what comes next, or asks: that costs no write here
+    }
     body_open = body_size = in_call = 0;
     last_ended = call;
     return last && (ahead_at != ahead_end || in_at != in_end) ? MISPLACED : CALL;

@@ -7,11 +7,23 @@
 // True from the loop's first turn on: bodies are frames then, not the store's standard input and output.
 extern int looping;
 
+// Bytes of a frame's payload at most.
+#define FRAME_MAX 65536u
+
 // True where the host is told of calls and of bytes, see `host.wrote`.
 extern int metered;
 
-// True while a call of the channel is in hand.
+// True where the router is told at once when a guest has returned after its answer had ended.
+extern int prompt;
+
+// True while a call of the channel is in hand, and frames of it may come.
 extern int in_call;
+
+// True once the answer to the call in hand has ended; the guest may go on.
+extern int answer_ended;
+
+// True where the rest of the request's body does not come: the client was answered before it had sent all of it.
+extern int body_cut;
 
 // What the guest has in place of the engine's streams, see `OURS`: the bodies of the call in hand, and an empty one.
 #define REQUEST_BODY 0x7ffffff0u
@@ -41,7 +53,9 @@ uint32_t channel_credit(void);
 void channel_write(const char *data, size_t size);
 // Let the answer's head out, or an empty text where the body begins before it; 0 if it is too large.
 int channel_head(text head);
-// End the answer, and say what follows: CALL, or MISPLACED where this store has read what is another's.
+// End the answer while the guest goes on.
+void channel_answer_ended(text outcome);
+// End the call, and the answer if that has not ended, and say what follows: CALL, or MISPLACED where this store has read what is another's.
 enum turn channel_end(text outcome, int last);
 // The number of the last call that has ended, 0 for none.
 uint32_t channel_ended(void);

@@ -19,7 +19,7 @@ typedef struct {
 } next_call;
 
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "align") int32_t align(const char *data, size_t size);
-IMPORT("wasmfleet:adapter/exchange@0.1.0", "meter") void meter(void);
+IMPORT("wasmfleet:adapter/exchange@0.1.0", "tell") void tell(int32_t of_writes, int32_t of_returns);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "next") void next(int32_t exact, next_call *it);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "reply") uint32_t reply(int32_t last);
 IMPORT("wasmfleet:adapter/exchange@0.1.0", "replied") uint32_t replied(void);
@@ -65,9 +65,9 @@ EXPORT("wasmfleet:adapter/bridge@0.1.0#flush") void bridge_flush(void) { flush()
 static uint64_t served(uint32_t calls, uint32_t turn) { return (uint64_t)replied() << 32 | calls << 2 | turn; }
 
 EXPORT("wasmfleet:adapter/bridge@0.1.0#serve")
-uint64_t bridge_serve(uint32_t calls, int32_t last, int32_t metered, const char *token, size_t size) {
+uint64_t bridge_serve(uint32_t calls, int32_t last, int32_t metered, int32_t prompt, const char *token, size_t size) {
     top = 0;
-    if (metered) meter();
+    tell(metered, prompt);
     if (size && !align(token, size)) return served(0, CHANNEL_ENDED);
     for (uint32_t done = 0; done < calls; done++) {
         next_call it;

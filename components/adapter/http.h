@@ -31,6 +31,7 @@ typedef struct {
     uint8_t taken;
     uint8_t written;
     uint8_t finished;
+    uint8_t dropped; // before its end
     struct outgoing_request *request; // whose body it is; of an answer's none
 } outgoing_body;
 

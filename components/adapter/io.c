@@ -89,7 +89,7 @@ extern uint8_t asked_host;
 #define IS_HOSTS(wanted) ((wanted) < ALWAYS && NUMBER(wanted) > ROOM_OF)
 
 static int channel_has(uint32_t part) {
-    return part == ROOM_OF ? channel_credit() > 0 : part == BODY_OF ? channel_has_body() : channel_has_trailers();
+    return part == ROOM_OF ? answer_ended || channel_credit() > 0 : part == BODY_OF ? channel_has_body() : channel_has_trailers();
 }
 
 enum { NO_WAIT, NUDGED, WAITS, WAITS_A_MOMENT };
@@ -222,8 +222,11 @@ static bytes_result *body_read(const input_stream *it, uint64_t most, int wait) 
             piece = channel_read(most);
         }
         bytes = (bytes_result){.read = piece};
-        if (most && !piece.size && (NUMBER(it->engine) == NO_BODY || channel_has_body()))
+        if (most && !piece.size && (NUMBER(it->engine) == NO_BODY || channel_has_body())) {
             bytes = (bytes_result){.failed = 1, .closed = 1};
+            if (NUMBER(it->engine) == REQUEST_BODY && body_cut)
+                bytes = (bytes_result){.failed = 1, .error = give_error(OURS(ERROR_CONNECTION_TERMINATED))};
+        }
         return &bytes;
     }
     for (;;) {
@@ -261,9 +264,13 @@ static uint32_t room_of(const output_stream *it) {
     return channel_credit();
 }
 
+// True of the body of an answer that has ended.
+static int has_ended(const output_stream *it) { return answer_ended && NUMBER(it->engine) == RESPONSE_BODY; }
+
 // The body of the answer in hand, or of a request on its way out: waits for room, which a guest that asked has.
 static nothing_result *body_write(const output_stream *it, const char *data, size_t size) {
     nothing = (nothing_result){0};
+    if (has_ended(it)) nothing = (nothing_result){.failed = 1, .closed = 1};
     while (size && !nothing.failed) {
         size_t room = room_of(it);
         if (!room) {
@@ -340,6 +347,7 @@ EXPORT(STREAMS "#[method]output-stream.subscribe") int32_t output_subscribe(cons
 EXPORT(STREAMS "#[method]output-stream.check-write") count_result *output_check_write(const output_stream *it) {
     if (it->engine < ALWAYS) {
         count = (count_result){.count = room_of(it)};
+        if (has_ended(it)) count = (count_result){.failed = 1, .closed = 1};
         return &count;
     }
     engine_check_write(it->engine, &count);

@@ -18,8 +18,22 @@ IMPORT(HOST, "reset") void host_reset(void);
 exchange now;
 uint8_t asked_host;
 
+static text outcome(void);
+
+// Let the answer's end out once there is one, so that nothing that the guest does from there on delays it.
+static void end_answer(void) {
+    if (!looping || answer_ended || now.state == UNANSWERED) return;
+    if (now.state == ANSWERED) {
+        const outgoing_body *body = &now.response->body;
+        if (body->taken && !body->finished && !body->dropped) return;
+    }
+    channel_answer_ended(outcome());
+}
+
 EXPORT(TYPES "#[dtor]outgoing-body") void outgoing_body_dtor(outgoing_body *it) {
     if (it->request && !it->finished) request_dropped(it->request);
+    it->dropped = !it->finished;
+    end_answer();
     live--;
 }
 
@@ -86,7 +100,7 @@ METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_bo
         it->written = 1;
         return ok_handle(request_stream(it->request));
     }
-    if (it->written || now.streaming) return no_handle();
+    if (it->written || now.streaming || (looping && answer_ended)) return no_handle();
     if (looping) {
         if (now.state == ANSWERED && it != &now.response->body) return no_handle();
         it->written = now.streaming = 1;
@@ -104,8 +118,8 @@ STATIC("outgoing-body.finish")
 nothing_or_error *outgoing_body_finish(int32_t body, int32_t has_trailers, int32_t trailers) {
     outgoing_body *it = outgoing_body_rep(body);
     it->finished = 1;
-    outgoing_body_drop(body);
     if (has_trailers) it->trailers = fields_take(trailers);
+    outgoing_body_drop(body); // ends the answer, if this is its body
     uint32_t wrong = it->request ? request_finished(it->request) : 0;
     nothing_or_error *answer = take_room(sizeof *answer);
     *answer = (nothing_or_error){wrong > 0, {wrong ? (uint8_t)(wrong - 1) : 0, {0}}};
@@ -135,6 +149,7 @@ void response_outparam_set(int32_t param, int32_t failed, int32_t response_or_er
         now.response = outgoing_response_take(response_or_error);
         if (looping) send_head();
     }
+    end_answer();
 }
 
 static text answer_head(const outgoing_response *it) {
@@ -169,6 +184,15 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
     }
     }
     return head;
+}
+
+// What the frame at the answer's end says; where its trailers are too large for one, that.
+static text outcome(void) {
+    text said = *finish();
+    if (said.size <= FRAME_MAX) return said;
+    now.state = FAILED;
+    now.error = ERROR_RESPONSE_HEAD_SIZE;
+    return *finish();
 }
 
 EXPORT("cabi_post_wasmfleet:adapter/exchange@0.1.0#finish") void finish_post(text *head) {
@@ -248,7 +272,7 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#next") next_call *next(int32_t exact) {
 }
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
-    enum turn turn = channel_end(*finish(), last);
+    enum turn turn = channel_end(answer_ended ? TEXT("") : outcome(), last);
     if (now.state != ANSWERED && !last) turn = MISPLACED; // no instance goes on after an answer that failed
     if (asked_host) host_reset();
     finish_post(NULL);
@@ -257,4 +281,7 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#replied") uint32_t replied(void) { return channel_ended(); }
 
-EXPORT("wasmfleet:adapter/exchange@0.1.0#meter") void meter(void) { metered = 1; }
+EXPORT("wasmfleet:adapter/exchange@0.1.0#tell") void tell(int32_t of_writes, int32_t of_returns) {
+    metered = of_writes;
+    prompt = of_returns;
+}

@@ -15,7 +15,7 @@
 //   k            read a piece of the request's body and write it; a  all of it; q  read all of it, write its size
 //   z            write the request's trailers, as d writes fields
 //   n            write which steps failed
-//   !            trap; ;  return, leaving the rest to its drops
+//   !            trap; ;  return, leaving the rest to its drops; X  exit; @  compute without end; pN  sleep N ms
 #define ROOM_BYTES (512 * 1024)
 #define PAGE_BYTES (192 * 1024)
 #include "guest.h"
@@ -23,6 +23,8 @@
 IMPORT(TYPES, "[resource-drop]incoming-body") void drop_incoming(int32_t);
 IMPORT(TYPES, "[resource-drop]outgoing-response") void drop_response(int32_t);
 IMPORT(STREAMS, "[method]output-stream.blocking-flush") void blocking_flush(int32_t, uint32_t *);
+IMPORT("wasi:clocks/monotonic-clock" V, "subscribe-duration") int32_t after(uint64_t ns);
+IMPORT("wasi:cli/exit" V, "exit") void leave(int32_t failed);
 
 static int32_t request, outparam, response, fields, trailers, body, stream, incoming, input;
 static int has_request, has_param, has_response, has_fields, has_trailers, has_body, has_stream, has_incoming, has_input;
@@ -154,6 +156,12 @@ static void write_pattern(uint32_t size) {
     }
 }
 
+static void pause(uint32_t ms) {
+    int32_t over = after((uint64_t)ms * 1000000);
+    block(over);
+    drop_pollable(over);
+}
+
 static void step(char what, text t) {
     uint32_t result[3] = {0}, size = 0;
     text piece;
@@ -197,6 +205,10 @@ static void step(char what, text t) {
         if (has_body) drop_body(body), has_body = 0;
         break;
     case 'd': describe(request), write_page('d'); break;
+    case 'p': pause(number_of(t)); break;
+    case 'X': leave(0); break;
+    case '@':
+        for (volatile uint32_t n = 0;; n++) {}
     case 'k':
         if (read_piece('k', &piece)) write_all('k', piece);
         break;

@@ -83,7 +83,9 @@ HANDLE: Final = Signature(
 )
 EXCHANGE: Final = Signature((("head", "string"),), "string")
 FLUSH: Final = Signature()
-SERVE: Final = Signature((("calls", "u32"), ("last", "bool"), ("metered", "bool"), ("token", "string")), "u64")
+SERVE: Final = Signature(
+    (("calls", "u32"), ("last", "bool"), ("metered", "bool"), ("prompt", "bool"), ("token", "string")), "u64"
+)
 CHECK: Final = Signature((), _OUTCOME)
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")

@@ -501,7 +501,8 @@ class ChannelGuest(Guest):
         """Serve calls until the loop has a reason to return; `await_interrupts` first.
 
         `token`: discard what the channel has before it. Renew the instance after `MISPLACED`, and once it is `spent` or
-        has `ended`.
+        has `ended`. Where there are several workers, the router is told of each guest's return at once: the next call
+        could go to another.
 
         Raises:
             GuestError: the call in flight ended in a trap or a limit; a `CancelledCallError` is no fault of the guest.
@@ -511,7 +512,8 @@ class ChannelGuest(Guest):
         self._arm(0)
         self._armed()
         try:
-            said: int = self._serve(self._store, calls, calls == self._left, self._wrote is not None, token)
+            metered, prompt = self._wrote is not None, self._limits.concurrency > 1
+            said: int = self._serve(self._store, calls, calls == self._left, metered, prompt, token)
         except WasmtimeError as error:
             self.ended = True
             raise guest_error(str(error)) from error

@@ -107,12 +107,14 @@ class Call:
         number: of the call in its channel; 0 until it is in one.
         channel: the channel that it is in, or None.
         began_ns: when its channel let it begin (monotonic clock); 0 before.
+        is_answered: whether its answer has ended and its client is served; the guest may go on.
     """
 
     def __init__(self, calls: CallQueue, client: Asker, exchange: Exchange) -> None:
         self.number = 0
         self.channel: CallCarrier | None = None
         self.began_ns = 0
+        self.is_answered = False
         self._calls = calls
         self._client: Asker | None = client
         self._exchange = exchange
@@ -218,6 +220,11 @@ class Call:
     def is_written(self) -> bool:
         """True once all of the request is in the channel."""
         return self.is_whole or self._end_sent
+
+    @property
+    def is_kept(self) -> bool:
+        """True for a request that is here as a whole, and stays so while it is sent."""
+        return self._ended and self._body_bytes <= INITIAL_CREDIT_BYTES
 
     @property
     def head_bytes(self) -> int:
@@ -483,6 +490,17 @@ class Call:
         if self._begun:
             return self._end_begun(end.trailers)
         return self._whole(end.trailers)
+
+    def let_client_go(self) -> bytes:
+        """Forget the client, who is served, and return a frame for a guest that waits for more of the request."""
+        self.is_answered = True
+        self._client = None
+        self.watch_client()
+        if self._ended or self._end_sent:
+            return b""
+        self._body.clear()
+        self._end_sent = True
+        return encode(Frame(Kind.CANCEL, self.number))
 
     def _reply(self, status: int, why: str) -> Settled:
         client, exchange = self._client, self._exchange

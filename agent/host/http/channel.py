@@ -11,6 +11,13 @@ A call that was reported as long may be interrupted, and the interrupt may come 
 is written behind a reported call, and after its end the worker leaves its loop once before it gets another: there it
 reads what was sent to it, and knows that the call has ended. A call that had been written ahead before the report can
 still be hit by such an interrupt. It is sent again, which is safe, as only idempotent requests are written ahead.
+
+A guest may go on after its answer has ended (`Kind.ANSWERED`): the client is served then, and the call ends when the
+guest returns. A worker says nothing of that by itself, which would cost a write for each call: the first frame of the
+next call says it, or `Kind.ASK` finds it out, once the call would be a long one or somebody waits. So the next call may
+stand behind one whose guest still runs. Where the worker cannot know which of the two has failed, the next one, which
+may begin twice, is sent again; if it fails again, the failure was its own. Before a call that may not begin twice, the
+worker is asked, and answers before it begins.
 """
 
 import asyncio
@@ -101,6 +108,9 @@ class Channel:
         self._told = 0  # number of the call that was reported last
         self._started = 0  # number of the call of which a shared worker said that it begins
         self._began_behind = 0  # number of the call that was written behind a reported one
+        self._is_prompt = calls.limits.concurrency > 1  # the worker says by itself when a guest has returned
+        self._asked = 0  # number of the call of which was asked last whether its guest has returned
+        self._suspect: tuple[Call, CallOutcome] | None = None  # the call that has failed, unless the one before it has
         sock.setblocking(False)
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
@@ -110,6 +120,18 @@ class Channel:
     def is_free(self) -> bool:
         """True while a call would begin at once."""
         return self._takes and not self.flight
+
+    @property
+    def _is_settling(self) -> bool:
+        """True while the first call in the channel is answered: its guest may have returned, or go on."""
+        return bool(self.flight) and self.flight[0].is_answered
+
+    @property
+    def _current(self) -> Call | None:
+        """The call to which time is counted: the first that is not answered, if there is one."""
+        if self._is_settling and len(self.flight) > 1:
+            return self.flight[1]
+        return self.flight[0] if self.flight else None
 
     @property
     def _takes(self) -> bool:
@@ -122,22 +144,39 @@ class Channel:
         ahead_bytes = call.head_bytes + sum(each.head_bytes for each in self.flight)
         return ahead_bytes <= AHEAD_MAX_BYTES and self.flight[-1].is_written
 
+    def may_write_behind(self, call: Call) -> bool:
+        """Return whether a call may be written behind an answered one, with the question if its guest is back."""
+        if not (self._takes and len(self.flight) == 1 and self._is_settling) or self.is_in_long_call:
+            return False
+        return call.is_kept and self.flight[0].is_written
+
     def take(self, call: Call) -> None:
         """Write a call; it begins at once, or when the one before it ends."""
+        question = b"" if call.may_go_ahead else self._question()
         self.flight.append(call)
         call.channel = self
-        self._write_call(call)
-        if len(self.flight) == 1:
-            self._begin()
+        self._write_call(call, question)
+        if call is self._current:
+            self._begin(call)
 
-    def _write_call(self, call: Call) -> None:
+    def _write_call(self, call: Call, question: bytes = b"") -> None:
         self._number = self._number % 0xFFFFFFFF + 1
         call.number = self._number
-        self.write(call.request_frames())
+        self.write(question + call.request_frames())
 
-    def _begin(self) -> None:
-        """Let the first call in the channel begin, as far as can be known here."""
-        call = self.flight[0]
+    def ask(self) -> None:
+        """Ask whether the guest of an answered call has returned, where no frame of a next call will say it."""
+        if len(self.flight) == 1:
+            self.write(self._question())
+
+    def _question(self) -> bytes:
+        if not self._is_settling or self._is_prompt or self._asked == self.flight[0].number:
+            return b""
+        self._asked = self.flight[0].number
+        return encode(Frame(Kind.ASK, self._asked))
+
+    def _begin(self, call: Call) -> None:
+        """Let a call begin, as far as can be known here."""
         call.began_ns = time.monotonic_ns()
         self.page.begin(call.began_ns, call.number)
         call.watch_client()
@@ -147,12 +186,16 @@ class Channel:
     def _look(self) -> None:
         """Report a call once it takes long; one timer serves many calls."""
         self._timer = None
-        if not self.flight:
+        call, loop = self._current, asyncio.get_running_loop()
+        if call is None:
             return
-        call, loop = self.flight[0], asyncio.get_running_loop()
         age_s = (time.monotonic_ns() - call.began_ns) / 1e9
         if age_s < LONG_CALL_S:
             self._timer = loop.call_later(LONG_CALL_S - age_s, self._look)
+            return
+        if call.is_answered and not self._is_prompt and self._asked != call.number:
+            self.ask()
+            self._timer = loop.call_later(LONG_CALL_S, self._look)
             return
         if self._told != call.number:
             self._told = call.number
@@ -162,30 +205,73 @@ class Channel:
         left_s = total_s - min(_TOTAL_MARGIN_S, total_s / 4) - age_s
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._look)
-        elif call.is_delayed_by_client:
+        elif call.is_delayed_by_client and not call.is_answered:
             call.end_for_slow_client()
 
     def _end(self, settled: Settled) -> None:
         """Count the end of the first call, begin the next, and then serve the client, who may have another request."""
-        call = self.flight.popleft()
+        call = self.flight[0]
+        self.page.end(settled.outcome, self._age_us(call), error=settled.error)
+        self._leave(call)
+        settled.deliver()
+
+    @staticmethod
+    def _age_us(call: Call) -> int:
+        return (time.monotonic_ns() - call.began_ns) // 1000
+
+    def _leave(self, call: Call) -> None:
+        """Take the first call, which has ended, from the channel, and begin the next."""
+        self.flight.popleft()
         call.channel = None
-        self.page.end(settled.outcome, (time.monotonic_ns() - call.began_ns) // 1000, error=settled.error)
-        self.page.rest()
+        if self._suspect is not None and self._suspect[0] is call:
+            self._suspect = None
         if self._timer is not None and self._told == call.number:
             self._timer.cancel()  # set for the end of this call
             self._timer = None
+        if self.flight and self.flight[0].began_ns:
+            return  # begun when this one was answered
+        self.page.rest()
         if self.flight:
-            self._begin()
+            self._begin(self.flight[0])
+
+    def _answer(self, call: Call, end: heads.ResponseHead) -> None:
+        """Serve the client of the first call, whose guest may go on."""
+        self._lost_place = self._calls.reuses and end.problem is not None
+        self._note_late_interrupts()
+        self._clear_suspicion(call)
+        settled = call.settle(end)
+        self.page.answered(settled.outcome, self._age_us(call), error=settled.error)
+        self.write(call.let_client_go())
+        if len(self.flight) > 1:
+            self._begin(self.flight[1])
         settled.deliver()
+
+    def _return(self) -> None:
+        """Take note that the guest has returned from the first call, which is answered."""
+        call = self.flight[0]
+        if self._told == call.number:
+            self._yields += 1
+        self._leave(call)
+
+    def _note_late_interrupts(self) -> None:
+        """Remember which call an interrupt of the first one, which is over for its client, could still hit."""
+        if self.is_in_long_call:
+            self._began_behind = self.flight[1].number if len(self.flight) > 1 else 0
+
+    def _clear_suspicion(self, call: Call) -> None:
+        """Blame the call before this one for a failure, as this one has not failed again."""
+        if self._suspect is not None and self._suspect[0] is call:
+            self.page.fail_later(self._suspect[1])
+            self._suspect = None
 
     def cancel(self, call: Call) -> None:
         """Tell the guest that the client of its call has gone, and the supervisor if that does not end the call."""
-        if self.flight and self.flight[0] is call:
+        if call is self._current:
             self.write(encode(Frame(Kind.CANCEL, call.number)))
             asyncio.get_running_loop().call_later(_ABANDON_S, self._still_there, call)
 
     def _still_there(self, call: Call) -> None:
-        if self.is_open and self.flight and self.flight[0] is call:
+        if self.is_open and call is self._current and not call.is_answered:
             self._told = call.number
             self._calls.reports.report(CallAbandoned(self.worker, call.number))
 
@@ -193,8 +279,9 @@ class Channel:
 
     @property
     def is_in_long_call(self) -> bool:
-        """True while the call that runs has been reported."""
-        return bool(self.flight) and self.flight[0].number == self._told
+        """True while the call that runs has been reported, or an answered one before it."""
+        current = self._current
+        return current is not None and self._told in {current.number, self.flight[0].number}
 
     def leave_loop(self) -> None:
         """Have the worker read its control socket, once no call is in the channel."""
@@ -215,7 +302,11 @@ class Channel:
 
     def _go_on(self) -> None:
         """Do what waited for the channel to be empty."""
-        if self.flight or not self.is_open:
+        if not self.is_open:
+            return
+        if self.flight:
+            if self._yields or self._is_draining:
+                self.ask()
             return
         if self._yields and not (self._yielding or self._lost_place):
             self._yields, self._yielding = 0, True
@@ -299,7 +390,7 @@ class Channel:
             self._lose()
             return True
         if done:
-            if self.flight:
+            if self.flight and not self._is_settling:
                 self.flight[0].flush_soon()
             self._go_on()
             self._calls.pump()
@@ -307,7 +398,7 @@ class Channel:
 
     def _take(self, frame: Frame) -> None:
         if frame.kind is Kind.FAILED:
-            self._resume_after_failure(frame.payload)
+            self._resume_after_failure(frame.call, frame.payload)
             return
         if frame.kind is Kind.NUDGE:
             if not self._unsent:  # otherwise the guest wakes for what is on its way
@@ -316,10 +407,19 @@ class Channel:
         if frame.kind is Kind.END and frame.call == 0 and self._yielding:
             self._yielding = False
             return
+        if self._is_settling and self.flight[0].number != frame.call:
+            self._return()
         if not self.flight or self.flight[0].number != frame.call:
             raise FrameError(f"a frame of call {frame.call}, which does not run")
-        call = self.flight[0]
+        self._take_of_call(self.flight[0], frame)
+
+    def _take_of_call(self, call: Call, frame: Frame) -> None:
+        """Take a frame of the first call."""
         match frame.kind:
+            case Kind.END if call.is_answered and not frame.payload:
+                self._return()
+            case kind if call.is_answered and kind is not Kind.CREDIT:
+                raise FrameError(f"a frame of call {frame.call}, which is answered")
             case Kind.RESPONSE:
                 call.respond(frame.payload)
             case Kind.BODY:
@@ -327,6 +427,8 @@ class Channel:
             case Kind.CREDIT:
                 call.credited(more := CREDIT.unpack(frame.payload)[0])
                 self._started = self._started if more else frame.call
+            case Kind.ANSWERED:
+                self._answer(call, heads.answer_head(frame.payload))
             case _:
                 self._take_end(call, heads.answer_head(frame.payload))
 
@@ -334,11 +436,15 @@ class Channel:
         self._lost_place = self._calls.reuses and end.problem is not None
         if self.is_in_long_call:
             self._yields += 1
-            self._began_behind = self.flight[1].number if len(self.flight) > 1 else 0
+            self._note_late_interrupts()
+        self._clear_suspicion(call)
         self._end(call.settle(end))
 
-    def _resume_after_failure(self, payload: bytes) -> None:
-        """End the call that failed, if one did, and write everything else anew for the next store."""
+    def _resume_after_failure(self, returned: int, payload: bytes) -> None:
+        """End the call that failed, if one did, and write everything else anew for the next store.
+
+        `returned`: number of the last call from which the worker knows that its guest has returned.
+        """
         text, token = payload[:-TOKEN_BYTES], payload[-TOKEN_BYTES:]
         outcome, _, why = text.partition(b"\r\n")
         if len(token) != TOKEN_BYTES:
@@ -348,7 +454,7 @@ class Channel:
         self.write(token)
         if self._yielding:  # written before the token, and so not read
             self._yields, self._yielding = self._yields + 1, False
-        failed = self.flight[0] if outcome and self.flight else None
+        failed = self._failed_call(returned, outcome)
         if failed is not None and self._was_meant_for_another(failed, outcome) and failed.begin_again():
             failed = None
         for call in [each for each in self.flight if each is not failed]:
@@ -362,6 +468,23 @@ class Channel:
         elif self.flight:
             self.page.begin(self.flight[0].began_ns, self.flight[0].number)
 
+    def _failed_call(self, returned: int, outcome: bytes) -> Call | None:
+        """Return the call that has failed, unless it was answered before; answered calls leave the channel."""
+        if not self._is_settling:
+            return self.flight[0] if outcome and self.flight else None
+        answered, behind = self.flight[0], self._current
+        self._return()
+        if not outcome:
+            return None
+        if behind is not answered and (answered.number == returned or (behind and not behind.can_be_sent_again)):
+            return behind
+        if behind is answered or not self._calls.reuses or self._asked == answered.number:
+            self.page.fail_later(CallOutcome(outcome.decode()))
+        else:
+            assert behind is not None
+            self._suspect = (behind, CallOutcome(outcome.decode()))
+        return None
+
     def _was_meant_for_another(self, call: Call, outcome: bytes) -> bool:
         """Return whether a call was ended by an interrupt of the call before it: nobody has asked for its own."""
         late = outcome == CallOutcome.GUEST_TIMEOUT.encode()
@@ -369,8 +492,14 @@ class Channel:
 
     def _lose(self) -> None:
         """Give the calls in the channel up, or to another worker where they had not begun."""
+        if self._is_settling:
+            has_begun = len(self.flight) > 1 and self._asked != self.flight[0].number
+            self._return()
+        else:
+            has_begun = True
         flight = list(self.flight)
-        waits = self.terms.shared and bool(flight) and flight[0].number != self._started and flight[0].can_be_sent_again
+        waits = not has_begun or (self.terms.shared and bool(flight) and flight[0].number != self._started)
+        waits = waits and bool(flight) and flight[0].can_be_sent_again
         self.close()
         if self._is_draining:
             self._is_draining = False
@@ -492,6 +621,8 @@ class InstanceCalls:
         while self._waiting:
             channel = self._choose(self._waiting[0])
             if channel is None:
+                for each in self.channels:
+                    each.ask()
                 return
             channel.take(self._waiting.popleft())
 
@@ -505,7 +636,7 @@ class InstanceCalls:
             len(serving) == 1
             and self.limits.concurrency == 1
             and serving[0].flight
-            and serving[0].may_write_ahead(call)
+            and (serving[0].may_write_ahead(call) or serving[0].may_write_behind(call))
         ):
             return serving[0]
         return None

@@ -34,19 +34,22 @@ class Kind(enum.IntEnum):
     REQUEST = 1  # request head; a body follows
     WHOLE_REQUEST = 2  # request head; no body follows
     BODY = 3  # piece of a body, either way
-    END = 4  # end of a body, with trailers; of an answer also its outcome
+    END = 4  # end of a body, with trailers; of a call also the answer's outcome, unless ANSWERED has said that
     CREDIT = 5  # u32: bytes of body that the peer may send more
     RESPONSE = 6  # response head; without payload where the guest begins its body before it has set its answer
     YIELD = 7  # leave the loop for one control message; call 0, as has the END that says it is done
-    FAILED = 8  # the store has ended early: outcome of the call in flight, if it failed, and a token
+    FAILED = 8  # the store has ended early: outcome of the call in flight, if it failed, and a token; its call is the
+    # last one from which the worker knows that the guest has returned
     CANCEL = 9  # the client of the call in flight is gone
     NUDGE = 10  # call 0: from the worker's thread while its guest waits, and straight back, to wake the guest
+    ANSWERED = 11  # end of an answer, as END says it, whose guest may go on: the call ends later
+    ASK = 12  # has the guest returned from this call, which is answered? END without payload says that it has
 
 
 TO_GUEST: Final = frozenset(
-    {Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT, Kind.YIELD, Kind.CANCEL, Kind.NUDGE}
+    {Kind.REQUEST, Kind.WHOLE_REQUEST, Kind.BODY, Kind.END, Kind.CREDIT, Kind.YIELD, Kind.CANCEL, Kind.NUDGE, Kind.ASK}
 )
-FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT, Kind.FAILED, Kind.NUDGE})
+FROM_GUEST: Final = frozenset({Kind.RESPONSE, Kind.BODY, Kind.END, Kind.CREDIT, Kind.FAILED, Kind.NUDGE, Kind.ANSWERED})
 
 
 class FrameError(ValueError):

@@ -128,6 +128,17 @@ class StatsPage:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
 
+    def answered(self, outcome: CallOutcome, us: int, *, error: bool = False) -> None:
+        """Count a call that was answered after `us` microseconds, and whose guest may go on."""
+        began_ns = self.began_ns()
+        self.end(outcome, us, error=error)
+        _U64.pack_into(self._map, _BEGAN, began_ns)
+
+    def fail_later(self, outcome: CallOutcome) -> None:
+        """Count the failure of a guest after its answer, which was counted as what it was."""
+        self.count(outcome)
+        self._add(_ERRORS)
+
     def count(self, outcome: CallOutcome) -> None:
         """Count a call that was answered without the guest, whatever is in flight."""
         self._add(_COUNTS + 8 * _OUTCOMES.index(outcome))

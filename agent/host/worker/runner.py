@@ -102,6 +102,8 @@ class GuestRunner:
         self._way: SlotResponse | None = None
         self._answered = 0
         self._sent_bytes = 0
+        self.last_returned = 0
+        """Number of the last call of the channel from which its guest is known to have returned."""
         self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
         self._ticker = ticker or CallWatchdog(image.engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
 
@@ -166,7 +168,8 @@ class GuestRunner:
             except GuestError:
                 self._outgoing.reset()
                 raise
-            control.ended(guest.last_call)
+            self.last_returned = guest.last_call or self.last_returned
+            control.ended(self.last_returned)
             if turn is Turn.MISPLACED or guest.spent:
                 guest.renew()
         return turn

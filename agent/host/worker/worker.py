@@ -307,7 +307,8 @@ class Worker:
             try:
                 turn = self._caller.serve(token, control) if native is None else native.serve(token)
             except GuestError as error:
-                token = output.failed(error.outcome, self._redactor.text(str(error)))
+                why = self._redactor.text(str(error))
+                token = output.failed(error.outcome, why, returned=self._caller.last_returned)
                 continue
             token = output.failed() if turn is Turn.MISPLACED else ""
             if turn is Turn.CHANNEL_ENDED:
@@ -393,15 +394,16 @@ class _ChannelOutput:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
-    def failed(self, outcome: CallOutcome | None = None, why: str = "") -> str:
+    def failed(self, outcome: CallOutcome | None = None, why: str = "", *, returned: int = 0) -> str:
         """Tell the router that the store has ended early, and return the token behind which the next one reads on.
 
-        `outcome`: of the call in flight, if that has failed; `why`: a text whose first line says so.
+        `outcome`: of the call in flight, if that has failed; `why`: a text whose first line says so; `returned`: number
+        of the last call from which a guest is known to have returned.
         """
         token = os.urandom(frames.TOKEN_BYTES // 2).hex()
         sentence = (why.splitlines() or [""])[0][:LINE_MAX_CHARS]
         text = f"{'' if outcome is None else outcome.value}\r\n{sentence}\r\n{token}"
-        self.write(Frame(Kind.FAILED, 0, text.encode()))
+        self.write(Frame(Kind.FAILED, returned, text.encode()))
         return token
 
     def write(self, frame: Frame) -> None:

@@ -177,6 +177,8 @@ class ChannelWorker:
             if frame.kind is Kind.FAILED:
                 answer.failed = frame.payload.decode().split("\r\n")
                 break
+            if frame.kind is Kind.END and not frame.payload and frame.call < call:
+                continue  # the guest of an answered call has returned
             assert frame.call == call
             if frame.kind is Kind.CREDIT:
                 answer.credits.append(int.from_bytes(frame.payload, "little"))
@@ -190,7 +192,7 @@ class ChannelWorker:
                 if credit and owed >= frames.INITIAL_CREDIT_BYTES // 4:
                     self.write(Frame(Kind.CREDIT, call, owed.to_bytes(4, "little")))
                     owed = 0
-            elif frame.kind is Kind.END:
+            elif frame.kind in {Kind.END, Kind.ANSWERED}:
                 answer.end = frame.payload
                 break
         self.page.rest()

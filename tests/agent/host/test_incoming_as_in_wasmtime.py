@@ -38,7 +38,7 @@ ROW_OF = {case: row for row, cases in DIFFERENCES.items() for case in cases}
 
 @pytest.fixture(scope="module")
 def theirs():
-    with serving(SCRIPT) as port:
+    with serving(SCRIPT, "-Scli") as port:
         yield port
 
 

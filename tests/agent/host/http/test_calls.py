@@ -641,3 +641,156 @@ async def test_a_worker_that_overruns_its_credit_or_grants_more_than_it_took_los
         call = (await worker.next(Kind.REQUEST, Kind.WHOLE_REQUEST)).call
         worker.say(*(frame._replace(call=call) for frame in said))
         assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
+
+
+ENDED = b"0 whole\r\n\r\n"
+POST = b"POST /a HTTP/1.1\r\nhost: board\r\ncontent-length: 2\r\n\r\nhi"
+
+
+async def answered(worker, client, request=GET):
+    """A request whose answer has ended, while its guest may go on."""
+    client.ask(request)
+    call = (await worker.next(Kind.WHOLE_REQUEST, Kind.REQUEST)).call
+    worker.say(Frame(Kind.RESPONSE, call, HEAD), Frame(Kind.BODY, call, b"hi"), Frame(Kind.ANSWERED, call, ENDED))
+    assert (await client.answer())[::2] == (200, b"hi")
+    return call
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_has_ended_goes_out_and_the_next_call_says_that_its_guest_is_back(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(reuses=True), await the_board.client()
+        first = await answered(worker, client)
+        assert worker.page.read().calls == {CallOutcome.OK: 1}
+        assert worker.page.number() == first
+        client.ask()
+        second = (await worker.next(Kind.WHOLE_REQUEST)).call
+        assert worker.page.number() == second
+        worker.answer(second)
+        assert (await client.answer())[0] == 200
+        assert worker.page.number() == 0
+
+
+@pytest.mark.asyncio
+async def test_a_guest_is_asked_for_once_its_call_would_be_long(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        call = await answered(worker, client)
+        assert await worker.next() == Frame(Kind.ASK, call)
+        assert (await the_board.report(helper_api.LongCall)).call == call
+        worker.say(Frame(Kind.END, call))
+        await worker.answer_next(client)
+        assert worker.page.read().calls == {CallOutcome.OK: 2}
+
+
+@pytest.mark.asyncio
+async def test_a_guest_is_asked_for_when_its_worker_is_to_leave_its_loop_or_take_no_more(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        call = await answered(worker, client)
+        the_board.tell(helper_api.DrainChannel(worker.number))
+        assert await worker.next() == Frame(Kind.ASK, call)
+        worker.say(Frame(Kind.END, call))
+        assert (await the_board.report(helper_api.ChannelDrained)).worker == worker.number
+
+
+@pytest.mark.asyncio
+async def test_before_a_call_that_may_not_begin_twice_the_worker_is_asked(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(reuses=True), await the_board.client()
+        call = await answered(worker, client)
+        client.ask(POST)
+        assert await worker.next() == Frame(Kind.ASK, call)
+        behind = await worker.next(Kind.REQUEST)
+        worker.say(Frame(Kind.END, call))
+        worker.fail(b"guest-trap", b"its own")
+        assert (await client.answer())[0] == 500
+        assert worker.page.read().calls == {CallOutcome.OK: 1, CallOutcome.GUEST_TRAP: 1}
+        assert behind.call != call
+
+
+@pytest.mark.parametrize("request_bytes", [GET, POST])
+@pytest.mark.asyncio
+async def test_a_failure_after_an_answer_is_that_calls_and_the_next_is_sent_again(tmp_path, request_bytes):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        await answered(worker, client)
+        client.ask(request_bytes)
+        while (await worker.next()).kind is Kind.ASK:
+            pass
+        worker.fail(b"guest-trap", b"after its answer")
+        while (frame := await worker.next()).kind in {Kind.ASK, Kind.BODY, Kind.END}:
+            pass
+        worker.answer(frame.call, b"all of it")
+        assert (await client.answer())[::2] == (200, b"all of it")
+        assert worker.page.read().calls == {CallOutcome.OK: 2, CallOutcome.GUEST_TRAP: 1}
+        assert worker.page.read().errors == 1
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_knows_that_a_guest_had_returned_blames_the_next_call(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        call = await answered(worker, client)
+        client.ask()
+        await worker.next(Kind.WHOLE_REQUEST)
+        worker.lose_place()
+        worker.say(Frame(Kind.FAILED, call, b"guest-trap\r\nits own\r\n" + TOKEN))
+        assert (await client.answer())[0] == 500
+        assert worker.page.read().calls == {CallOutcome.OK: 1, CallOutcome.GUEST_TRAP: 1}
+
+
+@pytest.mark.parametrize("fails_again", [False, True])
+@pytest.mark.asyncio
+async def test_where_nobody_knows_whose_a_failure_is_the_second_try_tells(tmp_path, fails_again):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(reuses=True), await the_board.client()
+        await answered(worker, client)
+        client.ask()
+        await worker.next(Kind.WHOLE_REQUEST)
+        worker.fail(b"guest-trap", b"of one or the other")
+        again = (await worker.next(Kind.WHOLE_REQUEST)).call
+        assert worker.page.read().calls == {CallOutcome.OK: 1}
+        if fails_again:
+            worker.fail(b"guest-trap", b"its own")
+        else:
+            worker.answer(again)
+        assert (await client.answer())[0] == (500 if fails_again else 200)
+        assert worker.page.read().calls == {CallOutcome.OK: 1 if fails_again else 2, CallOutcome.GUEST_TRAP: 1}
+
+
+@pytest.mark.asyncio
+async def test_a_call_behind_an_answered_one_outlives_their_worker(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        await answered(worker, client)
+        client.ask(POST)
+        await worker.next(Kind.ASK)
+        await worker.next(Kind.REQUEST)
+        worker.close()
+        other = await the_board.worker()
+        call = (await other.next(Kind.REQUEST)).call
+        assert await other.body() == b"hi"
+        other.answer(call, b"from another")
+        assert (await client.answer())[::2] == (200, b"from another")
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_was_answered_before_it_sent_all_leaves_the_guest_without_the_rest(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        call = await answered(worker, client, POST.replace(b"length: 2", b"length: 200000") + bytes(70_000))
+        while (frame := await worker.next(Kind.BODY, Kind.CANCEL)).kind is Kind.BODY:
+            pass
+        assert frame.call == call
+        assert await client.reader.read() == b""
+
+
+@pytest.mark.parametrize("kind", [Kind.RESPONSE, Kind.BODY, Kind.ANSWERED, Kind.END])
+@pytest.mark.asyncio
+async def test_nothing_comes_behind_the_end_of_an_answer(tmp_path, kind):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        call = await answered(worker, client)
+        worker.say(Frame(kind, call, ENDED))
+        assert (await the_board.report(helper_api.ChannelBroken)).worker == worker.number
