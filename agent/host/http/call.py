@@ -479,8 +479,9 @@ class Call:
             return Settled(CallOutcome.OK, error=end.problem is not None, deliver=_nothing)
         if end.problem is not None:
             self._calls.note(f"host: {end.problem}")
-            if not self._begun:
-                return self._reply(end.status, end.problem)
+            if not self._begun:  # JavaScript answers an exception with 500, and drops the body
+                own = self._status if self._status >= _SERVER_ERROR else 0
+                return self._reply(own or end.status, end.problem)
             self._problem = self._problem or end.problem
         elif not self._status and not self._problem:
             if end.status:

@@ -67,6 +67,14 @@ class Worker:
         assert frame is None or not kinds or frame.kind in kinds, frame
         return frame
 
+    async def next_request(self):
+        """The next frame that begins a request."""
+        frame = None
+        while frame is None or frame.kind not in {Kind.REQUEST, Kind.WHOLE_REQUEST}:
+            frame = await self.next()
+            assert frame is not None, "the channel has ended"
+        return frame
+
     @property
     def has_more(self):
         return not self._frames.empty()
