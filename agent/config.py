@@ -349,6 +349,11 @@ class Paths:
         return self.state / "secrets"
 
     @property
+    def readings(self) -> Path:
+        """Directory of components' messages that the server has not stored yet."""
+        return self.state / "readings"
+
+    @property
     def runset(self) -> Path:
         """Copy of the committed instances in a file with a MAC, for when the database is lost."""
         return self.state / "runset.json"

@@ -61,6 +61,11 @@ class Write(StrEnum):
     STORE_DAMAGED = "store.db set aside"
     RUNSET = "runset.json"
 
+    # agent, messages of components
+    READINGS = "readings/*.seg"
+    READINGS_REMOVED = "readings/*.seg removed"
+    READINGS_DAMAGED = "readings/*.seg removed, cut off at its begin"
+
     # agent, what is deployed
     PART = "artifacts/*.part"
     PART_DROPPED = "artifacts/*.part removed"
@@ -210,6 +215,27 @@ def append(what: Write, path: Path, data: bytes, *, begin: bool) -> int:
         os.close(descriptor)
     reached(what, Point.AFTER, path, data)
     return written
+
+
+def append_synced(what: Write, path: Path, data: bytes, *, begin: bool) -> None:
+    """Append to a file, or begin it anew, and wait until that is on the disk. Raises `OSError`.
+
+    After an error, or a power cut, the file may have some of the bytes at its end.
+    """
+    reached(what, Point.BEFORE, path, data)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags | (os.O_TRUNC if begin else 0), 0o600)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        reached(what, Point.MIDDLE, path, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if begin:
+        files.sync_directory(path.parent)
+    reached(what, Point.AFTER, path, data)
 
 
 def take_name(what: Write, source: Path, target: Path) -> None:

@@ -222,6 +222,11 @@ class Client:
         """Fetch the events of a device, newest first."""
         return self._get(operator_api.Timeline, f"/v1/devices/{_quoted(device)}/timeline", {"limit": limit})
 
+    def messages(self, query: Mapping[str, str | int], *, wait_s: int = 0) -> operator_api.Messages:
+        """Fetch messages of components, by the parameters of the route; wait up to `wait_s` for one."""
+        asked = {name: value for name, value in query.items() if value != ""} | ({"wait": wait_s} if wait_s else {})
+        return self._get(operator_api.Messages, "/v1/messages", asked, timeout_s=READ_TIMEOUT_S + wait_s)
+
     def history(self, device: str, *, boot_id: str = "", after: int = 0) -> History:
         """Fetch a page of a device's signed reports, after a position in them."""
         return self._get(History, f"/v1/devices/{_quoted(device)}/reports", {"boot_id": boot_id, "after": after})

@@ -303,7 +303,7 @@ def discard_state(state: Path) -> None:
     """Remove the state of an identity: its counters and metadata are not valid in another fleet."""
     for name in ("store.db", "store.db-wal", "store.db-shm", "runset.json"):
         disk.remove(Write.STATE_DROPPED, state / name, missing_ok=True)
-    for name in ("trust", "images", "artifacts", "bundle", "secrets"):
+    for name in ("trust", "images", "artifacts", "bundle", "secrets", "readings"):
         disk.remove_tree(Write.STATE_DROPPED, state / name)
 
 

@@ -49,6 +49,14 @@ EXCERPT_MAX_BYTES: Final = 44 * KIB
 LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
 LOGS_MINUTES_MAX: Final = 60
 
+# Messages of components, and readings: those of them on their way to the operator
+MESSAGE_MAX_BYTES: Final = 16 * KIB  # its content; as text in JSON it is a third more
+MESSAGE_TYPE_MAX_CHARS: Final = 128
+MESSAGE_METADATA_MAX: Final = 16
+MESSAGE_METADATA_MAX_BYTES: Final = 4 * KIB  # of all names and values together
+READINGS_MAX: Final = 500
+READINGS_MAX_BYTES: Final = 64 * KIB
+
 # Messages that travel over HTTPS at once where a network blocks MQTT, each way
 EXCHANGE_MESSAGES_MAX: Final = 64
 EXCHANGE_MAX_BYTES: Final = 448 * KIB  # of their payloads; as text in JSON they may be twice that, in a body of 1 MiB
@@ -115,6 +123,18 @@ INSTANCES_MAX: Final = 1000
 
 Counts = Annotated[dict[str, Count], Meta(max_length=NAMES_MAX)]
 """Numbers by a name of a closed vocabulary."""
+
+MetadataWord = Annotated[str, Meta(max_length=1024)]
+"""A name or a value in the metadata of a component's message."""
+
+Metadata = Annotated[tuple[tuple[MetadataWord, MetadataWord], ...], Meta(max_length=MESSAGE_METADATA_MAX)]
+"""Metadata of a component's message: pairs of name and value."""
+
+MessageTopic = Annotated[str, Meta(min_length=1, max_length=256)]
+MessageType = Annotated[str, Meta(max_length=MESSAGE_TYPE_MAX_CHARS)]
+"""Media type of a component's message; empty for none."""
+
+MessageData = Annotated[bytes, Meta(max_length=MESSAGE_MAX_BYTES)]
 
 Utc = Annotated[datetime, Meta(tz=True)]
 """A time with its zone: a time without one cannot be compared with it."""

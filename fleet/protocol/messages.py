@@ -21,7 +21,19 @@ import msgspec
 from msgspec import Meta
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.bounds import Count, Counts, Figure, Percent, Stored, Utc, Word
+from fleet.protocol.bounds import (
+    Count,
+    Counts,
+    Figure,
+    MessageData,
+    MessageTopic,
+    MessageType,
+    Metadata,
+    Percent,
+    Stored,
+    Utc,
+    Word,
+)
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.wire import Message
 
@@ -51,6 +63,8 @@ class Hello(Message, frozen=True, kw_only=True):
         accepted, deployed, committed: the device's three assignment versions (0 for none): persisted as soon as the
             envelope verifies; being carried out; fully committed.
         acked: newest report that a server has acknowledged; 0 for none.
+        readings: epoch of its readings, of which a server that takes any says how far it has them (`ReadingsAck`);
+            empty from agents without.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HELLO_MAX_BYTES
@@ -62,6 +76,7 @@ class Hello(Message, frozen=True, kw_only=True):
     committed: Count = 0
     versions: Versions = Versions()
     acked: Count = 0
+    readings: Word = ""
 
 
 class State(Message, frozen=True, kw_only=True):
@@ -160,6 +175,23 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         wire.take_earlier(self, workers="lanes", shared_worker="shared_lane")
 
 
+class ReadingsHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Readings that a device keeps until the server has stored them.
+
+    Attributes:
+        waiting, waiting_bytes: that are not acknowledged yet.
+        oldest_s: age of the oldest of these; 0 for none.
+        dropped: that were given up since the device began to keep any, for want of room or since they were too old.
+        refused: messages that were not taken since the agent started.
+    """
+
+    waiting: Count = 0
+    waiting_bytes: Count = 0
+    oldest_s: Count = 0
+    dropped: Count = 0
+    refused: Count = 0
+
+
 class Health(Message, frozen=True, kw_only=True):
     """`up/health`: condition of the device and its instances. Only the newest matters.
 
@@ -168,6 +200,7 @@ class Health(Message, frozen=True, kw_only=True):
         host_runs_as: the way in which the host is run (`root service`), which limits its isolation layers.
         problems: sentences for people, most urgent first.
         board: older agents' name of `resources`: read, never written.
+        readings: None from agents that keep none.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HEALTH_MAX_BYTES
@@ -183,6 +216,7 @@ class Health(Message, frozen=True, kw_only=True):
     host_runs_as: str = ""
     problems: Annotated[tuple[str, ...], Meta(max_length=bounds.PROBLEMS_MAX)] = ()
     board: DeviceResources | msgspec.UnsetType = msgspec.UNSET
+    readings: ReadingsHealth | None = None
 
     def __post_init__(self) -> None:
         """Take `resources` by its older name."""
@@ -270,6 +304,47 @@ class Ack(Message, frozen=True, kw_only=True):
     MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
     sequence: Count
     again: bool = False
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """Message of a component, as its device keeps it until the server has stored it.
+
+    Attributes:
+        position: among all readings of the device: one more than that of the reading before it.
+        sequence: among those of its instance, in the order in which the component sent them.
+        at: when the device took it, by its clock.
+        data: as base64 in JSON.
+    """
+
+    position: Count
+    instance: Word
+    sequence: Count
+    at: Utc
+    topic: MessageTopic
+    data: MessageData = b""
+    content_type: MessageType = ""
+    metadata: Metadata = ()
+
+
+class Readings(Message, frozen=True, kw_only=True):
+    """`up/readings`: the oldest readings that are not acknowledged; later ones follow once they are.
+
+    Attributes:
+        epoch: of the device's spool: another one after the spool was lost, when positions and sequences begin anew.
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.READINGS_MAX_BYTES
+    device: Word
+    epoch: Word
+    readings: Annotated[tuple[Reading, ...], Meta(max_length=bounds.READINGS_MAX)] = ()
+
+
+class ReadingsAck(Message, frozen=True, kw_only=True):
+    """`down/readings`: the server has every reading of this epoch up to and including `position`, or will never."""
+
+    MAX_BYTES: ClassVar[int] = bounds.ACK_MAX_BYTES
+    epoch: Word
+    position: Count
 
 
 class Poke(Message, frozen=True, kw_only=True):

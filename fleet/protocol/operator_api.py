@@ -274,6 +274,44 @@ class Timeline(View, frozen=True, kw_only=True):
     entries: tuple[TimelineEntry, ...] = ()
 
 
+class MessageView(View, frozen=True, kw_only=True):
+    """Message of a component, as its device brought it.
+
+    Attributes:
+        number: of this message here; grows with each that is stored.
+        sequence: among those of this instance on this device; a gap was dropped by the device for want of room.
+        epoch: within which the sequence counts: another one after the device lost what it kept.
+        at: when the device took it, by the device's clock.
+        received_at: when the server stored it.
+        data: as base64.
+    """
+
+    number: Stored
+    device: str
+    instance: str
+    sequence: Stored
+    epoch: str
+    at: Utc
+    received_at: Utc
+    topic: str
+    data: bytes = b""
+    content_type: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class Messages(View, frozen=True, kw_only=True):
+    """Messages of components, oldest first.
+
+    Attributes:
+        next: number after which to ask for what follows.
+        more: there is more to look through already; ask again at once.
+    """
+
+    messages: tuple[MessageView, ...] = ()
+    next: Stored = 0
+    more: bool = False
+
+
 class LabelsRequest(Body, frozen=True, kw_only=True):
     """Labels set by an operator; None removes one."""
 

@@ -25,6 +25,7 @@ class Down(StrEnum):
     FRESH = "fresh"  # the answer to a nonce
     ACK = "ack"  # the newest report that is stored
     COMMAND = "command"  # signed
+    READINGS = "readings"  # the newest reading that is stored
 
 
 class Up(StrEnum):
@@ -34,6 +35,7 @@ class Up(StrEnum):
     STATE = "state"  # retained, with a will
     HEALTH = "health"  # periodic; only the newest matters
     REPORT = "report"  # deployment progress; kept on the device until acknowledged
+    READINGS = "readings"  # messages of components; kept on the device until acknowledged
 
 
 RETAINED: Final[frozenset[Down | Up]] = frozenset({Down.DESIRED, Up.STATE})

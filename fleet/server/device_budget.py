@@ -49,7 +49,7 @@ CERTIFICATES_OF_ONE: Final = Rate(5, 1 / 3600)
 
 DEVICES_MAX: Final = 40_000
 _PROBLEMS_MAX: Final = 20
-_COST: Final = {Up.HELLO: 5 * MESSAGE_COST, Up.STATE: MESSAGE_COST, Up.HEALTH: MESSAGE_COST, Up.REPORT: MESSAGE_COST}
+_COST: Final = dict.fromkeys(Up, MESSAGE_COST) | {Up.HELLO: 5 * MESSAGE_COST}
 """A hello makes the server compare, sign and answer; the others are one statement each."""
 
 _STRAY_COST: Final = 20
@@ -83,12 +83,13 @@ class TokenBucket:
 class _Account:
     """Budget of one device, and what its hellos said."""
 
-    __slots__ = ("bad", "boots", "connects", "nonces", "patience", "stored", "traffic", "work")
+    __slots__ = ("bad", "boots", "connects", "nonces", "patience", "readings", "stored", "traffic", "work")
 
     def __init__(self, limits: ServerLimits, now: float) -> None:
         self.traffic, self.stored = TokenBucket(limits.traffic, now), TokenBucket(limits.stored, now)
         self.work, self.bad = TokenBucket(limits.work, now), TokenBucket(BAD_MESSAGES, now)
         self.patience, self.connects = TokenBucket(PATIENCE, now), TokenBucket(CONNECTS, now)
+        self.readings = TokenBucket(limits.readings, now)
         self.boots: deque[str] = deque(maxlen=_BOOTS_MAX)
         self.nonces: deque[str] = deque(maxlen=_NONCES_MAX)
 
@@ -102,6 +103,8 @@ class _Account:
             return "messages"
         if channel is Up.REPORT and not self.stored.take(size, now):
             return "bytes of reports"
+        if channel is Up.READINGS and not self.readings.take(size, now):
+            return "bytes of components' messages"
         return ""
 
 

@@ -16,7 +16,7 @@ from securesystemslib.signer import Signer
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart, SecretRef
 from fleet.protocol.manifest import Grants
-from fleet.protocol.messages import Ack
+from fleet.protocol.messages import Ack, ReadingsAck
 from fleet.protocol.topics import Down, Topic
 from fleet.rollout.effective import (
     Effective,
@@ -323,6 +323,10 @@ class Director:
     def acknowledge(self, device: str, ack: Ack) -> bool:
         """Tell a device which of its reports are stored; unsigned, as it decides nothing."""
         return self._publish(Topic(device, Down.ACK), wire.encode(ack))
+
+    def acknowledge_readings(self, device: str, ack: ReadingsAck) -> bool:
+        """Tell a device which of its readings are stored; unsigned, as it decides nothing."""
+        return self._publish(Topic(device, Down.READINGS), wire.encode(ack))
 
     def answer_nonce(self, device: str, nonce: str) -> bool:
         """Publish the freshness statement for a nonce; return False when the device has no assignment."""

@@ -25,7 +25,7 @@ SILENCE_S: Final = 60.0
 """Delay beyond the time of a device's next request after which it is offline."""
 
 _LOOK_S: Final = 15.0
-_NEWEST_ONLY: Final = frozenset({Down.DESIRED, Down.FRESH, Down.ACK})
+_NEWEST_ONLY: Final = frozenset({Down.DESIRED, Down.FRESH, Down.ACK, Down.READINGS})
 
 
 @dataclass(slots=True)

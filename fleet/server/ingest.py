@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from fleet.protocol import bounds, topics, wire
 from fleet.protocol.codes import OPEN_STATES, InstanceState, Outcome, Phase, RejectCode, RolloutState
-from fleet.protocol.messages import Ack, Health, Hello, Report, State
+from fleet.protocol.messages import Ack, Health, Hello, Readings, ReadingsAck, Report, State
 from fleet.protocol.topics import Topic, Up
 from fleet.protocol.wire import Message
 from fleet.rollout.model import OPEN, Expected, Member, Observation, observe, returned, wants
@@ -57,8 +57,14 @@ _LATER_MAX: Final = 50
 _EXPECTING: Final = OPEN_STATES | {RolloutState.SUCCEEDED}
 """States of a rollout whose undecided devices are asked: those of any other are offered something else by now."""
 
-_OF_A_DEVICE: Final = (Hello, State, Health, Report)
-_KINDS: Final[dict[Up, type[Message]]] = {Up.HELLO: Hello, Up.STATE: State, Up.HEALTH: Health, Up.REPORT: Report}
+_OF_A_DEVICE: Final = (Hello, State, Health, Report, Readings)
+_KINDS: Final[dict[Up, type[Message]]] = {
+    Up.HELLO: Hello,
+    Up.STATE: State,
+    Up.HEALTH: Health,
+    Up.REPORT: Report,
+    Up.READINGS: Readings,
+}
 
 
 class Ingest:
@@ -97,6 +103,7 @@ class Ingest:
         self._rollouts: dict[str, RolloutRow | None] = {}  # by the name that reports of one batch use
         self._members: dict[tuple[int, str], tuple[Member, Extra]] = {}  # changed by reports of one batch
         self._moved: set[int] = set()  # rollouts whose devices went on by reports of one batch
+        self._readings: dict[str, ReadingsAck] = {}  # what to tell devices that brought readings in one batch
         self._seen: dict[str, None] = {}  # devices that reported in one batch
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
@@ -246,6 +253,9 @@ class Ingest:
         for device, sequence in acks.items():
             with self._answering(device, "reports, which were stored and cannot be acknowledged"):
                 self._director.acknowledge(device, Ack(sequence=sequence))
+        for device, taken in self._readings.items():
+            with self._answering(device, "readings, which were stored and cannot be acknowledged"):
+                self._director.acknowledge_readings(device, taken)
         for message, _ in batch:
             if isinstance(message, Hello):
                 with self._answering(message.device, "a hello, which was stored and cannot be answered"):
@@ -262,6 +272,7 @@ class Ingest:
         self._rollouts.clear()
         self._members.clear()
         self._moved.clear()
+        self._readings.clear()
         self._seen.clear()
         with self._store.atomic():
             for device in new_signing:
@@ -325,6 +336,9 @@ class Ingest:
                 self._doubt_undecided({message.device: message.committed})
             case State():
                 self._hear_state(message, now)
+            case Readings():
+                position = self._store.readings.add(message, now=now)
+                self._readings[message.device] = ReadingsAck(epoch=message.epoch, position=position)
             case _:
                 raise AssertionError(type(message))
 
@@ -526,6 +540,9 @@ class Ingest:
 
     def _greet(self, hello: Hello) -> None:
         """Answer a device that connected: its assignment where it is behind or ahead, and that this is current."""
+        if hello.readings:
+            position = self._store.readings.position(hello.device, hello.readings)
+            self._director.acknowledge_readings(hello.device, ReadingsAck(epoch=hello.readings, position=position))
         device = self._store.devices.get(hello.device)
         if device is not None and hello.acked > device.acked:
             log.warning("%s sent reports up to %s, %s are stored here", hello.device, hello.acked, device.acked)

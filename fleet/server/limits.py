@@ -57,6 +57,10 @@ class ServerLimits:
         device_traffic_burst_bytes: of all messages over MQTT. An agent keeps up to 2,000 reports of a few KiB for a
             server that was away, and then sends them.
         device_reports_burst_bytes: of reports, which stay in the database: four such backlogs.
+        device_readings_burst_bytes: of components' messages, as they travel: twice what a device keeps offline.
+        device_readings_kept_bytes: of those, kept here for each device; the oldest go first.
+        readings_kept_bytes: of all devices; beyond it the oldest of the device with the most go.
+        readings_kept_days: after which they go in any case.
         device_messages_burst: reports, states and health messages; a hello counts as five.
         device_requests_burst: over HTTPS: a device that carries out 64 items fetches some 200 files, and a followed log
             is a post each second.
@@ -78,6 +82,11 @@ class ServerLimits:
     device_traffic_bytes_per_s: Annotated[int, Between(bounds.KIB, 64 * bounds.MIB)] = 32 * bounds.KIB
     device_reports_burst_bytes: _BurstBytes = 32 * bounds.MIB
     device_reports_bytes_per_day: _BurstBytes = 32 * bounds.MIB
+    device_readings_burst_bytes: _BurstBytes = 128 * bounds.MIB
+    device_readings_bytes_per_day: _BurstBytes = 128 * bounds.MIB
+    device_readings_kept_bytes: _BurstBytes = 64 * bounds.MIB
+    readings_kept_bytes: Annotated[int, Between(bounds.MIB, 1024 * 1024 * bounds.MIB)] = 2048 * bounds.MIB
+    readings_kept_days: Annotated[int, Between(1, 36_500)] = 30
     device_messages_burst: _Burst = 2500
     device_messages_per_s: _PerSecond = 10
     device_requests_burst: _Burst = 1000
@@ -146,6 +155,11 @@ class ServerLimits:
     def stored(self) -> Rate:
         """Bytes of a device's reports."""
         return Rate(self.device_reports_burst_bytes, self.device_reports_bytes_per_day / _DAY_S)
+
+    @property
+    def readings(self) -> Rate:
+        """Bytes of a device's readings."""
+        return Rate(self.device_readings_burst_bytes, self.device_readings_bytes_per_day / _DAY_S)
 
     @property
     def work(self) -> Rate:

@@ -32,6 +32,7 @@ from fleet.server import listener as listeners
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
 from fleet.server.api.devices import DeviceApi, LogRelay, Talk
+from fleet.server.api.messages import MessageHandlers
 from fleet.server.api.metrics import Figures, Metrics
 from fleet.server.api.operators import (
     CommandHandlers,
@@ -377,6 +378,7 @@ class Server:
             ca=CaHandlers(ca=self._ca, hosts=self._hosts, changed=self._on_issuer, audit=audit, clock=clock),
             online=self._online,
             logs=logs,
+            messages=MessageHandlers(store=store, changes=watch),
         )
         self._devices = DeviceApi(
             store=store,
@@ -490,6 +492,14 @@ class Server:
         for _ in self._store.delivery.forgetting(before=(self._time.earliest - keep).timestamp()):
             yield
         self._store.delivery.trim(self._config.limits.device_rows)
+        limits = self._config.limits
+        keep = timedelta(days=limits.readings_kept_days)
+        for _ in self._store.readings.forgetting(before=(self._time.earliest - keep).timestamp()):
+            yield
+        for _ in self._store.readings.trimming(
+            device_bytes=limits.device_readings_kept_bytes, all_bytes=limits.readings_kept_bytes
+        ):
+            yield
 
     def status(self) -> operator_api.Status:
         """Return a summary of the fleet."""

@@ -486,6 +486,31 @@ def proven_outcomes(db: sqlite_utils.Database) -> None:
     )
 
 
+@migration
+def readings(db: sqlite_utils.Database) -> None:
+    """Create the tables of components' messages, and of how far each device has brought them."""
+    _run(
+        db,
+        """
+        CREATE TABLE readings (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, epoch TEXT NOT NULL, instance TEXT NOT NULL,
+            sequence INTEGER NOT NULL, at REAL NOT NULL, received_at REAL NOT NULL, topic TEXT NOT NULL,
+            content_type TEXT NOT NULL, metadata TEXT NOT NULL, data BLOB NOT NULL, size INTEGER NOT NULL
+        );
+        CREATE UNIQUE INDEX readings_sequence ON readings (device, epoch, instance, sequence);
+        CREATE INDEX readings_device ON readings (device, id);
+        CREATE INDEX readings_received ON readings (received_at);
+        CREATE TABLE reading_positions (
+            device TEXT PRIMARY KEY, epoch TEXT NOT NULL, position INTEGER NOT NULL, bytes INTEGER NOT NULL DEFAULT 0
+        ) WITHOUT ROWID;
+        CREATE TRIGGER readings_added AFTER INSERT ON readings
+            BEGIN UPDATE reading_positions SET bytes = bytes + NEW.size WHERE device = NEW.device; END;
+        CREATE TRIGGER readings_removed AFTER DELETE ON readings
+            BEGIN UPDATE reading_positions SET bytes = bytes - OLD.size WHERE device = OLD.device; END;
+    """,
+    )
+
+
 def _as_plan(waves: str, failures: int, soak_s: float, timeout_s: float) -> str:
     """Return the plan of a rollout that an earlier version began."""
     sizes = [part.strip() for part in waves.split(",")]

@@ -1,4 +1,4 @@
-"""Store as one object: five views of one database, audit log, change signal.
+"""Store as one object: six views of one database, audit log, change signal.
 
 No module outside this package sees SQL. `Access` holds enrolment tokens and operators (their tokens hashed),
 certificates and the audit log. Long polls wait at the `ChangeSignal` until something was written.
@@ -18,6 +18,7 @@ from typing import TypeVar
 from fleet.rollout.model import Member
 from fleet.store.delivery import Boxes, BoxRow, Delivery
 from fleet.store.devices import Devices
+from fleet.store.readings import ReadingStore
 from fleet.store.rollouts import Rollouts
 from fleet.store.rows import (
     AssignmentRow,
@@ -60,7 +61,7 @@ class DeviceFacts:
 
 
 class Store:
-    """Devices, access, rollouts, delivery and secrets in one database."""
+    """Devices, access, rollouts, delivery, secrets and readings in one database."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -69,6 +70,7 @@ class Store:
         self.rollouts = Rollouts(db)
         self.delivery = Delivery(db)
         self.boxes = Boxes(db)
+        self.readings = ReadingStore(db)
 
     @classmethod
     def open(cls, path: Path, *, fleet: str, create: bool = True) -> "Store":

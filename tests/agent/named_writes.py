@@ -31,6 +31,7 @@ from agent.identity import enrolment, identity
 from agent.link.bundle import Bundle, BundleSource, BundleVerdict, stage
 from agent.link.https import HttpsClient
 from agent.link.partial_file import PartialFile
+from agent.report.spool import Bounds, Draft, Spool
 from agent.update import effects, images, restore, trust
 from agent.update.images import ImageStore
 from agent.update.machine import State
@@ -345,6 +346,38 @@ def text_of(name):
     return see
 
 
+def spool_of(directory):
+    return Spool.open(places(directory).readings, Bounds())
+
+
+def message(number):
+    return Draft(instance="web", topic="t", data=DATA, session="s", number=number)
+
+
+def kept(*numbers):
+    """Keep messages, each in a segment of its own, as after a start of the agent."""
+
+    def act(directory):
+        for number in numbers:
+            spool_of(directory).append([message(number)], now=NOW)
+
+    return act
+
+
+def acknowledged_reading(directory):
+    spool_of(directory).acknowledge(1)
+
+
+def begun_again(directory):
+    spool_of(directory)
+
+
+def readings(directory):
+    found = spool_of(directory).read(0, most=9, most_bytes=1 << 20)
+    assert all(each.data == DATA and each.sequence == each.position for each in found)
+    return tuple(each.position for each in found if each.position != 1)
+
+
 # A bundle -------------------------------------------------------------------------------------------------------------
 
 
@@ -591,6 +624,13 @@ ROWS = {
     "STORE_ACKED": Row(with_store(lambda store: store.acknowledge(1)), store_of),
     "STORE_UNACKED": Row(
         with_store(lambda store: store.unacknowledge(0)), store_of, with_store(lambda store: store.acknowledge(1))
+    ),
+    "READINGS": Row(kept(2), readings, kept(1)),
+    "READINGS_REMOVED": Row(acknowledged_reading, readings, kept(1, 2)),
+    "READINGS_DAMAGED": Row(
+        begun_again,
+        files_in("state/readings"),
+        many(kept(1), content("readings/0000000000000002.seg", bytes(9))),
     ),
     "RUNSET": Row(run_set, lambda d: restore.read_runset(places(d).runset, b"k" * 32)[0].item.instance),
     "PART": Row(download, artifact),

@@ -63,6 +63,10 @@ class Cut:
             if point is Point.AFTER:
                 tear(path, self.how, len(data))
                 die()
+        elif what.name == "READINGS":
+            if point is Point.MIDDLE:
+                tear(path, self.how, len(data))
+                die()
         elif data and point is Point.BEFORE:
             half = data[: len(data) // 2]
             left = {"torn": half, "zeros": half + bytes(len(data) - len(half)), "unnamed": data}

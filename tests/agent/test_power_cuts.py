@@ -42,6 +42,7 @@ POSITIONS = {
     "open_file": ("before", "torn", "zeros"),
     "open_descriptor": ("before", "after"),
     "append": ("before", "torn", "zeros", "after"),
+    "append_synced": ("before", "torn", "zeros", "after"),
     "probe": ("before", "middle", "after"),
     "erase": ("before", "middle", "after"),
     "_transaction": ("before", "middle", "torn", "after"),
@@ -175,7 +176,12 @@ def survive(power, directory, name, how):
     assert code == 0, f"does not go on: {power.said()[before:]}"
     new = row.see(directory)
     assert found in (old, new, *row.between)
-    if how == "after" and {"write", "create", "_transaction"} & DOORS[name] and row.enrolled and row.alone:
+    if (
+        how == "after"
+        and {"write", "create", "append_synced", "_transaction"} & DOORS[name]
+        and row.enrolled
+        and row.alone
+    ):
         assert found == new, "lost"
     assert not list(identity.damaged_files(directory / "state/identity"))
     assert power.run(directory, name, act="agent") == 0, f"the agent does not start: {power.said()[before:]}"

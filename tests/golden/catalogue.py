@@ -18,7 +18,7 @@ from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import identity
 from agent.link import bundle, https, partial_file
-from agent.report import check, status
+from agent.report import check, spool, status
 from agent.update import images, machine, plan, probation, restore, state
 from fleet.admin import signing_host
 from fleet.cli import audit as cli_audit
@@ -43,7 +43,7 @@ from fleet.rollout import decide, effective, members, model, selector, steady
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
 from fleet.server.api import routes
-from fleet.store import delivery, rows
+from fleet.store import delivery, readings, rows
 from signing import device_statements, dsse, events, keyring, keys, metadata, rotation, sealing
 from signing import state as verifier_state
 
@@ -88,6 +88,10 @@ MESSAGES: dict[str, dict[str, type]] = {
         "figures-of-a-device": messages.DeviceResources,
         "figures-of-an-instance": messages.InstanceHealth,
         "health-checks-of-an-instance": messages.HealthChecks,
+        "readings-kept-by-a-device": messages.ReadingsHealth,
+        "readings": messages.Readings,
+        "reading": messages.Reading,
+        "readings-ack": messages.ReadingsAck,
         "report": messages.Report,
         "desired-reply": messages.DesiredReply,
         "ack": messages.Ack,
@@ -121,6 +125,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "timeline-entry": operator_api.TimelineEntry,
         "device-alert": operator_api.Alert,
         "timeline": operator_api.Timeline,
+        "message": operator_api.MessageView,
+        "messages": operator_api.Messages,
         "labels-request": operator_api.LabelsRequest,
         "keys-request": operator_api.KeysRequest,
         "instance-request": operator_api.InstanceRequest,
@@ -218,6 +224,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "doubt": state.Violation,
         "runset": restore._Runset,
         "starts": starts.StartLog,
+        "message-to-keep": spool.Draft,
+        "segment-head": spool._Head,
+        "segment-record": spool._Record,
         "checkpoint-of-a-partial-file": partial_file.Checkpoint,
         "identity": identity.Identity,
         "verifier-state": verifier_state.VerifierState,
@@ -256,6 +265,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "rollout-device-extra": rows.Extra,
         "assignment": rows.AssignmentRow,
         "report": rows.ReportRow,
+        "reading": readings.ReadingRow,
         "event": rows.EventRow,
         "audit": rows.AuditRow,
         "box": delivery.BoxRow,

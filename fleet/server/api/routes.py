@@ -33,9 +33,10 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import Role
-from fleet.server.api import devices, http, operators, query, secrets
+from fleet.server.api import devices, http, messages, operators, query, secrets
 from fleet.server.api import trust as trust_handlers
 from fleet.server.api.devices import DeviceApi, LogRelay
+from fleet.server.api.messages import MessageHandlers
 from fleet.server.api.operators import (
     CommandHandlers,
     DeviceHandlers,
@@ -87,6 +88,7 @@ class Handlers:
     ca: CaHandlers
     online: OnlineRoles
     logs: LogRelay
+    messages: MessageHandlers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +250,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         query=(devices.LOGS_COMMAND, devices.LOGS_AFTER, devices.LOGS_WAIT),
     ),
     _post("/v1/devices/{id}/revoke", lambda on: on.enrolment.revoke, api.DeviceDetail, "Revoke a device"),
+    _get(
+        "/v1/messages",
+        lambda on: on.messages.read,
+        api.Messages,
+        "List messages of components: the newest, or those after a number; wait makes it a long poll",
+        query=messages.PARAMETERS,
+    ),
     _get("/v1/groups", lambda on: on.groups.list, api.Groups, "List groups"),
     _put(
         "/v1/groups/{name}",

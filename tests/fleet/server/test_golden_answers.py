@@ -29,11 +29,13 @@ from fleet.protocol.messages import (
     Health,
     InstanceHealth,
     LogChunk,
+    Reading,
+    Readings,
     RenewRequest,
     Token,
     Versions,
 )
-from fleet.protocol.topics import Up
+from fleet.protocol.topics import Topic, Up
 from fleet.protocol.trust_api import IssuingRequest, OperatorRequest, Role, SecretRequest, SecretScope
 from fleet.server.api import routes
 from signing import sealing
@@ -180,7 +182,7 @@ async def of_operators(fleet, behaviours, clerk):
     await of_devices(clerk, gate, number, box, hashlib.sha256(ARTIFACT).hexdigest())
     await ask("GET /v1/devices/{id}/logs", id=gate.id, command=number)
 
-    await what_is_known(ask, clerk, gate, kiosk)
+    await what_is_known(fleet, ask, clerk, gate, kiosk)
     await whom_to_trust(ask)
     acts = {entry["act"] for entry in (await ask("GET /v1/audit", limit=200)).json()["entries"]}
     metrics = await operator.http.get("/metrics")
@@ -320,11 +322,16 @@ async def one_device_alone(fleet, ask, gate, target):
         await gate.until(lambda each: each.acked == each.sequence)
 
 
-async def what_is_known(ask, clerk, gate, kiosk):
+async def what_is_known(fleet, ask, clerk, gate, kiosk):
     for route in ("GET /v1/status", "GET /v1/devices", "GET /v1/groups"):
         await ask(route)
     await ask("GET /v1/devices/{id}", id=kiosk.id)
     await ask("GET /v1/devices/{id}", id="nobody-00000000", note="that there is not")
+    reading = Reading(position=1, instance="hello", sequence=1, at=datetime.now(UTC), topic="plant/a", data=b"21.5")
+    batch = Readings(device=kiosk.id, epoch="e", readings=(reading,))
+    fleet.server._ingest.on_message(str(Topic(kiosk.id, Up.READINGS)), wire.encode(batch))
+    fleet.server._ingest.flush()
+    await ask("GET /v1/messages", group="lab", topic="plant/#")
     await ask("GET /v1/devices/{id}/timeline", id=kiosk.id)
     await ask("GET /v1/devices/{id}/reports", id=kiosk.id)
     reply = await ask("GET /v1/devices/{id}/timeline", id=gate.id, note="kinds of entries")
