@@ -37,10 +37,15 @@ PROBE_WASI = "0.2.3"  # another release of WASI 0.2 than the adapter's, as guest
 SHIMS = ["clock-instant", "clock-duration", "files-read", "files-write", "files-append", "files-error", "network-error"]
 SHIMS += ["tcp-connect", "tcp-accept", "tcp-subscribe", "udp-subscribe", "udp-incoming", "udp-outgoing"]
 SHIMS += ["lookup-subscribe"]
+HTTP_SOURCES = ["abi.c", "channel.c", "fields.c", "incoming.c", "io.c", "latin1.c", "outgoing.c", "request.c"]
+PLAIN_SOURCES = ["-DPLAIN", "abi.c", "channel.c", "io.c", "latin1.c"]
 SOURCES = {
-    "adapter": ["abi.c", "channel.c", "fields.c", "incoming.c", "io.c", "outgoing.c", "request.c"],
+    "adapter": HTTP_SOURCES,
     "driver": ["driver.c"],
     **{f"{shim}-shim": [f"-DSHIM={shim.replace('-', '_')}", "shims.c"] for shim in SHIMS},
+    # last, for `fleet.component.compose` cuts them off where they are not needed
+    "adapter-sockets": ["-DWITH_SOCKETS", *HTTP_SOURCES, "sockets.c"],
+    "plain-sockets": ["-DWITH_SOCKETS", *PLAIN_SOURCES, "sockets.c"],
     "probe": ["probe.c"],
     "script": ["script.c"],
 }

@@ -2,6 +2,15 @@
 #include "channel.h"
 #include "io.h"
 
+#ifdef WITH_SOCKETS
+#include "sockets.h"
+#else // the parts of the adapter for a guest that may have none
+#define IS_SOCKET(number) 0
+#define SOCKET_ERROR UINT32_MAX
+#define SOCKET_CLOSED 0
+#define sockets_open 0
+#endif
+
 IMPORT(ENGINE_POLL, "[method]pollable.ready") int32_t engine_ready(int32_t it);
 IMPORT(ENGINE_POLL, "[method]pollable.block") void engine_block(int32_t it);
 IMPORT(ENGINE_POLL, "poll") void engine_poll(const int32_t *list, size_t count, text *ready);
@@ -51,7 +60,7 @@ EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
 
 EXPORT(STREAMS "#[dtor]input-stream") void input_stream_dtor(input_stream *it) {
     if (it->engine >= 0) drop_input(it->engine);
-    else if (!IS_OURS(NUMBER(it->engine))) host_close(NUMBER(it->engine));
+    else if (!IS_OURS(NUMBER(it->engine)) && !IS_SOCKET(NUMBER(it->engine))) host_close(NUMBER(it->engine));
     give_object_back(it);
 }
 
@@ -73,6 +82,7 @@ static text given;
 EXPORT(ERROR "#[method]error.to-debug-string") text *io_error_debug_string(const io_error *it) {
     mark = arena_mark();
     given = it->engine < ALWAYS ? TEXT("the outgoing request failed") : TEXT("lent");
+    if (it->engine < ALWAYS && NUMBER(it->engine) >= SOCKET_ERROR) given = TEXT("the connection failed");
     if (it->engine >= 0) engine_debug_string(it->engine, &given);
     return &given;
 }
@@ -96,7 +106,7 @@ enum { NO_WAIT, NUDGED, WAITS, WAITS_A_MOMENT };
 
 // Ask the host which of these are there; `wait` as in `host.poll`. Gives how many.
 static size_t ask_host(const int32_t *wanted, size_t count, uint8_t *there, uint32_t wait) {
-    if (!asked_host) return 0;
+    if (!asked_host && !sockets_open) return 0;
     const void *before = arena_mark();
     char *words = take_room(count * 12), *at = words;
     for (size_t i = 0; i < count; i++)
@@ -285,7 +295,8 @@ static nothing_result *body_write(const output_stream *it, const char *data, siz
             text piece = latin1(data, room);
             uint32_t wrong = host_write(NUMBER(it->engine), piece.data, piece.size);
             arena_back(before);
-            if (wrong) nothing = (nothing_result){.failed = 1, .error = give_error(OURS(wrong - 1))};
+            if (wrong && wrong == SOCKET_CLOSED) nothing = (nothing_result){.failed = 1, .closed = 1};
+            else if (wrong) nothing = (nothing_result){.failed = 1, .error = give_error(OURS(wrong - 1))};
         }
         data += room;
         size -= room;
@@ -428,9 +439,16 @@ count_result *output_blocking_splice(const output_stream *it, const input_stream
     return splice(it, from, most, 1);
 }
 
+#ifdef PLAIN
+IMPORT("wasmfleet:engine/stdin@0.1.0", "get-stdin") int32_t engine_stdin(void);
+IMPORT("wasmfleet:engine/stdout@0.1.0", "get-stdout") int32_t engine_stdout(void);
+EXPORT("wasi:cli/stdin@0.2.12#get-stdin") int32_t guest_stdin(void) { return give_input(engine_stdin()); }
+EXPORT("wasi:cli/stdout@0.2.12#get-stdout") int32_t guest_stdout(void) { return give_output(engine_stdout()); }
+#else
 // The standard streams: there is nothing to read, and what the guest prints goes to its log.
 EXPORT("wasi:cli/stdin@0.2.12#get-stdin") int32_t guest_stdin(void) { return give_input(OURS(NO_BODY)); }
 EXPORT("wasi:cli/stdout@0.2.12#get-stdout") int32_t guest_stdout(void) { return give_output(engine_stderr()); }
+#endif
 EXPORT("wasi:cli/stderr@0.2.12#get-stderr") int32_t guest_stderr(void) { return give_output(engine_stderr()); }
 
 // What shims ask for.

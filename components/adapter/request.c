@@ -283,7 +283,7 @@ typedef struct {
 
 EXPORT(TYPES "#http-error-code") optional_error *http_error_code(const io_error *error) {
     optional_error *answer = take_room(sizeof *answer);
-    *answer = (optional_error){error->engine < ALWAYS, {0, {0}}};
+    *answer = (optional_error){error->engine < ALWAYS && NUMBER(error->engine) <= ERROR_INTERNAL, {0, {0}}};
     if (answer->some) answer->error.tag = (uint8_t)NUMBER(error->engine);
     return answer;
 }

@@ -12,6 +12,10 @@ followed by sections that connect it with a guest:
                      0 and the guest
     exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces
 
+A guest that may have sockets gets `wasi:sockets` from the adapter too: the file ends in two other forms of component 0,
+which define it, one for guests of wasi:http and one for all others, which need no component 1. They are cut off where
+they are not needed, so that other guests carry none of it.
+
 Since `wasi:io` is the adapter's, other interfaces that give or take its resources (`wasi:filesystem/types` opens
 streams) are translated: the guest gets the functions named in `_SHIMS` from a shim, which is instantiated for it, and
 all others from the engine. Such a mixture needs a component around it, since the Component Model cannot make an
@@ -32,7 +36,7 @@ image's key. components/adapter has the source, the WIT and a rebuild that compa
 import functools
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fleet.component import binary, reader, types, wasi
@@ -40,8 +44,11 @@ from fleet.component.reader import Alias, ComponentIndex
 
 BRIDGE: Final = "wasmfleet:adapter/bridge"
 HOST: Final = "wasmfleet:adapter/host"
+SOCKETS_HOST: Final = "wasmfleet:adapter/sockets"
 PARTS: Final = 2
 """Components that the adapter's file nests before its shims."""
+WITH_SOCKETS: Final = 2
+"""Components that it nests behind them: other forms of the first, for guests with sockets, of wasi:http and others."""
 
 _INSTANCE: Final = 5
 _ALIAS: Final = 6
@@ -100,12 +107,18 @@ def needs_adapter(found: reader.Component) -> bool:
     return bool(found.exported(wasi.HTTP_HANDLER)) and not found.exported(reader.HTTP_HANDLER)
 
 
-def compose(adapter: bytes, guest: bytes) -> bytes:
-    """Compose a component that nests both and exports the adapter's bridge.
+def has_sockets(found: reader.Component) -> bool:
+    """Tell whether a component imports anything of `wasi:sockets`."""
+    return any(name.startswith(f"{wasi.SOCKETS}/") for name in found.imports)
+
+
+def compose(adapter: bytes, guest: bytes, *, sockets: bool = False) -> bytes:
+    """Compose a component that nests both and exports the adapter's bridge, or, without wasi:http, what the guest does.
 
     Args:
         adapter: the adapter's file.
-        guest: a component that exports `wasi:http/incoming-handler@0.2.x`.
+        guest: a component that exports `wasi:http/incoming-handler@0.2.x`; with `sockets`, any.
+        sockets: the guest's `wasi:sockets` are the adapter's, and not the engine's.
 
     Raises:
         ComposeError: the guest exports no such handler, or imports in a way that no toolchain for WASI 0.2 does.
@@ -113,28 +126,50 @@ def compose(adapter: bytes, guest: bytes) -> bytes:
     try:
         shell, inner = reader.read_index(adapter), reader.read_index(guest)
         parts = [reader.read_index(part) for part in shell.components]
-        if len(parts) < PARTS:
+        if len(parts) < PARTS + WITH_SOCKETS:
             raise ComposeError("the adapter's file is damaged: it does not nest its components; install it again")
-        if _HANDLER not in map(_key, inner.exports):
+        http = _HANDLER in map(_key, inner.exports)
+        if not http and not sockets:
             raise ComposeError(f"the component exports no {_HANDLER}: there is nothing to adapt")
-        return _join(shell, inner, parts)
+        if not sockets:
+            shell = _without_sockets(shell)
+        first = 0 if not sockets else -2 if http else -1
+        return _join(shell, inner, parts, first % len(parts), http=http)
     except binary.DamagedError as error:
         raise ComposeError(f"the component is damaged: {error}; build or copy it again") from error
     except types.ForeignTypeError as error:
         raise ComposeError(f"the component's imports are not those of a WASI 0.2 component: {error}") from error
 
 
-def _join(shell: ComponentIndex, inner: ComponentIndex, parts: list[ComponentIndex]) -> bytes:
+def _without_sockets(shell: ComponentIndex) -> ComponentIndex:
+    """Cut off the components at the adapter's end that define sockets."""
+    *kept, last = shell.components[:-WITH_SOCKETS]
+    size = len(shell.data) - sum(len(binary.section(reader.NESTED, each)) for each in shell.components[-WITH_SOCKETS:])
+    assert shell.data[:size].endswith(last)
+    return replace(shell, data=shell.data[:size], components=[*kept, last])
+
+
+def _join(
+    shell: ComponentIndex, inner: ComponentIndex, parts: list[ComponentIndex], number: int, *, http: bool
+) -> bytes:
     if inner.type_imports:
         raise types.ForeignTypeError(f"{inner.type_imports[0]} is not an interface")
     out = _Writer(shell)
-    types_part, driver_part = parts[:PARTS]
+    first_part, driver_part = parts[number], parts[1]
     engine = {_key(name): number for number, name in enumerate(shell.instances)}
-    first = out.instantiate(0, {name: engine[_ENGINE.get(_key(name), _key(name))] for name in types_part.instances})
-    adapted = {_key(name): out.export_of(first, name) for name in types_part.exports}
+    given = {}
+    for at, name in enumerate(first_part.instances):
+        key = _ENGINE.get(_key(name), _key(name))
+        given[name] = engine[key] if key in engine else out.import_plain(first_part, at)
+    first = out.instantiate(number, given)
+    adapted = {_key(name): out.export_of(first, name) for name in first_part.exports}
 
     wanted = _Imports(out, inner, engine, adapted, parts).answers()
     middle = out.instantiate(out.component(inner.data), wanted)
+    if not http:
+        for name in inner.exports:
+            out.export(name, out.export_of(middle, name))
+        return bytes(out.data)
 
     handler = out.export_of(middle, next(name for name in inner.exports if _key(name) == _HANDLER))
     handler = out.bundle(
@@ -166,7 +201,7 @@ class _Imports:
         self._inner = inner
         self._engine = engine
         self._adapted = adapted
-        self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:], PARTS)}
+        self._shims = {part.functions[0]: (at, part) for at, part in enumerate(parts[PARTS:-WITH_SOCKETS], PARTS)}
         self._instances: list[int] = []  # by index of the guest's instances: as the engine provides them
         self._types: dict[int, int] = {}  # by index of the guest's types: index in the outer one, if needed
         self._of_io: set[int] = set()  # subset: the engine's resources of wasi:io, or types that contain some
@@ -318,6 +353,11 @@ class _Writer:
         self._put(reader.IMPORT, b"\x00" + binary.name(name) + _SORT_INSTANCE + binary.u32(kind))
         return self._instance()
 
+    def import_plain(self, part: ComponentIndex, at: int) -> int:
+        """Import what a nested component does, where its type names no other."""
+        kind = self.define(types.rewrite(binary.Cursor(part.data, *part.kind(at)), _no_type))
+        return self.import_instance(part.instances[at], kind)
+
     def instantiate(
         self,
         number: int,
@@ -348,6 +388,10 @@ class _Writer:
     def _instance(self) -> int:
         self._instances += 1
         return self._instances - 1
+
+
+def _no_type(number: int) -> int:
+    raise binary.DamagedError(f"type {number} of the adapter's import is not its own")
 
 
 _FUNC: Final = b"\x01"

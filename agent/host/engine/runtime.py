@@ -109,8 +109,8 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
 }
 OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
 
-_ADAPTERS_OWN: Final = frozenset({compose.HOST})
-"""Import of the adapter itself, which comes with wasi:http and needs no grant."""
+_ADAPTERS_OWN: Final = frozenset({compose.HOST, compose.SOCKETS_HOST})
+"""Imports of the adapter itself, which comes with wasi:http, or with sockets, and needs no grant."""
 
 Log = Callable[[str], None]
 
@@ -222,13 +222,18 @@ class Image:
         return any(bare(name) == compose.BRIDGE for name in self.exports)
 
     @property
+    def sockets(self) -> bool:
+        """True for a guest whose sockets are the adapter's."""
+        return any(bare(name) == compose.SOCKETS_HOST for name in self.imports)
+
+    @property
     def loops(self) -> bool:
         """True for a guest of wasi:http whose adapter can serve calls from a channel."""
         return self.adapted and self.export(compose.BRIDGE, "serve") is not None
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""
-        free = wasi.UNGRANTED | (_ADAPTERS_OWN if self.adapted else frozenset())
+        free = wasi.UNGRANTED | (_ADAPTERS_OWN if self.adapted or self.sockets else frozenset())
         wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
         return tuple(name for name in wanted if not grants.allows(name))
 
@@ -313,13 +318,15 @@ class Engine:
         self.raw = wasmtime.Engine(config)
         self.codec: Codec = FastCodec()
 
-    def compile(self, artifact: bytes | str) -> bytes:
+    def compile(self, artifact: bytes | str, *, sockets: bool = False) -> bytes:
         """Compile a component (or its text form) to an image; a guest of wasi:http is put into its adapter.
+
+        With `sockets`, any guest that imports them is: its grants name where they may lead.
 
         Raises:
             EngineError: NOT_A_COMPONENT or COMPILE_FAILED, with the engine's reason.
         """
-        artifact = _adapted(artifact)
+        artifact = _adapted(artifact, sockets=sockets)
         try:
             return bytes(wc.Component(self.raw, artifact).serialize())
         except WasmtimeError as error:
@@ -349,11 +356,15 @@ class Engine:
         self.raw.increment_epoch()
 
 
-def _adapted(artifact: bytes | str) -> bytes | str:
+def _adapted(artifact: bytes | str, *, sockets: bool) -> bytes | str:
     if isinstance(artifact, str):
         return artifact
     try:
-        return compose.compose(adapter(), artifact) if compose.needs_adapter(read(artifact)) else artifact
+        found = read(artifact)
+        sockets = sockets and compose.has_sockets(found)
+        if not sockets and not compose.needs_adapter(found):
+            return artifact
+        return compose.compose(adapter(), artifact, sockets=sockets)
     except NotAComponentError as error:
         if error.fault in {Fault.WASI_0_3, Fault.WASI_DRAFT}:  # the engine would compile it, and could not link it
             raise EngineError(RejectCode.NOT_A_COMPONENT, str(error)) from error
