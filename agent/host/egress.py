@@ -7,6 +7,10 @@ The egress resolves names and then checks each address; it connects to the first
 resolving again.
 TLS is the worker's task: this process sees no HTTP at all.
 
+A component's own sockets (`tcp`, `udp`) are asked for by address. Names are looked up here too, and the addresses of
+one that a grant names are remembered for the instance, so that a connection to them is allowed. Whoever holds a UDP
+socket can send anywhere, so it stays here: its datagrams go through one end of a pair (`agent.host.datagrams`).
+
 Workers have no network, so even an escaped guest can only reach what its grants allow, over connected sockets.
 """
 
@@ -26,16 +30,23 @@ from typing import Final
 import msgspec
 
 from agent import happy_eyeballs
+from agent.host.datagrams import Relays
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import (
     CONNECT_MAX_S,
+    DENIED,
     RESTARTED,
     ConnectReply,
     ConnectRequest,
+    LookupRequest,
     RefusedError,
     RegisterWorker,
+    ToEgress,
     check_grant,
+    check_lookup,
+    check_socket,
     filter_addresses,
+    reachable,
 )
 from agent.host.sandbox import sandbox
 from fleet.protocol import outbound, wire
@@ -47,13 +58,17 @@ _NAMES_AT_ONCE: Final = 2
 """Names of one instance that are being resolved; the process has `sandbox.RESOLVER_THREADS` for all."""
 
 _PACKET: Final = 4096
+_PORT_DIGITS: Final = 5
+_NAMES_KEPT: Final = 64
+"""Names of one instance whose addresses are remembered."""
+
 _STACK_BYTES: Final = 512 * 1024
 """Stack of a thread that resolves a name: those of all count as data, which the sandbox limits."""
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _admits: Final[msgspec.json.Decoder[RegisterWorker]] = msgspec.json.Decoder(RegisterWorker)
-_asks: Final[msgspec.json.Decoder[ConnectRequest]] = msgspec.json.Decoder(ConnectRequest)
+_asks: Final[msgspec.json.Decoder[ToEgress]] = msgspec.json.Decoder(ToEgress)
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -73,6 +88,7 @@ class Names:
     def __init__(self, resolver: Resolve) -> None:
         self._resolver = resolver
         self._room = asyncio.Semaphore(_NAMES_AT_ONCE)
+        self._known: dict[str, dict[str, None]] = {}  # addresses of names that a socket may lead to, the latest last
 
     async def __call__(self, host: str, port: int) -> list[str]:
         """See `resolve`."""
@@ -80,6 +96,20 @@ class Names:
         lookup = asyncio.ensure_future(self._resolver(host, port))
         lookup.add_done_callback(self._done)
         return await asyncio.shield(lookup)
+
+    def knows(self, name: str, address: str) -> bool:
+        """Tell whether an address is one that a name was said to have."""
+        return address in self._known.get(name, ())
+
+    def remember(self, name: str, addresses: list[str]) -> None:
+        """Take note of a name's addresses: a server behind it may give other ones each time."""
+        known = self._known.pop(name, {})
+        for each in addresses:
+            known.pop(each, None)
+            known[each] = None
+        self._known[name] = dict.fromkeys([*known][-_NAMES_KEPT:])
+        while len(self._known) > _NAMES_KEPT:
+            del self._known[next(iter(self._known))]
 
     def _done(self, lookup: "asyncio.Future[list[str]]") -> None:
         self._room.release()
@@ -100,7 +130,7 @@ async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolv
         RefusedError: not granted, or the destination does not answer.
     """
     host, port = check_grant(grants, ask.scheme, ask.authority)
-    timeout_s = min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
+    timeout_s = _timeout_s(ask)
     if host.endswith(outbound.INTERNAL):
         return await _neighbour(host.removesuffix(outbound.INTERNAL), directory, timeout_s)
     loop = asyncio.get_running_loop()
@@ -108,6 +138,49 @@ async def connect(grants: Grants, ask: ConnectRequest, *, directory: str, resolv
     found = await _addresses(host, port, resolver, min(timeout_s, _RESOLVE_S))
     addresses = filter_addresses(grants, ask.scheme, host, port, found)
     return await _first(host, [_meant(each) for each in addresses], port, max(until_s - loop.time(), 0.001))
+
+
+def _timeout_s(ask: ToEgress) -> float:
+    return min(CONNECT_MAX_S, max(ask.timeout_ms, 1) / 1000)
+
+
+async def look_up(grants: Grants, ask: LookupRequest, names: Names) -> tuple[str, ...]:
+    """Return those addresses of a name to which a socket may lead.
+
+    Raises:
+        RefusedError: not granted, or not resolved.
+    """
+    name = check_lookup(grants, ask.name)
+    found = await _addresses(name, 0, names, min(_timeout_s(ask), _RESOLVE_S))
+    addresses = reachable(grants, name, [_meant(each) for each in found])
+    names.remember(name, addresses)
+    return tuple(addresses)
+
+
+async def open_socket(grants: Grants, ask: ConnectRequest, names: Names) -> socket.socket:
+    """Connect a socket of the guest's own, TCP or UDP, and return it.
+
+    Raises:
+        RefusedError: not granted, or the destination does not answer.
+    """
+    address, _, port = ask.authority.rpartition(":")
+    address = address.strip("[]")
+    if not port.isdecimal() or len(port) > _PORT_DIGITS or not 0 < int(port) < 1 << 16:
+        raise RefusedError("HTTP-request-URI-invalid", f"{port[:20]!r} is no port")
+    if check_socket(grants, ask.scheme, address, int(port), ask.name) and not names.knows(ask.name.lower(), address):
+        again = LookupRequest(id=ask.id, name=ask.name, timeout_ms=ask.timeout_ms)
+        if address not in await look_up(grants, again, names):
+            raise RefusedError(DENIED, f"{address} is denied: it is no address of {ask.name}")
+    if ask.scheme == "tcp":
+        return await _first(address, [address], int(port), _timeout_s(ask))
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        sock.connect((address, int(port)))
+    except OSError as error:
+        sock.close()
+        raise RefusedError("destination-unavailable", f"no way to {address}: {error.strerror}") from error
+    return sock
 
 
 async def _addresses(host: str, port: int, resolver: Resolve, timeout_s: float) -> list[str]:
@@ -201,6 +274,7 @@ class Egress:
         self._names: dict[str, Names] = {}
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._relays = Relays()
 
     async def run(self) -> None:
         """Serve until the supervisor closes its socket."""
@@ -248,7 +322,7 @@ class Egress:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(
-        self, worker: socket.socket, grants: Grants, ask: ConnectRequest, room: asyncio.Semaphore, names: Names
+        self, worker: socket.socket, grants: Grants, ask: ToEgress, room: asyncio.Semaphore, names: Names
     ) -> None:
         reply, found = ConnectReply(id=ask.id), None
         if room.locked():
@@ -258,14 +332,29 @@ class Egress:
         else:
             async with room:
                 try:
-                    found = await connect(grants, ask, directory=self._directory, resolver=names)
+                    reply, found = await self._reply(grants, ask, names)
                 except RefusedError as error:
                     reply = ConnectReply(id=ask.id, error=error.error, why=str(error))
                 except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not wait for a reply in vain
-                    report(f"cannot connect to {ask.authority}", error)
+                    report(f"cannot connect to {_destination(ask)}", error)
                     why = f"the egress failed: {type(error).__name__}: {error}"
                     reply = ConnectReply(id=ask.id, error="internal-error", why=why)
         with contextlib.suppress(OSError):  # the worker has ended, or does not read
             framing.send_packet(worker, msgspec.json.encode(reply), () if found is None else (found.fileno(),))
         if found is not None:
             found.close()
+
+    async def _reply(self, grants: Grants, ask: ToEgress, names: Names) -> tuple[ConnectReply, socket.socket | None]:
+        if isinstance(ask, LookupRequest):
+            return ConnectReply(id=ask.id, addresses=await look_up(grants, ask, names)), None
+        if ask.scheme not in outbound.SOCKETS:
+            return ConnectReply(id=ask.id), await connect(grants, ask, directory=self._directory, resolver=names)
+        found = await open_socket(grants, ask, names)
+        if ask.scheme == "tcp":
+            return ConnectReply(id=ask.id), found
+        host, port = found.getsockname()[:2]
+        return ConnectReply(id=ask.id, local=(host, port)), self._relays.start(found)
+
+
+def _destination(ask: ToEgress) -> str:
+    return ask.name if isinstance(ask, LookupRequest) else ask.authority

@@ -254,6 +254,7 @@ class EffectRunner:
                 sha256=item.sha256,
                 manifest_sha256=item.manifest_sha256,
                 fuel=manifest.limits.fuel > 0,
+                sockets=manifest.grants.sockets,
             )
             await self._check_host_engine(manifest)
         except ImageError as error:

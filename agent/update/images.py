@@ -251,7 +251,9 @@ class ImageStore:
         bare = wire.canonical(msgspec.structs.replace(note, mac=""))
         return hmac.new(self._key, bare, hashlib.sha256).hexdigest()
 
-    async def make(self, artifact: Path, *, sha256: str, manifest_sha256: str, fuel: bool = False) -> None:
+    async def make(
+        self, artifact: Path, *, sha256: str, manifest_sha256: str, fuel: bool = False, sockets: bool = False
+    ) -> None:
         """Compile an artifact, unless there is an intact image of it; one at a time, whoever asks.
 
         Args:
@@ -259,15 +261,16 @@ class ImageStore:
             sha256: of the artifact.
             manifest_sha256: of the manifest, bound into the image.
             fuel: compile for a limited number of instructions.
+            sockets: compile for a manifest that grants sockets.
 
         Raises:
             ImageError: HASH_MISMATCH, NOT_FOUND, NO_ENGINE, COMPILE_FAILED, COMPILE_LIMIT, NOT_A_COMPONENT, NO_SPACE,
                 INTERNAL, or INTERRUPTED: the compiler was stopped, which says nothing of the component.
         """
         async with self._making:
-            await self._make(artifact, sha256, manifest_sha256, fuel=fuel)
+            await self._make(artifact, sha256, manifest_sha256, fuel=fuel, sockets=sockets)
 
-    async def _make(self, artifact: Path, sha256: str, manifest_sha256: str, *, fuel: bool) -> None:
+    async def _make(self, artifact: Path, sha256: str, manifest_sha256: str, *, fuel: bool, sockets: bool) -> None:
         engine = await self.engine(fuel=fuel)
         with contextlib.suppress(ImageError):
             found = await self.open(sha256=sha256, manifest_sha256=manifest_sha256, fuel=fuel)
@@ -282,7 +285,7 @@ class ImageStore:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ImageError(RejectCode.HASH_MISMATCH, f"{artifact} was changed on this device's disk")
         kills = _oom_kills()
-        image, err, code = await self._run(_fuel(fuel), data, self._seconds)
+        image, err, code = await self._run((*_fuel(fuel), *(("--sockets",) if sockets else ())), data, self._seconds)
         if code != 0:
             raise _compiler_failed(code, err, kills)
         if not image or len(image) > bounds.IMAGE_MAX_BYTES:

@@ -317,7 +317,13 @@ async def checked_image(item: Item, manifest: Manifest, images: ImageStore, arti
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
     except ImageError:
         artifact = artifacts / f"{item.sha256}.wasm"
-        await images.make(artifact, sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
+        await images.make(
+            artifact,
+            sha256=item.sha256,
+            manifest_sha256=item.manifest_sha256,
+            fuel=fuel,
+            sockets=manifest.grants.sockets,
+        )
         return await images.open(sha256=item.sha256, manifest_sha256=item.manifest_sha256, fuel=fuel)
 
 

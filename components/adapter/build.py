@@ -48,8 +48,10 @@ SOURCES = {
     "plain-sockets": ["-DWITH_SOCKETS", *PLAIN_SOURCES, "sockets.c"],
     "probe": ["probe.c"],
     "script": ["script.c"],
+    "dial": ["dial.c"],
+    "dial-task": ["-DTASK", "dial.c"],
 }
-GUESTS = ("probe", "script")
+GUESTS = ("probe", "script", "dial", "dial-task")
 OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz"}
 OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm" for guest in GUESTS}
 
@@ -84,6 +86,7 @@ def whole(scratch: Path) -> Path:
     copy = scratch / "wit"
     shutil.copytree(WIT, copy)
     shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
+    shutil.copytree(OWN_WIT / "schedule", copy / "deps" / "own-schedule")
     (copy / "deps" / "clocks").mkdir()  # not beside the others: what toolchains bring of it is whole
     shutil.copy(HERE / "clocks.wit", copy / "deps" / "clocks")
     return copy

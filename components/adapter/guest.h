@@ -70,7 +70,7 @@ EXPORT("cabi_realloc") void *cabi_realloc(void *old, size_t old_size, size_t ali
     return room + used - size;
 }
 
-static int32_t must(made it) {
+__attribute__((unused)) static int32_t must(made it) {
     if (it.tag) __builtin_trap();
     return it.handle;
 }
@@ -109,7 +109,7 @@ static void list_fields(int32_t these) {
 }
 
 // The request as it arrived: method, target, scheme and authority, then its fields.
-static void describe(int32_t request) {
+__attribute__((unused)) static void describe(int32_t request) {
     static const text methods[] = {TEXT("get"),     TEXT("head"),    TEXT("post"),  TEXT("put"),  TEXT("delete"),
                                    TEXT("connect"), TEXT("options"), TEXT("trace"), TEXT("patch")};
     optional it;

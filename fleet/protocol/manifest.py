@@ -224,7 +224,8 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         interfaces: interfaces or whole packages it may import, without version: `wasi:clocks`, `wasi:cli/stdout`.
-        outbound: where it may send requests, as `https://api.example.com:443` (`fleet.protocol.outbound`).
+        outbound: where it may send requests, as `https://api.example.com:443`, and where sockets may lead, as
+            `tcp://10.1.0.5:502` (`fleet.protocol.outbound`).
         instances: neighbours on the device it may call over `http://<instance>.internal/`.
     """
 
@@ -237,6 +238,16 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         bare = interface.partition("@")[0]
         package = bare.partition("/")[0]
         return bare in self.interfaces or package in self.interfaces
+
+    @property
+    def sockets(self) -> bool:
+        """True where `wasi:sockets` may lead anywhere; without, each call of it is denied."""
+        return any(map(outbound.is_socket, self.outbound))
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Return the destinations of requests alone."""
+        return tuple(each for each in self.outbound if not outbound.is_socket(each))
 
     def within(self, ceiling: "Grants") -> bool:
         """Tell whether `ceiling` grants everything that is granted here."""

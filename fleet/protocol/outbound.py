@@ -2,7 +2,7 @@
 
     scheme://host[:port]      https://api.example.com      http://10.1.0.0/16:8000..8010      https://*.example.com:*
 
-    scheme   `http`, `https`, or `*` for either
+    scheme   `http`, `https`, or `*` for either of them; `tcp` or `udp` for sockets, which need a port
     host     a name; `*.name` for every name below it (not itself); `*` for every name and public address; an IPv4
              address or `[IPv6]`, alone or as a network (`10.1.0.0/16`, `[fd00::]/8`)
     port     a number; `a..b` for a up to, not including, b; `*` for any; left out: the scheme's own, 80 or 443
@@ -25,6 +25,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PORTS: Final = {"http": 80, "https": 443}
+SOCKETS: Final = frozenset({"tcp", "udp"})
+"""Schemes of sockets: whatever a component speaks over them. `*` stands for none of them."""
+
 INTERNAL: Final = ".internal"
 """Suffix of names of neighbours on the device: granted by `instances`, never by `outbound`."""
 
@@ -49,7 +52,7 @@ class Entry:
     """Entry of an `outbound` grant.
 
     Attributes:
-        scheme: `http`, `https` or `*`.
+        scheme: `http`, `https`, `tcp`, `udp` or `*`.
         host: a name, `*`, or `*.name`; empty where `network` says it.
         ports: first and, not included, last.
     """
@@ -85,7 +88,7 @@ class Entry:
     def covers(self, other: "Entry") -> bool:
         """Tell whether this entry covers everything that `other` covers."""
         inner = self.ports[0] <= other.ports[0] and other.ports[1] <= self.ports[1]
-        if not inner or self.scheme not in {"*", other.scheme}:
+        if not inner or not self._speaks(other.scheme):
             return False
         if other.network is not None:
             if self.network is not None:
@@ -100,8 +103,19 @@ class Entry:
             return self.host == "*" or wide
         return self.host == other.host or self._names(other.host)
 
+    def resolves(self, host: str) -> bool:
+        """Tell whether a socket may lead to a name, whatever its port: then its addresses may be looked up."""
+        return self.scheme in SOCKETS and self._names(host)
+
+    def reaches(self, address: Address) -> bool:
+        """Tell whether a socket may lead to an address by naming it, its network or this device, whatever its port."""
+        return self.scheme in SOCKETS and self.names(self.scheme, address, self.ports[0])
+
     def _door(self, scheme: str, port: int) -> bool:
-        return self.scheme in {"*", scheme} and self.ports[0] <= port < self.ports[1]
+        return self._speaks(scheme) and self.ports[0] <= port < self.ports[1]
+
+    def _speaks(self, scheme: str) -> bool:
+        return self.scheme == scheme or (self.scheme == "*" and scheme not in SOCKETS)
 
     def _names(self, host: str) -> bool:
         if host == "localhost" or self.network is not None:
@@ -126,8 +140,8 @@ def parse(text: str) -> Entry:
     if not separator:
         raise BadOutboundError('expected scheme, host and port, such as "https://api.example.com:443"')
     scheme = scheme.lower()
-    if scheme not in {*PORTS, "*"}:
-        raise BadOutboundError(f"the scheme is http, https or *, not {scheme!r}")
+    if scheme not in {*PORTS, *SOCKETS, "*"}:
+        raise BadOutboundError(f"the scheme is http, https or * for requests, tcp or udp for sockets, not {scheme!r}")
     if "@" in rest:
         raise BadOutboundError("user names and passwords are not allowed here")
     network, host, port = _split(rest.lower())
@@ -177,8 +191,8 @@ def _network(text: str, *, version: int) -> Network:
 
 def _ports(text: str, scheme: str) -> tuple[int, int]:
     if not text:
-        if scheme == "*":
-            raise BadOutboundError("with the scheme * a port has to be named, or * for any")
+        if scheme not in PORTS:
+            raise BadOutboundError(f"with the scheme {scheme} a port has to be named, or * for any")
         return PORTS[scheme], PORTS[scheme] + 1
     if text == "*":
         return 1, _PORT_END
@@ -228,6 +242,16 @@ def place(scheme: str, authority: str) -> tuple[str, int]:
     if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < _PORT_END):
         raise BadOutboundError(f"{port[:20]!r} is no port")
     return host, int(port) if port else PORTS[scheme]
+
+
+def is_socket(text: str) -> bool:
+    """Tell whether an entry is one for sockets."""
+    return text.lower().startswith(tuple(f"{scheme}://" for scheme in SOCKETS))
+
+
+def name(text: str) -> str:
+    """Return a host name in lower case. Raises `BadOutboundError`."""
+    return _name(text)
 
 
 def _address(text: str) -> Address | None:

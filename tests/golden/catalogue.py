@@ -209,6 +209,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "ingress-toml-certificate": ingress_config.Certificate,
         "route acknowledged": helper_api.RouteAcknowledged,
         "ask": helper_api.ConnectRequest,
+        "look up": helper_api.LookupRequest,
         "told": helper_api.ConnectReply,
     },
     "kept-by-the-agent": {

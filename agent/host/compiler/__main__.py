@@ -1,6 +1,6 @@
 """Compiler: a fresh program that reads a component on stdin and writes the image for this device on stdout.
 
-    python -m agent.host.compiler [--fuel] < component.wasm | cat > image.cwasm
+    python -m agent.host.compiler [--fuel] [--sockets] < component.wasm | cat > image.cwasm
     python -m agent.host.compiler --describe [--fuel]      what an image is compiled for, as JSON
 
 The program is niced and has limits on address space and CPU time, so that a component that uses too much memory or
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m agent.host.compiler", description=__doc__.splitlines()[0])
     parser.add_argument("--describe", action="store_true", help="print the engine's description as JSON")
     parser.add_argument("--fuel", action="store_true", help="count instructions, for components with a fuel limit")
+    parser.add_argument("--sockets", action="store_true", help="for components whose grants have sockets")
     options = parser.parse_args(arguments)
     try:
         from agent.host.engine import runtime  # noqa: PLC0415 - fails on a device without an engine
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             _fail(RejectCode.TOO_LARGE, f"the component has more than {ARTIFACT_MAX_BYTES} bytes")
         if not artifact.startswith(_PREAMBLE):
             _fail(RejectCode.NOT_A_COMPONENT, "these bytes are not WebAssembly")
-        image = runtime.Engine(fuel=options.fuel, plan=plan).compile(artifact)
+        image = runtime.Engine(fuel=options.fuel, plan=plan).compile(artifact, sockets=options.sockets)
         sys.stdout.buffer.write(image)
         sys.stdout.buffer.flush()
     except runtime.EngineError as error:

@@ -27,7 +27,7 @@ _PACKET_MAX_BYTES: Final = 4096
 _STREAMS: Final = 3
 _LIMITS: Final = ("RLIMIT_DATA", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE")
 # nothing else may be started, although the only client is the agent
-_ARGUMENTS: Final = frozenset({"--describe", "--fuel"})
+_ARGUMENTS: Final = frozenset({"--describe", "--fuel", "--sockets"})
 # exit statuses of the compiler, see `agent.host.compiler`
 _UNREACHABLE: Final = 5
 # of this client only: the service was stopped, or the kernel killed it

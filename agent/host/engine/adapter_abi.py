@@ -23,7 +23,7 @@ from agent.host.ipc.heads import (
     split_head,
     utf8,
 )
-from fleet.component.wasi import OUTGOING_HANDLER
+from fleet.component.wasi import OUTGOING_HANDLER, SOCKETS
 
 __all__ = [
     "ERRORS",
@@ -82,6 +82,16 @@ class Requests(Protocol):
 
     def reset(self) -> None:
         """Forget all requests: the call is over."""
+
+    def ask(self, question: str) -> str:
+        """Answer a question about sockets; see the interface `sockets`. Does not wait."""
+
+    def renew(self) -> None:
+        """Close all sockets: the instance that had them is gone."""
+
+
+SOCKET_DENIED: Final = "!1"
+"""Answer for a call of wasi:sockets that no grant allows: the case access-denied."""
 
 
 class Denials:
@@ -159,6 +169,15 @@ class DenyOutgoing:
         """See `Requests`."""
 
     def reset(self) -> None:
+        """See `Requests`."""
+
+    def ask(self, question: str) -> str:
+        """Denied, and said in the log."""
+        verb, _, what = question.partition("\n")[0].partition(" ")
+        self._denials.deny(SOCKETS, f"{verb} {what[:80]} is denied: no sockets are granted")
+        return SOCKET_DENIED
+
+    def renew(self) -> None:
         """See `Requests`."""
 
 

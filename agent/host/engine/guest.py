@@ -116,6 +116,7 @@ class Guest:
         self._log = log
         denials = log if isinstance(log, Denials) else Denials(log)
         self._http = any(bare(name) in _HTTP for name in image.imports)
+        self._sockets = image.sockets
         self._environment = grants.allows(ENVIRONMENT) and any(bare(name) == ENVIRONMENT for name in image.imports)
         self._outgoing = served.outgoing or DenyOutgoing(denials)
         self._wrote: Callable[[int], None] | None = None
@@ -130,6 +131,8 @@ class Guest:
     def _open(self, stdin: bytes | None = None) -> None:
         """Make the store and the instance. With `stdin`, its standard output is the process's own."""
         self._served = 0
+        if self._sockets:
+            self._outgoing.renew()
         self._store = Store(self._image.engine.raw)
         self._store.set_limits(
             memory_size=self._limits.memory_bytes,
@@ -294,7 +297,11 @@ class Guest:
     def close(self) -> None:
         """Give its memory back at once."""
         self._store.close()
+        if self._sockets:
+            self._outgoing.renew()
 
+
+_ADAPTERS: Final = (compose.HOST, compose.SOCKETS_HOST)
 
 _OUTGOING: Final = (
     *("begin", "room", "write", "send", "start", "finish", "abort", "head", "read", "poll", "close", "reset"),
@@ -325,7 +332,7 @@ def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int]
     """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
-    own = [name for name in names if bare(name) == compose.HOST or bare(name) in ours.served.interfaces]
+    own = [name for name in names if bare(name) in _ADAPTERS or bare(name) in ours.served.interfaces]
     wasi = bool(set(names) - set(own))
     if wasi:
         linker.add_wasip2()
@@ -335,7 +342,9 @@ def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int]
     with linker.root() as root:
         for name in own:
             with root.add_instance(name) as instance:
-                if bare(name) == compose.HOST:
+                if bare(name) == compose.SOCKETS_HOST:
+                    instance.add_func("ask", _asking(outgoing.ask))
+                elif bare(name) == compose.HOST:
                     for function in _OUTGOING:
                         instance.add_func(function, _asking(getattr(outgoing, function)))
                     instance.add_func("cancelled", _cancelled)
@@ -442,6 +451,8 @@ class WasiHttpGuest(Guest):
         finally:
             answer = way.rest()
             self._outgoing.reset()
+            if self._sockets and not left:
+                self._outgoing.renew()
         head = adapter_abi.answer_head(said)
         WasiHttpGuest._clean = True
         if head.problem is not None:

@@ -3,7 +3,7 @@
 The worker's side of outgoing requests: HTTP/1.1 over connections that the egress hands in, TLS included.
 
 The adapter inside the sandbox asks through the functions of its interface `host` (components/adapter/wit/adapter.wit).
-None of them waits for the network: one thread, `_Loop`, does everything that takes time, each request as a
+None of them waits for the network: one thread, `Loop`, does everything that takes time, each request as a
 generator that yields what it waits for. A guest that waits is told by a nudge of the channel (`agent.host.ipc.frames`)
 that something it waits for is there. What the adapter passes on is a guest's, so everything in it is checked.
 
@@ -51,6 +51,7 @@ from agent.host.interfaces.outgoing_request import (
 )
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.helper_api import RefusedError
+from fleet.component.wasi import OUTGOING_HANDLER
 from fleet.protocol import bounds, outbound, wire
 from fleet.protocol.manifest import Grants, Limits
 
@@ -95,11 +96,11 @@ def trust() -> ssl.SSLContext:
     return context
 
 
-class _DroppedError(Exception):
+class DroppedError(Exception):
     """The guest needs a request no more."""
 
 
-class _Wait(NamedTuple):
+class Wait(NamedTuple):
     """Reason to go on with a request: events on a descriptor, a time, or in any case the guest."""
 
     fd: int = -1
@@ -107,13 +108,13 @@ class _Wait(NamedTuple):
     until_s: float | None = None
 
 
-_Steps = Generator[_Wait, None, None]
+Steps = Generator[Wait, None, None]
 
 
-class _Question:
+class Question:
     """A question to the egress."""
 
-    def __init__(self, ask: helper_api.ConnectRequest, number: int) -> None:
+    def __init__(self, ask: helper_api.ToEgress, number: int) -> None:
         self.ask = ask
         self.number = number  # of the request that waits for it
         self.reply: helper_api.ConnectReply | None = None
@@ -121,7 +122,7 @@ class _Question:
         self.failure = ""
 
 
-class _Loop:
+class Loop:
     """The thread that runs requests, and the lock under which it and the guest's thread do everything.
 
     Started with the first request; without requests it waits for the next.
@@ -132,15 +133,15 @@ class _Loop:
         if ask_sock is not None:
             ask_sock.setblocking(False)
         self._ask_sock = ask_sock
-        self._questions: dict[int, _Question] = {}
+        self._questions: dict[int, Question] = {}
         self._asked = 0
-        self._tasks: dict[int, _Steps] = {}
-        self._waits: dict[int, _Wait] = {}
+        self._tasks: dict[int, Steps] = {}
+        self._waits: dict[int, Wait] = {}
         self._due: set[int] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._started = self._closed = False
 
-    def run(self, number: int, steps: _Steps) -> None:
+    def run(self, number: int, steps: Steps) -> None:
         """Begin a request. Called under the lock, as all others."""
         self._tasks[number] = steps
         self.poke(number)
@@ -161,22 +162,31 @@ class _Loop:
             self._closed = True
             os.eventfd_write(self._wake, 1)
 
-    def ask(self, number: int, scheme: str, authority: str, timeout_s: float) -> _Question:
-        """Ask the egress for a connection. Raises `OSError`."""
+    def ask(self, number: int, scheme: str, authority: str, timeout_s: float, *, name: str = "") -> Question:
+        """Ask the egress for a connection. Raises `OSError`. `name` as in `ConnectRequest`."""
         self._asked += 1
-        ask = helper_api.ConnectRequest(
-            id=self._asked, scheme=scheme, authority=authority, timeout_ms=max(1, int(timeout_s * 1000))
+        timeout_ms = max(1, int(timeout_s * 1000))
+        return self._question(
+            helper_api.ConnectRequest(self._asked, scheme, authority, timeout_ms=timeout_ms, name=name), number
         )
-        question = _Question(ask, number)
+
+    def look_up(self, number: int, name: str, timeout_s: float) -> Question:
+        """Ask the egress for the addresses of a name. Raises `OSError`."""
+        self._asked += 1
+        timeout_ms = max(1, int(timeout_s * 1000))
+        return self._question(helper_api.LookupRequest(self._asked, name, timeout_ms), number)
+
+    def _question(self, ask: helper_api.ToEgress, number: int) -> Question:
+        question = Question(ask, number)
         self._send(ask)
         self._questions[ask.id] = question
         return question
 
-    def forget(self, question: _Question) -> None:
+    def forget(self, question: Question) -> None:
         """Wait no more for a reply; one that comes is thrown away."""
         self._questions.pop(question.ask.id, None)
 
-    def _send(self, ask: helper_api.ConnectRequest) -> None:
+    def _send(self, ask: helper_api.ToEgress) -> None:
         assert self._ask_sock is not None
         self._ask_sock.send(msgspec.json.encode(ask), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -238,9 +248,9 @@ class _Loop:
 
     def _take(self, told: helper_api.ConnectReply, fds: Sequence[int]) -> None:
         question = self._questions.get(told.id)
-        if question is not None and question.reply is None and (told.error or fds):
+        if question is not None and question.reply is None and (told.error or fds or told.addresses):
             question.reply = told
-            if not told.error:
+            if fds and not told.error:
                 question.fd, *fds = fds
             self._due.add(question.number)
         framing.close_all(fds)
@@ -279,7 +289,7 @@ class OutgoingHttp:
 
         `nudge`: wakes a guest that waits for its channel, see `poll`.
         """
-        self._granted = sock is not None
+        self._granted = sock is not None and grants.allows(OUTGOING_HANDLER)
         self._grants = grants
         self._limits = limits
         self._log = log
@@ -291,8 +301,12 @@ class OutgoingHttp:
         self._number = 0
         self._armed: tuple[int, ...] = ()  # parts that the guest waits for, if it awaits a nudge
         self._notes: deque[Callable[[], None]] = deque()  # log lines and counts of the thread
-        self._loop = _Loop(sock)
+        self._loop = Loop(sock)
         self._lock = self._loop.lock
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what a subclass has beside."""
 
     # -- calls of the adapter
 
@@ -435,8 +449,9 @@ class OutgoingHttp:
                 self._wait(numbers, wait)
             there = [self._is_there(each) for each in numbers]
             for each, ready in zip(numbers, there, strict=True):
-                if each & 3 == HEAD and not ready:
-                    self._let_go(self._requests[each >> 2])  # a guest that looks for its answer has nothing else to do
+                found = self._requests.get(each >> 2)
+                if each & 3 == HEAD and not ready and found is not None:
+                    self._let_go(found)  # a guest that looks for its answer has nothing else to do
             if wait == NUDGED and not any(there):
                 self._armed = numbers
             self._flush_notes()
@@ -453,9 +468,9 @@ class OutgoingHttp:
         for request in self._requests.values():
             self._let_go(request)
         for number in {each >> 2 for each in numbers}:
-            request = self._requests[number]
-            if not request.waits_since_s:
-                request.waits_since_s = now_s
+            waiting = self._requests.get(number)
+            if waiting is not None and not waiting.waits_since_s:
+                waiting.waits_since_s = now_s
                 self._loop.poke(number)
         if wait != NUDGED:
             timeout_s = _MOMENT_S if wait == WAITS_A_MOMENT else None
@@ -509,6 +524,15 @@ class OutgoingHttp:
             self._drop(number)
             return f"!{adapter_abi.ERRORS.index(request.error)}" if request.error else "."
 
+    def ask(self, question: str) -> str:
+        """See `Requests.ask`; `agent.host.interfaces.sockets` answers where sockets are granted."""
+        self._count(True)
+        self._log(f"host: {question.partition(' ')[0][:20]} of a socket is denied: no sockets are granted")
+        return adapter_abi.SOCKET_DENIED
+
+    def renew(self) -> None:
+        """See `Requests.renew`."""
+
     def close(self, number: int) -> None:
         """Forget a request that is not needed any more; its connection is kept if it can carry another."""
         with self._lock:
@@ -536,14 +560,14 @@ class OutgoingHttp:
 
     # Steps of a request, on the thread.
 
-    def _run(self, request: OutgoingRequest) -> _Steps:
+    def _run(self, request: OutgoingRequest) -> Steps:
         """Do everything for a request, under the lock; each yield gives that up until there is something to do."""
         try:
             while not request.goes:
                 self._go_on_with(request)
-                yield _Wait()
+                yield Wait()
             yield from self._exchange(request)
-        except _DroppedError:
+        except DroppedError:
             pass
         except RefusedError as error:
             self._note_count(denied=error.error in {helper_api.DENIED, helper_api.PROHIBITED})
@@ -555,13 +579,13 @@ class OutgoingHttp:
 
     @staticmethod
     def _go_on_with(request: OutgoingRequest, until_s: float = math.inf) -> None:
-        """Raise `_DroppedError` if nobody needs a request any more, or `TimeoutError`."""
+        """Raise `DroppedError` if nobody needs a request any more, or `TimeoutError`."""
         if request.dropped or request.error:
-            raise _DroppedError
+            raise DroppedError
         if time.monotonic() >= until_s:
             raise TimeoutError
 
-    def _exchange(self, request: OutgoingRequest) -> _Steps:
+    def _exchange(self, request: OutgoingRequest) -> Steps:
         head = request.head
         assert head is not None
         hops = [(HOPS, str(request.hops + 1))] if request.key[1].endswith(outbound.INTERNAL) else []
@@ -579,7 +603,7 @@ class OutgoingHttp:
 
     def _transfer(
         self, request: OutgoingRequest, connection: Connection, upload: Upload, *, kept: bool
-    ) -> Generator[_Wait, None, bool]:
+    ) -> Generator[Wait, None, bool]:
         """Send the request and read its response; True if it is to be sent again, on a fresh connection."""
         carried = False
         try:
@@ -593,7 +617,7 @@ class OutgoingHttp:
                 if events:
                     yield from self._wait_for(transfer, connection, events)
                 elif transfer.is_full and not upload.out:
-                    yield _Wait()  # for the guest to take some of it
+                    yield Wait()  # for the guest to take some of it
             hung_up = transfer.unsent is not None or _is_worth_repeating(request, connection)
             if kept and connection.silent and hung_up:
                 return True
@@ -611,12 +635,12 @@ class OutgoingHttp:
                 connection.close()
 
     @staticmethod
-    def _wait_for(transfer: Transfer, connection: Connection, events: int) -> _Steps:
+    def _wait_for(transfer: Transfer, connection: Connection, events: int) -> Steps:
         until_s, late = transfer.deadline()
         if until_s is not None and until_s <= time.monotonic():
             connection.broken = TimeoutError(late)
         else:
-            yield _Wait(connection.sock.fileno(), events, until_s)
+            yield Wait(connection.sock.fileno(), events, until_s)
 
     def _break(
         self, request: OutgoingRequest, connection: Connection, error: Exception, unsent: OSError | None
@@ -660,7 +684,7 @@ class OutgoingHttp:
 
     # Connections.
 
-    def _connect(self, request: OutgoingRequest, head: RequestHead) -> Generator[_Wait, None, Connection]:
+    def _connect(self, request: OutgoingRequest, head: RequestHead) -> Generator[Wait, None, Connection]:
         sock = yield from self._ask(request, head)
         if head.scheme == "https":
             assert self._context is not None
@@ -676,7 +700,7 @@ class OutgoingHttp:
 
     def _shake_hands(
         self, request: OutgoingRequest, context: ssl.SSLContext, sock: socket.socket
-    ) -> Generator[_Wait, None, socket.socket]:
+    ) -> Generator[Wait, None, socket.socket]:
         sock.setblocking(False)
         until_s = time.monotonic() + request.connect_s
         # A server that ends without saying so may have been cut off: that is no end of a body.
@@ -693,7 +717,7 @@ class OutgoingHttp:
                     events = select.POLLOUT
                 else:
                     return inside
-                yield _Wait(inside.fileno(), events, until_s)
+                yield Wait(inside.fileno(), events, until_s)
                 self._go_on_with(request, until_s)
         except BaseException:
             inside.close()
@@ -706,7 +730,7 @@ class OutgoingHttp:
             return f"the server's certificate is not accepted: {error.verify_message}"
         return _why(error)
 
-    def _ask(self, request: OutgoingRequest, head: RequestHead) -> Generator[_Wait, None, socket.socket]:
+    def _ask(self, request: OutgoingRequest, head: RequestHead) -> Generator[Wait, None, socket.socket]:
         """Return a connection from the egress."""
         timeout_s = request.connect_s
         until_s = time.monotonic() + timeout_s + self._limits.idle_ms / 1000 * _REPLY_MARGIN
@@ -720,7 +744,7 @@ class OutgoingHttp:
                     raise RefusedError("internal-error", question.failure)
                 if time.monotonic() >= until_s:
                     raise RefusedError("connection-timeout", f"no connection in {timeout_s:g} s")
-                yield _Wait(until_s=until_s)
+                yield Wait(until_s=until_s)
                 self._go_on_with(request)
             told, fd = question.reply, question.fd
             question.fd = -1

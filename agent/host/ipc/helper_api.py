@@ -214,13 +214,30 @@ class RegisterWorker(msgspec.Struct, frozen=True, tag="admit"):
     again: bool = False
 
 
-class ConnectRequest(msgspec.Struct, frozen=True):
-    """Request of a worker for a connection to a destination within `timeout_ms`. Answered with `ConnectReply`."""
+class ConnectRequest(msgspec.Struct, frozen=True, tag="connect"):
+    """Request of a worker for a connection to a destination within `timeout_ms`. Answered with `ConnectReply`.
+
+    Attributes:
+        scheme: `http` or `https`; `tcp` or `udp` for a socket, whose authority is an address and a port.
+        name: with `tcp` and `udp`, the name that the guest looked the address up by; empty for none.
+    """
 
     id: Count
     scheme: str
     authority: str
     timeout_ms: Count
+    name: str = ""
+
+
+class LookupRequest(msgspec.Struct, frozen=True, tag="lookup"):
+    """Request of a worker for the addresses of a name within `timeout_ms`. Answered with `ConnectReply`."""
+
+    id: Count
+    name: str
+    timeout_ms: Count
+
+
+ToEgress = ConnectRequest | LookupRequest
 
 
 RESTARTED: Final = 0
@@ -228,17 +245,29 @@ RESTARTED: Final = 0
 
 
 class ConnectReply(msgspec.Struct, frozen=True):
-    """Reply to `ConnectRequest`, with the connected socket attached unless there is an error.
+    """Reply to `ConnectRequest`, with the connected socket attached unless there is an error; or to `LookupRequest`.
+
+    A UDP socket stays in the egress, since whoever holds one can send anywhere: attached is one end of a pair, which
+    takes and gives a datagram behind a `DATAGRAM` in each packet, or `BROKEN` and an error's number.
 
     Attributes:
         id: of the request; or RESTARTED.
-        error: name of a case of `wasi:http/types.error-code`; empty if a socket is attached.
+        error: name of a case of `wasi:http/types.error-code`; empty if there is none.
         why: reason, for the instance's log.
+        local: with `udp`, address and port of the device's end.
+        addresses: of a name.
     """
 
     id: Count
     error: str = ""
     why: str = ""
+    local: tuple[str, int] = ("", 0)
+    addresses: tuple[str, ...] = ()
+
+
+DATAGRAM: Final = b"+"
+BROKEN: Final = b"!"
+DATAGRAM_MAX_BYTES: Final = 65507
 
 
 class RefusedError(Exception):
@@ -294,6 +323,64 @@ def filter_addresses(grants: Grants, scheme: str, host: str, port: int, addresse
         raise RefusedError(PROHIBITED, f"{scheme}://{host}:{port} is denied: {why}")
     if not kept:
         raise RefusedError("DNS-error", f"{host} has no address")
+    return kept
+
+
+def check_socket(grants: Grants, scheme: str, address: str, port: int, name: str) -> bool:
+    """Judge a socket's destination; return True where it is allowed only if the address is one of `name`.
+
+    An address is allowed where a grant names it, its network or every public address; or where one names the name that
+    it was looked up by, and the address is public.
+
+    Raises:
+        RefusedError: not granted.
+    """
+    where = f"{scheme}://{f'[{address}]' if ':' in address else address}:{port}"
+    try:
+        parsed = ipaddress.ip_address(address)
+        entries = _entries(grants)
+        if any(entry.allows(scheme, address, port) or entry.names(scheme, parsed, port) for entry in entries):
+            return False
+        named = bool(name) and any(entry.allows(scheme, outbound.name(name), port) for entry in entries)
+    except ValueError as error:
+        raise RefusedError(DENIED, f"{where} is denied: {error}") from error
+    kind = outbound.kind(parsed)
+    if named and not kind:
+        return True
+    if named:
+        why = f"{name} is {address}, a {kind} address, and grants.outbound does not name that"
+        raise RefusedError(PROHIBITED, f"{where} is denied: {why}")
+    raise RefusedError(DENIED, f"{where} is denied: grants.outbound does not name {address}:{port}")
+
+
+def check_lookup(grants: Grants, name: str) -> str:
+    """Return a name that a socket may lead to, in lower case. Raises `RefusedError`."""
+    try:
+        host = outbound.name(name)
+    except outbound.BadOutboundError as error:
+        raise RefusedError("HTTP-request-URI-invalid", str(error)) from error
+    if not any(entry.resolves(host) for entry in _entries(grants)):
+        raise RefusedError(DENIED, f"the name {host} is denied: grants.outbound has no socket to it")
+    return host
+
+
+def reachable(grants: Grants, name: str, addresses: list[str]) -> list[str]:
+    """Return the addresses of a name to which some socket may lead. Raises `RefusedError`: none."""
+    kept, why = [], ""
+    for each in addresses:
+        try:
+            address = ipaddress.ip_address(each)
+        except ValueError:
+            continue
+        kind = outbound.kind(address)
+        if kind and not any(entry.reaches(address) for entry in _entries(grants)):
+            why = f"{name} is {each}, a {kind} address, and grants.outbound has no socket to that"
+        else:
+            kept.append(each)
+    if not kept and why:
+        raise RefusedError(PROHIBITED, why)
+    if not kept:
+        raise RefusedError("DNS-error", f"{name} has no address")
     return kept
 
 

@@ -115,11 +115,12 @@ def tls() -> bytes:
 
 @cache
 def egress() -> bytes:
-    """Return the filter of the egress: IP connections, the instances' Unix sockets, and resolving names."""
+    """Return the filter of the egress: IP connections, the instances' Unix sockets, pairs of these, resolving names."""
     rules = _filter(_names(_BASE, _SOCKETS, _READING), executable_memory=True)  # the resolver loads its parts
     for family in (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK):
         _allow(rules, "socket", pyseccomp.Arg(0, pyseccomp.EQ, family))
     _allow(rules, "connect")
+    _allow(rules, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     return _program(rules)
 
 

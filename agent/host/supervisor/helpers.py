@@ -425,8 +425,12 @@ class RouterHandle(HelperProcess):
 
 
 def needs_egress(grants: Grants) -> bool:
-    """Return whether an instance with these grants may send requests anywhere."""
-    return grants.allows(OUTGOING_HANDLER) and bool(grants.outbound or grants.instances)
+    """Return whether an instance with these grants may send requests or open sockets anywhere."""
+    return grants.sockets or _may_send(grants)
+
+
+def _may_send(grants: Grants) -> bool:
+    return grants.allows(OUTGOING_HANDLER) and bool(grants.requests or grants.instances)
 
 
 class EgressTicket(NamedTuple):
@@ -467,6 +471,9 @@ class EgressHandle(HelperProcess):
         """Admit a worker of this instance. Raises `OSError`: there is no room for it."""
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
+        if not _may_send(grants):  # what names requests alone leads nowhere
+            wanted = tuple(each for each in grants.outbound if each not in grants.requests)
+            grants = Grants(outbound=wanted)
         message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)
         self._workers[number] = _Admitted(ours, message)
         try:

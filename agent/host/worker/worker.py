@@ -427,10 +427,15 @@ def _outgoing(setup: worker_api.Setup, ask_fd: int) -> _MakeOutgoing:
     """Return what makes this instance's `Outgoing`; what that takes is loaded now, while files can be read."""
     from agent.host.interfaces import outgoing_http  # noqa: PLC0415 - workers without such grants go without asyncio, ssl and http.client
 
-    encrypted = any(not each.startswith("http:") for each in setup.grants.outbound)
+    kind = outgoing_http.OutgoingHttp
+    if setup.grants.sockets:
+        from agent.host.interfaces import sockets  # noqa: PLC0415 - the same
+
+        kind = sockets.Network
+    encrypted = any(not each.startswith("http:") for each in setup.grants.requests)
     context = outgoing_http.trust() if encrypted else None
     sock = socket.socket(fileno=ask_fd)
-    return lambda count, nudge, log: outgoing_http.OutgoingHttp(
+    return lambda count, nudge, log: kind(
         sock, setup.grants, setup.limits, log=log, count=count, context=context, nudge=nudge
     )
 

@@ -64,18 +64,19 @@ def in_place_of_the_adapter(said):
     return IN_PLACE_OF_THE_ADAPTER.replace("{length}", length).replace("{said}", hexed(said))
 
 
-def compiled(guest, *, fuel=False) -> bytes:
+def compiled(guest, *, fuel=False, sockets=False) -> bytes:
     """The image of a guest, from a cache: compiling costs more than most tests."""
     source = wasm(guest)
     place = Path(str(host_api.__file__)).parents[1]  # of the installed package, where this runs beside one
     engine = (place / "engine" / "runtime.py").read_bytes() + compose.adapter_digest().encode()
-    path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel])).hexdigest()}.cwasm"
+    path = CACHE / f"{hashlib.sha256(source + engine + bytes([fuel, sockets])).hexdigest()}.cwasm"
     if not path.exists():
         from agent.host.engine.runtime import Engine
 
         CACHE.mkdir(exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(Engine(fuel=fuel).compile(source if source.startswith(b"\0asm") else source.decode()))
+        artifact = source if source.startswith(b"\0asm") else source.decode()
+        part.write_bytes(Engine(fuel=fuel).compile(artifact, sockets=sockets))
         part.rename(path)
     return path.read_bytes()
 
@@ -235,7 +236,7 @@ class Host:
             self.events.append(message)
 
     def start(self, guest, run, *, fuel=False, **how):
-        fd = sealed(compiled(guest, fuel=fuel))
+        fd = sealed(compiled(guest, fuel=fuel, sockets=run.grants.sockets))
         try:
             return self.ask(host_api.Start, fd, run=run, **how)
         finally:
