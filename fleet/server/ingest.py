@@ -103,7 +103,7 @@ class Ingest:
         self._rollouts: dict[str, RolloutRow | None] = {}  # by the name that reports of one batch use
         self._members: dict[tuple[int, str], tuple[Member, Extra]] = {}  # changed by reports of one batch
         self._moved: set[int] = set()  # rollouts whose devices went on by reports of one batch
-        self._readings: dict[str, ReadingsAck] = {}  # what to tell devices that brought readings in one batch
+        self._readings: dict[str, ReadingsAck] = {}  # answers to devices that brought readings in one batch
         self._seen: dict[str, None] = {}  # devices that reported in one batch
         self.counts: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()

@@ -14,7 +14,7 @@ from fleet.store.rows import read
 from fleet.store.sqlite import Database, text
 
 ROW_BYTES = 256
-"""What a row takes beside its content, roughly: for the bounds of what is kept."""
+"""Bytes of a row beside its content, roughly: for the bounds of what is kept."""
 
 
 class ReadingRow(msgspec.Struct, frozen=True, kw_only=True):
