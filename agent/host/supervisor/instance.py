@@ -483,8 +483,9 @@ class Instance:
                 if router is not None and not (router.running and router.pid == pid):  # ended with its router
                     self._replace(generation, str(error), 0.0, at_fault=False)
                 elif isinstance(error, NoRoomError):
-                    self.error = str(error)
-                    self._log.note(f"host: no worker: {error}")
+                    if self.error != str(error):  # said once
+                        self.error = str(error)
+                        self._log.note(f"host: no worker: {error}")
                     self._workers.tasks.spawn(self._start_after(generation, _NO_ROOM_PAUSE_S))
                 else:
                     self._decide(generation, str(error), 0.0)

@@ -10,6 +10,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,34 @@ def test_a_worker_that_ends_without_a_descriptor_for_another_is_replaced_when_th
         eventually(lambda: small.health("first-own").state == InstanceState.RUNNING, "it runs again")
         assert small.health("first-own").restarts == 1
         answers(client)
+
+
+PINNED = """
+import resource, sys
+from pathlib import Path
+from agent.host.supervisor.pinned_modules import PinnedModules
+
+def pin(directory):
+    made = PinnedModules()
+    try:
+        made.pin(Path(sys.argv[1], directory))
+    except OSError as error:
+        print(error.strerror)
+    count = len(made._descriptors)  # nothing public counts them
+    made.close()
+    return count
+
+files = pin("ample")
+resource.setrlimit(resource.RLIMIT_NOFILE, (2 * files - 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+print(pin("tight"))
+"""
+
+
+def test_a_host_keeps_no_modules_open_where_they_would_take_more_than_half_of_its_descriptors(tmp_path):
+    """A package upgrade under it is rarer than an instance more."""
+    command = [sys.executable, "-c", PINNED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"{os.strerror(errno.EMFILE)}\n0\n"
 
 
 class Full(socket.socket):
