@@ -41,6 +41,8 @@ _CREDIT_STEP_BYTES: Final = 16 * 1024  # credit in smaller steps would cost a fr
 _CLIENT_SHARE: Final = 0.25  # of limits.total: a client that took as much is the cause, not the guest
 _FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with their length in one piece
 _SERVER_ERROR: Final = 500
+_NO_CONTENT: Final = 204  # without any framing (RFC 9112, section 6.1; RFC 9110, section 8.6)
+_NOT_MODIFIED: Final = 304  # a length is that of the 200 in its place (RFC 9110, section 8.6)
 
 
 class CallCarrier(Protocol):
@@ -424,8 +426,8 @@ class Call:
         return connection.answer_head(
             self._status,
             self._fields,
-            length=self._length,
-            chunked=self._chunked,
+            length=None if self._status == _NO_CONTENT else self._length,
+            chunked=self._chunked and self._status not in connection.BODILESS,
             keep_alive=self._may_keep_alive(),
             old=self._exchange.request.old,
         )
@@ -549,7 +551,8 @@ class Call:
             return self._reply(502, self._sentence)._replace(error=True)
         exchange.answering = True
         keep_alive, failed = self._keeps_alive(), self._status >= _SERVER_ERROR
-        if head and self._length is not None:
+        has_length = self._length is not None and self._status != _NO_CONTENT
+        if has_length and (head or self._status == _NOT_MODIFIED):
             answer = connection.answer_head(
                 self._status, self._fields, length=self._length, chunked=False, keep_alive=keep_alive, old=old
             )

@@ -124,6 +124,45 @@ async def test_a_body_that_begins_before_the_answer_is_set_waits_for_its_head(tm
         assert (await client.answer())[::2] == (200, b"early late")
 
 
+@pytest.mark.parametrize("goes_out_before_its_end", [False, True])
+@pytest.mark.parametrize(
+    ("status", "method", "framing"),
+    [
+        (204, b"GET", {}),
+        (304, b"GET", {b"content-length": b"5"}),
+        (200, b"HEAD", {b"content-length": b"5"}),
+        (304, b"HEAD", {b"content-length": b"5"}),
+        (204, b"HEAD", {}),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_length_is_said_of_a_body_that_is_not_sent(tmp_path, status, method, framing, goes_out_before_its_end):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        client.ask(GET.replace(b"GET", method))
+        call = (await worker.next()).call
+        worker.say(Frame(Kind.RESPONSE, call, b"%d\r\ncontent-length: 5\r\n" % status))
+        if goes_out_before_its_end:
+            await client.reader.readuntil(b"HTTP/1.1")
+        worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\n"))
+        head = (await client.reader.readuntil(b"\r\n\r\n")).lower()
+        fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
+        assert {name: fields[name] for name in fields.keys() & {b"content-length", b"transfer-encoding"}} == framing
+
+
+@pytest.mark.asyncio
+async def test_no_chunks_are_announced_for_a_status_without_a_body(tmp_path):
+    async with board(tmp_path) as the_board:
+        worker, client = await the_board.worker(), await the_board.client()
+        for status in (204, 304):
+            client.ask()
+            call = (await worker.next()).call
+            worker.say(Frame(Kind.RESPONSE, call, b"%d\r\n" % status))
+            assert b"transfer-encoding" not in await client.reader.readuntil(b"\r\n\r\n")
+            worker.say(Frame(Kind.END, call, b"0 whole\r\n\r\n"))
+            await worker.answer_next(client)
+
+
 @pytest.mark.parametrize(("said", "status"), [(200, 502), (404, 502), (500, 500), (503, 503)])
 @pytest.mark.asyncio
 async def test_a_guest_that_says_an_error_and_drops_its_body_keeps_its_status(tmp_path, said, status):
