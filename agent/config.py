@@ -247,12 +247,28 @@ def validate(merged: Mapping[str, Any]) -> Settings:
             Proxy.parse(settings.network.proxy)
         except ProxyError as error:
             raise ConfigError(f"network.proxy: {error}", "network.proxy") from None
-    for ports in settings.policy.ports:
+    _check_names(settings.policy)
+    return settings
+
+
+def _check_names(policy: Policy) -> None:
+    """Refuse what names nothing: a list of such names would allow less than its owner means. Raises `ConfigError`."""
+    for ports in policy.ports:
         try:
             port_range(ports)
         except ValueError as error:
             raise ConfigError(f"policy.ports: {error}", "policy.ports") from None
-    return settings
+    for entry in policy.outbound or ():
+        try:
+            outbound.parse(entry)
+        except outbound.BadOutboundError as error:
+            raise ConfigError(f"policy.outbound: {entry[:80]!r}: {error}", "policy.outbound") from None
+    if policy.interfaces:
+        from fleet.component import served  # noqa: PLC0415 - for owners who list them
+
+        for interface in policy.interfaces:
+            if wrong := served.unknown(interface):
+                raise ConfigError(f"policy.interfaces: {interface[:80]!r}: {wrong}", "policy.interfaces")
 
 
 def _choices(key: str) -> str:

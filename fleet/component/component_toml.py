@@ -125,8 +125,10 @@ def load(
         ),
     )
     table.finish()
-    if component is not None and manifest.secrets:
-        _check_readable(component, file_name)
+    if component is not None:
+        _check_known(component, manifest.grants)
+        if manifest.secrets:
+            _check_readable(component, file_name)
     return _bounded(manifest)
 
 
@@ -358,11 +360,14 @@ def _grants(table: Table) -> Grants:
 
 
 def _check_interface(text: str) -> str | None:
-    if served.INTERFACE.fullmatch(text):
-        return None
-    if "@" in text:
-        return f"without the version: {bare(text)!r}"
-    return 'expected an interface or a package, such as "wasi:clocks" or "wasi:cli/stdout"'
+    return None if served.INTERFACE.fullmatch(text) else served.unknown(text)
+
+
+def _check_known(component: Component, grants: Grants) -> None:
+    """Refuse a grant that names nothing: a mistake that nobody would notice. Raises `BadManifestError`."""
+    for each in grants.interfaces:
+        if wrong := served.unknown(each, component.imports):
+            raise BadManifestError(f"{FILE_NAME}: grants.interfaces: {each!r}: {wrong}")
 
 
 def _check_outbound(text: str) -> str | None:

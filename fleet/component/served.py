@@ -99,6 +99,28 @@ def unserved(
     return tuple(Unserved(name, reason(name, file_name)) for name in wanted if not _served(name, component, device))
 
 
+def unknown(granted: str, imports: Collection[str] = ()) -> str | None:
+    """Say that a grant names nothing, and what it may mean; None for what devices serve or a component imports.
+
+    Args:
+        granted: an interface or a package, without version.
+        imports: names of the component's imports.
+    """
+    if INTERFACE.fullmatch(granted) is None:
+        if "@" in granted:
+            return f"without the version: {bare(granted)!r}"
+        return 'expected an interface or a package, such as "wasi:clocks" or "wasi:cli/stdout"'
+    interfaces = {*IMPORTS, *map(bare, imports)}
+    names = interfaces | {package(each) for each in interfaces}
+    if granted in names:
+        return None
+    import difflib  # noqa: PLC0415 - for the sentence about a mistake alone
+
+    if near := difflib.get_close_matches(granted, sorted(names), 1, 0.7):
+        return f"no such interface; did you mean {near[0]}?"
+    return f"no such interface; devices serve {', '.join(sorted({package(each) for each in IMPORTS}))}"
+
+
 def is_served(name: str) -> bool:
     """Tell whether devices serve an interface in this version, to some component."""
     interface, _, version = name.partition("@")

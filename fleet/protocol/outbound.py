@@ -138,7 +138,8 @@ def parse(text: str) -> Entry:
     """Parse one entry. Raises `BadOutboundError`."""
     scheme, separator, rest = text.partition("://")
     if not separator:
-        raise BadOutboundError('expected scheme, host and port, such as "https://api.example.com:443"')
+        example = f"https://{text}" if _is_place(text) else "https://api.example.com:443"
+        raise BadOutboundError(f'expected scheme, host and port, such as "{example}"')
     scheme = scheme.lower()
     if scheme not in {*PORTS, *SOCKETS, "*"}:
         raise BadOutboundError(f"the scheme is http, https or * for requests, tcp or udp for sockets, not {scheme!r}")
@@ -148,6 +149,14 @@ def parse(text: str) -> Entry:
     if any(c in port or c in host for c in "/?#"):
         raise BadOutboundError("a path or query is not allowed here: the grant is for a whole host")
     return Entry(scheme, host, network, _ports(port, scheme))
+
+
+def _is_place(text: str) -> bool:
+    """Return whether text is an entry but for its scheme."""
+    try:
+        return "/" not in text and bool(parse(f"https://{text}"))
+    except BadOutboundError:
+        return False
 
 
 def _split(rest: str) -> tuple[Network | None, str, str]:

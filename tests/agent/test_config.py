@@ -8,6 +8,8 @@ import pytest
 
 from agent import config
 from agent.config import ConfigError, Policy
+from fleet.component import served
+from fleet.component.reader import package
 from fleet.protocol.manifest import Grants, Limits
 
 DOCS = Path(__file__).parents[2] / "docs" / "agent.md"
@@ -124,6 +126,35 @@ def test_a_range_of_ports_that_is_none_is_named(tmp_path, ports):
     path = write(tmp_path, main=f'[policy]\nports = ["{ports}"]\n')
     with pytest.raises(ConfigError, match=r"policy\.ports: .* is not a port"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("outbound = ['example.com']", "policy.outbound: 'example.com': expected scheme, host and port, such as"),
+        ("outbound = ['example.com']", '"https://example.com"'),
+        ("outbound = ['https://a.example', 'ftp://b.example']", "the scheme is http, https or *, not 'ftp'"),
+        ("interfaces = ['clocks']", "policy.interfaces: 'clocks': expected an interface or a package"),
+        ("interfaces = ['wasi:clocks@0.2.0']", "without the version: 'wasi:clocks'"),
+        ("interfaces = ['wasi:clock']", "no such interface; did you mean wasi:clocks?"),
+        ("interfaces = ['wasi:io', 'wasi:clocks/monotonic']", "did you mean wasi:clocks/monotonic-clock?"),
+        ("interfaces = ['acme:rockets']", "no such interface; devices serve wasi:cli, "),
+        ("interfaces = ['']", "policy.interfaces: '': expected"),
+        ("ports = ['http']", "policy.ports: 'http' is not a port"),
+        ("logs = 'some'", "give one of off, errors, all"),
+    ],
+)
+def test_a_name_in_a_list_that_names_nothing_is_refused_with_what_is_meant(tmp_path, line, said):
+    (tmp_path / "agent.toml").write_text(f"[policy]\n{line}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        config.load(tmp_path / "agent.toml")
+    assert "(line 2)" in str(caught.value)
+
+
+def test_every_interface_that_devices_serve_may_be_listed(tmp_path):
+    names = sorted(served.IMPORTS) + sorted({package(each) for each in served.IMPORTS})
+    (tmp_path / "agent.toml").write_text(f"[policy]\ninterfaces = {names}\noutbound = ['*://*:*']\n")
+    assert config.load(tmp_path / "agent.toml").policy.interfaces == tuple(names)
 
 
 def test_the_documentation_lists_every_key_and_no_other():

@@ -1,6 +1,7 @@
 """component.toml: what is read, what is told from the component, and what people hear when it is wrong."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import msgspec
@@ -299,6 +300,31 @@ def test_a_file_name_that_gives_no_name(file_name):
 
 
 # Grants
+
+
+@pytest.mark.parametrize(
+    ("granted", "said"),
+    [
+        ("wasi:clock", "did you mean wasi:clocks?"),
+        ("wasi:cli/stdot", "did you mean wasi:cli/stdout?"),
+        ("wasi:loging", "did you mean wasi:logging?"),
+        ("acme:rockets", "no such interface; devices serve wasi:cli, "),
+    ],
+)
+def test_a_grant_that_names_nothing_is_refused_with_what_is_meant(granted, said):
+    text = f'[grants]\ninterfaces = ["wasi:logging", "{granted}"]'
+    with pytest.raises(
+        BadManifestError, match=re.escape(f"grants.interfaces: {granted!r}: no such interface")
+    ) as caught:
+        component_toml.load(text, component=made(imports=LIBRARIES), file_name="x.wasm")
+    assert said in str(caught.value)
+
+
+def test_a_grant_of_an_import_that_no_device_serves_names_something():
+    component = made(imports=["acme:rockets/engine@1.0.0"])
+    for granted in ("acme:rockets", "acme:rockets/engine", "wasi:io", "wasi:logging/logging"):
+        text = f'[grants]\ninterfaces = ["{granted}"]'
+        assert component_toml.load(text, component=component, file_name="x.wasm").grants.interfaces == (granted,)
 
 
 def test_missing_grants_come_with_the_exact_file_to_save():
