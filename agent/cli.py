@@ -24,8 +24,8 @@ from agent.link.host_client import HostClient, HostGoneError
 from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
-from agent.update.store import BESIDE_BYTES, HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
-from fleet.protocol.files import is_full, is_read_only
+from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
+from fleet.protocol.files import is_read_only
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
@@ -34,8 +34,6 @@ HOST_WAIT_S: Final = 30.0
 APPLY_LOOK_S: Final = 0.1
 _LISTS_ROUTES: Final = 2
 """Version of the host's protocol from which on it lists routes."""
-
-_FULL: Final = "{} is on a full file system: nothing can be updated until there is space"
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -443,35 +441,7 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
     """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
-    try:
-        store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
-    except StoreError as error:
-        if is_full(places.state, BESIDE_BYTES):
-            raise StoreError(f"{error}; {_FULL.format(places.state)}") from error
-        raise
-    try:
-        found = status.read_status(who, store, instance, rows=rows or status.TIMELINE_ROWS)
-        return msgspec.structs.replace(found, problems=(*_problems(places), *found.problems))
-    finally:
-        store.close()
-
-
-def _problems(places: Paths) -> list[str]:
-    """Return sentences on what this device itself lacks, whatever the agent has recorded."""
-    problems = []
-    if reason := host_api.why_not(places.runtime):
-        problems.append(f"the host did not start: {reason}")
-    if is_read_only(places.state):
-        problems.append(f"{places.state} is on a read-only file system: nothing can be updated until it is writable")
-    elif is_full(places.state, BESIDE_BYTES):
-        problems.append(_FULL.format(places.state))
-    if places.runset.exists() and not places.database.exists():
-        problems.append(f"{places.database} is lost: the agent makes a new one from runset.json when it starts")
-    try:
-        problems += identity.damaged_files(places.identity)
-    except identity.IdentityError as error:
-        problems.append(str(error))
-    return problems
+    return status.read_device(places, who, instance, rows=rows or status.TIMELINE_ROWS)
 
 
 def _print_json(value: object) -> None:

@@ -1,4 +1,4 @@
-"""Signed commands from the fleet: check in, restart, follow logs.
+"""Signed commands from the fleet: check in, restart, follow logs, send an archive about the device.
 
 Each command is verified, remembered, and only then carried out; refused commands are counted. An operator asks for log
 lines with a signed command. As far as the device's owner allows, they are sent for some minutes: over HTTPS with the
@@ -18,14 +18,14 @@ from agent.config import is_error
 from agent.host.ipc import host_api
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.link.https import FetchError, Poster
-from agent.update import state
+from agent.report.archive_sender import ArchiveSender, note
+from agent.report.device_info import agent_version
 from agent.update.problems import Problems, ReportSink
 from agent.update.state import DeviceContext
-from agent.update.store import Database, Store, StoreError
+from agent.update.store import Database
 from agent.update.trust import DeviceTrust
 from fleet.protocol import bounds, wire
-from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
-from fleet.protocol.codes import Phase
+from fleet.protocol.assignment import CheckIn, Diagnose, FollowLogs, LaterVerb, Restart
 from fleet.protocol.messages import LogAnswer, LogChunk
 from fleet.protocol.topics import Down
 from signing.errors import Rejected
@@ -45,6 +45,14 @@ class ChecksIn(Protocol):
         """Poll now, and report the state of each instance."""
 
 
+@dataclass(frozen=True, slots=True)
+class Senders:
+    """Senders of what an operator asks for."""
+
+    logs: "LogFollower"
+    archives: ArchiveSender
+
+
 class Commands:
     """Executor of commands, strictly in sequence.
 
@@ -62,7 +70,7 @@ class Commands:
         db: Database,
         host: HostClient,
         receiver: ChecksIn,
-        follower: "LogFollower",
+        senders: "Senders",
         problems: Problems,
         sink: ReportSink,
     ) -> None:
@@ -71,7 +79,7 @@ class Commands:
         self._db = db
         self._host = host
         self._receiver = receiver
-        self._follower = follower
+        self._follower, self._archives = senders.logs, senders.archives
         self._problems = problems
         self._sink = sink
         self._restarts: list[float] = []
@@ -119,6 +127,17 @@ class Commands:
             case FollowLogs(instance=instance, minutes=minutes):
                 log.info("command %d asks for the log of %s", command.sequence, instance)
                 self._follower.follow(instance, minutes=minutes, command=command.sequence)
+            case Diagnose(recipient=recipient):
+                log.info("command %d asks for an archive about this device", command.sequence)
+                self._archives.send(recipient=recipient, command=command.sequence)
+            case LaterVerb(verb=verb):
+                await self._unknown(verb, command.sequence)
+
+    async def _unknown(self, verb: str, command: int) -> None:
+        """Put a command of a later vocabulary into the device's history: the director sent it, so it is no attack."""
+        text = f"command {command} is {verb!r}, which is not known to this agent {agent_version()}: upgrade the agent"
+        log.warning("%s", text)
+        await self._archives.note(text)
 
     async def _restart(self, instance: str) -> None:
         now = asyncio.get_running_loop().time()
@@ -193,11 +212,7 @@ class LogFollower:
         self._requests.put_nowait(_Follow(instance, min(max(1, minutes), bounds.LOGS_MINUTES_MAX), command))
 
     async def _note(self, text: str) -> None:
-        version = await self._db(Store.counter, "accepted")
-        with contextlib.suppress(StoreError):
-            report = state.about(self._device, assignment=version, phase=Phase.IDLE, message=text)
-            await self._db(Store.save, report=report)
-        self._sink.saved()
+        await note(text, device=self._device, db=self._db, sink=self._sink)
 
     async def _run(self, instance: str, minutes: int, command: int) -> None:
         try:

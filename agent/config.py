@@ -65,6 +65,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         share_workers: let components of one publisher share a process where the director says so.
         logs: log lines that may leave the device when an operator follows logs, and with the report of a failure, to
             which `errors` adds the last lines.
+        diagnose: what an operator may have of the archive about this device, by a signed command. `summary` helps in
+            most cases and is mostly known to the fleet: state, history, checks, figures, configuration and the agent's
+            own log. `all` adds what others wrote: lines of instances as far as `logs` allows, the kernel's messages,
+            names of files.
         bundles: accept assignments from an offline bundle, which nothing proves to be current.
         late_bundles: accept bundles even after timestamp and snapshot have expired, until root or targets expires.
         on_revoked: action on a running component that is revoked, denied its grants, or below the security epoch.
@@ -80,6 +84,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
     share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
+    diagnose: Literal["off", "summary", "all"] = "summary"
     bundles: bool = False
     late_bundles: bool = False
     on_revoked: Literal["stop", "keep"] = "stop"

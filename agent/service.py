@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from agent import clock, systemd
 from agent.clock import ReferenceClock
-from agent.commands import Commands, LogFollower
+from agent.commands import Commands, LogFollower, Senders
 from agent.config import Paths, Settings
 from agent.identity.enrolment import CertificateRenewal
 from agent.identity.identity import Identity, doubt
@@ -23,6 +23,7 @@ from agent.link.conversation import Conversation, HttpsConversation
 from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
+from agent.report.archive_sender import ArchiveSender
 from agent.report.uplink import HealthSources, Uplink
 from agent.session import FleetSession, Presence
 from agent.starts import ENDS_MAX
@@ -67,6 +68,7 @@ class Links:
     """Connections of the agent: to the server for files, to the fleet for messages, and to the host."""
 
     https: HttpsClient
+    archives: HttpsClient
     conversation: Conversation
     host: HostClient
 
@@ -97,6 +99,7 @@ class Links:
                 min_rate_bytes_s=network.min_rate_bytes_s,
                 reserve_bytes=settings.disk.reserve_bytes,
             ),
+            archives=HttpsClient(identity.devices_url, tls, proxy=network.proxy, request_s=network.request_s),
             conversation=Conversation(
                 mqtt=mqtt, https=HttpsConversation(identity.device, exchange), broker_after_s=broker_after_s
             ),
@@ -282,12 +285,13 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         sink=sink,
     )
     follower = LogFollower(device=device, host=links.host, https=links.https, policy=policy.logs, db=db, sink=sink)
+    archives = ArchiveSender(device=device, https=links.archives, settings=settings, db=db, sink=sink)
     commands = Commands(
         trust=trust,
         db=db,
         host=links.host,
         receiver=receiver,
-        follower=follower,
+        senders=Senders(follower, archives),
         problems=problems,
         sink=sink,
     )
@@ -308,6 +312,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         session,
         commands,
         follower,
+        archives,
         uplink,
         problems,
         renewal,

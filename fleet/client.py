@@ -23,7 +23,7 @@ import httpx
 import msgspec
 
 from fleet.protocol import operator_api, trust_api, wire
-from fleet.protocol.messages import LogView
+from fleet.protocol.messages import ArchiveView, LogView
 from fleet.protocol.operator_api import History
 from fleet.protocol.printable import cleaned, is_plain
 from fleet.protocol.trust_api import (
@@ -273,6 +273,17 @@ class Client:
         """Fetch the log lines of a command after a position in them; wait up to `wait_s` for more."""
         query = {"command": command, "after": after, "wait": wait_s}
         return self._get(LogView, f"/v1/devices/{_quoted(device)}/logs", query, timeout_s=READ_TIMEOUT_S + wait_s)
+
+    def archive_view(self, device: str, *, command: int, known: str, wait_s: int) -> ArchiveView:
+        """Fetch the progress of an archive; wait up to `wait_s` for another step than the known one."""
+        query: dict[str, str | int] = {"command": command, "wait": wait_s} | ({"known": known} if known else {})
+        path = f"/v1/devices/{_quoted(device)}/diagnose"
+        return self._get(ArchiveView, path, query, timeout_s=READ_TIMEOUT_S + wait_s)
+
+    def archive(self, device: str, *, command: int) -> bytes:
+        """Fetch a sealed archive, which the server then forgets."""
+        path = f"/v1/devices/{_quoted(device)}/diagnose/archive"
+        return self._checked(self._request("GET", path, params={"command": command})).content
 
     def revoke(self, device: str) -> operator_api.DeviceDetail:
         """Remove a device from the fleet."""

@@ -8,6 +8,7 @@ is fixed: size, signature, addressee, version, expiry. Replays are found by `Ver
 current keys: rotating them ends what was done to the version numbers with stolen ones.
 """
 
+import contextlib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
@@ -18,7 +19,17 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Targets
 
 from fleet.protocol import bounds, names, wire
-from fleet.protocol.assignment import ASSIGNMENT_TYPE, COMMAND_TYPE, FRESH_TYPE, Assignment, Command, Fresh, payload
+from fleet.protocol.assignment import (
+    ASSIGNMENT_TYPE,
+    COMMAND_TYPE,
+    COMMANDS,
+    FRESH_TYPE,
+    Assignment,
+    Command,
+    Fresh,
+    LaterCommand,
+    payload,
+)
 from fleet.protocol.codes import RejectCode
 from signing import dsse, metadata
 from signing.errors import Rejected, SigningError
@@ -83,7 +94,7 @@ def payload_sha256(envelope: bytes) -> str:
 
 COMMAND_LIFE_MAX: Final = timedelta(minutes=15)
 PORT_MAX: Final = 65535
-M = TypeVar("M", Assignment, Fresh, Command)
+M = TypeVar("M", Assignment, Fresh, Command, LaterCommand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,13 +214,13 @@ def fresh(
 
 def command(
     director: Director, data: bytes, *, fleet: str, device: str, state: VerifierState, now: datetime
-) -> tuple[Command, VerifierState]:
+) -> tuple[Command | LaterCommand, VerifierState]:
     """Verify a command; return it with the state to store before the command is carried out.
 
     Raises:
         Rejected: see `verifier.accept_command`.
     """
-    message, envelope = _open(director, data, COMMAND_TYPE, Command)
+    message, envelope = _open_command(director, data)
     _check_addressee(message, fleet, device)
     _check_version("the command", message.sequence)
     known = _scoped(state.command, director)
@@ -237,7 +248,21 @@ def _open(director: Director, data: bytes, payload_type: str, kind: type[M]) -> 
         raise Rejected(RejectCode.MALFORMED, str(error)) from error
 
 
-def _check_addressee(message: Assignment | Fresh | Command, fleet: str, device: str) -> None:
+def _open_command(director: Director, data: bytes) -> tuple[Command | LaterCommand, dsse.Envelope]:
+    """Open a command; one with a verb that is not known here comes with its name alone."""
+    try:
+        return _open(director, data, COMMAND_TYPE, Command)
+    except Rejected as error:
+        if error.code is not RejectCode.MALFORMED:
+            raise
+        with contextlib.suppress(Rejected):
+            later, envelope = _open(director, data, COMMAND_TYPE, LaterCommand)
+            if later.verb.verb not in COMMANDS:
+                return later, envelope
+        raise
+
+
+def _check_addressee(message: Assignment | Fresh | Command | LaterCommand, fleet: str, device: str) -> None:
     if message.fleet != fleet:
         raise Rejected(
             RejectCode.WRONG_FLEET, f"the signed document is for fleet {message.fleet[:80]!r}, not {fleet!r}"
@@ -253,7 +278,7 @@ def _check_version(what: str, version: int) -> None:
         raise Rejected(RejectCode.MALFORMED, f"{what} has number {version}, outside 1 to {VERSION_MAX}")
 
 
-def _check_times(message: Assignment | Fresh | Command, now: datetime, what: str) -> None:
+def _check_times(message: Assignment | Fresh | Command | LaterCommand, now: datetime, what: str) -> None:
     if message.issued.tzinfo is None or message.expires.tzinfo is None:
         raise Rejected(RejectCode.MALFORMED, f"{what} has a time without a zone")
     if now >= message.expires:

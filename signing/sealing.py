@@ -1,4 +1,4 @@
-"""Sealed secrets, and the proof that binds a sealing key to a device.
+"""Sealed secrets, sealed archives, and the proof that binds a sealing key to a device.
 
 Only a single device can open a box, and only for a single purpose. Pure: bytes in, bytes out. Format of a box,
 version 1:
@@ -13,6 +13,9 @@ with both public keys as salt. As no two boxes have the same key, the nonce (RFC
 fleet, device, instance, name and version, so that a box does not open for another device, instance or name, or in
 place of a newer version. The value is preceded by its length in two bytes and padded with zeros to a multiple of 256
 bytes, so that a box reveals little about the value's length.
+
+An archive about a device is sealed in the same format, without padding, to a key that an operator made for one request:
+with another label of HKDF, and with the device and the number of the command as associated data.
 
 The proof is a statement signed by the device key. An operator who pinned that key when it was first seen need not trust
 the server for the key to which secrets are sealed.
@@ -46,6 +49,7 @@ _LENGTH_BYTES: Final = 2
 _HEAD_BYTES: Final = 1 + KEY_BYTES
 _NONCE: Final = bytes(12)
 _INFO: Final = b"wasmfleet sealed secret 1"
+_ARCHIVE_INFO: Final = b"wasmfleet sealed archive 1"
 
 
 class Purpose(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,17 +77,9 @@ def seal(value: str, *, recipient: str, purpose: Purpose) -> bytes:
         SigningError: a value that no guest can be given (see `check_value`), or an invalid key.
     """
     data = check_value(value)
-    theirs = check_key(recipient)
-    ours = X25519PrivateKey.generate()
-    shown = ours.public_key().public_bytes_raw()
     padded = len(data).to_bytes(_LENGTH_BYTES, "big") + data
     padded += bytes(-len(padded) % PAD_BYTES)
-    try:
-        shared = ours.exchange(theirs)
-    except ValueError as error:  # a point of small order: anybody could open the box
-        raise SigningError("the device's sealing key is not an X25519 key") from error
-    cipher = ChaCha20Poly1305(_key(shared, shown + theirs.public_bytes_raw()))
-    return bytes([FORMAT]) + shown + cipher.encrypt(_NONCE, padded, wire.canonical(purpose))
+    return _sealed(padded, check_key(recipient), wire.canonical(purpose), _INFO)
 
 
 def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
@@ -98,17 +94,74 @@ def open_box(box: bytes, *, key: X25519PrivateKey, purpose: Purpose) -> str:
         Rejected: TOO_LARGE, UNSUPPORTED_VERSION; SECRET_UNOPENED: tampered with, or sealed for another purpose or key.
     """
     check_box(box)
-    shown = box[1:_HEAD_BYTES]
     try:
-        shared = key.exchange(X25519PublicKey.from_public_bytes(shown))
-        cipher = ChaCha20Poly1305(_key(shared, shown + key.public_key().public_bytes_raw()))
-        padded = cipher.decrypt(_NONCE, box[_HEAD_BYTES:], wire.canonical(purpose))
+        padded = _opened(box, key, wire.canonical(purpose), _INFO)
         length = int.from_bytes(padded[:_LENGTH_BYTES], "big")
         return padded[_LENGTH_BYTES:][:length].decode()
     except (InvalidTag, ValueError) as error:
         raise Rejected(
             RejectCode.SECRET_UNOPENED, f"the box of {purpose} was changed, or is not for this device and purpose"
         ) from error
+
+
+class ArchivePurpose(msgspec.Struct, frozen=True, kw_only=True):
+    """Request that a sealed archive answers; it opens for no other."""
+
+    device: str
+    command: Count
+
+
+def archive_key() -> X25519PrivateKey:
+    """Return a new key for one request; whoever loses it cannot open the answer."""
+    return X25519PrivateKey.generate()
+
+
+def seal_archive(archive: bytes, *, recipient: str, purpose: ArchivePurpose) -> bytes:
+    """Seal an archive to the operator who asked for it.
+
+    Args:
+        archive: any bytes.
+        recipient: the public key in the command, base64.
+        purpose: for which alone the archive can be opened.
+
+    Raises:
+        SigningError: an invalid key.
+    """
+    return _sealed(archive, check_key(recipient), wire.canonical(purpose), _ARCHIVE_INFO)
+
+
+def open_archive(sealed: bytes, *, key: X25519PrivateKey, purpose: ArchivePurpose) -> bytes:
+    """Open a sealed archive.
+
+    Raises:
+        SigningError: of another format, tampered with, or sealed for another request or key.
+    """
+    if sealed[:1] != bytes([FORMAT]):
+        raise SigningError(f"the archive of {purpose.device} is sealed in a format that this program does not know")
+    try:
+        return _opened(sealed, key, wire.canonical(purpose), _ARCHIVE_INFO)
+    except (InvalidTag, ValueError) as error:
+        raise SigningError(
+            f"the archive of {purpose.device} was changed on its way, or answers another request"
+        ) from error
+
+
+def _sealed(data: bytes, theirs: X25519PublicKey, associated: bytes, info: bytes) -> bytes:
+    ours = X25519PrivateKey.generate()
+    shown = ours.public_key().public_bytes_raw()
+    try:
+        shared = ours.exchange(theirs)
+    except ValueError as error:  # a point of small order: anybody could open the box
+        raise SigningError("the sealing key is not an X25519 key") from error
+    cipher = ChaCha20Poly1305(_key(shared, shown + theirs.public_bytes_raw(), info))
+    return bytes([FORMAT]) + shown + cipher.encrypt(_NONCE, data, associated)
+
+
+def _opened(box: bytes, key: X25519PrivateKey, associated: bytes, info: bytes) -> bytes:
+    shown = box[1:_HEAD_BYTES]
+    shared = key.exchange(X25519PublicKey.from_public_bytes(shown))
+    cipher = ChaCha20Poly1305(_key(shared, shown + key.public_key().public_bytes_raw(), info))
+    return cipher.decrypt(_NONCE, box[_HEAD_BYTES:], associated)
 
 
 def check_box(box: bytes) -> None:
@@ -173,8 +226,8 @@ def check_key(text: str) -> X25519PublicKey:
         raise SigningError("the device's sealing key is not an X25519 key") from error
 
 
-def _key(shared: bytes, salt: bytes) -> bytes:
-    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=_INFO).derive(shared)
+def _key(shared: bytes, salt: bytes, info: bytes) -> bytes:
+    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(shared)
 
 
 SEALING_TYPE: Final = "application/vnd.wasmfleet.sealing.v1+json"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from fleet.protocol.assignment import Assignment, Command, Fresh, Item
+from fleet.protocol.assignment import Assignment, Command, Fresh, Item, LaterCommand
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants, Manifest
 from fleet.protocol.names import TargetName
@@ -67,7 +67,7 @@ class AcceptedFreshness(NamedTuple):
 class AcceptedCommand(NamedTuple):
     """Accepted command, and the state to store before it is carried out."""
 
-    command: Command
+    command: Command | LaterCommand
     state: VerifierState
 
 

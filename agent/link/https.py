@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import IO, Final, Protocol
 
 import msgspec
 
@@ -242,7 +242,7 @@ class HttpsClient:
 
     @contextlib.contextmanager
     def _exchange(
-        self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
+        self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str], deadline: float
     ) -> Iterator[tuple[http.client.HTTPResponse, http.client.HTTPSConnection]]:
         host, port = self._url.hostname or "", self._url.port or 443
         where = authority(host, port)
@@ -307,11 +307,13 @@ class HttpsClient:
         path: str,
         *,
         max_bytes: int,
-        body: bytes | None = None,
+        body: bytes | IO[bytes] | None = None,
         headers: dict[str, str] | None = None,
         within_s: float | None = None,
     ) -> bytes:
         """Send a small request and return the body of the response; it takes `within_s`, or `request_s`, at most.
+
+        The body may be a file, read from where it stands; `headers` then say its length.
 
         Raises:
             FetchError: NOT_FOUND (404 or 410), TOO_LARGE, TOO_SLOW, UNREACHABLE (also for any other status).

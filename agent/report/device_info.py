@@ -11,6 +11,7 @@ from typing import Final
 
 from agent.clock import boot_clock, clock_synchronised
 from fleet.protocol import bounds
+from fleet.protocol.assignment import COMMANDS
 from fleet.protocol.messages import DeviceResources, Versions
 
 _METADATA: Final = "wasmfleet-*.dist-info"
@@ -44,6 +45,7 @@ def versions(*, host: str = "", engine: str = "", interfaces: tuple[str, ...] = 
         os=_os_name(),
         machine=platform.machine(),
         interfaces=interfaces[: bounds.INTERFACES_MAX],
+        commands=COMMANDS,
     )
 
 

@@ -6,16 +6,19 @@ from typing import Final
 
 import msgspec
 
+from agent.config import Paths
 from agent.host.ipc import host_api
-from agent.identity.identity import Identity
+from agent.identity.identity import Identity, IdentityError, damaged_files
 from agent.update.problems import NOT_STARTED
 from agent.update.state import Violation
-from agent.update.store import Store
+from agent.update.store import BESIDE_BYTES, Store, StoreError
 from fleet.component.toml_fields import format_size
 from fleet.protocol.codes import Phase, RejectCode, remediation
+from fleet.protocol.files import is_full, is_read_only
 from fleet.protocol.messages import Report
 
 TIMELINE_ROWS: Final = 20
+_FULL: Final = "{} is on a full file system: nothing can be updated until there is space"
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +86,39 @@ def unknown(problem: str) -> StatusReport:
         failed=(),
         problems=(problem,),
     )
+
+
+def read_device(places: Paths, who: Identity, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
+    """Read the status from the device's files, with what the device itself lacks. Raises `StoreError`."""
+    try:
+        store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
+    except StoreError as error:
+        if is_full(places.state, BESIDE_BYTES):
+            raise StoreError(f"{error}; {_FULL.format(places.state)}") from error
+        raise
+    try:
+        found = read_status(who, store, instance, rows=rows)
+        return msgspec.structs.replace(found, problems=(*_problems(places), *found.problems))
+    finally:
+        store.close()
+
+
+def _problems(places: Paths) -> list[str]:
+    """Return sentences on what this device itself lacks, whatever the agent has recorded."""
+    problems = []
+    if reason := host_api.why_not(places.runtime):
+        problems.append(f"the host did not start: {reason}")
+    if is_read_only(places.state):
+        problems.append(f"{places.state} is on a read-only file system: nothing can be updated until it is writable")
+    elif is_full(places.state, BESIDE_BYTES):
+        problems.append(_FULL.format(places.state))
+    if places.runset.exists() and not places.database.exists():
+        problems.append(f"{places.database} is lost: the agent makes a new one from runset.json when it starts")
+    try:
+        problems += damaged_files(places.identity)
+    except IdentityError as error:
+        problems.append(str(error))
+    return problems
 
 
 def read_status(identity: Identity, store: Store, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
@@ -197,6 +233,8 @@ def format_timeline(found: StatusReport) -> Iterable[str]:
             line += f" {report.target}"
         if report.code is not None:
             line += f" [{report.code}] {report.message}"
+        elif report.phase is Phase.IDLE and report.message:
+            line += f" {report.message}"
         yield line
         for text in report.log:
             yield f"      | {text}"

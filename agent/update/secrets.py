@@ -52,7 +52,7 @@ class SecretStore:
                 box = _fetched(ref, source)
                 disk.make_directory(Write.DIRECTORY, self._directory, mode=0o700)
                 disk.write(Write.BOX, self._path(ref), box, mode=0o600)
-        self._values(item)
+        self.values(item)
 
     def descriptor(self, item: Item) -> int:
         """Return a sealed memfd with an item's values by name, as JSON; -1 without secrets. The caller closes it.
@@ -62,7 +62,7 @@ class SecretStore:
         """
         if not item.secrets:
             return -1
-        values = memoryview(msgspec.json.encode(self._values(item)))
+        values = memoryview(msgspec.json.encode(self.values(item)))
 
         def write(fd: int) -> None:
             written = 0
@@ -79,7 +79,8 @@ class SecretStore:
                 if path.suffix == _END and path.name not in names:
                     disk.remove(Write.BOX_EVICTED, path)
 
-    def _values(self, item: Item) -> dict[str, str]:
+    def values(self, item: Item) -> dict[str, str]:
+        """Return an item's secrets by name. Raises `Rejected`: a box is missing, or does not open."""
         if not item.secrets:
             return {}
         try:

@@ -29,7 +29,7 @@ from agent.link.https import FetchError, Source
 from agent.update.state import Committed, Violation, item_key
 from agent.update.store import Store
 from fleet.protocol import wire
-from fleet.protocol.assignment import Assignment, Command, Fresh, Item
+from fleet.protocol.assignment import Assignment, Command, Fresh, Item, LaterCommand
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Manifest
 from signing import dsse, verifier
@@ -232,7 +232,7 @@ class DeviceTrust:
         trusted = self._updater.look_for_revocations(item.target)
         verifier.reconfirm(trusted, item, manifest, state=self._state.load(), arch=ARCH)
 
-    def command(self, envelope: bytes) -> Command:
+    def command(self, envelope: bytes) -> Command | LaterCommand:
         """Verify a command, and store its sequence before it is carried out; raises `Rejected`."""
         trusted, state = self._trusted(), self._state.load()
         accepted = verifier.accept_command(

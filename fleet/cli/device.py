@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -38,11 +39,39 @@ def device() -> None:
     """Show one device, or set configuration keys of its own."""
 
 
-@command("show", examples="fleet device gate-7-1f2e3d4c --effective\nfleet device gate-7-1f2e3d4c --json")
+@command(
+    "show",
+    examples="fleet device gate-7-1f2e3d4c --effective\nfleet device gate-7-1f2e3d4c --json\n"
+    "fleet device gate-7-1f2e3d4c --diagnose -o gate-7.tar.gz",
+)
 @click.argument("device", shell_complete=operator.devices)
 @click.option("--effective", is_flag=True, help="Show only what it should run, each value with its source")
-def show(options: Options, *, device: str, effective: bool) -> Exit:
-    """Show one device: what it runs, what it should run and why, and its health."""
+@click.option("--diagnose", is_flag=True, help="Fetch an archive about it for whoever helps; needs -o")
+@click.option(
+    "-o",
+    "--output",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the archive into this file (.tar.gz, mode 0600)",
+)
+@click.option("--force", is_flag=True, help="Replace the file of -o if there is one")
+def show(options: Options, *, device: str, effective: bool, diagnose: bool, file: Path | None, force: bool) -> Exit:
+    """Show one device: what it runs, what it should run and why, and its health.
+
+    With --diagnose, ask the device by a signed command for an archive: status, history, checks, figures, configuration
+    and logs, without secrets, as far as its owner allows ([policy] diagnose: off, summary or all; summary is the
+    default). The device seals it to a key made for this request, so the server cannot read it.
+    """
+    if diagnose or file is not None or force:
+        if not diagnose or file is None or effective:
+            raise Fault(
+                "--diagnose and -o FILE belong together", "the archive goes into a file", "give both, and no more"
+            )
+        from fleet.cli.archive import fetch  # noqa: PLC0415 - only this needs cryptography
+
+        fetch(options, device, file, force=force)
+        return Exit.OK
     with connect(options) as client:
         detail = client.device(device)
     if options.json:

@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 import msgspec
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.bounds import Count, Port, Utc
+from fleet.protocol.bounds import Count, Port, Utc, Word
 from fleet.protocol.manifest import Grants
 from fleet.protocol.wire import Message
 
@@ -144,6 +144,16 @@ class FollowLogs(Verb, frozen=True, kw_only=True, tag="follow-logs"):
     minutes: Count = 5
 
 
+class Diagnose(Verb, frozen=True, kw_only=True, tag="diagnose"):
+    """Send an archive about the device over HTTPS, as far as local policy allows.
+
+    Attributes:
+        recipient: X25519 public key, base64, made by the operator for this request: the archive is sealed to it.
+    """
+
+    recipient: Word
+
+
 class Command(Message, frozen=True, kw_only=True):
     """Signed command for one device: valid for minutes, carried out once."""
 
@@ -153,4 +163,29 @@ class Command(Message, frozen=True, kw_only=True):
     sequence: Count
     issued: Utc
     expires: Utc
-    verb: CheckIn | Restart | FollowLogs
+    verb: CheckIn | Restart | FollowLogs | Diagnose
+
+
+COMMANDS: Final = tuple(sorted(str(kind.__struct_config__.tag) for kind in (CheckIn, Restart, FollowLogs, Diagnose)))
+"""Commands that this agent knows, as it tells its server (`Versions.commands`)."""
+
+FIRST_COMMANDS: Final = frozenset({"check-in", "restart", "follow-logs"})
+"""Commands that every agent knows, also one that does not tell."""
+
+
+class LaterVerb(msgspec.Struct, frozen=True, kw_only=True):
+    """Verb of which only the name is known here."""
+
+    verb: Word
+
+
+class LaterCommand(Message, frozen=True, kw_only=True):
+    """Command of a later vocabulary: as `Command`, with a verb that this agent does not know and names to people."""
+
+    MAX_BYTES: ClassVar[int] = bounds.COMMAND_MAX_BYTES
+    fleet: str
+    device: str
+    sequence: Count
+    issued: Utc
+    expires: Utc
+    verb: LaterVerb

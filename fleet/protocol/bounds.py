@@ -57,6 +57,11 @@ MESSAGE_METADATA_MAX_BYTES: Final = 4 * KIB  # of all names and values together
 READINGS_MAX: Final = 500
 READINGS_MAX_BYTES: Final = 64 * KIB
 
+# The archive about a device that an operator asks for. Sealed, it is hardly larger than its members, compressed or not
+ARCHIVE_MEMBERS_MAX_BYTES: Final = 4 * MIB
+ARCHIVE_MAX_BYTES: Final = ARCHIVE_MEMBERS_MAX_BYTES + 256 * KIB
+ARCHIVE_NOTE_MAX_BYTES: Final = 4 * KIB
+
 # Messages that travel over HTTPS at once where a network blocks MQTT, each way
 EXCHANGE_MESSAGES_MAX: Final = 64
 EXCHANGE_MAX_BYTES: Final = 448 * KIB  # of their payloads; as text in JSON they may be twice that, in a body of 1 MiB
@@ -118,6 +123,8 @@ NAMES_MAX: Final = 64
 PROBLEMS_MAX: Final = 1000
 INTERFACES_MAX: Final = 64
 """Most packages of interfaces that a host says it serves."""
+COMMANDS_MAX: Final = 64
+"""Most commands that an agent says it knows."""
 INSTANCES_MAX: Final = 1000
 """Far more than an assignment has (`ITEMS_MAX`): a bound for readers, not for devices."""
 

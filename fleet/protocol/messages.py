@@ -1,12 +1,13 @@
 """Messages between device and server: reports, health, hello, acknowledgements, logs, enrolment.
 
-MQTT carries them, except for enrolment, renewal and logs (HTTPS): `up/*` from a device to the server, `down/*` the
-other way; where a network blocks MQTT, an `Exchange` over HTTPS does. `fleet.protocol.assignment` has what the director
-signs. Times are UTC. Every handler is idempotent: a report is identified by (device, boot id, sequence), and the server
-acknowledges what it has stored.
+MQTT carries them, except for enrolment, renewal, logs and archives (HTTPS): `up/*` from a device to the server,
+`down/*` the other way; where a network blocks MQTT, an `Exchange` over HTTPS does. `fleet.protocol.assignment` has what
+the director signs. Times are UTC. Every handler is idempotent: a report is identified by (device, boot id, sequence),
+and the server acknowledges what it has stored.
 
 Logs: a device posts `LogChunk`s to `/v1/logs` on the devices' listener, with its certificate, as long as the reply
-says that an operator reads them. The server stores none of them.
+says that an operator reads them. The server stores none of them. An archive that an operator asked for comes to
+`/v1/diagnose`, sealed to that operator: a note first, then `PUT` with the bytes.
 
 Enrolment: a one-time token is one line of text, `wf1.<base64url of JSON>`. The token travels on standard input, in a
 file or a systemd credential, never as an argument, and is sent to the server only after TLS verified against the CA
@@ -44,6 +45,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         engine: wasmtime's version, empty where the device has none.
         interfaces: packages that its host serves to components, such as `wasi:clocks@0.2`; empty for an earlier host.
+        commands: verbs of the commands that its agent knows; empty for an earlier agent.
     """
 
     agent: str = ""
@@ -54,6 +56,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     os: str = ""
     machine: str = ""
     interfaces: Annotated[tuple[str, ...], Meta(max_length=bounds.INTERFACES_MAX)] = ()
+    commands: Annotated[tuple[Word, ...], Meta(max_length=bounds.COMMANDS_MAX)] = ()
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -440,6 +443,42 @@ class LogView(msgspec.Struct, frozen=True, kw_only=True):
     ended: bool = False
     refused: str = ""
     left_out: Stored = 0
+
+
+class ArchiveNote(Message, frozen=True, kw_only=True):
+    """`POST /v1/diagnose`: a device says that it makes the archive that a command asked for, or why there is none.
+
+    Attributes:
+        command: sequence of the signed command.
+        refused: a sentence that says why there is no archive; empty while one is made.
+        failed: the archive could not be made, although the device's owner allows it.
+    """
+
+    MAX_BYTES: ClassVar[int] = bounds.ARCHIVE_NOTE_MAX_BYTES
+    command: Count
+    refused: Annotated[str, Meta(max_length=2000)] = ""
+    failed: bool = False
+
+
+class ArchiveTaken(msgspec.Struct, frozen=True, kw_only=True):
+    """Reply to an `ArchiveNote` and to the archive itself."""
+
+    bytes: Stored = 0
+
+
+class ArchiveView(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/devices/{id}/diagnose?command=N&known=S&wait=W`: progress of an archive.
+
+    Attributes:
+        step: `asked`, `made` (the device makes it), `sent` (on its way to the server), `ready`, `refused` or `failed`.
+        received, bytes: of the sealed archive, so far and in all.
+        refused: the device's reason, with `refused` and `failed`.
+    """
+
+    step: str
+    received: Stored = 0
+    bytes: Stored = 0
+    refused: str = ""
 
 
 TOKEN_PREFIX: Final = "wf1."  # noqa: S105 - a format's name, not a secret

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from fleet.protocol import wire
-from fleet.protocol.assignment import CheckIn, FollowLogs, Restart
+from fleet.protocol.assignment import CheckIn, Diagnose, FollowLogs, Restart
 from fleet.protocol.bounds import (
     ITEMS_MAX,
     Count,
@@ -334,7 +334,7 @@ class InstanceRequest(Body, frozen=True, kw_only=True):
 class CommandRequest(Body, frozen=True, kw_only=True):
     """Sign a command and send it to the device in the path."""
 
-    verb: CheckIn | Restart | FollowLogs
+    verb: CheckIn | Restart | FollowLogs | Diagnose
 
 
 class CommandReply(View, frozen=True, kw_only=True):

@@ -14,7 +14,17 @@ import msgspec
 from securesystemslib.signer import Signer
 
 from fleet.protocol import bounds, wire
-from fleet.protocol.assignment import Assignment, CheckIn, Command, FollowLogs, Fresh, Item, Restart, SecretRef
+from fleet.protocol.assignment import (
+    Assignment,
+    CheckIn,
+    Command,
+    Diagnose,
+    FollowLogs,
+    Fresh,
+    Item,
+    Restart,
+    SecretRef,
+)
 from fleet.protocol.manifest import Grants
 from fleet.protocol.messages import Ack, ReadingsAck
 from fleet.protocol.topics import Down, Topic
@@ -346,7 +356,7 @@ class Director:
         )
         return director.sign_fresh(fresh, self._signer)
 
-    def command(self, device: str, verb: CheckIn | Restart | FollowLogs) -> SentCommand:
+    def command(self, device: str, verb: CheckIn | Restart | FollowLogs | Diagnose) -> SentCommand:
         """Sign and send a command."""
         now = self._clock()
         command = Command(

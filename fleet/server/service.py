@@ -31,6 +31,7 @@ from fleet.protocol.topics import POKE, RETAINED, Down, Topic
 from fleet.server import listener as listeners
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
+from fleet.server.api.archives import Archives
 from fleet.server.api.devices import DeviceApi, LogRelay, Talk
 from fleet.server.api.messages import MessageHandlers
 from fleet.server.api.metrics import Figures, Metrics
@@ -315,6 +316,7 @@ class Server:
             clock=clock,
         )
         logs = self._logs = LogRelay(clock)
+        archives = self._archives = Archives(audit, clock)
         views = Views(
             store=store, director=self._director, dropped=ingest.dropped, clock=clock, waits=self._conductor.waits
         )
@@ -345,7 +347,9 @@ class Server:
             devices=DeviceHandlers(
                 store=store, controller=self._conductor, planner=planner, keys=keys, views=views, audit=audit
             ),
-            commands=CommandHandlers(store=store, director=self._director, logs=logs, audit=audit, clock=clock),
+            commands=CommandHandlers(
+                store=store, director=self._director, logs=logs, archives=archives, audit=audit, clock=clock
+            ),
             enrolment=EnrolmentHandlers(
                 store=store,
                 enrolment=enrolment,
@@ -379,6 +383,7 @@ class Server:
             online=self._online,
             logs=logs,
             messages=MessageHandlers(store=store, changes=watch),
+            archives=archives,
         )
         self._devices = DeviceApi(
             store=store,
@@ -386,7 +391,7 @@ class Server:
             artifacts=self._artifacts,
             enrolment=enrolment,
             clock=clock,
-            talk=Talk(logs, self._exchanges, suspended=self._budget.suspended),
+            talk=Talk(logs, archives, self._exchanges, suspended=self._budget.suspended),
             ahead=ahead,
         )
 
@@ -394,6 +399,7 @@ class Server:
         """Answer long polls with what there is, so that followers ask again, and find the next server."""
         self._changes.close()
         self._logs.close()
+        self._archives.close()
         self._exchanges.close()
 
     def _touch_all(self) -> None:

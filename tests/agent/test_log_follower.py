@@ -8,14 +8,14 @@ import msgspec
 import pytest
 
 from agent import commands
-from agent.commands import Commands, LogFollower
+from agent.commands import Commands, LogFollower, Senders
 from agent.host.ipc import host_api
 from agent.update.problems import Problems
 from agent.update.state import DeviceContext
 from agent.update.store import Database, Store
-from fleet.protocol.assignment import CheckIn, Command, FollowLogs
+from fleet.protocol.assignment import COMMAND_TYPE, CheckIn, Command, Diagnose, FollowLogs
 from fleet.protocol.messages import LogAnswer, LogChunk
-from signing import director
+from signing import director, dsse
 from signing.verifier import accept_command
 from tests.agent.desired_case import Sink
 from tests.eventually import eventually_async
@@ -133,12 +133,23 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
         def command(self, envelope):
             return judge(envelope)
 
+    class Follower:
+        def follow(self, instance, *, minutes, command):
+            asked.append((instance, command))
+
+    class Archives:
+        def send(self, *, recipient, command):
+            asked.append((recipient, command))
+
+        async def note(self, text):
+            asked.append(text)
+
     commands = Commands(
         trust=Trust(),
         db=db,
         host=None,
         receiver=SimpleNamespace(check_in=lambda: asked.append("check-in")),
-        follower=SimpleNamespace(follow=lambda instance, *, minutes, command: asked.append((instance, command))),
+        senders=Senders(Follower(), Archives()),
         problems=problems,
         sink=sink,
     )
@@ -165,4 +176,12 @@ async def test_forged_log_requests_are_refused_and_counted(tmp_path):
     assert commands.refused == 5
     await commands.carry_out(director.sign_command(order(CheckIn(), 2), repo.keys["director"]))
     assert asked[-1] == "check-in"
+    await commands.carry_out(director.sign_command(order(Diagnose(recipient="key"), 3), repo.keys["director"]))
+    assert asked[-1] == ("key", 3)
+
+    # The director of a later version is no attacker: the history says what this agent lacks.
+    later = msgspec.json.decode(msgspec.json.encode(order(CheckIn(), 4))) | {"verb": {"verb": "self-test", "depth": 3}}
+    await commands.carry_out(dsse.sign(COMMAND_TYPE, msgspec.json.encode(later), [repo.keys["director"]]))
+    assert "command 4 is 'self-test', which is not known to this agent" in asked[-1]
+    assert commands.refused == 5
     db.close()

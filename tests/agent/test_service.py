@@ -103,7 +103,7 @@ class Agent:
         self.db = Database(store)
         self.broker, self.server = Broker(), Server()
         self.host = HostClient(self.device.places.host_socket)
-        links = Links(https=self.server, conversation=self.broker, host=self.host)
+        links = Links(https=self.server, archives=self.server, conversation=self.broker, host=self.host)
         self.service = build(self.device, self.db, ReferenceClock(self.device.identity.floor), links)
 
     async def is_closed(self):

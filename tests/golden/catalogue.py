@@ -18,7 +18,7 @@ from agent.host.ipc import frames, helper_api, host_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import identity
 from agent.link import bundle, https, partial_file
-from agent.report import check, spool, status
+from agent.report import archive_sender, check, spool, status
 from agent.update import images, machine, plan, probation, restore, state
 from fleet.admin import signing_host
 from fleet.cli import audit as cli_audit
@@ -60,7 +60,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "secret-reference": assignment.SecretRef,
         "freshness": assignment.Fresh,
         "command": assignment.Command,
-        **_tagged(assignment.CheckIn, assignment.Restart, assignment.FollowLogs),
+        **_tagged(assignment.CheckIn, assignment.Restart, assignment.FollowLogs, assignment.Diagnose),
+        "later-command": assignment.LaterCommand,
+        "later-verb": assignment.LaterVerb,
         "manifest": manifest.Manifest,
         "trigger-http": manifest.Http,
         "trigger-schedule": manifest.Schedule,
@@ -74,6 +76,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "evidence": manifest.Evidence,
         "sealing-key": sealing.SealingKey,
         "purpose-of-a-box": sealing.Purpose,
+        "purpose-of-an-archive": sealing.ArchivePurpose,
         "dsse-envelope": dsse._Envelope,
         "dsse-signature": dsse._Signature,
         "signing-event": events._File,
@@ -107,6 +110,9 @@ MESSAGES: dict[str, dict[str, type]] = {
         "log-chunk": messages.LogChunk,
         "log-answer": messages.LogAnswer,
         "log-view": messages.LogView,
+        "archive-note": messages.ArchiveNote,
+        "archive-taken": messages.ArchiveTaken,
+        "archive-view": messages.ArchiveView,
     },
     "operator": {
         "problem": operator_api.Problem,
@@ -229,6 +235,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "segment-head": spool._Head,
         "segment-record": spool._Record,
         "checkpoint-of-a-partial-file": partial_file.Checkpoint,
+        "archive-request": archive_sender.ArchiveRequest,
         "identity": identity.Identity,
         "verifier-state": verifier_state.VerifierState,
         "verifier-state-role": verifier_state.Remembered,

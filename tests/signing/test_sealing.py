@@ -13,7 +13,7 @@ from fleet.protocol import bounds, names
 from fleet.protocol.codes import RejectCode
 from signing import sealing
 from signing.errors import Rejected, SigningError
-from signing.sealing import Purpose
+from signing.sealing import ArchivePurpose, Purpose
 from tests.signing.sealing_device import KEY, OURS, Device
 
 FOR = Purpose(fleet="harbour", device="crane-0a1b2c3d", instance="hello", name="db-password", version=2)
@@ -117,6 +117,35 @@ def test_an_invalid_sealing_key_is_refused(point):
         sealing.seal(VALUE, recipient=base64.b64encode(point).decode(), purpose=FOR)
     forged = bytes([1]) + point[:32].ljust(32, b"\0") + bytes(272)
     assert code_of(forged) is RejectCode.SECRET_UNOPENED
+
+
+# -- archives
+
+
+ASKED = ArchivePurpose(device="crane-0a1b2c3d", command=7)
+
+
+@pytest.mark.parametrize("archive", [b"", b"x", bytes(bounds.ARCHIVE_MEMBERS_MAX_BYTES)], ids=len)
+def test_an_archive_opens_for_who_asked_alone(archive):
+    sealed = sealing.seal_archive(archive, recipient=OURS, purpose=ASKED)
+    assert len(sealed) == len(archive) + 1 + 32 + 16
+    assert sealing.open_archive(sealed, key=KEY, purpose=ASKED) == archive
+    elsewhere = [
+        (sealing.archive_key(), ASKED, sealed),
+        (KEY, ArchivePurpose(device=ASKED.device, command=8), sealed),
+        (KEY, ArchivePurpose(device="gate-99887766", command=7), sealed),
+        (KEY, ASKED, sealed[:-1] + bytes([sealed[-1] ^ 1])),
+        (KEY, ASKED, sealed[:40]),
+        (KEY, ASKED, b""),
+    ]
+    for key, purpose, data in elsewhere:
+        with pytest.raises(SigningError, match="archive"):
+            sealing.open_archive(data, key=key, purpose=purpose)
+
+
+def test_an_archive_is_no_box_of_a_secret():
+    sealed = sealing.seal_archive(bytes(256), recipient=OURS, purpose=ASKED)
+    assert code_of(sealed) is RejectCode.SECRET_UNOPENED
 
 
 # -- proof of the sealing key

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from tuf.api.metadata import Targets
 
-from fleet.protocol.assignment import CheckIn, Command, Fresh
+from fleet.protocol.assignment import COMMAND_TYPE, CheckIn, Command, Fresh, LaterVerb
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Grants
-from signing import director
+from signing import director, dsse
 from signing.errors import Rejected
 from signing.state import VerifierState
 from signing.trusted_metadata import TrustedMetadata
@@ -405,6 +405,32 @@ def test_a_command_is_accepted_once() -> None:
                 device.trusted, command(repo, sequence), fleet=FLEET, device=DEVICE, state=state, now=repo.now
             )
         assert code_of(verdict) is RejectCode.REPLAY
+
+
+def test_a_command_of_a_later_vocabulary_is_named_and_accepted_once() -> None:
+    repo = Repository()
+    device = Device(repo)
+    device.refresh()
+
+    def later(sequence: int, verb: object) -> bytes:
+        fields = {"fleet": FLEET, "device": DEVICE, "sequence": sequence, "verb": verb}
+        times = {"issued": repo.now, "expires": repo.now + timedelta(minutes=5)}
+        return dsse.sign(COMMAND_TYPE, msgspec.json.encode({"v": 1, **fields, **times}), [repo.keys["director"]])
+
+    envelope = later(5, {"verb": "self-test", "depth": 3})
+    order, state = accept_command(
+        device.trusted, envelope, fleet=FLEET, device=DEVICE, state=device.state, now=repo.now
+    )
+    assert order.verb == LaterVerb(verb="self-test")
+    for again, code in (
+        (envelope, RejectCode.REPLAY),
+        (later(6, {"verb": "restart", "instance": 7}), RejectCode.MALFORMED),
+        (later(6, {"verb": "x" * 257}), RejectCode.MALFORMED),
+        (later(6, {}), RejectCode.MALFORMED),
+    ):
+        with pytest.raises(Rejected) as verdict:
+            accept_command(device.trusted, again, fleet=FLEET, device=DEVICE, state=state, now=repo.now)
+        assert code_of(verdict) is code
 
 
 @pytest.mark.parametrize(

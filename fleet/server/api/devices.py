@@ -22,6 +22,7 @@ from fleet.protocol.messages import AHEAD, DesiredReply, Exchange, LogAnswer, Lo
 from fleet.protocol.operator_api import Refusal
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
+from fleet.server.api.archives import Archives
 from fleet.server.api.http import answer, body, param
 from fleet.server.api.publishing import Artifacts, artifact_file, tuf_file
 from fleet.server.api.query import Number, Word
@@ -144,6 +145,7 @@ class Talk:
     """
 
     logs: LogRelay
+    archives: Archives
     exchanges: Exchanges
     suspended: Collection[str]
 
@@ -163,6 +165,7 @@ class DeviceApi:
         talk: Talk,
     ) -> None:
         self.logs, self._exchanges, self._suspended = talk.logs, talk.exchanges, talk.suspended
+        self.archives = talk.archives
         self._ahead, self._controller = ahead, ahead.controller
         self._store, self._repository, self._artifacts = store, repository, artifacts
         self._enrolment, self._director, self._clock = enrolment, ahead.director, clock

@@ -13,13 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fleet.protocol import names, operator_api, wire
-from fleet.protocol.assignment import FollowLogs, Restart
+from fleet.protocol.assignment import FIRST_COMMANDS, CheckIn, Diagnose, FollowLogs, Restart
 from fleet.protocol.bounds import LOGS_MINUTES_MAX, NUMBER_MAX
 from fleet.protocol.messages import EnrolRequest
 from fleet.protocol.operator_api import Refusal
 from fleet.rollout import group_plan
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import http
+from fleet.server.api.archives import Archives
 from fleet.server.api.devices import LogRelay
 from fleet.server.api.http import answer, body, param
 from fleet.server.api.metrics import Metrics
@@ -34,6 +35,7 @@ from fleet.server.rollout_planner import RolloutPlanner
 from fleet.server.unknown import unknown_device, unknown_group
 from fleet.store.rows import DeviceRow, GroupRow, RolloutRow
 from fleet.store.store import AuditLog, ChangeSignal, Store
+from signing import sealing
 from signing.state import VERSION_MAX
 
 _LIST_MAX: Final = 1000
@@ -182,10 +184,11 @@ class CommandHandlers:
         store: Store,
         director: Director,
         logs: LogRelay,
+        archives: Archives,
         audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
-        self._store, self._director, self._logs = store, director, logs
+        self._store, self._director, self._logs, self._archives = store, director, logs, archives
         self._audit, self._clock = audit, clock
 
     async def send(self, request: Request, by: str) -> Response:
@@ -201,6 +204,10 @@ class CommandHandlers:
             )
         if isinstance(wanted.verb, FollowLogs) and wanted.verb.minutes > LOGS_MINUTES_MAX:
             raise Refusal(400, "bad-request", f"minutes={wanted.verb.minutes} is more than {LOGS_MINUTES_MAX}")
+        _check_known(row, wanted.verb)
+        if isinstance(wanted.verb, Diagnose):
+            sealing.check_key(wanted.verb.recipient)
+            self._archives.check_room(row.id, by=by)
         sent = self._director.command(row.id, wanted.verb)
         if not sent.sent:
             raise Refusal(
@@ -208,6 +215,8 @@ class CommandHandlers:
             )
         if isinstance(wanted.verb, FollowLogs):
             self._logs.expect(row.id, sent.sequence, wanted.verb.instance, minutes=wanted.verb.minutes)
+        if isinstance(wanted.verb, Diagnose):
+            self._archives.expect(row.id, sent.sequence, by=by)
         words = wire.canonical(wanted.verb).decode()
         with self._store.atomic():
             self._audit.record(by, "command", row.id, words)
@@ -216,6 +225,18 @@ class CommandHandlers:
 
     def _now(self) -> float:
         return self._clock().timestamp()
+
+
+def _check_known(row: DeviceRow, verb: CheckIn | Restart | FollowLogs | Diagnose) -> None:
+    """Check that a device's agent knows a command, which an earlier one would drop; raises `Refusal`."""
+    name = str(verb.__struct_config__.tag)
+    if name not in FIRST_COMMANDS and name not in row.versions.commands:
+        raise Refusal(
+            409,
+            "unknown-command",
+            f"{name} is not known to this agent: {row.id} runs version {row.versions.agent or 'unknown'}",
+            action="upgrade the agent; until then, ask on the device: sudo fleet-agent diagnose -o FILE",
+        )
 
 
 class EnrolmentHandlers:

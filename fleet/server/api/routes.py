@@ -20,6 +20,9 @@ from starlette.routing import Route as StarletteRoute
 from fleet.protocol import operator_api as api
 from fleet.protocol import trust_api as trust
 from fleet.protocol.messages import (
+    ArchiveNote,
+    ArchiveTaken,
+    ArchiveView,
     DesiredReply,
     Enrolled,
     EnrolRequest,
@@ -33,8 +36,9 @@ from fleet.protocol.messages import (
 )
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import Role
-from fleet.server.api import devices, http, messages, operators, query, secrets
+from fleet.server.api import archives, devices, http, messages, operators, query, secrets
 from fleet.server.api import trust as trust_handlers
+from fleet.server.api.archives import Archives
 from fleet.server.api.devices import DeviceApi, LogRelay
 from fleet.server.api.messages import MessageHandlers
 from fleet.server.api.operators import (
@@ -89,6 +93,7 @@ class Handlers:
     online: OnlineRoles
     logs: LogRelay
     messages: MessageHandlers
+    archives: Archives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +253,22 @@ ROUTES: Final[tuple[Route, ...]] = (
         LogView,
         "Read the log lines that a command asked for; wait makes it a long poll",
         query=(devices.LOGS_COMMAND, devices.LOGS_AFTER, devices.LOGS_WAIT),
+    ),
+    _get(
+        "/v1/devices/{id}/diagnose",
+        lambda on: on.archives.look,
+        ArchiveView,
+        "Show how far the archive is that a command asked for; wait and known make it a long poll",
+        query=(archives.ARCHIVE_COMMAND, archives.ARCHIVE_KNOWN, archives.ARCHIVE_WAIT),
+        access=Access.OPERATOR,
+    ),
+    _get(
+        "/v1/devices/{id}/diagnose/archive",
+        lambda on: on.archives.fetch,
+        "application/octet-stream",
+        "Fetch the sealed archive once",
+        query=(archives.ARCHIVE_COMMAND,),
+        access=Access.OPERATOR,
     ),
     _post("/v1/devices/{id}/revoke", lambda on: on.enrolment.revoke, api.DeviceDetail, "Revoke a device"),
     _get(
@@ -551,6 +572,23 @@ DEVICE_ROUTES: Final[tuple[DeviceRoute, ...]] = (
         reply=LogAnswer,
         summary="Send log lines that a command asked for",
         request=LogChunk,
+    ),
+    DeviceRoute(
+        method="post",
+        path="/v1/diagnose",
+        handler=lambda on: on.archives.note,
+        reply=ArchiveTaken,
+        summary="Say that the archive that a command asked for is made, or why not",
+        request=ArchiveNote,
+    ),
+    DeviceRoute(
+        method="put",
+        path="/v1/diagnose",
+        handler=lambda on: on.archives.take,
+        reply=ArchiveTaken,
+        summary="Send the archive that a command asked for, sealed to the operator",
+        request="application/octet-stream",
+        query=(archives.ARCHIVE_COMMAND,),
     ),
     DeviceRoute(
         method="post",

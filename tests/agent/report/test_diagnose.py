@@ -11,13 +11,16 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote, quote_plus
 
+import msgspec
 import pytest
 
 from agent import kept_log
+from agent.config import Policy
 from agent.host.ipc import framing, host_api
 from agent.proxy import Proxy
-from agent.report import diagnose
+from agent.report import diagnose, status
 from agent.update.state import FailedItem, Transition
 from agent.update.store import Store
 from fleet.protocol.codes import RejectCode
@@ -232,12 +235,12 @@ def test_a_log_that_is_rotated_away_meanwhile_does_not_end_the_archive(tmp_path)
 
 
 def test_an_archive_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnose, "ALL_MAX_BYTES", 1000)
     sources = [diagnose.Source(f"{name}.txt", 600, lambda: b"x" * 5000 + b"end") for name in "abc"]
     monkeypatch.setattr(diagnose, "_sources", lambda _: iter(sources))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        said = list(diagnose._members(SimpleNamespace(as_owner=nullcontext), archive, []))
+        subject = SimpleNamespace(as_owner=nullcontext, extent=diagnose.Extent(all_bytes=1000))
+        said = list(diagnose._members(subject, archive, []))
     assert said[0] == "a.txt: 600 bytes"
     assert said[-1].endswith("b.txt, c.txt")
 
@@ -247,9 +250,47 @@ def test_a_private_key_is_masked_where_the_bound_cuts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnose, "_sources", lambda _: iter([diagnose.Source("a.txt", 200, lambda: pem)]))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        list(diagnose._members(SimpleNamespace(as_owner=nullcontext), archive, []))
+        list(diagnose._members(SimpleNamespace(as_owner=nullcontext, extent=diagnose.Extent()), archive, []))
     assert b"MIGHAgEA" not in buffer.getvalue()
     assert b"[secret]\nend" in buffer.getvalue()
+
+
+def test_a_secret_is_masked_in_each_form_in_which_a_text_may_have_it():
+    secret = b'tr0ub4dor "&3/'
+    texts = [secret, secret.hex().encode(), quote(secret).encode(), quote(secret, safe="").encode()]
+    texts += [quote_plus(secret).encode(), json.dumps(secret.decode()).encode()]
+    texts += [
+        encode(b"x" * shift + secret) for shift in range(3) for encode in (base64.b64encode, base64.urlsafe_b64encode)
+    ]
+    for text in texts:
+        assert b"[secret]" in diagnose.masked(b"before " + text + b" after", list(diagnose._forms(secret))), text
+    assert diagnose.masked(b"tr0ub4dor", list(diagnose._forms(secret))) == b"tr0ub4dor"
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_a_token_is_masked_in_base64_and_hex_although_the_device_knows_it_no_more(shift):
+    for text in (base64.b64encode(b"x" * shift + TOKEN.encode()), TOKEN.encode().hex().encode()):
+        assert text[8:-8] not in diagnose.masked(b"before " + text, [])
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Policy(), "no line of an instance"),
+        (Policy(diagnose="all"), "errors and the last lines of instances alone"),
+        (Policy(diagnose="all", logs="off"), "no line of an instance"),
+        (Policy(diagnose="all", logs="all"), ""),
+    ],
+)
+def test_an_operator_has_what_the_owners_policy_allows(policy, said):
+    extent = diagnose.Extent.allowed(policy)
+    assert said in extent.reason
+    assert bool(extent.reason) == bool(said)
+    assert extent.more == (policy.diagnose == "all")
+    assert (extent.all_bytes, diagnose.Extent().all_bytes) == (4 << 20, 24 << 20)
+    report = Report(device="d", boot_id="b", sequence=1, at=committed_demo()[0].at, assignment=1, log=("error one",))
+    told = diagnose._told(msgspec.structs.replace(status.unknown("x"), timeline=(report,)), extent)
+    assert told.timeline[0].log == (("error one",) if extent.more and policy.logs != "off" else ())
 
 
 @pytest.mark.root

@@ -208,6 +208,7 @@ class Device:
         self.items: dict[str, Item] = {}
         self.states_said: dict[str, Report] = {}
         self.answers_check_in = True
+        self.versions = Versions(agent="1", engine="1")
         self.signer: DeviceSigner | None = DeviceSigner(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         )
@@ -286,7 +287,7 @@ class Device:
             nonce=self.nonce,
             boot_id="boot",
             accepted=version,
-            versions=Versions(agent="1", engine="1"),
+            versions=self.versions,
         )
         self.publish(Up.HELLO, hello)
 
