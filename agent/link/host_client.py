@@ -19,8 +19,9 @@ import msgspec
 
 from agent.host.ipc import host_api
 from agent.host.ipc.packet_writer import PacketWriter
-from fleet.protocol import bounds
+from fleet.protocol import bounds, wire
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.messages import InstanceHealth
 
 log = logging.getLogger("agent.link.host_client")
 
@@ -85,6 +86,7 @@ class HostClient:
         self._writer: PacketWriter | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[host_api.Reply]] = {}
+        self._figures: dict[str, dict[str, Any]] = {}
         self._lost = asyncio.Event()
 
     async def events(self) -> AsyncIterator[HostEvent]:
@@ -164,6 +166,8 @@ class HostClient:
             page = await self.ask(host_api.Status, host_api.HostStats, after=last[0].instance)
             more = page.more and page.instances != ()
             stats = msgspec.structs.replace(page, instances=(*stats.instances, *page.instances), more=more)
+        names = {each.instance for each in stats.instances}
+        self._figures = {name: each for name, each in self._figures.items() if name in names}
         return stats
 
     async def run(self) -> None:
@@ -200,7 +204,7 @@ class HostClient:
     def _readable(self) -> None:
         while self._sock is not None:
             try:
-                message = host_api.receive_from_host(self._sock)
+                message, data = host_api.receive_with_bytes(self._sock)
             except BlockingIOError:
                 return
             except host_api.UnreadableError as error:
@@ -213,9 +217,20 @@ class HostClient:
                 self._note(message)
                 self._events.put_nowait(message)
                 continue
+            if isinstance(message, host_api.HostStats):
+                self._keep_figures(data)
             future = self._waiting.pop(message.id, None)
             if future is not None and not future.done():
                 future.set_result(message)
+
+    def _keep_figures(self, data: bytes) -> None:
+        """Keep figures as they came: a newer host has some that this agent relays without knowing them."""
+        said = msgspec.json.decode(data)
+        self._figures |= {each["instance"]: each for each in said["instances"]}
+
+    def relayed(self, figure: InstanceHealth) -> dict[str, Any]:
+        """Return an instance's figures for JSON, with those that only the host knows."""
+        return wire.with_unknown(self._figures.get(figure.instance, {}), figure)
 
     def _unread(self, error: host_api.UnreadableError) -> None:
         """Drop a message of another version of the host; whoever waits for it learns that it cannot be read."""

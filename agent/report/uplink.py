@@ -156,7 +156,14 @@ class Uplink:
                     await self._health_due.wait()
                     await asyncio.sleep(AFTER_CHANGE_S)
             self._health_due.clear()
-            self._mqtt.publish(Up.HEALTH, wire.encode(await self.health()))
+            self._mqtt.publish(Up.HEALTH, self.encoded(await self.health()))
+
+    def encoded(self, health: Health) -> bytes:
+        """Return health as it is sent: with the figures of a newer host that this agent does not know, if they fit."""
+        plain = msgspec.json.decode(wire.encode(health))
+        plain["instances"] = [self._host.relayed(each) for each in health.instances]
+        whole = msgspec.json.encode(plain)
+        return whole if len(whole) <= Health.MAX_BYTES else wire.encode(health)
 
     def versions(self) -> Versions:
         """Return the versions of the software on this device; the host's as it reported them last."""

@@ -114,10 +114,11 @@ def keeping(before: bytes, after: msgspec.Struct, *, goes_on: tuple[str, ...] = 
         old = msgspec.json.decode(before)
     except JSON_ERRORS:
         old = None
-    return msgspec.json.encode(_with_unknown(old, after, goes_on) if isinstance(old, dict) else after)
+    return msgspec.json.encode(with_unknown(old, after, goes_on) if isinstance(old, dict) else after)
 
 
-def _with_unknown(old: dict[str, Any], after: msgspec.Struct, goes_on: tuple[str, ...] = ()) -> dict[str, Any]:
+def with_unknown(old: dict[str, Any], after: msgspec.Struct, goes_on: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a record for JSON, with the fields that only `old` has; see `keeping`."""
     new: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(after))
     fields = {field.encode_name: getattr(after, field.name) for field in msgspec.structs.fields(after)}
     for name, was in old.items():
@@ -125,7 +126,7 @@ def _with_unknown(old: dict[str, Any], after: msgspec.Struct, goes_on: tuple[str
         if name not in fields:
             new.setdefault(name, was)
         elif isinstance(now, msgspec.Struct) and isinstance(was, dict) and (name in goes_on or _is_same(was, now)):
-            new[name] = _with_unknown(was, now)
+            new[name] = with_unknown(was, now)
     return new
 
 

@@ -512,11 +512,16 @@ def receive_from_host(sock: socket.socket) -> FromHost:
         UnreadableError: a message of another version.
         BlockingIOError: nothing there on a non-blocking socket.
     """
+    return receive_with_bytes(sock)[0]
+
+
+def receive_with_bytes(sock: socket.socket) -> tuple[FromHost, bytes]:
+    """Receive as `receive_from_host`, with the bytes that came: a newer host says more than this program reads."""
     data, fd, _ = _receive(sock)
     if fd is not None:
         os.close(fd)
     try:
-        return _from_host.decode(data)
+        return _from_host.decode(data), data
     except wire.JSON_ERRORS as error:
         raise _unreadable(data, error, "not a message of the host's") from error
 

@@ -382,7 +382,8 @@ def _sentence(report: Report) -> str:
         if report.instance
         else f"assignment {report.refused or report.assignment}"
     )
-    said = f" ({report.code}): {report.message}" if report.code else f": {report.message}" if report.message else ""
+    message = report.message.strip()  # a trap's ends with its last line
+    said = f" ({report.code}): {message}" if report.code else f": {message}" if message else ""
     match report.phase:
         case Phase.COMMITTED if report.instance and not report.target:
             return f"{report.instance}: removed"

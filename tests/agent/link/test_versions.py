@@ -1,14 +1,25 @@
 """Agent and host of different versions: unknown fields, requests, replies and events end no connection."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from agent.config import Paths
 from agent.host.ipc import framing, host_api
 from agent.link.host_client import HostGoneError, HostRefusedError
-from fleet.protocol.codes import RejectCode
+from agent.report.uplink import HealthSources, Uplink
+from agent.update.problems import Problems
+from agent.update.state import DeploymentState, DeviceContext
+from agent.update.store import Database, Store
+from fleet.protocol import wire
+from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Http, Limits, Manifest
+from fleet.protocol.messages import Health, HealthChecks, InstanceHealth
+from fleet.protocol.topics import Up
+from tests.eventually import eventually_async
 
 
 @pytest.fixture
@@ -102,5 +113,68 @@ async def test_a_host_that_is_too_far_away_is_named(kit, protocol, words):
         kit.host._answer = answer
         await kit.link.connect()
         assert kit.link.mismatch == ""
+    finally:
+        await kit.pull_plug()
+
+
+class NewerChecks(HealthChecks, frozen=True, kw_only=True):
+    """Checks as a later host counts them."""
+
+    slowest_ms: int = 21
+
+
+class NewerFigures(InstanceHealth, frozen=True, kw_only=True):
+    """Figures of a later host."""
+
+    gpu_ms: int = 42
+    queue: tuple[int, ...] = (3,)
+
+
+@pytest.mark.asyncio
+async def test_figures_of_a_newer_host_reach_the_server_although_the_agent_knows_them_not(kit, tmp_path):
+    await kit.boot()
+    try:
+        answer = kit.host._answer
+
+        def newer(request, fd):
+            """One instance in a packet, with more than the agent knows."""
+            if not isinstance(request, host_api.Status):
+                return answer(request, fd)
+            name = "web" if request.after else "api"
+            figure = NewerFigures(
+                instance=name, target="t", generation=1, state=InstanceState.RUNNING, checks=NewerChecks(asked=5)
+            )
+            return host_api.HostStats(id=request.id, instances=(figure,), more=name == "api")
+
+        kit.host._answer = newer
+        await kit.link.connect()
+        sent = []
+        places = Paths(state=tmp_path, runtime=tmp_path)
+        db = Database(Store(places.database))
+        uplink = Uplink(
+            device=DeviceContext(device="crane-0a1b2c3d", boot_id="b", places=places, mac_key=b"", clock=lambda: 0.0),
+            mqtt=SimpleNamespace(publish=lambda channel, body: sent.append((channel, body))),
+            db=db,
+            sources=HealthSources(kit.link, DeploymentState(), Problems(db)),
+            signer=None,
+            health_s=3600,
+        )
+        uplink.changed()
+        running = asyncio.ensure_future(uplink.run())
+        await eventually_async(lambda: sent, "health is sent")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        db.close()
+        ((channel, body),) = sent
+        assert channel == Up.HEALTH
+        said = json.loads(body)["instances"]
+        assert [each["instance"] for each in said] == ["api", "web"]
+        for each in said:
+            assert (each["gpu_ms"], each["queue"], each["phase"]) == (42, [3], "idle")
+            assert each["checks"] == {"asked": 5, "missed": 0, "well": True, "slowest_ms": 21}
+        assert len(wire.decode(Health, body).instances) == 2
+        # What does not fit is left out, rather than the whole message.
+        kit.link._figures["web"]["queue"] = {"x" * Health.MAX_BYTES: 1}
+        assert len(wire.decode(Health, uplink.encoded(wire.decode(Health, body))).instances) == 2
     finally:
         await kit.pull_plug()

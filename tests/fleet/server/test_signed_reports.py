@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fleet.protocol import operator_api, wire
-from fleet.protocol.codes import Phase
+from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Health, Report, State
 from fleet.protocol.operator_api import History
 from fleet.protocol.topics import Topic, Up
@@ -217,3 +217,23 @@ async def test_reports_of_one_batch_raise_the_revision_of_their_rollout_once(new
         member, extra = store.rollouts.member(view.number, device.id)
         assert (member.phase, member.sequence) == (Phase.SWAPPING, 3)
         assert extra.timings_ms == {"fetching": 1, "compiling": 2, "swapping": 3}
+
+
+@pytest.mark.asyncio
+async def test_a_message_that_ends_with_its_last_line_leaves_no_gap_in_the_sentence(new_fleet):
+    async with new_fleet("embedded") as fleet:
+        crane = await fleet.device("crane")
+        running = "components/main/hello/0.9.0.wasm"
+        body = report(
+            crane,
+            1,
+            phase=Phase.ROLLED_BACK,
+            code=RejectCode.TRAPPED,
+            message="wasm trap: unreachable\n",
+            running=running,
+        )
+        fleet.server._ingest.on_message(str(Topic(crane.id, Up.REPORT)), voice(crane).sign(body))
+        fleet.server._ingest.flush()
+        entries = (await fleet.operator.get(operator_api.Timeline, f"/v1/devices/{crane.id}/timeline")).entries
+        text = next(each.text for each in entries if each.kind == "report")
+        assert "wasm trap: unreachable; main/hello@0.9.0 answers again" in text
