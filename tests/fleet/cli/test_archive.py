@@ -81,6 +81,14 @@ def test_the_devices_reason_is_given(fleet, gate, tmp_path, view, code, words):
     assert not (tmp_path / "gate.tar.gz").exists()
 
 
+@pytest.mark.parametrize("step", ["refused", "failed"])
+def test_a_devices_reason_is_printed_as_text_alone(fleet, gate, tmp_path, step):
+    gate(ArchiveView(step=step, refused="no \x1b[2J\u202e\nforged-0a0a0a0a"))
+    done = fleet("device", GATE, "--diagnose", "-o", tmp_path / "gate.tar.gz")
+    assert {each for each in done.stderr if not each.isprintable()} == {"\n"}
+    assert not [line for line in done.stderr.splitlines() if line.startswith("forged")]
+
+
 def test_a_device_that_is_away_is_not_waited_for(fleet, desk, gate, tmp_path, monkeypatch):
     for words, state in (("is offline", {"online": False}), ("is revoked", {"revoked": True})):
         gate(**state)
