@@ -79,9 +79,13 @@ class Cuts:
         return None if view.state is RolloutState.RUNNING else view
 
     async def committed_after(self, began):
-        """How many changes were reported as committed; a removal names no rollout."""
+        """Changes that were reported as committed; a removal names no rollout.
+
+        A report without durations is none of a change: the server has asked how an instance stands.
+        """
         entries = (await self.stage.scene.ask(lambda c: c.timeline(self.device.device, limit=200))).entries
-        return sum(e.kind == "report" and e.at > began and e.phase is Phase.COMMITTED for e in entries)
+        ends = [e for e in entries if e.kind == "report" and e.at > began and e.phase is Phase.COMMITTED]
+        return [(e.instance, e.target) for e in ends if e.timings_ms]
 
     async def ends(self, rollout):
         """How often each outcome was reported."""
@@ -162,4 +166,4 @@ def test_power_is_cut_while_an_instance_is_removed(cuts, how):
     ended, gone, reported = cuts.stage.do(story())
     assert ended.state is RolloutState.SUCCEEDED
     assert gone == ""
-    assert reported == 1
+    assert reported == [(HELLO, "")]

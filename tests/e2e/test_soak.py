@@ -261,9 +261,11 @@ class Soak:
     async def reported_once(self, this, view):
         entries = (await self.stage.scene.ask(lambda c: c.timeline(self.device.device, limit=200))).entries
         ends = [e for e in entries if e.kind == "report" and e.rollout == view.id and e.phase in ENDS]
-        kinds = Counter((each.phase, each.code) for each in ends)
+        # one without durations only says again how the instance stands, as a server that was started again asks
+        kinds = Counter((each.phase, each.code) for each in ends if each.timings_ms)
         if any(count > 1 for count in kinds.values()) or (view.state is RolloutState.SUCCEEDED and not ends):
-            self.found.wrong.append(f"{this}: {view.state}, reported {dict(kinds)}")
+            said = [(each.at.isoformat(), each.phase, each.assignment, each.timings_ms) for each in ends]
+            self.found.wrong.append(f"{this}: {view.state}, reported {dict(kinds)}: {said}")
 
     # -- figures ----------------------------------------------------------------------------------------------------
 
