@@ -37,7 +37,7 @@ from agent.update.trust import DeviceTrust
 from fleet.component import reader
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
-from fleet.protocol.manifest import Manifest
+from fleet.protocol.manifest import Manifest, Service
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
 
@@ -311,7 +311,7 @@ class EffectRunner:
         health = change.manifest.health
         terms = Terms(
             probation_s=health.probation_ms / 1000,
-            min_calls=health.min_calls,
+            min_calls=0 if change.manifest.triggers_of(Service) else health.min_calls,  # exercised by its run
             max_faults=health.max_faults,
             max_error_percent=health.max_error_percent,
         )

@@ -172,7 +172,7 @@ def unfit(device: DeviceRow, component: Component | None, manifest: Manifest) ->
         said = "it has no engine"
     elif reported := device.versions.interfaces:
         lacking = () if component is None else served.unserved(component, device=reported)
-        uncalled = served.uncalled(manifest, reported)
+        uncalled = served.uncalled(component, manifest, reported)
         said = f"its host does not serve {lacking[0].name}: upgrade its agent" if lacking else ""
         said = said or (f"its host is too old, {uncalled}: upgrade its agent" if uncalled else "")
     said = said or served.too_large(manifest, device.memory_bytes)

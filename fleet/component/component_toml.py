@@ -29,6 +29,7 @@ from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
 from fleet.protocol import bounds, manifest, names, outbound, wire
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
+    STOP_MS,
     BadManifestError,
     ConfigKey,
     Grants,
@@ -55,6 +56,7 @@ _ENTRIES: Final[tuple[tuple[str, type[Trigger], str], ...]] = (
     (SCHEDULE_TASK, Schedule, "wasmfleet:schedule"),
     (wasi.MESSAGING_HANDLER, OnMessage, "wasi:messaging"),
     (wasi.RUN, Service, "wasi:cli"),
+    (wasi.RUN, Schedule, "wasi:cli"),
 )
 _SECRET_READERS: Final = (wasi.ENVIRONMENT, *wasi.CONFIG)
 _DOTS_MAX: Final = 500
@@ -105,7 +107,8 @@ def load(
     world = _world(table, component, triggers, file_name)
     health = table.table("health").struct(Health)
     if component is not None:
-        health = _health(health, component, file_name, written="check" in raw.get("health", {}))
+        serves = any(isinstance(each, Service) for each in triggers)
+        health = _health(health, component, file_name, written="check" in raw.get("health", {}), serves=serves)
     manifest = Manifest(
         name=_name(table, component, file_name),
         version=checked(names.check_version, table.text("version", version), "version"),
@@ -158,6 +161,8 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
             f"{file_name} exports {entry[0]}, so a {FILE_NAME} beside it must say {what}",
             suggest_toml(component, example),
         )
+    if kind is Service:
+        example = msgspec.structs.replace(example, health=Health())
     return msgspec.structs.replace(example, trigger=kind())
 
 
@@ -246,7 +251,7 @@ def _entry(component: Component, kind: type[Trigger] | None) -> tuple[str, type[
 
 def _nothing_to_call(component: Component, file_name: str) -> str:
     what = f"only {', '.join(component.exports[:5])}" if component.exports else "nothing"
-    known = ", ".join(interface for interface, _, _ in _ENTRIES)
+    known = ", ".join(dict.fromkeys(interface for interface, _, _ in _ENTRIES))
     return f"{file_name} exports {what}; a device can call one of {known}"
 
 
@@ -282,7 +287,7 @@ def _trigger(path: str, raw: object) -> Trigger:
         case "http":
             trigger = Http()
         case "service":
-            trigger = Service()
+            trigger = Service(args=_arguments(inner), stop_ms=inner.duration("stop", STOP_MS) or STOP_MS)
         case "schedule":
             trigger = _schedule(inner)
         case "message":
@@ -295,17 +300,30 @@ def _trigger(path: str, raw: object) -> Trigger:
     return trigger
 
 
+def _arguments(table: Table) -> tuple[str, ...]:
+    """Take a list of texts, of which some may be the same."""
+    value = table.take("args")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise table.wrong("args", "a list of texts", value)
+    if any("\0" in each for each in value):
+        raise BadManifestError(f"{FILE_NAME}: {table.at('args')}: an argument holds no NUL")
+    return tuple(value)
+
+
 def _schedule(table: Table) -> Schedule:
+    args = _arguments(table)
     every = table.duration("every", None)
     spec = table.take("cron")
     if (every is None) == (spec is None):
         either = 'a schedule has either every = "10s" or cron = "*/5 * * * *"'
         raise BadManifestError(f"{FILE_NAME}: {table.path}: {either}")
     if spec is None:
-        return Schedule(every_ms=every)
+        return Schedule(every_ms=every, args=args)
     if not isinstance(spec, str):
         raise table.wrong("cron", 'a text such as "*/5 * * * *"', spec)
-    return Schedule(cron=checked(manifest.check, spec, table.at("cron")))
+    return Schedule(cron=checked(manifest.check, spec, table.at("cron")), args=args)
 
 
 def _world(table: Table, component: Component | None, triggers: Sequence[Trigger], file_name: str) -> str:
@@ -330,11 +348,19 @@ def _entry_of(component: Component, trigger: Trigger, where: str, file_name: str
         wanted = " nor ".join(interface for interface, other, _ in _ENTRIES if other is kind)
         which = "neither " if " nor " in wanted else "no "
         raise BadManifestError(f"{FILE_NAME}: {where} does not fit: {file_name} exports {which}{wanted}")
+    if entry[0] == SCHEDULE_TASK and isinstance(trigger, Schedule) and trigger.args:
+        raise BadManifestError(f"{FILE_NAME}: {where} has args, and {SCHEDULE_TASK} takes none: {wasi.RUN} does")
     return entry
 
 
-def _health(health: Health, component: Component, file_name: str, *, written: bool) -> Health:
-    exported = component.exported(HTTP_HEALTH) is not None
+def _health(health: Health, component: Component, file_name: str, *, written: bool, serves: bool) -> Health:
+    """Infer the health check from the exports; a service, which `serves`, has none."""
+    if health.check and serves:
+        raise BadManifestError(
+            f"{FILE_NAME}: health.check is true, but a service is in its run, and answers no health check: "
+            "it ends with an exit code when it is not well"
+        )
+    exported = component.exported(HTTP_HEALTH) is not None and not serves
     if health.check and not exported:
         raise BadManifestError(f"{FILE_NAME}: health.check is true, but {file_name} exports no {HTTP_HEALTH}")
     return health if written else msgspec.structs.replace(health, check=exported)
@@ -527,14 +553,26 @@ def _trigger_lines(trigger: Trigger) -> str:
     match trigger:
         case Http():
             return '"http"'
-        case Service():
+        case Service(args=(), stop_ms=manifest.STOP_MS):
             return '"service"'
+        case Service():
+            stop = [f"stop = {text(toml_fields.format_duration(trigger.stop_ms))}"] * (trigger.stop_ms != STOP_MS)
+            return _inline('type = "service"', *stop, *_args_line(trigger.args))
         case Schedule(every_ms=int(every)):
-            return f'{{ type = "schedule", every = {text(toml_fields.format_duration(every))} }}'
+            due = f"every = {text(toml_fields.format_duration(every))}"
+            return _inline('type = "schedule"', due, *_args_line(trigger.args))
         case Schedule():
-            return f'{{ type = "schedule", cron = {text(trigger.cron or "")} }}'
+            return _inline('type = "schedule"', f"cron = {text(trigger.cron or '')}", *_args_line(trigger.args))
         case OnMessage():
             return f'{{ type = "message", topics = {texts(trigger.topics)} }}'
+
+
+def _inline(*fields: str) -> str:
+    return f"{{ {', '.join(fields)} }}"
+
+
+def _args_line(args: tuple[str, ...]) -> list[str]:
+    return [f"args = {texts(args)}"] if args else []
 
 
 def _grant_lines(grants: Grants) -> list[str]:

@@ -10,7 +10,7 @@ followed by sections that connect it with a guest:
     next component   the guest, byte for byte
     instances        0 with the engine's part; the guest with 0 for wasi:io, the standard streams and wasi:http; 1 with
                      0 and the guest
-    exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces
+    exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces, and its `wasi:cli/run`
 
 A guest that may have sockets gets `wasi:sockets` from the adapter too: the file ends in two other forms of component 0,
 which define it, one for guests of wasi:http and one for all others, which need no component 1. They are cut off where
@@ -181,7 +181,7 @@ def _join(
     for name in driver_part.exports:
         out.export(name, out.export_of(last, name))
     for name in inner.exports:
-        if name.startswith("wasmfleet:"):
+        if name.startswith("wasmfleet:") or reader.bare(name) == wasi.RUN:
             out.export(name, out.export_of(middle, name))
     return bytes(out.data)
 

@@ -185,19 +185,21 @@ def _plug(file_name: str) -> str:
 def uncallable(trigger: Trigger) -> str:
     """Say which trigger no device has; empty for those that devices have."""
     match trigger:
-        case Http() | Schedule():
+        case Http() | Schedule() | Service():
             return ""
-        case Service():
-            return f"no device runs services ({wasi.RUN}): export {wasi.HTTP_HANDLER}, or {SCHEDULE_TASK}"
         case OnMessage():
             return f"no device hands messages to components: export {wasi.HTTP_HANDLER}, and be called over HTTP"
 
 
-def uncalled(manifest: Manifest, device: Collection[str]) -> str:
+def uncalled(component: Component | None, manifest: Manifest, device: Collection[str]) -> str:
     """Say which of the manifest's triggers a device does not have, by what it reported; empty for none.
 
     `device`: as in `unserved`; of a device of before, which reports no trigger, everything later is missing.
     """
+    tasks = component is None or component.exported(SCHEDULE_TASK)
+    runs = any(isinstance(each, Service) or (isinstance(each, Schedule) and not tasks) for each in manifest.triggers)
+    if runs and wasi.RUNS not in device:
+        return f"it does not run {wasi.RUN}"
     if len(manifest.triggers) > 1 and wasi.SEVERAL_TRIGGERS not in device:
         return "it knows manifests with one trigger only"
     return ""

@@ -13,7 +13,14 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from fleet.protocol import bounds
-from fleet.protocol.manifest import CORE_INSTANCES_MAX, TABLE_ELEMENTS_MAX, BadManifestError, Health, Limits
+from fleet.protocol.manifest import (
+    CORE_INSTANCES_MAX,
+    STOP_MAX_MS,
+    TABLE_ELEMENTS_MAX,
+    BadManifestError,
+    Health,
+    Limits,
+)
 
 FILE_NAME: Final = "component.toml"
 
@@ -27,6 +34,7 @@ _AT_MOST: Final = {
     "concurrency": 64,
     "table_elements": TABLE_ELEMENTS_MAX,
     "core_instances": CORE_INSTANCES_MAX,
+    "stop": STOP_MAX_MS,
 }
 _AT_LEAST: Final = {"memory": 64 * bounds.KIB, "every": 100}
 

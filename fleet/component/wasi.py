@@ -58,5 +58,7 @@ SERVED: Final = (
 
 SEVERAL_TRIGGERS: Final = "wasmfleet:triggers@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS,)
-"""Names that a host of this version reports besides: how it calls components in ways that hosts before it do not."""
+RUNS: Final = f"{RUN}@0.2"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS)
+"""Reported besides by a host of this version: ways to call components that hosts before it do not have."""

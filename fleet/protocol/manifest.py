@@ -156,10 +156,15 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="schedule"):
-    """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the device's zone)."""
+    """Called by the clock: `every_ms` after the last start, or by `cron` (five fields, the device's zone).
+
+    Attributes:
+        args: arguments of `wasi:cli/run`.
+    """
 
     every_ms: Count | None = None
     cron: str | None = None
+    args: tuple[str, ...] = ()
 
 
 class OnMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="message"):
@@ -168,8 +173,21 @@ class OnMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     topics: tuple[str, ...] = ()
 
 
-class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="service"):
-    """Runs until it ends: `wasi:cli/run`."""
+STOP_MS: Final = 10_000
+STOP_MAX_MS: Final = 600_000
+"""A device waits no longer for a service to end, whatever its manifest says."""
+
+
+class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, tag="service"):
+    """Runs until it is stopped: `wasi:cli/run`.
+
+    Attributes:
+        args: its arguments.
+        stop_ms: time to end by itself once its standard input has ended; then it is ended.
+    """
+
+    args: tuple[str, ...] = ()
+    stop_ms: Count = STOP_MS
 
 
 Trigger = Http | Schedule | OnMessage | Service
@@ -191,15 +209,19 @@ def describe_trigger(trigger: Trigger) -> str:
         case Http():
             return "HTTP requests"
         case Schedule(every_ms=int(every)):
-            return f"a timer, every {every} ms"
+            return f"a timer, every {every} ms{_with(trigger.args)}"
         case Schedule(cron=cron):
-            return f"a timer, at {cron}"
+            return f"a timer, at {cron}{_with(trigger.args)}"
         case OnMessage(topics=topics):
             return f"messages on {', '.join(topics) or 'no topic'}"
         case Service():
-            return "nothing: it runs until it ends"
+            return f"nothing: it runs until it is stopped{_with(trigger.args)}"
         case other:
             assert_never(other)
+
+
+def _with(args: tuple[str, ...]) -> str:
+    return f", with {' '.join(map(repr, args))}" if args else ""
 
 
 def trigger_conflict(triggers: Sequence[Trigger]) -> str:
@@ -216,6 +238,8 @@ def trigger_conflict(triggers: Sequence[Trigger]) -> str:
             "a service runs without end, so that its instance has no turn for other triggers: "
             "make it a component of its own"
         )
+    if any("\0" in argument for each in triggers if isinstance(each, Schedule | Service) for argument in each.args):
+        return "args: an argument holds no NUL"
     return ""
 
 
@@ -472,6 +496,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             struct, place = (getattr(self, within), value[within]) if within else (self, value)
             if getattr(struct, name) == _default(struct, name):
                 del place[name]
+        for each in (value["trigger"], *value.get("more_triggers", ())):
+            if not each.get("args", True):
+                del each["args"]
         for key, declared in self.config.items():
             first = {"description": declared.description, "default": declared.default}  # signed at their defaults too
             place = value["config"][key] = {**first, **value["config"][key]}

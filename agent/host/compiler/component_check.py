@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
+from agent.host.ipc import worker_api
 from agent.host.sandbox import sandbox
 from fleet.component import reader, served
 from fleet.protocol import bounds, wire
@@ -219,13 +220,12 @@ def _exports(manifest: Manifest, fd: int, *, any_trigger: bool) -> tuple[str, ..
         image, limits=limits, grants=manifest.grants, config=config, log=lambda _line: None, served=served_here
     )
     # `served.problems` refuses triggers that no device has
-    triggers = () if any_trigger else manifest.triggers
-    needed = {runtime.HANDLER if isinstance(each, Http) else runtime.TASK: "trigger" for each in triggers}
-    if manifest.health.check:
-        needed[runtime.HEALTH] = "manifest"
-    for export, of in needed.items():
-        if export not in started.kinds:
-            raise runtime.EngineError(RejectCode.START_FAILED, f"it exports no {export}, which its {of} asks for")
+    lacking = [] if any_trigger else [worker_api.lacking(each, started.kinds) for each in manifest.triggers]
+    found = [f"{each}, which its trigger asks for" for each in lacking if each]
+    if manifest.health.check and runtime.HEALTH not in started.kinds:
+        found.append(f"it exports no {runtime.HEALTH}, which its manifest asks for")
+    if found:
+        raise runtime.EngineError(RejectCode.START_FAILED, found[0])
     return tuple(sorted(started.kinds))
 
 

@@ -88,6 +88,7 @@ SERVE: Final = Signature(
 )
 CHECK: Final = Signature((), _OUTCOME)
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
+COMMAND: Final = Signature((), "result<_, _>")
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
 LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
 

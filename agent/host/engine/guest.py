@@ -12,10 +12,10 @@ an exchange; after one that did not end well, the next store's adapter is asked 
 """
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
-from wasmtime import Store, WasiConfig, WasmtimeError
+from wasmtime import ExitTrap, Store, WasiConfig, WasmtimeError
 from wasmtime import component as wc
 from wasmtime.component import Func
 
@@ -24,6 +24,7 @@ from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.engine.host_interface import NOTHING_SERVED, Served, Surroundings
 from agent.host.engine.runtime import (
+    COMMAND,
     HANDLER,
     HEALTH,
     OPTIONAL,
@@ -49,6 +50,9 @@ _FOREVER: Final = 2**62
 
 _MAX_LINE_CHARS: Final = 4096
 _HTTP: Final = (HTTP_TYPES, OUTGOING_HANDLER)  # imported only where no adapter is around the guest
+
+PROGRAM: Final = "component"
+"""First of a command's arguments."""
 
 DATA: Final = "/data"  # where a guest that may have files finds its own
 
@@ -127,14 +131,27 @@ class Guest:
         self.ended = False
         """True once a call from a channel has ended in a trap or a limit: the instance takes no further call."""
         self._open()
+        if self.kinds == {COMMAND}:
+            self._store.close()  # made to see that the guest can be started; each run has an instance of its own
 
     def _open(self, stdin: bytes | None = None) -> None:
         """Make the store and the instance. With `stdin`, its standard output is the process's own."""
         self._served = 0
         if self._sockets:
             self._outgoing.renew()
-        self._store = Store(self._image.engine.raw)
-        self._store.set_limits(
+        self._store = self._new_store(lambda: self._streams(stdin))
+        self._arm(self._start_budget_ms)
+        self._armed()
+        self._instance = self._instantiate(self._store)
+        self._handle = self._function(*self._entries[0])
+        self._check = self._function(HEALTH, "check")
+        self._run = self._function(TASK, "run")
+        self._save = self._function(STATE, "save-state")
+        self._load = self._function(STATE, "load-state")
+
+    def _new_store(self, streams: Callable[[], WasiConfig]) -> Store:
+        store = Store(self._image.engine.raw)
+        store.set_limits(
             memory_size=self._limits.memory_bytes,
             table_elements=self._limits.table_elements,
             instances=self._limits.core_instances,
@@ -142,24 +159,21 @@ class Guest:
             memories=self._limits.core_instances,
         )
         if self._wasi:
-            self._store.set_wasi(self._streams(stdin))
+            store.set_wasi(streams())
             if self._http:
-                self._store.set_wasi_http()
-        self._arm(self._start_budget_ms)
-        self._armed()
+                store.set_wasi_http()
+        return store
+
+    def _instantiate(self, store: Store) -> Any:
+        """Make an instance in a store whose time is set. Raises as the constructor does."""
         try:
-            self._instance = self._linker.instantiate(self._store, self._image.component)
+            return self._linker.instantiate(store, self._image.component)
         except WasmtimeError as error:
             text = str(error)
             if "wasm trap" in text or "wasm backtrace" in text:
                 raise guest_error(str(error)) from error
             said = refusals.unlinked(text, self._limits)
             raise EngineError(RejectCode.START_FAILED, said or first_lines(text)) from error
-        self._handle = self._function(*self._entries[0])
-        self._check = self._function(HEALTH, "check")
-        self._run = self._function(TASK, "run")
-        self._save = self._function(STATE, "save-state")
-        self._load = self._function(STATE, "load-state")
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
     """Exports that a guest needs: first the one by which requests come, then those that go with it."""
@@ -173,20 +187,27 @@ class Guest:
             wasi.inherit_stdout()
             if stdin:
                 set_stdin(wasi, stdin)
+        self._give(wasi)
+        return wasi
+
+    def _give(self, wasi: WasiConfig) -> None:
+        """Put in what is granted: configuration as variables, the data directory."""
         if self._environment:
             wasi.env = list(self._config.items())
         if self._data:
             wasi.preopen_dir(self._data, DATA)
-        return wasi
 
     def _function(self, interface: str, name: str) -> Func | None:
         index = self._image.export(interface, name)
         return None if index is None else self._instance.get_func(self._store, index)
 
     def _arm(self, budget_ms: int) -> None:
-        self._store.set_epoch_deadline(budget_ms // TICK_MS + 1)
+        self._allow(self._store, budget_ms, self._limits.fuel)
+
+    def _allow(self, store: Store, budget_ms: int, fuel: int) -> None:
+        store.set_epoch_deadline(budget_ms // TICK_MS + 1)
         if self._image.engine.fuel:
-            self._store.set_fuel(self._limits.fuel or _FOREVER)
+            store.set_fuel(fuel or _FOREVER)
 
     @property
     def configured(self) -> bool:
@@ -196,10 +217,11 @@ class Guest:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Exports of the guest among HANDLER, HEALTH, TASK and STATE."""
+        """Exports of the guest among HANDLER, HEALTH, TASK, STATE and COMMAND."""
         state = self._save if self._load is not None else None
         found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
-        return frozenset(name for name, function in found if function is not None)
+        command = {COMMAND} if self._image.export(COMMAND, "run") is not None else set()
+        return frozenset(command | {name for name, function in found if function is not None})
 
     def handle(
         self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
@@ -267,6 +289,53 @@ class Guest:
         """Run its task: None for done, else its sentence. Raises `GuestError`."""
         assert self._run is not None
         return self._call(self._run, scheduled_ms)
+
+    def command(self, arguments: Sequence[str], begins: Callable[[], None] | None = None) -> int:
+        """Run `wasi:cli/run` in an instance of its own, and return the exit code.
+
+        Standard output is logged as `info`, standard error as `warn`; in the adapter of wasi:http both are one stream.
+
+        Args:
+            arguments: after the program's name.
+            begins: of a service, called once it has been started: from then on it has standard input, and no limit of
+                time but the next epoch. None for a command with the limits of a call.
+
+        Raises:
+            EngineError, GuestError: it could not be started, or trapped, or took too long.
+        """
+        index = self._image.export(COMMAND, "run")
+        assert index is not None
+        lines = _Lines(self._log, "info "), _Lines(self._log, "info " if self._image.adapted else "warn ")
+
+        def streams() -> WasiConfig:
+            wasi = WasiConfig()
+            wasi.argv = [PROGRAM, *arguments]
+            wasi.stdout_custom, wasi.stderr_custom = lines
+            if begins is not None:
+                wasi.inherit_stdin()
+            self._give(wasi)
+            return wasi
+
+        store = self._new_store(streams)
+        try:
+            self._allow(store, self._limits.start_ms, self._limits.fuel)
+            function = self._instantiate(store).get_func(store, index)
+            if begins is None:
+                self._allow(store, self._limits.call_ms, self._limits.fuel)
+            else:
+                self._allow(store, 0, 0)
+                begins()
+            return 0 if function(store).tag == "ok" else 1
+        except ExitTrap as error:
+            return int(error.code)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+        finally:
+            for each in lines:
+                each.flush()
+            store.close()
+            if self._sockets:
+                self._outgoing.renew()
 
     def save_state(self) -> tuple[bytes, str | None]:
         """Return its state, or empty and its sentence why there is none. Raises `GuestError`."""
@@ -366,8 +435,10 @@ def _cancelled(_store: object) -> None:
 class _Lines:
     """Cuts what a guest writes to its standard streams into log lines."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, level: str = "") -> None:
+        """`level`: begin of each line."""
         self._log = log
+        self._level = level
         self._rest = b""
 
     def __call__(self, data: bytes) -> None:
@@ -375,7 +446,13 @@ class _Lines:
         if len(self._rest) > _MAX_LINE_CHARS:
             lines, self._rest = [*lines, self._rest], b""
         for line in lines:
-            self._log(line.decode(errors="replace"))
+            self._log(self._level + line.decode(errors="replace"))
+
+    def flush(self) -> None:
+        """Log a last line that has no end."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            self._log(self._level + rest.decode(errors="replace"))
 
 
 def use_stock_codec(engine: Engine) -> None:

@@ -95,6 +95,7 @@ HANDLER: Final = "wasmfleet:http/handler"
 HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
+COMMAND: Final = wasi.RUN
 
 # Exports that the host calls: `agent.host.engine.codec` lays values out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
@@ -103,11 +104,15 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (TASK, "run"): codec.RUN,
     (STATE, "save-state"): codec.SAVE_STATE,
     (STATE, "load-state"): codec.LOAD_STATE,
+    (COMMAND, "run"): codec.COMMAND,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
     (compose.BRIDGE, "serve"): codec.SERVE,
 }
-OPTIONAL: Final = ((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state"))
+OPTIONAL: Final = (
+    *((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state")),
+    (COMMAND, "run"),
+)
 
 _ADAPTERS_OWN: Final = frozenset({compose.HOST, compose.SOCKETS_HOST})
 """Imports of the adapter itself, which comes with wasi:http, or with sockets, and needs no grant."""
@@ -230,6 +235,11 @@ class Image:
     def loops(self) -> bool:
         """True for a guest of wasi:http whose adapter can serve calls from a channel."""
         return self.adapted and self.export(compose.BRIDGE, "serve") is not None
+
+    @property
+    def commands(self) -> bool:
+        """True for a guest that exports `wasi:cli/run`, each run of which has an instance of its own."""
+        return self.export(COMMAND, "run") is not None
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""

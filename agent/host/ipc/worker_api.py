@@ -11,6 +11,7 @@ id belongs to the request that has waited longest for one of its type.
 import socket
 import struct
 import time
+from collections.abc import Container
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ from agent.host.ipc.framing import DescriptorsLostError, GoneError, close_all, r
 from fleet.protocol import wire
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Grants, Limits
+from fleet.protocol.manifest import Grants, Http, Limits, Schedule, Service, Trigger
 
 FAULTS_A_MINUTE: Final = 300
 """Faults that a worker reports one by one; all are counted."""
@@ -27,6 +28,9 @@ FAULTS_A_MINUTE: Final = 300
 _OTHERS_A_MINUTE: Final = 2500
 ABANDONED: Final = 75
 """Exit status of a worker whose call went past a limit after its slot had left: EX_TEMPFAIL of sysexits.h."""
+
+SERVICE_ENDED: Final = 77
+"""Exit status of a worker whose service has ended by itself."""
 
 RENEW: Final = 76
 """Exit status of a worker whose channel has ended: its router did, or closed it. Another worker takes its place."""
@@ -89,6 +93,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         egress: whether the socket to the egress comes along.
         secrets: whether secrets come along: a JSON object of values by name. Not in a shared worker.
         channel: whether the worker's end of a channel comes along, which has its calls once it is told to serve.
+        service: whether it is to run a service, whose standard input ends with a `Drain`.
     """
 
     instance: str
@@ -102,6 +107,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     egress: bool = False
     secrets: bool = False
     channel: bool = False
+    service: bool = False
     id: Count = 0
 
 
@@ -144,10 +150,25 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
-    """Run the guest's scheduled task. Answered with `Ran`."""
+    """Run the guest's scheduled task. Answered with `Ran`.
+
+    Attributes:
+        args: arguments, of a guest that exports `wasi:cli/run`.
+    """
 
     scheduled_ms: Count
+    args: tuple[str, ...] = ()
     id: Count = 0
+
+
+class RunService(msgspec.Struct, frozen=True, kw_only=True, tag="run-service"):
+    """Run `wasi:cli/run` until it ends. Followed by a `ServiceEnded`, and then the worker ends."""
+
+    args: tuple[str, ...] = ()
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag="drain"):
+    """End the standard input of the service: it is to end by itself. `Interrupt` ends it."""
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag="save-state"):
@@ -204,7 +225,7 @@ class EarlierAddSlot(AddSlot, frozen=True, kw_only=True, tag="seat"):
 
 
 Request = Setup | OpenShared | Check | Task | Probe | SaveState | LoadState | Configure
-ToWorker = Request | AddSlot | Serve | Resume | Interrupt
+ToWorker = Request | AddSlot | Serve | Resume | Interrupt | RunService | Drain
 Earlier = EarlierOpenShared | EarlierAddSlot
 
 
@@ -293,6 +314,18 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
     message: str
 
 
+class ServiceEnded(msgspec.Struct, frozen=True, kw_only=True, tag="service-ended"):
+    """The run of a service has ended.
+
+    Attributes:
+        how: in a sentence.
+        fault: the same with a backtrace where there is one; empty if it was asked to end.
+    """
+
+    how: str
+    fault: str = ""
+
+
 class Busy(msgspec.Struct, frozen=True, kw_only=True, tag="busy"):
     """A call has been in flight for a while: another worker would be of use."""
 
@@ -309,7 +342,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
 
 
 Reply = Ready | Opened | Refused | Checked | Ran | Probed | StateSaved | StateLoaded | Configured
-FromWorker = Reply | Line | Fault | Busy | Overdue
+FromWorker = Reply | Line | Fault | Busy | Overdue | ServiceEnded
 
 _to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker | Earlier)
 
@@ -372,6 +405,21 @@ def receive_from_worker(sock: socket.socket) -> tuple[FromWorker, tuple[int, ...
     except wire.JSON_ERRORS as error:
         close_all(fds)
         raise GoneError(f"not a message of a worker: {error}") from error
+
+
+_EXPORTS: Final[dict[type[Trigger], tuple[str, ...]]] = {
+    Http: ("wasmfleet:http/handler",),
+    Schedule: ("wasmfleet:schedule/task", "wasi:cli/run"),
+    Service: ("wasi:cli/run",),
+}
+
+
+def lacking(trigger: Trigger, kinds: Container[str]) -> str:
+    """Say which export a guest with these `kinds` lacks for a trigger; empty for none."""
+    wanted = _EXPORTS.get(type(trigger))
+    if wanted is None:
+        return f"this host has no {type(trigger).__name__} trigger"
+    return "" if any(each in kinds for each in wanted) else f"it exports no {' and no '.join(wanted)}"
 
 
 class TokenBucket:

@@ -19,6 +19,7 @@ from agent.host.ipc.stats_page import CallStats
 from agent.host.supervisor.resources import Listener
 from agent.host.supervisor.worker_handle import WorkerHandle
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.manifest import Service
 from fleet.protocol.messages import HealthChecks
 
 _CHUNK_BYTES: Final = 1024 * 1024
@@ -163,6 +164,7 @@ class Generation:
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
         lost_at_fault: whether that counts as a crash.
+        service_ended: how the run of its latest service ended, which was reported then.
         image_sha256, image_bytes: hash and size of its image, if it may share a worker.
         checks_asked, checks_missed, checks_failing: number of health checks, of failed ones, and of the latest
             consecutive failures.
@@ -185,6 +187,7 @@ class Generation:
     unshared_reason: str = ""
     lost: str = ""
     lost_at_fault: bool = True
+    service_ended: str = ""
     image_sha256: str = ""
     image_bytes: int = 0
     checks_asked: int = 0
@@ -201,6 +204,11 @@ class Generation:
     def may_share(self) -> bool:
         """True if it takes a slot in a shared worker: the operator allows it, and no reason forbids it."""
         return self.run.share_worker and not self.unshared_reason
+
+    @property
+    def service(self) -> Service | None:
+        """Trigger of a service; None for others."""
+        return next(iter(self.run.manifest.triggers_of(Service)), None)
 
     @property
     def number(self) -> int:

@@ -195,6 +195,7 @@ class Instance:
         """Drain, then end every worker."""
         self._timers.stop()
         if self.current is not None:
+            await self._workers.end_service(self.current)
             await self._workers.hand_over(self.current.alive, wait_s=DRAIN_MS / 1000)
         for generation in (self.current, self.previous):
             if generation is not None:
@@ -303,6 +304,8 @@ class Instance:
     async def _switch(self, old: Generation | None, new: Generation) -> None:
         """Move route and timers from `old` to `new`, which already serves."""
         if old is not None:
+            if old.service is not None:
+                self._workers.tasks.spawn(self._workers.end_service(old))
             await self._workers.hand_over(old.alive)
             if old.listener is not None and old.listener is not new.listener:
                 old.listener.sock.close()
@@ -324,14 +327,14 @@ class Instance:
         """Handle a message that is not a reply."""
         generation = self._workers.generation_of(worker)
         match message:
-            case worker_api.Line(text=text, dropped=dropped):
-                if dropped:
-                    self._log.note(f"host: {dropped} lines were dropped: it logs too much")
-                self._log.note(text)
+            case worker_api.Line():
+                self._note(message)
             case worker_api.Fault(message=text):
                 self._report_fault(generation, RejectCode.TRAPPED, text)
             case worker_api.Refused(message=text):
                 self._log.note(f"host: {text}")
+            case worker_api.ServiceEnded() if not worker.service_ended:
+                self._service_ended(generation, worker, message)
             case worker_api.Overdue(call=call, why=reason):
                 if worker.page.number() == call:  # otherwise the call has ended, and its worker has counted it
                     self._kill_for_call(generation, worker, reason)
@@ -340,6 +343,21 @@ class Instance:
                     self._autoscaler.busy(generation)
             case _:
                 pass
+
+    def _service_ended(self, generation: Generation, worker: WorkerHandle, message: worker_api.ServiceEnded) -> None:
+        """Count the end of a service's run as a fault, unless it was asked for; the worker ends after it."""
+        worker.service_ended = message.how or "its run ended"
+        if not message.fault or worker not in generation.workers:
+            self._log.note(f"host: {message.how}")
+            return
+        fault = CallStats(calls={CallOutcome.GUEST_TRAP.value: 1}, errors=1)
+        generation.past = generation.past.plus(fault)
+        self._report_fault(generation, RejectCode.TRAPPED, message.fault)
+
+    def _note(self, line: worker_api.Line) -> None:
+        if line.dropped:
+            self._log.note(f"host: {line.dropped} lines were dropped: it logs too much")
+        self._log.note(line.text)
 
     def router_report(self, worker: WorkerHandle, message: helper_api.ChannelReport) -> None:
         """Handle what the router says of a worker's channel."""
@@ -384,6 +402,7 @@ class Instance:
         generation.workers.remove(worker)
         generation.past = generation.past.plus(worker.figures())
         reason = worker.describe_end()
+        generation.service_ended = worker.service_ended
         worker.close()
         is_excused = worker.excused or worker.ended.result() == worker_api.RENEW
         at_fault = not (is_excused or worker.bystander_of)
@@ -443,7 +462,8 @@ class Instance:
     def _crashed(self, generation: Generation, reason: str, uptime_s: float) -> None:
         """Handle a crash of a worker of the serving generation."""
         self.restarts += 1
-        self._report_fault(generation, RejectCode.RESTARTED, reason)
+        if reason != generation.service_ended:
+            self._report_fault(generation, RejectCode.RESTARTED, reason)
         self._decide(generation, reason, uptime_s)
 
     def _decide(self, generation: Generation, reason: str, uptime_s: float) -> None:

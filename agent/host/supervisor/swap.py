@@ -32,9 +32,6 @@ from agent.host.supervisor.worker_set import WorkerSet
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import BadCronError, Http, Schedule
 
-HANDLER: Final = "wasmfleet:http/handler"
-
-TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 
 _BARRIER_GRACE_S: Final = 15.0  # in addition to the longest start: members arrive one after the other
@@ -125,10 +122,11 @@ def check_schedule(generation: Generation) -> None:
 def check_exports(generation: Generation) -> None:
     """Raise `StartError` for a guest that does not export what one of its triggers calls."""
     for trigger in generation.run.manifest.triggers:
-        needed = HANDLER if isinstance(trigger, Http) else TASK if isinstance(trigger, Schedule) else ""
-        if needed not in generation.kinds:
-            what = f"it exports no {needed}" if needed else f"this host has no {type(trigger).__name__} trigger"
+        if what := worker_api.lacking(trigger, generation.kinds):
             raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {what}")
+    if generation.service is not None and generation.run.manifest.health.check:
+        what = "a service is in its run, and answers no health check"
+        raise StartError(RejectCode.START_FAILED, f"{generation.run.instance}: {what}")
 
 
 async def check_health(generation: Generation, worker: WorkerHandle) -> None:
@@ -307,7 +305,9 @@ class StateError(Exception):
 def transfers_state(old: Generation, new: Generation) -> bool:
     """Return whether there is state to transfer: both export it, and a single worker keeps it between requests."""
     return (
-        STATE in old.kinds
+        old.service is None
+        and new.service is None
+        and STATE in old.kinds
         and STATE in new.kinds
         and len(old.alive) == 1
         and old.run.limits.requests_per_instance == new.run.limits.requests_per_instance == 0

@@ -79,8 +79,8 @@ class InstanceTimers:
         manifest = generation.run.manifest
         in_turn = asyncio.Lock()
         for schedule in manifest.triggers_of(Schedule):
-            timer = ScheduleTimer(schedule)
-            self._tasks.append(asyncio.ensure_future(self._run_tasks(generation, timer, in_turn)))
+            work = self._run_tasks(generation, ScheduleTimer(schedule), schedule.args, in_turn)
+            self._tasks.append(asyncio.ensure_future(work))
         if manifest.health.check:
             self._tasks.append(asyncio.ensure_future(self._check_health(generation)))
 
@@ -105,9 +105,11 @@ class InstanceTimers:
         if workers := generation.alive:
             self._events.health_answered(workers[0], await ask_health(generation, workers[0]))
 
-    async def _run_tasks(self, generation: Generation, timer: ScheduleTimer, in_turn: asyncio.Lock) -> None:
+    async def _run_tasks(
+        self, generation: Generation, timer: ScheduleTimer, args: tuple[str, ...], in_turn: asyncio.Lock
+    ) -> None:
         while True:
-            task = worker_api.Task(scheduled_ms=await timer.next())
+            task = worker_api.Task(scheduled_ms=await timer.next(), args=args)
             async with in_turn:  # tasks of an instance take turns, whichever schedule they are of
                 await self._run_task(generation, task)
 

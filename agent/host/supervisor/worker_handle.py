@@ -455,6 +455,7 @@ class WorkerHandle:
         attached: its channel, once the router has it.
         route: the same, once it takes calls.
         excused: ended without any fault of its instance's.
+        service_ended: how the run of its service ended; empty while that runs.
     """
 
     def __init__(
@@ -473,6 +474,7 @@ class WorkerHandle:
         self.ready: worker_api.Ready | None = None
         self.since_s = time.monotonic()
         self.killed_because = ""
+        self.service_ended = ""
         self.blamed = False
         self.bystander_of = ""
         self.route: WorkerChannel | None = None
@@ -617,7 +619,7 @@ class WorkerHandle:
 
     def describe_end(self) -> str:
         """Return how it ended, for people."""
-        why = self.killed_because or self.process.describe_end()
+        why = self.killed_because or self.service_ended or self.process.describe_end()
         if self.bystander_of:
             return f"its worker was ended on account of {self.bystander_of}, which shared it: {why}"
         return why

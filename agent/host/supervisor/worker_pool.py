@@ -38,22 +38,25 @@ _OPEN_S: Final = 20.0
 _SHARED_IMAGE_MAX_BYTES: Final = 4 * MIB
 
 
-def why_not_shared(grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool) -> str:
+def why_not_shared(
+    grants: Grants, limits: Limits, image_bytes: int, *, files: bool, secrets: bool, service: bool = False
+) -> str:
     """Return why an instance that may share a worker still gets one of its own; empty if it shares.
 
     Code that escapes from an instance has access to the whole process: instances with anything to protect never share.
     """
-    if files:
-        return "it has files, which no other instance may reach"
-    if secrets:
-        return "it has secrets, which no other instance may reach"
-    if grants.outbound or grants.instances:
-        return "it may open connections, which no other instance may do in its name"
-    if limits.concurrency > 1:
-        return f"it may have {limits.concurrency} calls at once, but a shared worker runs one"
-    if image_bytes > _SHARED_IMAGE_MAX_BYTES:
-        return f"its image has {image_bytes} bytes, but only images up to {_SHARED_IMAGE_MAX_BYTES} share"
-    return ""
+    reasons = (
+        (files, "it has files, which no other instance may reach"),
+        (secrets, "it has secrets, which no other instance may reach"),
+        (grants.outbound or grants.instances, "it may open connections, which no other instance may do in its name"),
+        (service, "it is a service, whose run does not end, but a shared worker runs one call at a time"),
+        (limits.concurrency > 1, f"it may have {limits.concurrency} calls at once, but a shared worker runs one"),
+        (
+            image_bytes > _SHARED_IMAGE_MAX_BYTES,
+            f"its image has {image_bytes} bytes, but only images up to {_SHARED_IMAGE_MAX_BYTES} share",
+        ),
+    )
+    return next((reason for holds, reason in reasons if holds), "")
 
 
 @dataclass(frozen=True, slots=True)

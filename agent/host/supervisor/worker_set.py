@@ -30,7 +30,7 @@ from agent.host.supervisor.worker_handle import (
 )
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Http
+from fleet.protocol.manifest import STOP_MAX_MS, Http
 from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
@@ -38,6 +38,8 @@ DRAIN_MS: Final = 10_000
 
 GRACE_S: Final = 5.0
 """Time beyond a worker's own limit of a call, after which the supervisor kills a worker whose watchdog has failed."""
+
+_INTERRUPT_S: Final = 1.0  # for an epoch to end a service; one that is blocked in the host ends with its process
 
 _HANDOVER_WAIT_S: Final = 1.0  # a swap waits no longer for connections; the rest follow while the new worker serves
 
@@ -115,6 +117,7 @@ class WorkerSet:
                 generation.image_bytes,
                 files=bool(generation.data),
                 secrets=generation.secrets_fd >= 0,
+                service=generation.service is not None,
             )
 
     async def start_worker(self, generation: Generation, *, serve: bool = True) -> WorkerHandle:
@@ -155,7 +158,7 @@ class WorkerSet:
                 worker.end("it did not start")
                 self._close_when_ended(worker)
         generation.kinds, generation.layers = frozenset(ready.kinds), ready.layers
-        if serve and generation.listener is not None:
+        if serve:
             await self._serve_at_once(generation, worker)
         return worker
 
@@ -165,7 +168,7 @@ class WorkerSet:
         except StartError:
             self.retire(generation, worker)
             raise
-        self.serve(worker)
+        self.serve(generation, worker)
 
     async def _attach(self, generation: Generation, worker: WorkerHandle) -> None:
         """Give the router the worker's channel, if it has one. Raises as `RouterHandle.attach`."""
@@ -225,6 +228,7 @@ class WorkerSet:
                 secrets=generation.secrets_fd >= 0,
                 egress=egress,
                 channel=channel is not None,
+                service=generation.service is not None,
             )
             yield _SetupPacket(message, tuple(fds), channel)
 
@@ -252,8 +256,12 @@ class WorkerSet:
             return False
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
-    def serve(self, worker: WorkerHandle) -> None:
-        """Let a worker take calls from its channel. Raises `WorkerGoneError`."""
+    def serve(self, generation: Generation, worker: WorkerHandle) -> None:
+        """Let a worker take calls from its channel, or run the service. Raises `WorkerGoneError`."""
+        if generation.service is not None:
+            worker.notify(worker_api.RunService(args=generation.service.args))
+        if generation.listener is None:
+            return
         assert worker.attached is not None
         if worker.route is None:
             worker.route = worker.attached
@@ -269,9 +277,8 @@ class WorkerSet:
         """Make all workers of a generation accept connections. Raises `WorkerGoneError` if none is left."""
         if not generation.alive:
             raise WorkerGoneError(f"{self._name}: {generation.lost or 'its worker has ended'}")
-        if generation.listener is not None:
-            for worker in generation.alive:
-                self.serve(worker)
+        for worker in generation.alive:
+            self.serve(generation, worker)
 
     async def configure(self, generation: Generation, config: dict[str, str]) -> None:
         """Give every worker of a generation this configuration, those that start later included.
@@ -298,6 +305,31 @@ class WorkerSet:
             with contextlib.suppress(WorkerGoneError, TimeoutError):
                 await worker.request(worker_api.Probe(), reply=worker_api.Probed, timeout_s=timeout_s)
 
+    async def end_service(self, generation: Generation) -> None:
+        """End the run of a service: by the end of its standard input, after `stop_ms` by an epoch, or with its process.
+
+        Its workers count no more as the generation's from the begin on, so that none is replaced.
+        """
+        service = generation.service
+        if service is None:
+            return
+        ends = []
+        for worker in list(generation.workers):
+            self._set_aside(generation, worker)
+            ends.append(self._end_service(worker, min(service.stop_ms, STOP_MAX_MS) / 1000))
+        await asyncio.gather(*ends)
+
+    async def _end_service(self, worker: WorkerHandle, stop_s: float) -> None:
+        try:
+            for message, wait_s in ((worker_api.Drain(), stop_s), (worker_api.Interrupt(call=0), _INTERRUPT_S)):
+                if not worker.alive:
+                    break
+                with contextlib.suppress(WorkerGoneError):
+                    worker.notify(message)
+                await asyncio.wait([worker.ended], timeout=wait_s)
+        finally:
+            worker.end("its service did not end in time")
+
     async def hand_over(self, old: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S) -> None:
         """Give no more calls to `old` workers, and wait a little until they have ended those that they have."""
         drains = [self._drain_channel(worker, worker.route, wait_s) for worker in old if worker.alive and worker.route]
@@ -310,6 +342,11 @@ class WorkerSet:
 
     async def replace(self, generation: Generation, old: list[WorkerHandle]) -> None:
         """Let `old` workers end their calls, and retire them: others have taken over."""
+        if (service := generation.service) is not None:
+            for worker in old:
+                self._set_aside(generation, worker)
+                self.tasks.spawn(self._end_service(worker, min(service.stop_ms, STOP_MAX_MS) / 1000))
+            return
         await self.hand_over(old)
         for worker in old:
             self.retire(generation, worker)
@@ -323,14 +360,18 @@ class WorkerSet:
 
     def retire(self, generation: Generation, worker: WorkerHandle, *, drained: bool = False) -> None:
         """End a worker on purpose and keep its figures: now if `drained`, else when its calls have ended."""
-        if worker in generation.workers:
-            generation.workers.remove(worker)
-            generation.past = generation.past.plus(worker.figures())
-        self._close_when_ended(worker)
+        self._set_aside(generation, worker)
         if worker.is_draining and not drained:
             self.tasks.spawn(worker.end_when_drained("it was replaced", DRAIN_MS / 1000))
         else:
             worker.end("it was replaced")
+
+    def _set_aside(self, generation: Generation, worker: WorkerHandle) -> None:
+        """Keep the figures of a worker that is about to end."""
+        if worker in generation.workers:
+            generation.workers.remove(worker)
+            generation.past = generation.past.plus(worker.figures())
+        self._close_when_ended(worker)
 
     def _close_when_ended(self, worker: WorkerHandle) -> None:
         worker.ended.add_done_callback(lambda _: worker.close())

@@ -15,14 +15,14 @@ statistics page, since the call may have ended meanwhile.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.host_interface import Served
-from agent.host.engine.runtime import STATE, TASK, EngineError, GuestError, Image
+from agent.host.engine.runtime import COMMAND, STATE, TASK, EngineError, GuestError, Image
 from agent.host.interfaces import registry
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
@@ -30,6 +30,7 @@ from agent.host.ipc.worker_api import TokenBucket
 from agent.host.ipc.write_quota import WriteMeter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
+from agent.host.worker.service import LOOK_AT_WRITES_S, LOOK_S, ServiceControl
 from agent.host.worker.slot_channel import SlotResponse
 from agent.host.worker.watchdog import (
     LINE_MAX_CHARS,
@@ -104,6 +105,7 @@ class GuestRunner:
         self._sent_bytes = 0
         self.last_returned = 0
         """Number of the last call of the channel from which its guest is known to have returned."""
+        self._clock = self._had_ns = 0
         self._meter = WriteTicker(self._count_writes) if channel and writes is not None else None
         self._ticker = ticker or CallWatchdog(image.engine.tick, waits=lambda: sandbox.waits(scheduling_fd))
 
@@ -229,8 +231,9 @@ class GuestRunner:
         names = {bare(name) for name, functions in self._image.imports.items() if functions}
         if ENVIRONMENT in names and not names & set(CONFIG):
             return "it reads its configuration from its environment, which stays as it was at its start"
-        self._config.clear()
-        self._config.update(config)
+        self._config.update(config)  # first: a service may read meanwhile
+        for gone in self._config.keys() - config.keys():
+            del self._config[gone]
         return None
 
     def _lacks(self, kind: str) -> str | None:
@@ -253,8 +256,10 @@ class GuestRunner:
         except GuestError as error:
             return f"its health check failed: {error}".splitlines()[0]
 
-    def run(self, scheduled_ms: int) -> str | None:
-        """Run the task, counted; None for done, else a sentence."""
+    def run(self, scheduled_ms: int, arguments: Sequence[str] = ()) -> str | None:
+        """Run the task, or the command with its arguments, counted; None for done, else a sentence."""
+        if TASK not in self._kinds and COMMAND in self._kinds:
+            return self._run_command(arguments)
         if (lacking := self._lacks(TASK)) is not None:
             return lacking
         began_ns = time.monotonic_ns()
@@ -265,6 +270,66 @@ class GuestRunner:
             return str(error).splitlines()[0]
         self.count(CallOutcome.OK, began_ns, error=problem is not None)
         return problem
+
+    def _run_command(self, arguments: Sequence[str]) -> str | None:
+        """Run the command in an instance of its own, whose end costs no other."""
+        ended: list[GuestError | EngineError] = []
+
+        def enter(guest: Guest) -> int:
+            try:
+                return guest.command(arguments)
+            except (GuestError, EngineError) as error:
+                ended.append(error)
+                return 0
+
+        began_ns = time.monotonic_ns()
+        code = self._call(enter, self.limits.start_ms + self.limits.call_ms)
+        message = str(ended[0]) if ended else f"its run ended with exit code {code}" if code else ""
+        outcome = CallOutcome.GUEST_TRAP if message else CallOutcome.OK
+        if ended and isinstance(ended[0], GuestError):
+            outcome = ended[0].outcome
+        self._report(message)  # first: whoever sees the count has its reason
+        self.count(outcome, began_ns, error=bool(message))
+        return message.splitlines()[0] if message else None
+
+    def serve_as_service(self, arguments: Sequence[str], control: ServiceControl) -> worker_api.ServiceEnded:
+        """Run the command until it ends; say how, which is a fault unless it was asked to: none ends by itself."""
+        guest = self._guest
+        assert guest is not None
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._had_ns = time.clock_gettime_ns(self._clock)
+        self._begin(self.limits.start_ms)
+
+        def begins() -> None:
+            self._ticker.end()
+            self._page.rest()
+            control.begins()
+
+        control.start()
+        try:
+            code = guest.command(arguments, begins)
+            fault = how = f"its run ended with exit code {code}"
+        except (GuestError, EngineError) as error:
+            fault = f"its run ended: {error}"
+            how = fault.splitlines()[0]
+            if control.interrupted:
+                how = "its run did not end by itself in the time that it has for that, and was ended"
+        finally:
+            self._ticker.end()
+        self.look()
+        return worker_api.ServiceEnded(how=how[:LINE_MAX_CHARS], fault="" if control.draining else fault)
+
+    def look(self) -> None:
+        """Count what a service has used so far: processor time of the thread that it runs on, bytes written."""
+        with self._counting:
+            had_ns, self._had_ns = self._had_ns, time.clock_gettime_ns(self._clock)
+            self._page.spent(self._had_ns - had_ns)
+        self._count_writes()
+
+    @property
+    def look_s(self) -> float:
+        """Seconds between two looks at a service."""
+        return LOOK_S if self._writes is None else LOOK_AT_WRITES_S
 
     def save_state(self, most: int) -> tuple[bytes, str | None]:
         """Return the guest's state of at most `most` bytes, or empty and why there is none."""

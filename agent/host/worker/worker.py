@@ -47,6 +47,7 @@ from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.native_channel import NativeChannel
 from agent.host.worker.runner import GuestRunner
+from agent.host.worker.service import ServiceControl, StdinPipe
 from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse
 from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
 from fleet.protocol.codes import CallOutcome, RejectCode
@@ -70,6 +71,8 @@ class Worker:
         self._owes_end = False
         self._looping = False
         self._holding = False  # the state was saved: no call before `Resume`
+        self._stdin: StdinPipe | None = None  # of a service
+        self._service: worker_api.RunService | None = None
         poll.register(sock, select.EPOLLIN)
 
     def say(self, message: worker_api.FromWorker) -> None:
@@ -106,13 +109,15 @@ class Worker:
                 _plug_in(channel_fd)
             elif image.adapted:
                 adapter_abi.catch_stdout()
+            if setup.service:
+                self._stdin = StdinPipe()
             memory_in_use.watch(setup.limits.memory_bytes, engine.plan.reservation_bytes)
             figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
             counter_fd = open_counter() if setup.data else None
             layers = sandbox.apply(
                 sandbox.worker_spec(
                     uid=setup.uid,
-                    memory_bytes=setup.limits.memory_bytes,
+                    memory_bytes=setup.limits.memory_bytes * (2 if image.commands else 1),  # a run has its own
                     body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
                     storage_bytes=setup.limits.storage_bytes,
                     data=setup.data,
@@ -294,7 +299,25 @@ class Worker:
                 has_more = self.turn_of_slot()
         while not self._looping or not self._channel:
             self.obey(*worker_api.receive_to_worker(self._sock))
+            if self._service is not None:
+                self._run_service(self._service)
         self._serve_channel()
+
+    def _run_service(self, order: worker_api.RunService) -> NoReturn:
+        """Run the service to its end, and end the process with it."""
+        if self._stdin is None:
+            raise framing.GoneError("a service in a worker that was not set up for one")
+        control = ServiceControl(
+            self._sock,
+            self._stdin,
+            tick=self._tick,
+            look=self._caller.look,
+            obey=lambda message: self.obey(message, ()),
+            look_s=self._caller.look_s,
+        )
+        self._caller.restore()
+        self.say(self._caller.serve_as_service(order.args, control))
+        os._exit(0 if control.draining else worker_api.SERVICE_ENDED)
 
     def _serve_channel(self) -> NoReturn:
         """Serve calls of the channel until that ends, or the supervisor's socket closes."""
@@ -336,12 +359,15 @@ class Worker:
         match message:
             case worker_api.Serve():
                 self._serve(fds)
-            case worker_api.Interrupt():
-                pass  # the call has ended
+            case worker_api.Interrupt() | worker_api.Drain():
+                pass  # the call has ended, the service has not begun
             case worker_api.Check(id=number):
                 self.say(worker_api.Checked(id=number, problem=self._caller.check()))
-            case worker_api.Task(id=number, scheduled_ms=scheduled_ms):
-                self.say(worker_api.Ran(id=number, problem=self._caller.run(scheduled_ms or int(time.time() * 1000))))
+            case worker_api.Task(id=number, scheduled_ms=scheduled_ms, args=args):
+                problem = self._caller.run(scheduled_ms or int(time.time() * 1000), args)
+                self.say(worker_api.Ran(id=number, problem=problem))
+            case worker_api.RunService():
+                self._service = message
             case worker_api.Probe(id=number):
                 self.say(worker_api.Probed(id=number))
             case worker_api.Configure(id=number, config=config):
@@ -349,7 +375,7 @@ class Worker:
                 self.say(worker_api.Configured(id=number, problem=problem))
             case worker_api.SaveState() | worker_api.LoadState() | worker_api.Resume():
                 self._carry(message, fds)
-            case worker_api.Setup() | worker_api.OpenShared() | worker_api.AddSlot():
+            case _:
                 raise framing.GoneError("set up twice")
 
     def _serve(self, fds: tuple[int, ...]) -> None:
@@ -590,6 +616,8 @@ class Redactor:
         match message:
             case worker_api.Line(text=text):
                 return msgspec.structs.replace(message, text=self.text(text))
+            case worker_api.ServiceEnded(how=text, fault=fault):
+                return msgspec.structs.replace(message, how=self.text(text), fault=self.text(fault))
             case worker_api.Fault(message=text) | worker_api.Refused(message=text):
                 return msgspec.structs.replace(message, message=self.text(text))
             case (

@@ -12,7 +12,7 @@ from agent.host.compiler import component_check
 from agent.host.ipc import host_api
 from fleet.component import reader, wasi
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest, Step
-from fleet.protocol.manifest import ConfigKey, Grants, Health, Http, Limits, Manifest, Schedule
+from fleet.protocol.manifest import ConfigKey, Grants, Health, Http, Limits, Manifest, Schedule, Service
 from tests import odd_components
 
 COMMAND = [sys.executable, "-m", "agent.host.cli", "check-component"]
@@ -146,9 +146,16 @@ def test_an_export_of_another_type_shows_the_expected_wit(host, saved):
 def test_a_trigger_or_a_health_check_that_it_does_not_export(saved):
     data = odd_components.server()
     reply = check(saved(data), manifest(data, trigger=Schedule(every_ms=1000)))
-    assert reply.problem == "it exports no wasmfleet:schedule/task, which its trigger asks for"
+    assert reply.problem == "it exports no wasmfleet:schedule/task and no wasi:cli/run, which its trigger asks for"
     reply = check(saved(data), manifest(data, health=Health(check=True)))
     assert reply.problem == "it exports no wasmfleet:http/health, which its manifest asks for"
+
+
+@pytest.mark.parametrize("trigger", [Schedule(every_ms=1000), Service()])
+def test_a_main_is_started_and_not_run(saved, trigger):
+    data = guest("command")
+    reply = check(saved(data), manifest(data, trigger=trigger))
+    assert (reply.ok, reply.problem, reply.exports) == (True, "", ("wasi:cli/run",))
 
 
 def test_a_grant_that_its_manifest_lacks(saved):

@@ -194,6 +194,14 @@ def test_the_demo_s_own_texts(name):
         ("trigger = 'http'\ntriggers = ['http']", "trigger and triggers: write one of them"),
         ("triggers = 'http'", "triggers: expected a list of triggers, not a text"),
         ("triggers = []", "triggers is empty"),
+        ("trigger = { type = 'service', args = 'x' }", "trigger.args: expected a list of texts, not a text"),
+        ("trigger = { type = 'service', args = [1] }", "trigger.args: expected a list of texts"),
+        (
+            "trigger = { type = 'service', args = ['a\\u0000'] }".replace("'a", '"a').replace("0']", '0"]'),
+            "holds no NUL",
+        ),
+        ("trigger = { type = 'service', stop = '11m' }", "trigger.stop: 660000 is not between 1 and 600000"),
+        ("trigger = { type = 'http', args = ['x'] }", "trigger.args: unknown field"),
         ("triggers = ['http', 'often']", "triggers[1].type 'often': one of http"),
         ("triggers = ['http', { type = 'schedule' }]", "triggers[1]: a schedule has either every"),
         ("triggers = ['http', { type = 'schedule', cron = '* *' }]", "triggers[1].cron: '* *' has 2 fields"),
@@ -202,11 +210,11 @@ def test_the_demo_s_own_texts(name):
         (f"triggers = [{', '.join(EVERY.format(n) for n in range(1, 10))}]", "9 triggers, at most 8 are allowed"),
         (
             f"triggers = ['http', {EVERY.format(1)}]",
-            "'schedule' does not fit: component.wasm exports no wasmfleet:schedule",
+            "'schedule' does not fit: component.wasm exports neither wasmfleet:schedule/task nor wasi:cli/run",
         ),
         (
             f"triggers = [{EVERY.format(1)}, 'http']",
-            "'schedule' does not fit: component.wasm exports no wasmfleet:schedule",
+            "'schedule' does not fit: component.wasm exports neither wasmfleet:schedule/task nor wasi:cli/run",
         ),
         ("world = 'wasi:http'", "world is 'wasi:http', but component.wasm exports wasmfleet:http/handler"),
         ("[config.'a b']", "config: 'a b' is not a key"),
@@ -255,6 +263,32 @@ def test_a_manifest_without_secrets_is_signed_as_before_there_were_any():
 
 def test_a_check_that_is_not_exported():
     assert "exports no wasmfleet:http/health" in refusal("[health]\ncheck = true", component=made())
+
+
+MAIN = made(exports=("wasi:cli/run@0.2.6",))
+
+
+def test_a_main_runs_by_a_schedule_or_as_a_service():
+    text = "trigger = { type = 'schedule', every = '10s', args = ['--once', '--once'] }"
+    manifest = component_toml.load(text, component=MAIN)
+    assert (manifest.trigger, manifest.world) == (Schedule(every_ms=10_000, args=("--once", "--once")), "wasi:cli")
+    manifest = component_toml.load("trigger = { type = 'service', stop = '30s', args = [] }", component=MAIN)
+    assert (manifest.trigger, manifest.world) == (Service(stop_ms=30_000), "wasi:cli")
+    assert component_toml.describe(MAIN, None).trigger == Service()
+    assert "more_triggers" not in manifest.plain()
+
+
+def test_a_task_takes_no_arguments():
+    assert "takes none: wasi:cli/run does" in refusal(
+        "trigger = { type = 'schedule', every = '1s', args = ['x'] }", component=TASK
+    )
+
+
+def test_a_service_answers_no_health_check():
+    both = made(exports=("wasi:cli/run@0.2.6", "wasmfleet:http/health@0.1.0"))
+    assert not component_toml.load("trigger = 'service'", component=both).health.check
+    assert not component_toml.describe(both, None).health.check
+    assert "a service is in its run" in refusal("trigger = 'service'\n[health]\ncheck = true", component=both)
 
 
 def test_without_the_component_name_and_trigger_must_be_written():
@@ -377,11 +411,12 @@ def test_a_component_that_wants_nothing_needs_no_file():
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 labels = st.from_regex(r"\A[a-z0-9-]{1,20}\Z")
 interfaces = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}:[a-z][a-z0-9-]{0,8}(/[a-z][a-z0-9-]{0,8})?\Z")
+arguments = st.lists(texts.filter(lambda text: "\0" not in text), max_size=3).map(tuple)
 a_trigger = st.one_of(
     st.just(Http()),
-    st.just(Service()),
-    st.builds(Schedule, every_ms=st.integers(100, 10**9)),
-    st.builds(Schedule, cron=st.sampled_from(["*/5 * * * *", "0 3 * * 1-5"])),
+    st.builds(Service, args=arguments, stop_ms=st.integers(1, 600_000)),
+    st.builds(Schedule, every_ms=st.integers(100, 10**9), args=arguments),
+    st.builds(Schedule, cron=st.sampled_from(["*/5 * * * *", "0 3 * * 1-5"]), args=arguments),
     st.builds(OnMessage, topics=st.lists(texts.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)),
 )
 small = st.integers(1, 10**9)
@@ -488,7 +523,7 @@ def test_the_docs_list_every_field_with_its_default():
 
 
 def test_the_docs_list_no_field_that_is_not_there():
-    known = {"trigger.every", "trigger.cron", "trigger.topics", "trigger.type"}
+    known = {f"trigger.{name}" for name in ("every", "cron", "topics", "type", "args", "stop")}
     known |= {WRITTEN_AS.get(field.name, field.name) for field in msgspec.structs.fields(Manifest)}
     known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}

@@ -8,7 +8,7 @@ import pytest
 from fleet.component import component_toml, reader, served, wasi
 from fleet.component.component_toml import UnservedError
 from fleet.component.reader import Component
-from fleet.protocol.manifest import Grants, Http, Limits, Manifest, OnMessage, Service
+from fleet.protocol.manifest import Grants, Http, Limits, Manifest, OnMessage, Schedule, Service
 from tests import odd_components
 
 WIT = Path(__file__).resolve().parents[3] / "components/wit/versions.toml"
@@ -116,7 +116,6 @@ def test_a_device_is_judged_by_what_it_reported():
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"trigger": Service()}, "no device runs services (wasi:cli/run)"),
         ({"trigger": OnMessage(topics=("a",))}, "no device hands messages to components"),
         ({"limits": Limits(memory_bytes=5 << 30)}, "limits.memory is 5GiB: a component addresses at most 4GiB"),
     ],
@@ -124,6 +123,25 @@ def test_a_device_is_judged_by_what_it_reported():
 def test_a_manifest_that_no_device_could_carry_out(more, sentence):
     (found,) = served.problems(made(), manifest(**more))
     assert found.startswith(sentence)
+
+
+RUN = "wasi:cli/run@0.2.3"
+
+
+@pytest.mark.parametrize(
+    ("exports", "more", "said"),
+    [
+        ((RUN,), {"trigger": Service()}, "it does not run wasi:cli/run"),
+        ((RUN,), {"trigger": Schedule(every_ms=1000)}, "it does not run wasi:cli/run"),
+        (("wasmfleet:schedule/task@0.1.0",), {"trigger": Schedule(every_ms=1000)}, ""),
+        ((HTTP,), {"trigger": Http()}, ""),
+        ((HTTP,), {"more_triggers": (OnMessage(topics=("a",)),)}, "it knows manifests with one trigger only"),
+    ],
+)
+def test_a_device_of_before_is_told_apart_by_what_it_calls(exports, more, said):
+    component = made(exports=exports)
+    assert served.uncalled(component, manifest(**more), wasi.SERVED) == said
+    assert served.uncalled(component, manifest(**more), (*wasi.SERVED, *wasi.CALLED)) == ""
 
 
 def test_requests_wait_for_each_other_unless_the_manifest_says_otherwise():
