@@ -42,6 +42,7 @@ from fleet.protocol.manifest import (
     Schedule,
     SecretKey,
     Service,
+    Swap,
     Trigger,
     trigger_name,
 )
@@ -123,6 +124,7 @@ def load(
         secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
         security_epoch=table.whole("security_epoch", 0),
         data_schema=table.whole("data_schema", 0),
+        swap=_swap(table),
         arch=table.texts(
             "arch", lambda arch: None if arch in names.ARCHES else f"the known ones are {', '.join(names.ARCHES)}"
         ),
@@ -366,6 +368,16 @@ def _health(health: Health, component: Component, file_name: str, *, written: bo
     return health if written else msgspec.structs.replace(health, check=exported)
 
 
+def _swap(table: Table) -> Swap:
+    match table.text("swap", "overlap"):
+        case "overlap":
+            return "overlap"
+        case "replace":
+            return "replace"
+        case other:
+            raise BadManifestError(f"{FILE_NAME}: swap: {other[:40]!r} is none of {', '.join(get_args(Swap))}")
+
+
 def _name(table: Table, component: Component | None, file_name: str) -> str:
     name = table.text("name", "")
     if name:
@@ -508,6 +520,8 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         lines.append(f"security_epoch = {manifest.security_epoch}")
     if manifest.data_schema:
         lines.append(f"data_schema = {manifest.data_schema}")
+    if manifest.swap != "overlap":
+        lines.append(f"swap = {text(manifest.swap)}")
     if manifest.arch:
         lines.append(f"arch = {texts(manifest.arch)}")
     lines += _table("grants", _grant_lines(manifest.grants))

@@ -200,6 +200,8 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
     runs = any(isinstance(each, Service) or (isinstance(each, Schedule) and not tasks) for each in manifest.triggers)
     if runs and wasi.RUNS not in device:
         return f"it does not run {wasi.RUN}"
+    if manifest.swap == "replace" and wasi.REPLACES not in device:
+        return "it does not swap by replacement"
     if len(manifest.triggers) > 1 and wasi.SEVERAL_TRIGGERS not in device:
         return "it knows manifests with one trigger only"
     return ""

@@ -60,5 +60,7 @@ SEVERAL_TRIGGERS: Final = "wasmfleet:triggers@1"
 
 RUNS: Final = f"{RUN}@0.2"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS)
+REPLACES: Final = "wasmfleet:swap-by-replacement@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""

@@ -367,6 +367,7 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 KeyType = Literal["text", "integer", "number", "boolean"]
+Swap = Literal["overlap", "replace"]
 
 
 class ConfigKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -462,6 +463,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         data_schema: version of the instance's data; a change copies it before the swap.
         arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
         secrets: names of the secrets that it receives; no other reaches it.
+        swap: whether the new version starts beside the old one, or once that has stopped.
     """
 
     name: str
@@ -478,6 +480,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     arch: tuple[str, ...] = ()
     secrets: dict[str, SecretKey] = {}
     more_triggers: tuple[Trigger, ...] = ()
+    swap: Swap = "overlap"
 
     @property
     def triggers(self) -> tuple[Trigger, ...]:
@@ -512,7 +515,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return wire.digest(self.plain())
 
 
-LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances", "more_triggers")
+LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances", "more_triggers", "swap")
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 

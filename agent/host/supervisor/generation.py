@@ -211,6 +211,11 @@ class Generation:
         return next(iter(self.run.manifest.triggers_of(Service)), None)
 
     @property
+    def is_exclusive(self) -> bool:
+        """True if another generation starts only once this one has stopped, and this one once another has."""
+        return self.run.manifest.swap == "replace"
+
+    @property
     def number(self) -> int:
         """Number of the generation, assigned by the agent."""
         return self.run.generation

@@ -128,7 +128,11 @@ class Instance:
         """
         new = Generation(run, image_fd, secrets_fd, probation=probation)
         old, warm = self.current, self.previous
-        began_s = await swap.take_over(self._parts, old, new, place)
+        try:
+            began_s = await swap.take_over(self._parts, old, new, place)
+        except StartError as error:
+            self._start_if_down(error)
+            raise
         await self._switch(old, new)
         self.previous = old
         if warm is not None:
@@ -159,7 +163,11 @@ class Instance:
             return 0
         if current is None or warm is None or number not in {current.number, warm.number}:
             raise StartError(RejectCode.HOST_GONE, f"{self.name}: the previous generation is no longer kept")
-        began_s = await swap.go_back(self._parts, current, warm)
+        try:
+            began_s = await swap.go_back(self._parts, current, warm)
+        except StartError as error:
+            self._start_if_down(error)
+            raise
         await self._switch(current, warm)
         self.previous = None
         self._reverted = _Reverted(current.number, warm.number)
@@ -173,6 +181,9 @@ class Instance:
             return
         old = list(generation.workers)
         self._crashes.on_request()
+        if generation.is_exclusive:
+            await self._restart_in_place(generation)
+            return
         async with AsyncExitStack() as undo:
             swap.open_listener(self._parts, generation, undo)
             await self._workers.start_worker(generation)
@@ -180,6 +191,26 @@ class Instance:
         self._timers.stop()
         await swap.finish_task(self._parts, generation)
         await self._workers.replace(generation, old)
+        self.restarts += 1
+        self._set_state(InstanceState.RUNNING)
+        self._timers.start(generation)
+
+    def _start_if_down(self, error: StartError) -> None:
+        """Start a worker after a pause, if a swap by replacement has left the generation without one."""
+        generation = self.current
+        if generation is not None and generation.is_serving and not generation.workers:
+            self._decide(generation, str(error), 0.0)
+
+    async def _restart_in_place(self, generation: Generation) -> None:
+        """Stop its workers, then start one."""
+        self._timers.stop()
+        await swap.finish_task(self._parts, generation)
+        await self._workers.halt(generation)
+        try:
+            await self._workers.start_worker(generation)
+        except (StartError, WorkerGoneError) as error:
+            self._decide(generation, str(error), 0.0)
+            raise
         self.restarts += 1
         self._set_state(InstanceState.RUNNING)
         self._timers.start(generation)

@@ -1,7 +1,8 @@
 """Swap of generations, step by step; barrier of an atomic set; transfer of state.
 
 `take_over` is the sequence of a start, `go_back` that of a revert. Until the new generation serves, each step can be
-undone, and a failure leaves the old generation serving; after that, nothing can fail.
+undone, and a failure leaves the old generation serving; after that, nothing can fail. Where one of the two may not
+overlap (`swap = "replace"`), the old one is stopped first, and a failure starts it again, with the state that it saved.
 
 Barrier: the starts of an atomic set wait for each other, and no member serves before all are ready. The last member
 that becomes ready releases all, in the same turn of the event loop; if a member fails or does not arrive in time, all
@@ -60,6 +61,8 @@ async def take_over(
     Raises:
         StartError: `new` has been dropped, and `old` keeps serving.
     """
+    if old is not None and (old.is_exclusive or new.is_exclusive):
+        return await _replace(parts, old, new, place)
     async with AsyncExitStack() as undo:
         undo.callback(parts.workers.drop, new)
         check_schedule(new)
@@ -87,12 +90,117 @@ async def take_over(
     return began_s
 
 
+async def _replace(parts: SwapParts, old: Generation, new: Generation, place: "BarrierPlace | None") -> float:
+    """Stop `old`, then start `new`, as `take_over`; until `new` serves, a failure starts `old` again."""
+    async with AsyncExitStack() as undo:
+        undo.callback(parts.workers.drop, new)
+        check_schedule(new)
+        began_s = time.monotonic()
+        undo.push_async_callback(_start_again, parts, old, new)
+        problem = await _stop(parts, old)
+        await parts.workers.prepare_data(new, old)
+        if new.unshared_reason:
+            parts.log.note(f"host: it has a worker of its own: {new.unshared_reason}")
+        worker = await parts.workers.start_worker(new, serve=False)
+        check_exports(new)
+        await check_health(new, worker)
+        check_state(new)
+        if STATE in new.kinds and new.service is None:
+            if problem:
+                raise _failed(old, f"{_version(old)} did not save its state: {problem}")
+            await _load_kept(old, new)
+        open_listener(parts, new, undo)
+        if place is not None:
+            await place.ready(new.run.limits.start_ms / 1000)
+        await listen(parts, new, old, undo)
+        let_serve(parts, new)
+        undo.pop_all()
+    _note_gap(parts, old, new, began_s)
+    return began_s
+
+
+async def _stop(parts: SwapParts, generation: Generation) -> str:
+    """Stop a generation that serves, and keep its state if it has one; return why that could not be saved."""
+    parts.timers.stop()
+    await finish_task(parts, generation)
+    problem = ""
+    generation.is_serving = False  # from here on no worker of it is replaced
+    if keeps_state(generation):
+        try:
+            generation.keep_state(await save(generation))
+        except StateError as error:
+            problem = str(error)
+    await parts.workers.halt(generation)
+    return problem
+
+
+async def _start_again(parts: SwapParts, generation: Generation, other: Generation) -> None:
+    """Let a generation that was stopped serve again, with the state that it had, in place of the `other` one."""
+    await parts.workers.end_all(other)
+    generation.is_serving = True
+    parts.timers.start(generation)
+    try:
+        await parts.workers.start_worker(generation, serve=False)
+        if generation.saved is not None:
+            await load(generation, generation.saved)
+    except (StateError, StartError) as error:
+        parts.log.note(f"host: {_version(generation)} was not started again as it was: {error}")
+    with contextlib.suppress(StartError):  # without a worker: whoever asked for the swap starts another
+        let_serve(parts, generation)
+
+
+async def _load_kept(old: Generation, new: Generation) -> None:
+    if old.saved is None:
+        return
+    try:
+        await load(new, old.saved)
+    except StateError as error:
+        raise _failed(old, f"{_version(new)} did not load the state of {_version(old)}: {error}") from error
+
+
+def keeps_state(generation: Generation) -> bool:
+    """Return whether a generation has state to carry over: one worker that lives from request to request."""
+    limits = generation.run.limits
+    exports = STATE in generation.kinds and generation.service is None
+    return exports and len(generation.alive) == 1 and limits.requests_per_instance == 0
+
+
+def _note_gap(parts: SwapParts, old: Generation, new: Generation, began_s: float) -> None:
+    gap_ms = int((time.monotonic() - began_s) * 1000)
+    parts.log.note(f"host: {_version(new)} has replaced {_version(old)}: neither ran for {gap_ms} ms")
+
+
+async def _go_back_by_replacement(parts: SwapParts, current: Generation, warm: Generation) -> float:
+    """Stop `current`, then start `warm`, as `go_back`."""
+    began_s = time.monotonic()
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(_start_again, parts, current, warm)
+        problem = await _stop(parts, current)
+        open_listener(parts, warm, undo)
+        if not warm.alive:
+            await parts.workers.start_worker(warm, serve=False)
+        if STATE in warm.kinds and (state := current.saved or warm.saved) is not None:
+            try:
+                await load(warm, state)
+            except StateError as error:
+                problem = problem or str(error)
+        if problem:
+            parts.log.note(f"host: {_version(warm)} goes on without the latest state: {problem}")
+        await listen(parts, warm, current, undo)
+        let_serve(parts, warm)
+        undo.pop_all()
+    _note_gap(parts, current, warm, began_s)
+    return began_s
+
+
 async def go_back(parts: SwapParts, current: Generation, warm: Generation) -> float:
     """Make the generation kept `warm` serve again in place of `current`; returns as `take_over`.
 
     Raises:
         StartError: `current` keeps serving.
     """
+    if current.is_exclusive or warm.is_exclusive:
+        return await _go_back_by_replacement(parts, current, warm)
     began_s = time.monotonic()
     async with AsyncExitStack() as undo:
         open_listener(parts, warm, undo)

@@ -252,7 +252,7 @@ class WorkerSet:
     def can_move(self, generation: Generation) -> bool:
         """Return whether its only worker is idle and a fuller shared worker has a slot for it."""
         workers = generation.alive
-        if not generation.may_share or len(workers) != 1 or not workers[0].is_idle:
+        if not generation.may_share or generation.is_exclusive or len(workers) != 1 or not workers[0].is_idle:
             return False
         return self._pool.has_fuller(workers[0], self._spec(generation))
 
@@ -329,6 +329,20 @@ class WorkerSet:
                 await asyncio.wait([worker.ended], timeout=wait_s)
         finally:
             worker.end("its service did not end in time")
+
+    async def halt(self, generation: Generation) -> None:
+        """End every worker of a generation, when its calls have ended; it can be started again."""
+        await self.end_service(generation)
+        await self.hand_over(generation.alive, wait_s=DRAIN_MS / 1000)
+        await self.end_all(generation)
+
+    async def end_all(self, generation: Generation) -> None:
+        """End every worker of a generation now, and wait for that."""
+        old = list(generation.workers)
+        for worker in old:
+            self.retire(generation, worker, drained=True)
+        if old:
+            await asyncio.wait([worker.ended for worker in old], timeout=GRACE_S)
 
     async def hand_over(self, old: list[WorkerHandle], *, wait_s: float = _HANDOVER_WAIT_S) -> None:
         """Give no more calls to `old` workers, and wait a little until they have ended those that they have."""

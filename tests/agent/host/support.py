@@ -144,6 +144,7 @@ def a_run(
     health=None,
     namespace="main",
     schema=0,
+    swap="overlap",
     **rest,
 ):
     manifest = Manifest(
@@ -155,6 +156,7 @@ def a_run(
         limits=limits or Limits(),
         health=health or Health(),
         data_schema=schema,
+        swap=swap,
     )
     return host_api.Run(
         instance=instance,

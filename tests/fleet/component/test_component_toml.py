@@ -194,6 +194,8 @@ def test_the_demo_s_own_texts(name):
         ("trigger = 'http'\ntriggers = ['http']", "trigger and triggers: write one of them"),
         ("triggers = 'http'", "triggers: expected a list of triggers, not a text"),
         ("triggers = []", "triggers is empty"),
+        ("swap = 'handover'", "swap: 'handover' is none of overlap, replace"),
+        ("swap = true", "swap: expected a text"),
         ("trigger = { type = 'service', args = 'x' }", "trigger.args: expected a list of texts, not a text"),
         ("trigger = { type = 'service', args = [1] }", "trigger.args: expected a list of texts"),
         (
@@ -454,6 +456,7 @@ manifests = st.builds(
     ),
     security_epoch=st.integers(0, 9),
     arch=st.sampled_from([(), ("aarch64",)]),
+    swap=st.sampled_from(["overlap", "replace"]),
 )
 
 

@@ -135,6 +135,7 @@ RUN = "wasi:cli/run@0.2.3"
         ((RUN,), {"trigger": Schedule(every_ms=1000)}, "it does not run wasi:cli/run"),
         (("wasmfleet:schedule/task@0.1.0",), {"trigger": Schedule(every_ms=1000)}, ""),
         ((HTTP,), {"trigger": Http()}, ""),
+        ((HTTP,), {"swap": "replace"}, "it does not swap by replacement"),
         ((HTTP,), {"more_triggers": (OnMessage(topics=("a",)),)}, "it knows manifests with one trigger only"),
     ],
 )
