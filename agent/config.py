@@ -16,7 +16,8 @@ from typing import Any, Final, Literal, get_args, get_type_hints
 import msgspec
 
 from agent.proxy import Proxy, ProxyError
-from fleet.protocol import bounds, outbound
+from fleet.component import toml_fields
+from fleet.protocol import bounds, message_topics, outbound
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import in_words, line_of, path_of
 
@@ -36,6 +37,8 @@ UNPRIVILEGED_PORT: Final = 1024
 """First port that needs no privilege, as `ip_unprivileged_port_start` of the kernel."""
 
 _PORT_MAX: Final = 65535
+_READINGS_MAX_BYTES: Final = 1 << 40
+_MINUTE_MS: Final = 60_000
 _MAY_BE_NONE: Final = MAY_BE_NONE.intersection(CAPPED) - {"fuel"}
 
 
@@ -61,6 +64,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         interfaces: interfaces or packages that components may import; None for all.
         outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
+        publish: filters of topics on which components may publish; None for all that their grants allow.
         ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
         share_workers: let components of one publisher share a process where the director says so.
         logs: log lines that may leave the device when an operator follows logs, and with the report of a failure, to
@@ -81,6 +85,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     interfaces: tuple[str, ...] | None = None
     outbound: tuple[str, ...] | None = None
+    publish: tuple[str, ...] | None = None
     ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
     share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
@@ -127,6 +132,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             beyond += [each for each in grants.interfaces if not ceiling.allows(each)]
         if self.outbound is not None:
             beyond += [each for each in grants.outbound if not outbound.covered(each, self.outbound)]
+        if self.publish is not None:
+            beyond += [
+                f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, self.publish)
+            ]
         if port is not None and not any(port in port_range(each) for each in self.ports):
             beyond.append(f"port {port}")
         return tuple(beyond)
@@ -177,6 +186,36 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     reserve_bytes: int = 16 * bounds.MIB
 
 
+class ReadingsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Messages of components that are kept until the server has them.
+
+    Attributes:
+        max: of them on the disk, as `64MiB`.
+        keep: age after which they are given up, as `30d`.
+        full: what gives way when there is no more room: the oldest, or those that are new.
+    """
+
+    max: str = "64MiB"
+    keep: str = "30d"
+    full: Literal["drop-oldest", "refuse"] = "drop-oldest"
+
+    @property
+    def max_bytes(self) -> int:
+        """`max` in bytes."""
+        return toml_fields.parse_size(self.max)
+
+    @property
+    def keep_ms(self) -> int:
+        """`keep` in milliseconds."""
+        return toml_fields.parse_duration(self.keep)
+
+
+class UplinkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Traffic from components to the fleet."""
+
+    readings: ReadingsSettings = ReadingsSettings()
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Validated configuration.
 
@@ -196,6 +235,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     policy: Policy = Policy()
     network: Network = Network()
     disk: Disk = Disk()
+    uplink: UplinkSettings = UplinkSettings()
 
 
 def fragments(file: Path) -> tuple[Path, ...]:
@@ -252,6 +292,8 @@ def validate(merged: Mapping[str, Any]) -> Settings:
             Proxy.parse(settings.network.proxy)
         except ProxyError as error:
             raise ConfigError(f"network.proxy: {error}", "network.proxy") from None
+    _check_readings(settings.uplink.readings)
+    _check_publish(settings.policy)
     _check_names(settings.policy)
     return settings
 
@@ -274,6 +316,31 @@ def _check_names(policy: Policy) -> None:
         for interface in policy.interfaces:
             if wrong := served.unknown(interface):
                 raise ConfigError(f"policy.interfaces: {interface[:80]!r}: {wrong}", "policy.interfaces")
+
+
+def _check_publish(policy: Policy) -> None:
+    """Refuse what is no filter of topics. Raises `ConfigError`."""
+    try:
+        for each in policy.publish or ():
+            message_topics.check_filter(each)
+    except message_topics.BadMessageTopicError as error:
+        raise ConfigError(f"policy.publish: {error}", "policy.publish") from None
+
+
+def _check_readings(settings: ReadingsSettings) -> None:
+    """Refuse bounds that cannot be read, or are too small or too large. Raises `ConfigError`."""
+    try:
+        size = settings.max_bytes
+    except toml_fields.BadUnitError as error:
+        raise ConfigError(f"uplink.readings.max: {error}", "uplink.readings.max") from None
+    try:
+        keep = settings.keep_ms
+    except toml_fields.BadUnitError as error:
+        raise ConfigError(f"uplink.readings.keep: {error}", "uplink.readings.keep") from None
+    if not bounds.MIB <= size <= _READINGS_MAX_BYTES:
+        raise ConfigError("uplink.readings.max must be from 1MiB to 1024GiB", "uplink.readings.max")
+    if not _MINUTE_MS <= keep <= 1000 * bounds.WAIT_MAX_S:
+        raise ConfigError("uplink.readings.keep must be from 1m to 3660d", "uplink.readings.keep")
 
 
 def _choices(key: str) -> str:

@@ -24,6 +24,7 @@ from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
 from agent.report.archive_sender import ArchiveSender
+from agent.report.readings import ReadingsUplink, open_spool
 from agent.report.uplink import HealthSources, Uplink
 from agent.session import FleetSession, Presence
 from agent.starts import ENDS_MAX
@@ -228,11 +229,19 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     if db.store.downgraded:
         problems.set("downgrade", db.store.downgraded)
     state = DeploymentState()
+    readings = ReadingsUplink(
+        device=identity.device,
+        spool=open_spool(places.readings, settings.uplink.readings, reserve_bytes=settings.disk.reserve_bytes),
+        host=links.host,
+        mqtt=links.conversation,
+        problems=problems,
+        clock=reference,
+    )
     uplink = Uplink(
         device=device,
         mqtt=links.conversation,
         db=db,
-        sources=HealthSources(links.host, state, problems),
+        sources=HealthSources(links.host, state, problems, readings),
         signer=DeviceSigner((places.identity / "device.key").read_bytes()),
         health_s=settings.health_s,
     )
@@ -267,7 +276,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         problems=problems,
         sink=sink,
     )
-    presence = Presence(device=device, mqtt=links.conversation, db=db, software=uplink)
+    presence = Presence(device=device, mqtt=links.conversation, db=db, software=uplink, readings=readings)
     renewal = CertificateRenewal(
         places=places, identity=identity, https=links.https, clock=reference, mqtt=links.conversation
     )
@@ -296,7 +305,12 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         sink=sink,
     )
     session = FleetSession(
-        mqtt=links.conversation, receiver=receiver, commands=commands, uplink=uplink, presence=presence
+        mqtt=links.conversation,
+        receiver=receiver,
+        commands=commands,
+        uplink=uplink,
+        presence=presence,
+        readings=readings,
     )
     parts: tuple[Part, ...] = (
         reconciler,
@@ -314,6 +328,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         follower,
         archives,
         uplink,
+        readings,
         problems,
         renewal,
         Watchdog(db=db, state=state, presence=presence),

@@ -59,14 +59,34 @@ class Described(Protocol):
         """Return the versions known now."""
 
 
+class Kept(Protocol):
+    """Readings that wait for the server (`agent.report.readings.ReadingsUplink`)."""
+
+    @property
+    def epoch(self) -> str:
+        """Name of what is kept, for the server to say how far it has it."""
+
+    def reconnected(self) -> None:
+        """Take note of a new connection, before anything is said on it."""
+
+    def resend(self) -> None:
+        """Send again what is not acknowledged."""
+
+    async def acknowledge(self, payload: bytes) -> None:
+        """Take what the server says of the readings that it has."""
+
+
 class Presence:
     """Messages that tell the fleet that this device is online."""
 
-    def __init__(self, *, device: DeviceContext, mqtt: Broker, db: Database, software: Described) -> None:
+    def __init__(
+        self, *, device: DeviceContext, mqtt: Broker, db: Database, software: Described, readings: Kept | None = None
+    ) -> None:
         self._device = device
         self._mqtt = mqtt
         self._db = db
         self._software = software
+        self._readings = readings
 
     @property
     def connected(self) -> bool:
@@ -95,6 +115,7 @@ class Presence:
             committed=await self._db(Store.counter, "committed"),
             versions=self._software.versions(),
             acked=await self._db(Store.acked),
+            readings="" if self._readings is None else self._readings.epoch,
         )
         return self._mqtt.publish(Up.HELLO, wire.encode(hello))
 
@@ -127,6 +148,7 @@ class FleetSession:
         commands: Commands,
         uplink: Uplink,
         presence: Presence,
+        readings: Kept | None = None,
         clock: Callable[[], float] = clock.boot_clock,
     ) -> None:
         """Prepare a session; `clock` gives seconds that do not jump."""
@@ -136,6 +158,7 @@ class FleetSession:
         self._commands = commands
         self._uplink = uplink
         self._presence = presence
+        self._readings = readings
         self._poked_at = -POKES_MIN_S
 
     async def run(self) -> None:
@@ -159,6 +182,8 @@ class FleetSession:
 
     async def _connected(self) -> None:
         log.info("connected to the %s", "broker" if self._mqtt.broker_connected else "server, over HTTPS")
+        if self._readings is not None:
+            self._readings.reconnected()
         self._presence.announce()
         await self._presence.hello(await self._receiver.new_nonce())
         self._uplink.reconnected()
@@ -181,6 +206,8 @@ class FleetSession:
                 self._commands.post(payload)
             case Down.ACK:
                 await self._acknowledged(payload)
+            case Down.READINGS if self._readings is not None:
+                await self._readings.acknowledge(payload)
             case _:
                 pass
 
@@ -214,3 +241,5 @@ class FleetSession:
         self._receiver.refresh_later(delay_s)
         # A server pokes devices after a restart, and may have missed reports meanwhile.
         asyncio.get_running_loop().call_later(delay_s, self._uplink.reconnected)
+        if self._readings is not None:
+            asyncio.get_running_loop().call_later(delay_s, self._readings.resend)

@@ -88,6 +88,7 @@ class HostClient:
         self._waiting: dict[int, asyncio.Future[host_api.Reply]] = {}
         self._figures: dict[str, dict[str, Any]] = {}
         self._lost = asyncio.Event()
+        self._up = asyncio.Event()
 
     async def events(self) -> AsyncIterator[HostEvent]:
         """Yield the events of the host and of the connection in `run`, in order, forever. Only for a single reader."""
@@ -129,7 +130,18 @@ class HostClient:
             self.close()
             raise HostGoneError(mismatch)
         self.welcome = welcome
+        self._up.set()
         return welcome
+
+    async def connection(self) -> host_api.Welcome:
+        """Wait until there is a connection, and return the host's welcome."""
+        await self._up.wait()
+        assert self.welcome is not None
+        return self.welcome
+
+    async def lost(self) -> None:
+        """Wait until there is no connection."""
+        await self._lost.wait()
 
     async def wait(self) -> None:
         """Wait until all committed instances run on a host; raises `HostGoneError` after READY_S."""
@@ -189,6 +201,7 @@ class HostClient:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        self._up.clear()
         if sock is not None:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(sock)

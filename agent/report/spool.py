@@ -103,7 +103,7 @@ class _Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What may be kept: bytes in all, for how long, and what happens when there is no more room."""
+    """Bounds of a spool: bytes in all, for how long, and what happens when there is no more room."""
 
     max_bytes: int = 64 * MIB
     keep: timedelta = timedelta(days=30)
@@ -152,13 +152,18 @@ class Spool:
         disk.make_directory(Write.DIRECTORY, directory, mode=0o700)
         for path in sorted(directory.glob(f"*{_SUFFIX}")):
             spool._take_in(path)
+        if spool._segments:
+            spool._read_newest(spool._segments[-1])
         if not spool.epoch:
             spool.epoch = os.urandom(_EPOCH_BYTES).hex()
         spool.acknowledged = spool.first - 1
         return spool
 
     def _take_in(self, path: Path) -> None:
-        """Read a segment; one without a head was cut off at its begin, and has nothing that anybody relies on."""
+        """Read the begin of a segment; one without a head was cut off there, and has nothing that anybody relies on.
+
+        How the segment before it ends follows from its head: only the newest is read to its end.
+        """
         records = _scan(path)
         head = next(records, None)
         try:
@@ -171,13 +176,23 @@ class Spool:
         self.epoch, self._sequences, self.dropped = known.epoch, dict(known.sequences), known.dropped
         self.session, self.number = known.session, known.number
         segment = _Segment(path, known.first, known.first - 1, path.stat().st_size)
-        for _, data in records:
-            try:
-                self._count(segment, _records.decode(data))
-            except msgspec.MsgspecError:  # of a later version: whoever can read it reads no further either
+        with suppress(msgspec.MsgspecError):
+            for _, data in records:
+                segment.oldest = _records.decode(data).reading.at
                 break
-        self._next = max(self._next, segment.last + 1)
+        if self._segments:
+            before = self._segments[-1]
+            before.last, before.newest = known.first - 1, segment.oldest or before.oldest
+        self._next = max(self._next, known.first)
         self._segments.append(segment)
+
+    def _read_newest(self, segment: _Segment) -> None:
+        """Read the newest segment to its end, torn or not."""
+        with suppress(msgspec.MsgspecError):  # of a later version: whoever can read it reads no further either
+            for number, (_, data) in enumerate(_scan(segment.path)):
+                if number:  # behind the head
+                    self._count(segment, _records.decode(data))
+        self._next = max(self._next, segment.last + 1)
 
     def _count(self, segment: _Segment, record: _Record) -> None:
         reading = record.reading
@@ -187,7 +202,7 @@ class Spool:
         self._sequences[reading.instance] = reading.sequence
         self.session, self.number = record.session, record.number
 
-    # What is kept
+    # Kept readings
 
     @property
     def first(self) -> int:
@@ -246,7 +261,7 @@ class Spool:
                 self._cursor = _Cursor(segment.path, reading.position, end)
         return tuple(found)
 
-    # What is appended
+    # New readings
 
     def append(self, drafts: Sequence[Draft], *, now: datetime) -> tuple[int, str]:
         """Keep messages, in their order; return how many of them, and why those behind are not kept.
@@ -355,7 +370,7 @@ class Spool:
             segment.size = segment.path.stat().st_size
         self._next = segment.last + 1
 
-    # What goes
+    # Readings that go
 
     def acknowledge(self, position: int) -> bool:
         """Note that the server has every reading up to a position; return whether that is news. Raises `OSError`."""

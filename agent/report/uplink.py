@@ -21,7 +21,7 @@ from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
 from fleet.protocol import wire
 from fleet.protocol.codes import Phase
-from fleet.protocol.messages import Health, InstanceHealth, Report, Versions
+from fleet.protocol.messages import Health, InstanceHealth, ReadingsHealth, Report, Versions
 from fleet.protocol.topics import Up
 
 AFTER_CHANGE_S: Final = 1.0
@@ -47,6 +47,13 @@ class Signer(Protocol):
         """Return the payload in a signed envelope."""
 
 
+class Kept(Protocol):
+    """Readings that wait for the server (`agent.report.readings.ReadingsUplink`)."""
+
+    def health(self) -> ReadingsHealth:
+        """Return their figures."""
+
+
 @dataclass(frozen=True, slots=True)
 class HealthSources:
     """Objects that health is read from, without changing them."""
@@ -54,6 +61,7 @@ class HealthSources:
     host: HostClient
     state: DeploymentState
     problems: Problems
+    readings: Kept | None = None
 
 
 class Uplink:
@@ -78,6 +86,7 @@ class Uplink:
         self._host = sources.host
         self._state = sources.state
         self._problems = sources.problems
+        self._readings = sources.readings
         self._signer = signer
         self._health_s = health_s
         self._health_due = asyncio.Event()
@@ -200,6 +209,7 @@ class Uplink:
             containment=welcome.containment if welcome is not None else {},
             host_runs_as=welcome.runs_as if welcome is not None else "",
             problems=tuple(problems),
+            readings=None if self._readings is None else self._readings.health(),
         )
 
     def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:

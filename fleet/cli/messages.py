@@ -18,6 +18,7 @@ from fleet.protocol import message_topics, operator_api
 from fleet.protocol.printable import json_text, printable
 
 _LOOK_S: Final = 15
+_NEWEST: Final = 100
 _SHOWN_BYTES: Final = 32
 _MS_PER_S: Final = 1000
 
@@ -33,14 +34,6 @@ _MS_PER_S: Final = 1000
 @click.option("--instance", metavar="NAME", help="Of this instance")
 @click.option("--topic", metavar="FILTER", help="On topics that fit: + is one level, # at the end all below")
 @click.option("--since", metavar="WHEN", help="That came since then: 30m, 2h, 7d, or a time such as 2026-11-30T12:00Z")
-@click.option(
-    "--limit",
-    default=100,
-    show_default=True,
-    metavar="NUMBER",
-    type=click.IntRange(1, 1000),
-    help="Newest messages to begin with, without --since",
-)
 @click.option("--follow", is_flag=True, help="Keep printing messages as they come, until Ctrl-C")
 def messages(
     options: Options,
@@ -50,21 +43,21 @@ def messages(
     instance: str | None,
     topic: str | None,
     since: str | None,
-    limit: int,
     follow: bool,
 ) -> None:
     """Show messages that components published and their devices have brought, oldest first.
 
-    A device keeps them while it is offline, and brings them in order. Each carries the sequence of its instance: a gap
-    means that the device had no more room. With --json each message is an object on a line of its own, its data as
-    base64. The server keeps them for a time and up to a size (server.toml, [limits]).
+    Without --since, begin with the newest 100. A device keeps them while it is offline, and brings them in order. Each
+    carries the sequence of its instance: a gap means that the device had no more room. With --json each message is an
+    object on a line of its own, its data as base64. The server keeps them for a time and up to a size (server.toml,
+    [limits]).
     """
     try:
         wanted = message_topics.check_filter(topic) if topic else ""
     except message_topics.BadMessageTopicError as error:
         raise Fault(f"--topic {topic!r} is no filter", str(error)) from error
     query: dict[str, str | int] = {"group": group or "", "device": device or "", "instance": instance or ""}
-    query |= {"topic": wanted, **({"since": _seconds(since)} if since else {"limit": limit})}
+    query |= {"topic": wanted, **({"since": _seconds(since)} if since else {"limit": _NEWEST})}
     with connect(options) as client:
         found = client.messages({**query, **({"after": 0} if since else {})})
         _show(options, found)

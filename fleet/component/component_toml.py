@@ -26,7 +26,7 @@ from fleet.component.reader import (
     bare,
 )
 from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
-from fleet.protocol import bounds, manifest, names, outbound, wire
+from fleet.protocol import bounds, manifest, message_topics, names, outbound, wire
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
@@ -392,6 +392,7 @@ def _grants(table: Table) -> Grants:
         interfaces=table.texts("interfaces", _check_interface),
         outbound=tuple(str(outbound.parse(each)) for each in table.texts("outbound", _check_outbound)),
         instances=table.texts("instances", _check_instance),
+        publish=table.texts("publish", _check_filter),
     )
     table.finish()
     return grants
@@ -412,6 +413,14 @@ def _check_outbound(text: str) -> str | None:
     try:
         outbound.parse(text)
     except outbound.BadOutboundError as error:
+        return str(error)
+    return None
+
+
+def _check_filter(text: str) -> str | None:
+    try:
+        message_topics.check_filter(text)
+    except message_topics.BadMessageTopicError as error:
         return str(error)
     return None
 
@@ -591,6 +600,7 @@ def _args_line(args: tuple[str, ...]) -> list[str]:
 
 def _grant_lines(grants: Grants) -> list[str]:
     named = {"interfaces": grants.interfaces, "outbound": grants.outbound, "instances": grants.instances}
+    named["publish"] = grants.publishes
     return [f"{key} = {texts(values)}" for key, values in named.items() if values]
 
 

@@ -22,7 +22,7 @@ _RELEASES: Final = "0.2"
 """Stands for every release of WASI 0.2; pre-releases are not compatible with each other."""
 
 IMPORTS: Final[dict[str, str]] = dict.fromkeys(sorted(wasi.UNGRANTED), _RELEASES) | dict.fromkeys(
-    (wasi.LOGGING, *wasi.CONFIG), ANY
+    (wasi.LOGGING, wasi.MESSAGING_TYPES, wasi.MESSAGING_PRODUCER, *wasi.CONFIG), ANY
 )
 """Interface -> versions in which a component may import it."""
 
@@ -50,7 +50,7 @@ _INSTEAD: Final = {
     "wasi:blobstore": _FILES,
     "wasi:keyvalue": _FILES,
     "wasi:sql": "ask a database over HTTP (wasi:http/outgoing-handler)",
-    "wasi:messaging": "call and be called over HTTP (wasi:http)",
+    "wasi:messaging": "publish with wasi:messaging/producer, and be called over HTTP (wasi:http)",
     "wasi:nn": "build the model into the component, or ask for it over HTTP (wasi:http/outgoing-handler)",
     "wasi:tls": "send requests with wasi:http/outgoing-handler, which speaks TLS",
     "wasi:observe": "write to wasi:logging/logging",

@@ -8,6 +8,8 @@ OUTGOING_HANDLER: Final = "wasi:http/outgoing-handler"
 RUN: Final = "wasi:cli/run"
 ENVIRONMENT: Final = "wasi:cli/environment"
 MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
+MESSAGING_TYPES: Final = "wasi:messaging/types"
+MESSAGING_PRODUCER: Final = "wasi:messaging/producer"
 LOGGING: Final = "wasi:logging/logging"
 
 PREOPENS: Final = "wasi:filesystem/preopens"
@@ -51,6 +53,7 @@ SERVED: Final = (
     "wasi:http@0.2",
     "wasi:io@0.2",
     "wasi:logging@*",
+    "wasi:messaging@*",
     "wasi:random@0.2",
     "wasi:sockets@0.2",
 )

@@ -50,7 +50,7 @@ LOG_CHUNK_MAX_BYTES: Final = 128 * KIB
 LOGS_MINUTES_MAX: Final = 60
 
 # Messages of components, and readings: those of them on their way to the operator
-MESSAGE_MAX_BYTES: Final = 16 * KIB  # its content; as text in JSON it is a third more
+MESSAGE_MAX_BYTES: Final = 16 * KIB  # content alone; as text in JSON a third more
 MESSAGE_TYPE_MAX_CHARS: Final = 128
 MESSAGE_METADATA_MAX: Final = 16
 MESSAGE_METADATA_MAX_BYTES: Final = 4 * KIB  # of all names and values together

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
-from fleet.protocol import bounds, names, outbound, pattern, wire
+from fleet.protocol import bounds, message_topics, names, outbound, pattern, wire
 from fleet.protocol.bounds import MIB, Count, Whole
 
 CYCLONEDX: Final = "cyclonedx"
@@ -251,11 +251,28 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         outbound: where it may send requests, as `https://api.example.com:443`, and where sockets may lead, as
             `tcp://10.1.0.5:502` (`fleet.protocol.outbound`).
         instances: neighbours on the device it may call over `http://<instance>.internal/`.
+        publish: filters of the topics on which it may publish (`fleet.protocol.message_topics`); unset for none, and
+            then left out, since earlier hosts and agents refuse the field.
     """
 
     interfaces: tuple[str, ...] = ()
     outbound: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
+    publish: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        """Refuse what are no filters. Raises `ValueError`."""
+        for each in self.publishes:
+            message_topics.check_filter(each)
+        if len(self.publishes) > message_topics.FILTERS_MAX:
+            raise ValueError(f"publish has more than {message_topics.FILTERS_MAX} filters")
+        if self.publish == ():
+            msgspec.structs.force_setattr(self, "publish", msgspec.UNSET)
+
+    @property
+    def publishes(self) -> tuple[str, ...]:
+        """Filters of the topics on which it may publish."""
+        return () if isinstance(self.publish, msgspec.UnsetType) else self.publish
 
     def allows(self, interface: str) -> bool:
         """Tell whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
@@ -279,6 +296,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             all(ceiling.allows(interface) for interface in self.interfaces)
             and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
             and set(self.instances) <= set(ceiling.instances)
+            and all(message_topics.covered(each, ceiling.publishes) for each in self.publishes)
         )
 
 

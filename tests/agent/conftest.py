@@ -106,6 +106,8 @@ class SimHost:
             except host_api.IpcError:
                 self._drop(peer)
                 return
+            if isinstance(request, host_api.TakeMessages):
+                continue  # no component publishes anything
             self.requests.append(request)
             if self.die_on is not None and isinstance(request, self.die_on):
                 self.die_on = None

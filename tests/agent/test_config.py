@@ -165,7 +165,7 @@ def test_the_documentation_lists_every_key_and_no_other():
     def keys(struct, prefix=""):
         for field in msgspec.structs.fields(struct):
             if isinstance(field.default, msgspec.Struct):
-                yield from keys(type(field.default), f"{field.name}.")
+                yield from keys(type(field.default), f"{prefix}{field.name}.")
             else:
                 yield prefix + field.name
 

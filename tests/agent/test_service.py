@@ -240,7 +240,14 @@ def _answer_hello(peer, turn):
     host_api.send(
         peer,
         host_api.Welcome(
-            id=request.id, session=str(turn), version="1", engine="50", containment={}, ingress="", running=()
+            id=request.id,
+            session=str(turn),
+            version="1",
+            engine="50",
+            containment={},
+            ingress="",
+            running=(),
+            protocol=host_api.OLDEST_PROTOCOL,
         ),
     )
 

@@ -5,7 +5,9 @@ with Stage(directory) as stage:
 """
 
 import asyncio
+import base64
 import dataclasses
+import json
 import signal
 import sqlite3
 from collections.abc import Callable, Coroutine
@@ -13,11 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import httpx
+import wasmtime
+
 from fleet.demo.environment import AGENT, FLEET, Child, DemoDevice, Environment, module
 from fleet.demo.load import Load
 from fleet.demo.scenario import fixture
 from fleet.protocol import operator_api
 from fleet.protocol.codes import Phase, RejectCode
+from tests.eventually import eventually_async
 
 GROUP = "edge-eu"
 HELLO = "hello"
@@ -103,6 +109,23 @@ class Stage:
         """When the newest thing in a device's timeline happened."""
         return (await self.scene.ask(lambda client: client.timeline(device.device, limit=1))).entries[0].at
 
+    async def push_meter(self, device: DemoDevice) -> None:
+        """Push the component that publishes, and wait until it answers."""
+        file = await asyncio.to_thread(meter, self._directory)
+        words = ("--as", METER, "--group", GROUP, "--waves", "100%")
+        code, output, errors = await self.fleet("push", str(file), *words)
+        assert code == 0, output + errors
+        await eventually_async(lambda: asyncio.to_thread(publish, device, 0), "the component publishes")
+
+    async def messages(self) -> list[int]:
+        """Numbers that the component published and the operator is shown, as they came; zeros are left out."""
+        code, output, errors = await self.fleet("--json", "messages", "--since", "1h", "--group", GROUP)
+        assert code == 0, output + errors
+        found = [json.loads(line) for line in output.splitlines()]
+        assert [each["sequence"] for each in found] == sorted({each["sequence"] for each in found})
+        assert {(each["instance"], each["topic"]) for each in found} <= {(METER, "plant/counter")}
+        return [number for each in found if (number := int(base64.b64decode(each["data"])))]
+
     # -- what is asked of a device ----------------------------------------------------------------------------------
 
     async def version(self, device: DemoDevice) -> str:
@@ -172,6 +195,33 @@ class Stage:
     def artifact(self, sha256: str) -> Path:
         """An artifact as the server stores it."""
         return next((self.scene.home / "server" / "artifacts").rglob(f"{sha256}*"))
+
+
+METER = "meter"
+METER_TOML = """name = "meter"
+trigger = "http"
+
+[grants]
+interfaces = ["wasi:messaging"]
+publish = ["plant/#"]
+"""
+
+
+def meter(directory: Path) -> Path:
+    """Write a component that publishes what it is sent, with its manifest beside it; return its file."""
+    text = (Path(__file__).parents[2] / "components/guests/publishes.wat").read_text()
+    (directory / "meter.wasm").write_bytes(wasmtime.wat2wasm(text))
+    (directory / "meter.toml").write_text(METER_TOML)
+    return directory / "meter.wasm"
+
+
+def publish(device: DemoDevice, number: int) -> bool:
+    """Have the component publish a number; return whether it says that the device keeps it."""
+    try:
+        reply = httpx.post(f"http://127.0.0.1:{device.port}/{METER}/plant/counter", content=str(number), timeout=30)
+    except httpx.HTTPError:
+        return False
+    return reply.status_code == httpx.codes.OK
 
 
 def alive(pid: int) -> bool:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from fleet.protocol.codes import Phase
-from tests.e2e.stage import HELLO
+from tests.e2e.stage import HELLO, publish
 from tests.eventually import eventually_async
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -69,5 +69,22 @@ def test_reports_health_presence_logs_and_commands_go_over_https(stage, device):
         await presence(stage, here, online=True)
         await stage.pushed("v2.wasm")
         await stage.answers(here, "2")
+
+    stage.do(story())
+
+
+def test_messages_of_components_arrive_over_https(stage, device):
+    async def story():
+        here, brokers = await with_brokers(stage, stage.scene.devices[0], NOWHERE)
+        await presence(stage, here, online=True)
+        await stage.push_meter(here)
+        for number in (1, 2, 3):
+            assert await asyncio.to_thread(publish, here, number)
+
+        async def arrived():
+            return await stage.messages() == [1, 2, 3]
+
+        await eventually_async(arrived, "the messages arrive")
+        await with_brokers(stage, here, brokers)
 
     stage.do(story())

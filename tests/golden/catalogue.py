@@ -14,7 +14,7 @@ from agent.host import cli, processes
 from agent.host.compiler import __main__
 from agent.host.engine import guest, runtime
 from agent.host.http import ingress_config, routing
-from agent.host.ipc import frames, helper_api, host_api, worker_api
+from agent.host.ipc import frames, helper_api, host_api, message_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import identity
 from agent.link import bundle, https, partial_file
@@ -200,8 +200,13 @@ MESSAGES: dict[str, dict[str, type]] = {
         "what-to-run": host_api.Run,
         "what-runs": host_api.Running,
         "route-to-an-instance": host_api.RouteView,
+        "message-of-a-component": host_api.Message,
     },
-    "worker": _tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
+    "worker": {
+        **_tagged(*get_args(worker_api.ToWorker), *get_args(worker_api.FromWorker), *get_args(worker_api.Earlier)),
+        "publish": message_api.Publish,
+        "published": message_api.Published,
+    },
     "router-and-egress": {
         **_tagged(*get_args(helper_api.ToRouter), helper_api.RegisterWorker),
         **_tagged(*(each for each in get_args(helper_api.FromRouter) if each is not helper_api.RouteAcknowledged)),
@@ -223,6 +228,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "agent-toml-policy": config.Policy,
         "agent-toml-network": config.Network,
         "agent-toml-disk": config.Disk,
+        "agent-toml-uplink": config.UplinkSettings,
+        "agent-toml-uplink-readings": config.ReadingsSettings,
         "committed": state.Committed,
         "change": state.Change,
         "change-state": machine.State,

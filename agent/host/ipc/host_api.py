@@ -19,25 +19,30 @@ import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from agent.host.ipc import framing
 from fleet.protocol import wire
-from fleet.protocol.bounds import Count, Port
+from fleet.protocol.bounds import Count, MessageData, MessageTopic, MessageType, Metadata, Port, Seconds, Text, Word
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Version of this protocol.
 
-2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`.
+2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`;
+4 knows `TakeMessages`.
 """
 
 CONFIGURES: Final = 3
 """Version from which on `Configure` is known."""
+
+TAKES_MESSAGES: Final = 4
+"""Version from which on `TakeMessages` is known."""
 
 OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
@@ -50,6 +55,10 @@ WHY_NOT: Final = "host.why"
 _WHY_NOT_MAX_CHARS: Final = 500
 CHECK_WAIT_S: Final = 60.0
 """Longest wait of `Status` for a health check: half of what the agent waits for any answer."""
+
+ROUTES_MAX: Final = 300
+TAKEN_MAX: Final = 1000
+"""Messages of components in one answer, far more than fit."""
 
 T = TypeVar("T")
 
@@ -224,7 +233,27 @@ class ListRoutes(msgspec.Struct, frozen=True, kw_only=True, tag="list-routes"):
     id: Count
 
 
-Request = Hello | PutSecrets | Start | Commit | Revert | Stop | Restart | Configure | Status | Logs | ListRoutes
+class TakeMessages(msgspec.Struct, frozen=True, kw_only=True, tag="take-messages"):
+    """Ask for messages that components publish. Answered with `Messages` once there are any, or after a while.
+
+    Hosts before `TAKES_MESSAGES` do not know it.
+
+    Attributes:
+        session: of the host that numbered the messages which were kept; empty for none.
+        done: number up to which every message is kept, or refused.
+        refused: number of each message that is not kept -> why.
+        wait_s: longest wait for a message, where there is none.
+    """
+
+    id: Count
+    session: Word = ""
+    done: Count = 0
+    refused: Annotated[dict[Count, Text], Meta(max_length=TAKEN_MAX)] = {}
+    wait_s: Seconds = 0
+
+
+_Change = PutSecrets | Start | Commit | Revert | Stop | Restart | Configure
+Request = Hello | _Change | Status | Logs | ListRoutes | TakeMessages
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -346,9 +375,6 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, tag="changed"):
     log: tuple[str, ...] = ()
 
 
-ROUTES_MAX: Final = 300
-
-
 class RouteView(msgspec.Struct, frozen=True, kw_only=True):
     """Route to an instance.
 
@@ -388,7 +414,32 @@ class RouteList(msgspec.Struct, frozen=True, kw_only=True, tag="route-list"):
     routes: tuple[RouteView, ...] = ()
 
 
-Reply = Welcome | Started | Failed | Done | HostStats | Lines | RouteList
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Message of a component; `number` grows within the host's session."""
+
+    number: Count
+    instance: Word
+    topic: MessageTopic
+    data: MessageData = b""
+    content_type: MessageType = ""
+    metadata: Metadata = ()
+
+
+class Messages(msgspec.Struct, frozen=True, kw_only=True, tag="messages"):
+    """Reply to `TakeMessages`: messages that are not kept yet, in order; each comes again until it is.
+
+    Attributes:
+        session: of the host.
+        more: there are others, which did not fit.
+    """
+
+    id: Count
+    session: Word
+    messages: tuple[Message, ...] = ()
+    more: bool = False
+
+
+Reply = Welcome | Started | Failed | Done | HostStats | Lines | RouteList | Messages
 Event = Trapped | Changed
 FromHost = Reply | Event
 

@@ -82,8 +82,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First message: set the instance up. Answered with `Ready` or `Refused`.
 
     Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
-    to the egress, memfd of the secrets, end of a channel. A slot in a shared worker gets no image, since that was
-    opened before the sandbox was shut.
+    to the egress, memfd of the secrets, end of a channel, socket for messages. A slot in a shared worker gets no image,
+    since that was opened before the sandbox was shut.
 
     Attributes:
         uid: user to become, None to stay.
@@ -94,6 +94,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         secrets: whether secrets come along: a JSON object of values by name. Not in a shared worker.
         channel: whether the worker's end of a channel comes along, which has its calls once it is told to serve.
         service: whether it is to run a service, whose standard input ends with a `Drain`.
+        messages: whether the socket for what the component publishes comes along.
     """
 
     instance: str
@@ -108,6 +109,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     secrets: bool = False
     channel: bool = False
     service: bool = False
+    messages: bool = False
     id: Count = 0
 
 
@@ -430,12 +432,12 @@ class TokenBucket:
         self._left = float(per_minute)
         self._at = time.monotonic()
 
-    def take(self) -> bool:
-        """Take a token; False if none is left."""
+    def take(self, count: int = 1) -> bool:
+        """Take some tokens; False, and nothing is taken, if there are not so many."""
         now = time.monotonic()
         self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60)
         self._at = now
-        if self._left < 1:
+        if self._left < count:
             return False
-        self._left -= 1
+        self._left -= count
         return True

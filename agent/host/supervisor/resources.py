@@ -27,7 +27,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -38,6 +38,7 @@ from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
 from agent.host.supervisor.instance_log import LogFiles
+from agent.host.supervisor.messages import MessageGate
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
 
@@ -394,6 +395,7 @@ class HostResources:
 
     Attributes:
         data: parent of the instances' data directories.
+        messages: what components publish, until the agent has it.
     """
 
     data: Path
@@ -404,6 +406,7 @@ class HostResources:
     cgroups: Cgroups
     secrets: PendingSecrets
     logs: LogFiles
+    messages: MessageGate = field(default_factory=MessageGate)
 
     @classmethod
     def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":

@@ -203,6 +203,7 @@ class Supervisor:
         server.close()
         self._pool.close()
         self._egress.close()
+        self._resources.messages.close()
         if self._ingress is not None:
             self._ingress.close()
         elif self._router is not None:
@@ -251,6 +252,8 @@ class Supervisor:
                 return await self._stats(request)
             case host_api.Revert():
                 return await self._revert(request)
+            case host_api.TakeMessages():
+                return await self._resources.messages.take(request, self._session)
             case host_api.PutSecrets():
                 self._resources.secrets.hold(request, fd)
             case host_api.Commit() | host_api.Stop() | host_api.Restart() | host_api.Configure():

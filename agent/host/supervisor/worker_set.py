@@ -20,6 +20,7 @@ from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import Generation, data_directory
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefusedError, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.messages import may_publish
 from agent.host.supervisor.resources import HostResources, no_room
 from agent.host.supervisor.worker_handle import (
     WorkerChannel,
@@ -216,6 +217,12 @@ class WorkerSet:
             if generation.run.manifest.triggers_of(Http):
                 channel, theirs = (stack.enter_context(end) for end in socket.socketpair())
                 fds.append(theirs.fileno())
+            messages = may_publish(run.grants) and not shared
+            if messages:
+                gate = self._resources.messages
+                admitted, end = gate.admit(self._name, run.grants, worker.kill)
+                worker.ended.add_done_callback(lambda _: gate.release(admitted))
+                fds.append(stack.enter_context(end).fileno())
             message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -229,6 +236,7 @@ class WorkerSet:
                 egress=egress,
                 channel=channel is not None,
                 service=generation.service is not None,
+                messages=messages,
             )
             yield _SetupPacket(message, tuple(fds), channel)
 

@@ -15,8 +15,8 @@ statistics page, since the call may have ended meanwhile.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
@@ -46,6 +46,7 @@ from fleet.protocol.codes import CallOutcome
 from fleet.protocol.manifest import Grants, Limits
 
 T = TypeVar("T")
+NO_PARTS: Final[Mapping[str, Any]] = {}
 
 
 def _sentence(problem: str | None) -> str | None:
@@ -72,12 +73,15 @@ class GuestRunner:
         writes: WriteMeter | None = None,
         outgoing: Callable[[Callable[[str], None]], Requests] | None = None,
         channel: bool = False,
+        parts: Mapping[str, Any] = NO_PARTS,
     ) -> None:
         """`channel`: calls come as frames on standard input, and `serve` takes them.
 
         `outgoing`: makes what the guest sends requests by, given where to log; None for nothing.
 
         `ticker`: that of the process, where there are other callers; None to start one.
+
+        `parts`: what is set up for one interface alone (`Surroundings`).
 
         `redact` takes what is secret out of a text.
         """
@@ -86,6 +90,7 @@ class GuestRunner:
         self._redact = redact
         self._writes = writes
         self.limits = limits
+        self._parts = parts
         self._grants = grants
         self._config = config
         self._page = page
@@ -135,7 +140,7 @@ class GuestRunner:
             config=self._config,
             log=self._denials,
             data=self._data,
-            served=Served(registry.INTERFACES, outgoing=self._outgoing),
+            served=Served(registry.INTERFACES, self._parts, outgoing=self._outgoing),
         )
         if self._meter is not None:
             guest.meter(self._wrote)

@@ -39,6 +39,7 @@ from agent.host.engine import adapter_abi, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
+from agent.host.interfaces import messaging
 from agent.host.ipc import frames, framing, heads, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
@@ -91,13 +92,14 @@ class Worker:
     def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
         """Become the worker of one instance alone, and enter the sandbox; False when that was refused."""
         image_fd, page_fd, *more = fds
+        message_fd = more.pop() if setup.messages else -1
         channel_fd = more.pop() if setup.channel else -1
         if setup.secrets:
             self._secrets = _read_secrets(more.pop())
             self._redactor = Redactor(self._secrets.values())
         ask_fd = more.pop() if setup.egress else -1
         tally_fd = more.pop() if setup.data else -1
-        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, tally_fd, channel_fd) if fd >= 0)}
+        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, tally_fd, channel_fd, message_fd) if fd >= 0)}
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
         self._tick = engine.tick
         if setup.egress:
@@ -146,6 +148,7 @@ class Worker:
             scheduling_fd=scheduling_fd,
             writes=writes,
             slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
+            messages=socket.socket(fileno=message_fd) if setup.messages else None,
         )
 
     def begin(
@@ -161,6 +164,7 @@ class Worker:
         scheduling_fd: int | None = None,
         writes: WriteMeter | None = None,
         slot: socket.socket | None = None,
+        messages: socket.socket | None = None,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
 
@@ -182,6 +186,7 @@ class Worker:
             scheduling_fd=scheduling_fd,
             writes=writes,
             channel=self._channel,
+            parts={messaging.NAME: messaging.Publisher(messages, setup.grants, setup.limits)},
         )
         try:
             kinds = self._caller.start()

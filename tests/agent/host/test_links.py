@@ -103,7 +103,16 @@ async def test_a_request_that_was_given_up_before_it_was_sent_is_never_sent(tmp_
 
 
 def welcome(hello):
-    return host_api.Welcome(id=hello.id, session="s", version="1", engine="50", containment={}, ingress="", running=())
+    return host_api.Welcome(
+        id=hello.id,
+        session="s",
+        version="1",
+        engine="50",
+        containment={},
+        ingress="",
+        running=(),
+        protocol=host_api.PROTOCOL,
+    )
 
 
 async def requests(sock, count):

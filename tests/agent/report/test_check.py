@@ -145,7 +145,14 @@ def host(device):
             host_api.send(
                 peer,
                 host_api.Welcome(
-                    id=request.id, session="s", version="1", engine="50", containment=walls, ingress="", running=()
+                    id=request.id,
+                    session="s",
+                    version="1",
+                    engine="50",
+                    containment=walls,
+                    ingress="",
+                    running=(),
+                    protocol=host_api.PROTOCOL,
                 ),
             )
 

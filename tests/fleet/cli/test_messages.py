@@ -67,7 +67,7 @@ def test_following_asks_behind_what_it_has(fleet, desk, asked):
 
 
 @pytest.mark.parametrize(
-    "words", [("--topic", "a/#/b"), ("--topic", "a\0"), ("--since", "yesterday"), ("--since", "-5m"), ("--limit", "0")]
+    "words", [("--topic", "a/#/b"), ("--topic", "a\0"), ("--since", "yesterday"), ("--since", "-5m")]
 )
 def test_nonsense_is_refused_before_anybody_is_asked(fleet, desk, words):
     done = fleet("messages", *words)
