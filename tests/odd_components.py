@@ -100,7 +100,7 @@ def composed_with_late_import(*, foreign: bool = False) -> bytes:
 
 
 KEYVALUE = instance("wasi:keyvalue/store@0.2.0-draft", "open", '(param "identifier" string)')
-MESSAGING = instance("wasi:messaging/producer@0.2.0-draft", "send", '(param "topic" string)')
+MESSAGING = instance("wasi:messaging/request-reply@0.2.0-draft", "request", '(param "topic" string)')
 I2C = instance("wasi:i2c/delay@0.2.0-draft", "delay-ns", '(param "ns" u32)')
 NN = instance("wasi:nn/graph@0.2.0-rc-2024-10-28", "load", '(param "name" string)')
 SPIN = instance("fermyon:spin/key-value@2.0.0", "open", '(param "name" string)')
@@ -114,7 +114,10 @@ FUNCTION = '(import "ask-me" (func))'
 
 UNSERVED = {
     "keyvalue": (KEYVALUE, "no device serves wasi:keyvalue/store@0.2.0-draft: keep its data in files"),
-    "messaging": (MESSAGING, "no device serves wasi:messaging/producer@0.2.0-draft: call and be called over HTTP"),
+    "messaging": (
+        MESSAGING,
+        "no device serves wasi:messaging/request-reply@0.2.0-draft: publish with wasi:messaging/producer",
+    ),
     "i2c": (I2C, "no device serves wasi:i2c/delay@0.2.0-draft: have a process on the device offer the hardware"),
     "nn": (NN, "no device serves wasi:nn/graph@0.2.0-rc-2024-10-28: build the model into the component"),
     "spin": (SPIN, "fermyon:spin/key-value@2.0.0 is an interface of Spin, which no device serves"),

@@ -73,6 +73,10 @@ _SOCKETS: Final = (
     "wasi:sockets is there for standard libraries: every socket and name is refused with access-denied; send "
     "requests with wasi:http/outgoing-handler and grants.outbound"
 )
+_NO_TOPICS: Final = (
+    f"{wasi.MESSAGING_PRODUCER} denies each message (permission-denied): name topics in grants.publish, "
+    'such as "plant/#"'
+)
 _NOT_ADAPTED: Final = (
     f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"
 )
@@ -231,6 +235,8 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
         found = [note for note in found if note != _NOTES[wasi.OUTGOING_HANDLER]] + [_NOT_ADAPTED]
     if any(package(name) == wasi.SOCKETS for name in names):
         found.append(_SOCKETS)
+    if any(bare(name) == wasi.MESSAGING_PRODUCER for name in names) and not grants.publishes:
+        found.append(_NO_TOPICS)
     return tuple(found)
 
 

@@ -181,3 +181,30 @@ def test_the_log_in_a_failure_report_is_the_owners_to_give(logs, kept):
     found = Policy(logs=logs).excerpt(tuple(lines))
     assert len(found) == kept
     assert found[-50:] == tuple(lines[-50:] if kept else ())
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ({"max": "lots"}, "uplink.readings.max"),
+        ({"max": "10KiB"}, "uplink.readings.max"),
+        ({"max": "2000GiB"}, "uplink.readings.max"),
+        ({"keep": "1s"}, "uplink.readings.keep"),
+        ({"keep": "99999d"}, "uplink.readings.keep"),
+        ({"full": "perhaps"}, "uplink.readings.full"),
+        ({"other": 1}, "uplink.readings"),
+    ],
+)
+def test_bounds_of_readings_that_cannot_be_are_refused_by_name(table, key):
+    with pytest.raises(config.ConfigError) as caught:
+        config.validate({"uplink": {"readings": table}})
+    assert caught.value.key.startswith(key)
+
+
+def test_the_owner_bounds_topics():
+    policy = Policy(publish=("plant/#",))
+    assert policy.denied(Grants(publish=("plant/+/t",)), None) == ()
+    assert policy.denied(Grants(publish=("plant/a", "other")), None) == ("messages on other",)
+    assert Policy().denied(Grants(publish=("other",)), None) == ()
+    with pytest.raises(config.ConfigError, match=r"policy\.publish"):
+        config.validate({"policy": {"publish": ["a/#/b"]}})

@@ -177,3 +177,13 @@ def test_grants_are_still_suggested_for_what_is_served():
         component_toml.describe(wanting, None, file_name="x.wasm")
     read = component_toml.load(caught.value.suggestion, component=wanting)
     assert read.grants == Grants(interfaces=("wasi:config/store",))
+
+
+def test_messages_without_topics_are_told():
+    asks = "wasi:messaging/producer@0.2.0-draft"
+    granted = Grants(interfaces=("wasi:messaging",))
+    (note,) = served.notes(made(asks), granted)
+    assert "grants.publish" in note
+    assert served.notes(made(asks), Grants(interfaces=("wasi:messaging",), publish=("plant/#",))) == ()
+    assert served.is_served(asks)
+    assert not served.is_served("wasi:messaging/request-reply@0.2.0-draft")

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fleet.protocol import manifest
-from fleet.protocol.manifest import BadManifestError, Grants, Limits, Manifest, SecretKey
+from fleet.protocol.manifest import BadManifestError, Grants, Http, Limits, Manifest, SecretKey
 
 HELLO = Manifest(name="hello", version="1.0.0", trigger=manifest.Http())
 EVERYTHING = Manifest(
@@ -170,3 +170,20 @@ def test_a_typed_key_is_signed_with_its_type_and_an_untyped_one_as_before():
 def test_a_signed_key_that_contradicts_itself_is_no_manifest(key):
     with pytest.raises(BadManifestError, match=r"manifest: .*config"):
         manifest.convert(HELLO.plain() | {"config": {"x": key}})
+
+
+@pytest.mark.parametrize("publish", [["a/#/b"], ["$SYS/#"], [""], ["a\0"], ["x" * 300], [f"t/{n}" for n in range(17)]])
+def test_filters_that_are_none_or_too_many_are_refused(publish):
+    value = {**Manifest(name="a", version="1.0.0", trigger=Http()).plain()}
+    value["grants"] = {**value["grants"], "publish": publish}
+    with pytest.raises(BadManifestError):
+        manifest.convert(value)
+
+
+def test_topics_are_left_out_where_there_are_none_and_bound_by_a_ceiling():
+    plain = Manifest(name="a", version="1.0.0", trigger=Http(), grants=Grants(publish=())).plain()
+    assert "publish" not in plain["grants"]
+    grants = Grants(publish=("plant/+/t",))
+    assert grants.within(Grants(publish=("plant/#",)))
+    assert not grants.within(Grants(publish=("plant/a/t",)))
+    assert not grants.within(Grants())
