@@ -73,6 +73,7 @@ def test_reports_health_presence_logs_and_commands_go_over_https(stage, device):
     stage.do(story())
 
 
+@pytest.mark.nightly
 def test_messages_of_components_arrive_over_https(stage, device):
     async def story():
         here, brokers = await with_brokers(stage, stage.scene.devices[0], NOWHERE)

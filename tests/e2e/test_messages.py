@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.stage import publish
 from tests.eventually import eventually_async
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(240)]
 
 
 def test_each_acknowledged_number_arrives_over_an_outage_of_server_and_broker_and_kills_of_the_agent(stage, device):
