@@ -87,8 +87,9 @@ def whole(scratch: Path) -> Path:
     shutil.copytree(WIT, copy)
     shutil.copytree(OWN_WIT / "http", copy / "deps" / "own-http")
     shutil.copytree(OWN_WIT / "schedule", copy / "deps" / "own-schedule")
-    (copy / "deps" / "clocks").mkdir()  # not beside the others: what toolchains bring of it is whole
-    shutil.copy(HERE / "clocks.wit", copy / "deps" / "clocks")
+    for part in ("clocks", "config"):  # not beside the others: what toolchains bring of them is whole
+        (copy / "deps" / part).mkdir()
+        shutil.copy(HERE / f"{part}.wit", copy / "deps" / part)
     return copy
 
 

@@ -212,7 +212,7 @@ def check_grants(component: Component, manifest: Manifest) -> list[str]:
     used = {
         wasi.ENVIRONMENT: reads and not imported.keys() & set(wasi.CONFIG),
         wasi.PREOPENS: manifest.data_schema > 0,
-        wasi.OUTGOING_HANDLER: bool(grants.outbound or grants.instances),
+        wasi.OUTGOING_HANDLER: bool(grants.requests or grants.instances),
     }
     missing += [imported[each] for each, use in used.items() if use and each in imported and not grants.allows(each)]
     return missing

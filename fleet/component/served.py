@@ -70,13 +70,14 @@ _NOTES: Final = {
 """By import: what it is without a grant."""
 
 _SOCKETS: Final = (
-    "wasi:sockets is there for standard libraries: every socket and name is refused with access-denied; send "
-    "requests with wasi:http/outgoing-handler and grants.outbound"
+    "wasi:sockets is there for standard libraries: every socket and name is refused with access-denied, unless "
+    "grants.outbound names where they lead, such as tcp://10.1.0.5:502"
 )
 _NO_TOPICS: Final = (
     f"{wasi.MESSAGING_PRODUCER} denies each message (permission-denied): name topics in grants.publish, "
     'such as "plant/#"'
 )
+_NO_SOCKETS: Final = "grants.outbound names where sockets may lead, and the component does not import wasi:sockets"
 _NOT_ADAPTED: Final = (
     f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"
 )
@@ -233,10 +234,13 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
     found = [note for interface, note in _NOTES.items() if interface in wanted]
     if any(bare(name) == wasi.OUTGOING_HANDLER for name in names) and not needs_adapter(component):
         found = [note for note in found if note != _NOTES[wasi.OUTGOING_HANDLER]] + [_NOT_ADAPTED]
-    if any(package(name) == wasi.SOCKETS for name in names):
+    sockets = any(package(name) == wasi.SOCKETS for name in names)
+    if sockets and not grants.sockets:
         found.append(_SOCKETS)
     if any(bare(name) == wasi.MESSAGING_PRODUCER for name in names) and not grants.publishes:
         found.append(_NO_TOPICS)
+    if grants.sockets and not sockets:
+        found.append(_NO_SOCKETS)
     return tuple(found)
 
 

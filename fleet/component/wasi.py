@@ -37,7 +37,7 @@ DENIED: Final = frozenset(
     | {f"{SOCKETS}/{kind}" for kind in ("tcp", "tcp-create-socket", "udp", "udp-create-socket")}
 )
 """Interfaces that every component has, and that deny each call by an error code: outgoing requests without a grant,
-sockets always."""
+sockets where no grant names any."""
 
 UNGRANTED: Final = ALWAYS | EMPTY | DENIED
 """Imports that need no grant: the standard library of some toolchain always has them, whatever its program does."""

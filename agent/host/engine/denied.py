@@ -1,9 +1,9 @@
 """Functions of WASI that deny each call, in place of the engine's.
 
-Standard libraries import sockets, and some toolchains outgoing requests, whatever their program does. No component has
-sockets, and requests go out only through the adapter of wasi:http. The engine denies the same, but says nothing of it
-to the host, has another error code for names, and would send a request if it could. A function whose type is not that
-of WASI stays the engine's, so that the linker refuses it.
+Standard libraries import sockets, and some toolchains outgoing requests, whatever their program does. Sockets that a
+grant names are the adapter's, and requests go out only through the adapter of wasi:http. The engine denies the same,
+but says nothing of it to the host, has another error code for names, and would send a request if it could. A function
+whose type is not that of WASI stays the engine's, so that the linker refuses it.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from agent.host.ipc.heads import ERRORS, REQUEST_DENIED
 from fleet.component import wasi
 from fleet.component.reader import bare
 
-_NO_SOCKETS: Final = "components have no sockets, only requests by wasi:http/outgoing-handler"
+_NO_SOCKETS: Final = "no sockets are granted (grants.outbound, such as tcp://10.1.0.5:502)"
 _NO_REQUESTS: Final = f"requests go out only from components that export {wasi.HTTP_HANDLER}"
 _ACCESS: Final = "access-denied"
 _LOOKUP: Final = f"{wasi.SOCKETS}/ip-name-lookup"

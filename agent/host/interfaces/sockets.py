@@ -80,7 +80,7 @@ _OF_KERNEL: Final = {
 
 
 class _Held:
-    """What a guest holds by a number.
+    """Socket or lookup that a guest holds by a number.
 
     Attributes:
         error: the case of error-code that ended it; -1 while none has.
@@ -109,7 +109,7 @@ class _Tcp(_Held):
         self.sock: socket.socket | None = None
         self.out = bytearray()
         self.reads = self.writes = True
-        self.ended = False  # its sending side, at the kernel's
+        self.ended = False  # the sending side, at the kernel's
 
     def has(self, part: int) -> bool:
         if self.error >= 0:
@@ -176,7 +176,7 @@ class Network(OutgoingHttp):
 
     def _prepare(self) -> None:
         self._held: dict[int, _Held] = {}
-        self._connections = 0  # that exist, or are being made
+        self._connections = 0  # made, or being made
         self._last = _FIRST
         self._names: dict[str, str] = {}  # names by the addresses that were found for them
         self._named: set[str] = set()  # denials that the log has

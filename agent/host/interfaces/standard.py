@@ -52,8 +52,16 @@ PACKAGES: Final[tuple[Package, ...]] = (
     _standard("wasi:random", "Random bytes of the kernel.", "None."),
     _standard(
         "wasi:sockets",
-        "There for standard libraries: every socket and every look-up is refused with `access-denied`.",
-        "None helps.",
-        counters={"denials": "calls"},
+        "TCP clients, UDP and look-ups of names, through the process that opens connections for components "
+        "([component.toml](component-toml.md#grants)). No component serves: `listen`, and binding to an address or a "
+        "port, are refused with `access-denied`. Without a grant every socket and every look-up is.",
+        'Destinations in `outbound`: `"tcp://10.1.0.5:502"`, `"udp://[fd00::1]:123"`, `"tcp://meter.local:502"`.',
+        limits={
+            "sockets at once": "16 connections, each peer of a UDP socket counted as one",
+            "waiting for one socket": "four fifths of `limits.idle`, then it fails with `timeout`",
+            "datagrams": "65,507 bytes each, 1,000 a second with one peer, each way; what is beyond is dropped",
+            "names": "of those a socket may lead to; private addresses only where an entry names them",
+        },
+        counters={"outgoing": "connections, and peers of UDP sockets", "denials": "calls that no grant covers"},
     ),
 )

@@ -471,7 +471,7 @@ class EgressHandle(HelperProcess):
         """Admit a worker of this instance. Raises `OSError`: there is no room for it."""
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
-        if not _may_send(grants):  # what names requests alone leads nowhere
+        if not _may_send(grants):  # entries for requests alone lead nowhere
             wanted = tuple(each for each in grants.outbound if each not in grants.requests)
             grants = Grants(outbound=wanted)
         message = helper_api.RegisterWorker(instance=instance, outbound=grants.outbound, instances=grants.instances)

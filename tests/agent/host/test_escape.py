@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -119,6 +120,38 @@ def test_an_escaped_guest_is_refused_everything_by_the_kernel(escaped):
         assert not support.remembers(lane, SECRET.encode())
         assert support.remembers(sibling, SECRET.encode()), "this way of looking would have found it"
     assert host.health("sibling").restarts == 0
+
+
+def test_sockets_of_an_escaped_guest_lead_where_its_grants_say_and_nowhere_else(escaped):
+    host = escaped
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as granted,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+        socket.create_server(("127.0.0.1", 0)) as same_port,
+    ):
+        granted.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", same_port.getsockname()[1]))
+        tcp, udp = server.getsockname()[1], granted.getsockname()[1]
+        outbound = (f"tcp://127.0.0.1:{tcp}", f"udp://127.0.0.1:{udp}", "tcp://granted.example:*")
+        limits = support.Limits(start_ms=60_000)
+        run = support.a_run("bad", 1, limits=limits, grants=support.Grants(outbound=outbound))
+        assert isinstance(host.start("hello", run), host_api.Started)
+        body = json.dumps({"granted": ["127.0.0.1", tcp, udp], "other": other.getsockname()}).encode()
+        head = b"POST /bad/sockets HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        status, _, answer = support.http(host.port, head + body)
+        assert status == 200, answer
+        said = json.loads(answer)
+        other.setblocking(False)
+        same_port.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.recv(100)
+        with pytest.raises(BlockingIOError):
+            same_port.accept()
+    assert said["families"] == ["AF_INET", "AF_UNIX"]
+    refused = {"EPERM", "EACCES", "HTTP-request-denied", "destination-IP-prohibited", "TypeError", "EISCONN", "EINVAL"}
+    assert {what: result for what, result in said["tried"].items() if result not in refused} == {}
+    assert len(said["tried"]) > 10
 
 
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):

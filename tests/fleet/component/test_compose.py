@@ -39,8 +39,25 @@ def test_an_independent_validator_takes_it_too(whole, tmp_path):
 
 
 def test_the_whole_begins_with_the_adapter_and_nests_the_guest_byte_for_byte(whole):
-    assert whole.startswith(compose.load_adapter())
+    sockets = reader.read_index(compose.load_adapter()).components[-compose.WITH_SOCKETS :]
+    rest = b"".join(binary.section(reader.NESTED, each) for each in sockets)
+    assert compose.load_adapter().endswith(rest)
+    assert whole.startswith(compose.load_adapter().removesuffix(rest))
     assert PROBE in whole
+    assert not any(each in whole for each in sockets), "it carries what only a guest with sockets needs"
+
+
+@pytest.mark.parametrize("guest", ["dial", "dial-task"])
+def test_a_guest_with_sockets_has_them_from_the_adapter(guest):
+    artifact = (ROOT / "components" / "adapter" / f"{guest}.wasm").read_bytes()
+    whole = compose.compose(compose.load_adapter(), artifact, sockets=True)
+    assert whole.startswith(compose.load_adapter())
+    compiles(whole)
+    shape = reader.read_index(whole)
+    assert not any(name.startswith("wasi:sockets/") for name in shape.instances)
+    assert any(name.startswith(f"{compose.SOCKETS_HOST}@") for name in shape.instances)
+    exported = "wasmfleet:adapter/bridge@0.1.0" if guest == "dial" else "wasmfleet:schedule/task@0.1.0"
+    assert shape.exports == [exported]
 
 
 def test_the_same_two_give_the_same_bytes(whole):

@@ -25,6 +25,10 @@ from fleet.protocol.outbound import BadOutboundError, covered, describe, kind, p
         ("https://[::1]", "https://[::1]:443"),
         ("https://*", "https://*:443"),
         ("http://localhost:3000", "http://localhost:3000"),
+        ("TCP://10.1.0.5:502", "tcp://10.1.0.5:502"),
+        ("tcp://10.1.0.0/24:502", "tcp://10.1.0.0/24:502"),
+        ("udp://[fd00::1]:123", "udp://[fd00::1]:123"),
+        ("tcp://meter.local:*", "tcp://meter.local:*"),
     ],
 )
 def test_an_entry_reads_back_as_it_is_written_out(written, normal):
@@ -60,6 +64,9 @@ def test_an_entry_reads_back_as_it_is_written_out(written, normal):
         ("http://meter.internal", "instances ="),
         ("https://", "no host name"),
         ("https://-a.example", "no host name"),
+        ("tcp://10.1.0.5", "with the scheme tcp a port has to be named"),
+        ("udp://meter.local", "with the scheme udp a port has to be named"),
+        ("tls://10.1.0.5:1", "tcp or udp for sockets, not 'tls'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(written, said):
@@ -71,6 +78,16 @@ def test_what_is_wrong_is_said_in_one_sentence(written, said):
 @pytest.mark.parametrize(
     ("entry", "scheme", "host", "port", "allowed"),
     [
+        ("tcp://10.1.0.5:502", "tcp", "10.1.0.5", 502, True),
+        ("tcp://10.1.0.5:502", "tcp", "10.1.0.6", 502, False),
+        ("tcp://10.1.0.5:502", "tcp", "10.1.0.5", 503, False),
+        ("tcp://10.1.0.5:502", "udp", "10.1.0.5", 502, False),
+        ("tcp://10.1.0.5:80", "http", "10.1.0.5", 80, False),
+        ("http://10.1.0.5:80", "tcp", "10.1.0.5", 80, False),
+        ("*://10.1.0.5:80", "tcp", "10.1.0.5", 80, False),
+        ("tcp://10.1.0.0/24:502", "tcp", "10.1.0.9", 502, True),
+        ("tcp://*:502", "tcp", "93.184.216.34", 502, True),
+        ("tcp://*:502", "tcp", "10.1.0.5", 502, False),
         ("https://api.example.com", "https", "api.example.com", 443, True),
         ("https://api.example.com", "http", "api.example.com", 443, False),
         ("https://api.example.com", "https", "api.example.com", 444, False),
@@ -238,3 +255,18 @@ def test_an_entry_is_described_by_what_it_lets_out():
     assert "16777216 addresses" in describe("https://10.0.0.0/8:443")
     assert describe("nonsense") == "nonsense"
     assert outbound.PORTS["https"] == 443
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "entry", "within"),
+    [
+        ("tcp://10.1.0.0/24:502", "tcp://10.1.0.5:502", True),
+        ("tcp://*.example.com:*", "tcp://db.example.com:5432", True),
+        ("udp://10.1.0.5:502", "tcp://10.1.0.5:502", False),
+        ("*://*:*", "tcp://db.example.com:5432", False),
+        ("*://10.0.0.0/8:*", "udp://10.1.0.5:502", False),
+        ("http://10.1.0.5:502", "tcp://10.1.0.5:502", False),
+    ],
+)
+def test_sockets_are_within_entries_of_their_own_kind_alone(ceiling, entry, within):
+    assert covered(entry, [ceiling]) == within

@@ -13,6 +13,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
     import json
     import mmap
     import os
+    import socket
     import stat
 
     from agent.host.ipc import stats_page
@@ -140,7 +141,42 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         del unix
         return results
 
+    def asked(caller, **ask):
+        """The egress's reply to a question of the worker's own, and the descriptors that come along."""
+        egress = caller._outgoing._loop._ask_sock
+        egress.setblocking(True)
+        egress.send(json.dumps({"type": "connect", "id": 7, "timeout_ms": 5000, **ask}).encode())
+        reply, fds, _, _ = socket.recv_fds(egress, 4096, 4)
+        return json.loads(reply), [socket.socket(fileno=fd) for fd in fds]
+
+    def lead_elsewhere(caller, facts):
+        """Try to get beyond the grants by what the egress hands over: for TCP, for UDP, and by asking alone."""
+        (host, tcp, udp), other = facts["granted"], tuple(facts["other"])
+        _, (stream,) = asked(caller, scheme="tcp", authority=f"{host}:{tcp}")
+        disconnect = ctypes.create_string_buffer(16)
+        results = {
+            "connect a TCP socket to another": attempt(stream.connect, other),
+            "disconnect it": "EPERM" if libc.connect(stream.fileno(), disconnect, 16) else "done",
+            "bind it": attempt(stream.bind, ("127.0.0.1", 0)),
+            "listen on it": attempt(stream.listen),
+        }
+        _, (datagrams,) = asked(caller, scheme="udp", authority=f"{host}:{udp}")
+        results |= {
+            "send a datagram to another": attempt(datagrams.sendto, b"escaped", other),
+            "send a message to another": attempt(datagrams.sendmsg, [b"escaped"], [], 0, other),
+            "connect it to another": attempt(datagrams.connect, other),
+            "ask for another by TCP": asked(caller, scheme="tcp", authority="{}:{}".format(*other))[0]["error"],
+            "ask for another by UDP": asked(caller, scheme="udp", authority="{}:{}".format(*other))[0]["error"],
+            "ask for the same by HTTP": asked(caller, scheme="http", authority=f"{host}:{tcp}")[0]["error"],
+            "say it was a name": asked(caller, scheme="tcp", authority="{}:{}".format(*other), name="granted.example")[
+                0
+            ]["error"],
+        }
+        return {"tried": results, "families": [stream.family.name, datagrams.family.name]}
+
     def attack(caller, target, body):
+        if target == b"/sockets":
+            return 200, b"", json.dumps(lead_elsewhere(caller, json.loads(body))).encode()
         if target == b"/hang":
             # Every figure that this process can write says that no call is in flight, while one never ends.
             while True:

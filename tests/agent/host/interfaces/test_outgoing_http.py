@@ -445,7 +445,13 @@ def test_a_worker_is_who_its_socket_says_and_gets_connected_sockets_only(device,
         data, fds = framing.receive_packet(lane)
         return msgspec.json.decode(data), fds
 
-    question = {"id": 7, "scheme": "http", "authority": f"127.0.0.1:{there.port}", "timeout_ms": 1000}
+    question = {
+        "type": "connect",
+        "id": 7,
+        "scheme": "http",
+        "authority": f"127.0.0.1:{there.port}",
+        "timeout_ms": 1000,
+    }
     told, fds = asked(msgspec.json.encode(question | {"instance": "other", "outbound": ["http://*:*"]}))
     assert (told["id"], told["error"], fds) == (7, "HTTP-request-denied", ())
     told, fds = asked(msgspec.json.encode(ConnectRequest(8, "http", f"127.0.0.1:{mine.port}", 1000)))
