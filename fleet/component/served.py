@@ -197,9 +197,9 @@ def uncallable(trigger: Trigger) -> str:
 
 
 def uncalled(component: Component | None, manifest: Manifest, device: Collection[str]) -> str:
-    """Say which of the manifest's triggers a device does not have, by what it reported; empty for none.
+    """Say what of the manifest a device does not have, by what it reported: triggers, swaps, sockets; empty for none.
 
-    `device`: as in `unserved`; of a device of before, which reports no trigger, everything later is missing.
+    `device`: as in `unserved`; of a device of before, which reports none of these, everything later is missing.
     """
     tasks = component is None or component.exported(SCHEDULE_TASK)
     runs = any(isinstance(each, Service) or (isinstance(each, Schedule) and not tasks) for each in manifest.triggers)
@@ -209,6 +209,8 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
         return "it does not swap by replacement"
     if len(manifest.triggers) > 1 and wasi.SEVERAL_TRIGGERS not in device:
         return "it knows manifests with one trigger only"
+    if manifest.grants.sockets and wasi.SOCKETS_BY_GRANT not in device:
+        return "it denies every socket, whatever grants.outbound names"
     return ""
 
 

@@ -65,5 +65,7 @@ RUNS: Final = f"{RUN}@0.2"
 
 REPLACES: Final = "wasmfleet:swap-by-replacement@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES)
+SOCKETS_BY_GRANT: Final = "wasmfleet:sockets@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""

@@ -15,6 +15,7 @@ from fleet.protocol.messages import Versions
 from tests import odd_components
 
 GUESTS = Path(__file__).resolve().parents[3] / "components/guests"
+ADAPTER = GUESTS.with_name("adapter")
 HELLO = bytes(wat2wasm((GUESTS / "hello.wat").read_text()))
 ENGINE = "this machine's host: wasmtime "
 TABLE = "the table of interfaces that devices serve: "
@@ -204,6 +205,21 @@ def test_several_triggers_are_shown_judged_by_this_machine_and_by_what_devices_r
     assert lines[lines.index("called by HTTP requests") + 1] == "a timer, every 10000 ms"
     said = json.loads(fleet("component", "inspect", file, "--json").stdout)
     assert [each["type"] for each in said["triggers"]] == ["http", "schedule"]
+
+
+def test_sockets_are_judged_by_what_devices_reported(saved, fleet, desk):
+    newer = Versions(agent="1", host="1", engine="50.0.1", interfaces=(*wasi.SERVED, *wasi.CALLED))
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=(row("new", versions=newer), row("before")))
+    file = saved((ADAPTER / "dial.wasm").read_bytes())
+    file.with_name("component.toml").write_text('[grants]\noutbound = ["tcp://10.1.0.5:502"]\n')
+    said = json.loads(fleet("component", "check", file, "--group", "edge-eu", "--json").stdout)
+    assert said["problems"] == []
+    reason = "its host is too old, it denies every socket, whatever grants.outbound names: upgrade its agent"
+    assert said["excluded"] == [{"device": "before", "reason": reason}]
+    assert not any("sockets" in note for note in said["notes"])
+    file.with_name("component.toml").write_text("")
+    said = json.loads(fleet("component", "check", file, "--group", "edge-eu", "--json").stdout)
+    assert any("unless grants.outbound names where they lead" in note for note in said["notes"])
 
 
 def test_a_trigger_without_its_export_is_named_before_anybody_signs(saved, fleet):
