@@ -6,6 +6,7 @@
 //   b N ADDR PORT   bind a TCP socket; l N  listen
 //   c N ADDR PORT   connect and wait for it
 //   w N TEXT        write and flush; W N BYTES  write so many, as there is room
+//   h N HEX         write bytes; H N BYTES  read so many, as hex
 //   r N BYTES       read, waiting for some; R N BYTES  read so many
 //   s N HOW         shut down: 0 receive, 1 send, 2 both
 //   a N             this end's address, and the other's
@@ -257,6 +258,33 @@ static void read_many(size_t n, uint32_t size) {
     say_number(got), say(TEXT(" ")), say_number(sum);
 }
 
+static void write_hex(size_t n, text digits) {
+    char bytes[256];
+    uint32_t result[3] = {0};
+    size_t size = digits.size / 2 < sizeof bytes ? digits.size / 2 : sizeof bytes;
+    for (size_t i = 0; i < size; i++) bytes[i] = (char)(digit(digits.data[2 * i]) << 4 | digit(digits.data[2 * i + 1]));
+    blocking_write(all[n].out, bytes, size, result);
+    if (result[0] & 0xff) say_broken(result);
+    else say(TEXT("ok"));
+}
+
+static void read_hex(size_t n, uint32_t size) {
+    while (size) {
+        uint32_t result[3] = {0};
+        used = 0;
+        blocking_read(all[n].in, size, result);
+        if (result[0] & 0xff) {
+            say_broken(result);
+            return;
+        }
+        for (uint32_t i = 0; i < result[2]; i++) {
+            uint8_t byte = ((const uint8_t *)(uintptr_t)result[1])[i];
+            say((text){(char[]){"0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]}, 2});
+        }
+        size -= result[2];
+    }
+}
+
 static void say_ready(int32_t first, int32_t second) {
     int32_t list[2] = {first, second};
     text ready;
@@ -421,6 +449,8 @@ static void step(char what, text rest) {
         if (result[0] & 0xff) say_broken(result);
         else say(TEXT("ok"));
         break;
+    case 'h': write_hex(n, rest); break;
+    case 'H': read_hex(n, number_of(next_word(&rest))); break;
     case 'W': write_many(n, number_of(next_word(&rest))); break;
     case 'r':
         blocking_read(all[n].in, number_of(next_word(&rest)), result);
