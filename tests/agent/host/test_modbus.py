@@ -1,0 +1,108 @@
+"""A component speaks Modbus TCP to a real server (pymodbus), over sockets that its grants name."""
+
+import asyncio
+import threading
+
+import pytest
+import support
+from pymodbus.server import ModbusTcpServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+
+from agent.host.ipc import host_api
+from fleet.protocol.manifest import Grants, Schedule
+from tests.eventually import eventually
+
+UNIT = 1
+REGISTERS = [230, 501, 0, 7]  # at address 100
+
+
+class Meter:
+    """The server, in a thread."""
+
+    def __init__(self):
+        self.port = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(30)
+
+    async def _run(self):
+        self._loop, self._ends = asyncio.get_running_loop(), asyncio.Event()
+        device = SimDevice(UNIT, SimData(100, values=REGISTERS, datatype=DataType.REGISTERS))
+        server = ModbusTcpServer(device, address=("127.0.0.1", 0))
+        await server.serve_forever(background=True)
+        self.port = server.transport.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._ends.wait()
+        await server.shutdown()
+
+    def close(self):
+        self._loop.call_soon_threadsafe(self._ends.set)
+        self._thread.join(30)
+
+
+@pytest.fixture
+def meter():
+    made = Meter()
+    yield made
+    made.close()
+
+
+def frame(number, *pdu):
+    """A request of the protocol, as hex: transaction, protocol 0, length, unit, function and data."""
+    return (number.to_bytes(2, "big") + bytes(2) + (len(pdu) + 1).to_bytes(2, "big") + bytes([UNIT, *pdu])).hex()
+
+
+def reads(first, count):
+    return (3, *first.to_bytes(2, "big"), *count.to_bytes(2, "big"))
+
+
+def writes(at, value):
+    return (6, *at.to_bytes(2, "big"), *value.to_bytes(2, "big"))
+
+
+def held(*values):
+    return (3, 2 * len(values), *(byte for value in values for byte in value.to_bytes(2, "big")))
+
+
+def steps(port):
+    """Read two registers, write one, read it back, and ask for one that is not there."""
+    return [
+        *("t 0 4", f"c 0 127.0.0.1 {port}"),
+        *(f"h 0 {frame(1, *reads(100, 2))}", "H 0 13"),
+        *(f"h 0 {frame(2, *writes(102, 4711))}", "H 0 12"),
+        *(f"h 0 {frame(3, *reads(102, 1))}", "H 0 11"),
+        *(f"h 0 {frame(4, *reads(500, 1))}", "H 0 9"),
+        *("s 0 1", "H 0 1", "d 0"),
+    ]
+
+
+ANSWERS = [
+    *("ok", "ok"),
+    *("ok", frame(1, *held(230, 501))),
+    *("ok", frame(2, *writes(102, 4711))),
+    *("ok", frame(3, *held(4711))),
+    *("ok", frame(4, 0x83, 2)),
+    *("ok", "closed", "ok"),
+]
+
+
+def test_a_request_reads_and_writes_registers(host, meter):
+    grants = Grants(outbound=(f"tcp://127.0.0.1:{meter.port}",))
+    assert isinstance(host.start("dial", support.a_run("meter", 1, grants=grants)), host_api.Started)
+    body = "\n".join(steps(meter.port)).encode()
+    head = f"POST /meter/ HTTP/1.1\r\nhost: board\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    status, _, said = support.http(host.port, head + body)
+    assert (status, said.decode().splitlines()) == (200, ANSWERS)
+
+
+def test_a_scheduled_task_reads_and_writes_registers(host, meter):
+    grants = Grants(outbound=(f"tcp://127.0.0.0/24:{meter.port}",), interfaces=("wasi:config",))
+    config = {"steps": "\n".join(steps(meter.port))}
+    run = support.a_run("meter", 1, grants=grants, trigger=Schedule(every_ms=200), config=config)
+    assert isinstance(host.start("dial-task", run), host_api.Started)
+    eventually(lambda: host.health("meter").errors, "the task tells its answers")
+    (told, *_) = [line for line in host.lines_of("meter") if "failed" in line]
+    assert frame(1, *held(230, 501)) in told
+    assert frame(3, *held(4711)) in told
+    assert host.health("meter").denials == 0
