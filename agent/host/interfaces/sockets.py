@@ -615,7 +615,8 @@ class Network(OutgoingHttp):
             return _PENDING_ANSWER
         for each in held.addresses:
             self._names.pop(each, None)
-            self._names[each] = held.name
+            if each != held.name:  # an address that was looked up has no name
+                self._names[each] = held.name
         while len(self._names) > _NAMES_KEPT:
             del self._names[next(iter(self._names))]
         return "+" + " ".join(ipaddress.ip_address(each).packed.hex() for each in held.addresses)

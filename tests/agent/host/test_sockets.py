@@ -277,6 +277,9 @@ def test_a_name_and_what_it_leads_to(dial, host, peer):
     assert said[0] == OK
     assert said[2:] == ["127.0.0.1", ACCESS_DENIED]
     assert any("the name other.example is denied" in line for line in host.lines_of("dial"))
+    assert dial.again("n 127.0.0.1", "t 0 4", "C 0 9") == ["127.0.0.1", OK, ACCESS_DENIED]
+    denied = "tcp://127.0.0.1:9 is denied: grants.outbound does not name 127.0.0.1:9"
+    assert any(denied in line for line in host.lines_of("dial"))
 
 
 def test_without_a_grant_nothing_is_there(dial):

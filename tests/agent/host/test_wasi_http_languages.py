@@ -6,20 +6,17 @@ A language whose tools are not here is skipped by name, and so is the comparison
 
 import contextlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import support
 from serve import serving
-from support import Limits
+from support import Limits, built
 from wire import streamed
 
 from agent.host.engine.runtime import Engine
 from agent.host.ipc import host_api
 
-BUILD = support.ROOT / "components" / "examples" / "wasi-http" / "build.py"
 SAYS = {"rust": "Rust", "js": "JavaScript", "python": "Python"}
 HERE = Path(__file__).parent
 # What a language's runtime imports needs no grant.
@@ -37,17 +34,6 @@ REQUESTS = {
 def server(request, tmp_path_factory):
     """A language, and the component that its toolchain makes."""
     return request.param, built(request.param, tmp_path_factory.mktemp("built"))
-
-
-def built(language, directory, *more):
-    """The component that a language's toolchain makes; skips the test where it is not here."""
-    out = directory / f"{language}.wasm"
-    command = [sys.executable, BUILD, language, "-o", out, *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 2:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")
