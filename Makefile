@@ -52,7 +52,7 @@ test-unit: $(STAMP) ## the quick tests only
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(EVERYWHERE) and not e2e"
 
 golden: $(STAMP) ## record again what leaves a process (messages, tables, routes, commands): read the difference before committing it
-	$(BIN)/python -m pytest tests/golden tests/fleet/server/test_golden_answers.py --record-golden
+	$(BIN)/python -m pytest tests/golden tests/fleet/server/test_golden_answers.py tests/fleet/cli/test_tables.py --record-golden
 
 test-root: $(STAMP) ## tests of isolation layers that only root can create
 	$(BIN)/python -m pytest -m root

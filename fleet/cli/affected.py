@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from fleet.cli import output
+from fleet.cli import base, output
 from fleet.cli.base import Exit, Fault, Options, command
 from fleet.cli.evidence import Contents, Shelf
 from fleet.cli.operator import load_operator
@@ -57,6 +57,7 @@ class Hit:
 @click.argument("question", metavar="PACKAGE[<VERSION]")
 @click.option("--published", is_flag=True, help="Include what is published and in use nowhere")
 @click.option("--strict", is_flag=True, help="Exit with 1 also when the packages of something in use are unknown")
+@base.WIDE_OPTION
 def affected(options: Options, *, question: str, published: bool, strict: bool) -> Exit:
     """List the devices that run a package, by name or package URL, with conditions on its version.
 

@@ -6,7 +6,7 @@ import click
 import msgspec
 from rich.text import Text
 
-from fleet.cli import operator, output
+from fleet.cli import base, operator, output
 from fleet.cli.base import Exit, Fault, Group, Options, command
 from fleet.cli.operator import load_operator
 from fleet.cli.trust_store import DeviceMemory, Place, remembering_devices
@@ -47,6 +47,7 @@ def audits() -> None:
 @click.option(
     "--forget", is_flag=True, help="Accept the device's present key, when it was enrolled anew for a known reason"
 )
+@base.table_options
 def verify(options: Options, *, device: str, forget: bool) -> Exit:
     """Check that devices signed what the server shows of them, whole and in order, and list what they ran.
 

@@ -41,7 +41,7 @@ EXIT_CODES: Final = (
     (Exit.FAILED, "tried and failed: a rollout was reverted, aborted or revoked"),
     (Exit.USAGE, "wrong options or bad input: nothing was changed"),
     (Exit.UNREACHABLE, "the server cannot be reached"),
-    (Exit.REFUSED, "the server refused: unknown, conflicting or not allowed"),
+    (Exit.REFUSED, "refused: not there under this name, conflicting or not allowed"),
     (Exit.NOTHING_AFFECTED, "the rollout was refused: it would change nothing on any device"),
     (Exit.INTERRUPTED, "interrupted; a rollout that was being followed goes on"),
 )
@@ -145,6 +145,38 @@ FORCE_OPTION: Final = click.option(
     callback=_remember_force,
     help="Replace the file if it exists",
 )
+
+WIDE: Final = "fleet.cli.wide"
+COLUMNS: Final = "fleet.cli.columns"
+
+
+def _remember(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def remember(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+        ctx.meta[key] = value
+
+    return remember
+
+
+WIDE_OPTION: Final = click.option(
+    "--wide",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember(WIDE),
+    help="Print each row in one line, however narrow the terminal is",
+)
+
+
+def table_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command that prints one table `--wide` and `--columns`, which `output.table` reads."""
+    chosen = click.option(
+        "--columns",
+        metavar="NAME,NAME",
+        expose_value=False,
+        callback=_remember(COLUMNS),
+        help="Print only these columns, in this order",
+    )
+    return WIDE_OPTION(chosen(function))
+
 
 SIGN_YES: Final = click.option("--yes", is_flag=True, help="Sign without asking")
 
@@ -328,23 +360,29 @@ class LazyGroup(click.Group):
         kwargs["standalone_mode"] = False
         kwargs.setdefault("color", _color())
         argv = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
-        debug = "--debug" in argv
+        debug, as_json = "--debug" in argv, "--json" in argv
         try:
             result = super().main(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the one place where an error becomes a line
             if debug:
                 traceback.print_exc()
-            sys.exit(explain(error))
+            sys.exit(explain(error, as_json=as_json))
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def explain(error: Exception) -> int:
-    """Print one line for `error` and return the exit code that belongs to it."""
+def explain(error: Exception, *, as_json: bool = False) -> int:
+    """Print one line for `error` on standard error and return the exit code that belongs to it.
+
+    Args:
+        error: as raised by a command.
+        as_json: print the line as `{"error": {...}}`, for programs: its keys are in docs/cli.md.
+    """
+    extra = ""
     match error:
         case Fault():
-            line, code = str(error), error.code
-            if error.extra:
-                click.echo(error.extra)
+            line, code, extra = str(error), error.code, error.extra
+            if extra and not as_json:
+                click.echo(extra)
         case click.exceptions.Abort():
             line, code = "interrupted", Exit.INTERRUPTED
         case click.UsageError() if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has no such class
@@ -363,8 +401,26 @@ def explain(error: Exception) -> int:
             line, code = _one_line(error.format_message()), Exit(error.exit_code)
         case _:
             line, code = _by_library(error)
-    click.echo(click.style("error:", fg="red", bold=True) + f" {_one_line(line)}", err=True, color=_color())
+    if as_json:
+        click.echo(_error_json(_one_line(line), code, error, extra), err=True)
+    else:
+        click.echo(click.style("error:", fg="red", bold=True) + f" {_one_line(line)}", err=True, color=_color())
     return code
+
+
+def _error_json(line: str, code: int, error: Exception, extra: str) -> str:
+    """Return an error as one line of JSON."""
+    import json  # noqa: PLC0415 - keeps the start fast
+
+    from fleet.protocol.printable import json_text  # noqa: PLC0415 - keeps the start fast
+
+    kind = Exit(code).name.lower().replace("_", "-") if code in set(Exit) else "failed"
+    found: dict[str, object] = {"message": line, "kind": kind, "exit_code": int(code)}
+    if problem := getattr(getattr(error, "problem", None), "type", ""):
+        found["problem"] = problem
+    if extra:
+        found["extra"] = extra
+    return json_text(json.dumps({"error": found}, ensure_ascii=False))
 
 
 def _color() -> bool | None:

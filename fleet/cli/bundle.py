@@ -189,6 +189,8 @@ def _rows(client: "Client", group: str, named: tuple[str, ...]) -> list[DeviceRo
     """Look up the devices of the group and those named; the server refuses unknown names."""
     alone = [client.device(device).row for device in named]
     members = [row for row in client.devices().devices if group in row.groups] if group else []
+    if group and not members:
+        client.policy(group)  # the server refuses a name that no group has
     return [row for row in {row.id: row for row in (*alone, *members)}.values() if not row.revoked]
 
 

@@ -7,7 +7,7 @@ import click
 
 from fleet import ca
 from fleet.ca import CaError, Root, read_pair
-from fleet.cli import output
+from fleet.cli import base, output
 from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, confirm
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.unlock import ask, new_passphrase
@@ -25,6 +25,7 @@ def authority() -> None:
 
 
 @command("status", examples="fleet ca status\nfleet ca status --json")
+@base.table_options
 def status(options: Options) -> Exit:
     """Show the issuing CAs whose certificates are accepted; exit with 1 when the one in use ends within 30 days."""
     with load_operator(options).client(late=True) as client:
@@ -40,7 +41,7 @@ def status(options: Options) -> Exit:
         rows = [
             (each.serial, f"{each.ends:%Y-%m-%d}", "in use" if each.current else "accepted") for each in view.issuers
         ]
-        output.table(("ISSUING CA", "ENDS", ""), rows, empty="none")
+        output.table(("ISSUING CA", "ENDS", "STATE"), rows, empty="none")
     late = due(view, within=ca.WARN)
     if late is None:
         return Exit.OK
@@ -81,8 +82,9 @@ def revoke(options: Options, *, serial: str) -> None:
     Devices with such a certificate renew it by themselves, with their enrolled key; anybody else with one is refused.
     """
     with load_operator(options).client(late=True) as client:
-        client.revoke_issuer(serial)
-    output.say(options, f"Certificates signed by {serial} are refused from now on; devices renew theirs by themselves.")
+        left = client.revoke_issuer(serial)
+    text = f"Certificates signed by {serial} are refused from now on; devices renew theirs by themselves."
+    output.result(options, left, text)
 
 
 @command("offline", examples="fleet ca offline", json=False)

@@ -2,13 +2,14 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 import msgspec
 
-from fleet.cli import host_check, output
+from fleet.cli import base, host_check, output
 from fleet.cli.base import (
     FORCE_OPTION,
     Exit,
@@ -270,6 +271,39 @@ def read_component(file: Path) -> bytes:
 def beside(file: Path) -> Path | None:
     """Find the manifest beside a component; None when there is none."""
     return next((path for name in component_toml.beside(file.name) if (path := file.with_name(name)).is_file()), None)
+
+
+@command("components", examples="fleet components\nfleet components hello\nfleet components --json")
+@click.argument("name", required=False, default="")
+@base.table_options
+def components(options: Options, *, name: str) -> Exit:
+    """List what is published, and how many devices run it; only versions of NAME where one is given.
+
+    A version that was withdrawn is not listed any more.
+    """
+    from fleet.cli.operator import load_operator  # noqa: PLC0415 - a component's file needs no home
+
+    with load_operator(options).client() as client:
+        found = client.components().components
+        rows = client.devices().devices
+    if name:
+        found = tuple(each for each in found if name in {each.name, f"{each.namespace}/{each.name}"})
+        if not found:
+            raise Fault(f"no version of {name} is published", "'fleet components' lists what is", code=Exit.REFUSED)
+    if options.json:
+        output.show_json({"components": list(found)})
+        return Exit.OK
+    runs = Counter(target for row in rows if not row.revoked for target in {each.target for each in row.instances})
+    output.table(
+        ("COMPONENT", "SIZE", "DEVICES", "SHA256"),
+        [
+            (output.target(each.target), output.size(each.length), str(runs[each.target]), each.sha256[:16])
+            for each in found
+        ],
+        empty="Nothing is published yet: 'fleet push FILE --group G' publishes a component.",
+        noun="components",
+    )
+    return Exit.OK
 
 
 for _each in (inspect, check, compose):

@@ -56,6 +56,7 @@ def device() -> None:
     help="Write the archive into this file (.tar.gz, mode 0600)",
 )
 @click.option("--force", is_flag=True, help="Replace the file of -o if there is one")
+@base.WIDE_OPTION
 def show(options: Options, *, device: str, effective: bool, diagnose: bool, file: Path | None, force: bool) -> Exit:
     """Show one device: what it runs, what it should run and why, and its health.
 
@@ -510,6 +511,7 @@ def status(options: Options) -> Exit:
     "--group", default="", shell_complete=operator.groups, metavar="NAME", help="List only the devices of this group"
 )
 @operator.where_option("List only devices that this takes, such as 'site in (berlin, paris) and not online'")
+@base.table_options
 def devices(options: Options, *, group: str, where: str) -> None:
     """List the devices."""
     with connect(options) as client:
@@ -520,8 +522,9 @@ def devices(options: Options, *, group: str, where: str) -> None:
         output.show_json({"devices": list(rows)})
         return
     output.table(
-        ("DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN", ""),
+        ("DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN", "PROBLEM"),
         [_device_row(row) for row in rows],
+        noun="devices",
         empty="No such device: 'fleet devices' lists every one."
         if group or where
         else "No device yet: 'fleet enroll-token --group G' creates a token for one.",
@@ -552,6 +555,7 @@ def running(instance: InstanceHealth) -> str:
 
 
 @command("groups", examples="fleet groups\nfleet groups --json")
+@base.table_options
 def groups(options: Options) -> None:
     """List the groups and what each of them runs."""
     with connect(options) as client:
@@ -563,6 +567,7 @@ def groups(options: Options) -> None:
         ("GROUP", "DEVICES", "ONLINE", "RUNS", "ROLLOUT", "MEMBERS"),
         [_group_row(row) for row in answer.groups],
         empty="No group yet: 'fleet enroll-token --group G' creates one.",
+        noun="groups",
     )
 
 
@@ -625,7 +630,7 @@ def _show_logs(options: Options, client: "Client", device: str, instance: str, *
             click.echo("(the server was started again: lines may be missing, or be shown twice)", err=True)
             continue
         after = view.next
-        _print_lines(options, view)
+        _print_lines(options, view, device=device, instance=instance)
         if view.refused:
             raise Fault(f"{device} refused to send logs", view.refused, code=Exit.REFUSED)
         if not view.heard and time.monotonic() >= patience:
@@ -661,10 +666,19 @@ def _look(client: "Client", device: str, sequence: int, after: int) -> LogView |
         return None
 
 
-def _print_lines(options: Options, view: LogView) -> None:
+_LOG_LINE: Final = re.compile(
+    r"(?:(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z) )?"
+    r"(?:\[?(?P<level>trace|debug|info|warn|error|critical|stdout|stderr|host)\]?[:\]] ?)?"
+)
+
+
+def _print_lines(options: Options, view: LogView, *, device: str, instance: str) -> None:
     for line in view.lines:
-        if options.json:
-            # a JSON object for each line, as it arrives
-            click.echo(json_text(json.dumps({"line": line}, ensure_ascii=False)))
-        else:
+        if not options.json:
             click.echo(line)
+            continue
+        # a JSON object for each line, as it arrives
+        head = _LOG_LINE.match(line)
+        found = {"time": head and head["time"], "level": head and head["level"]}
+        words = {**found, "device": device, "instance": instance, "line": line}
+        click.echo(json_text(json.dumps(words, ensure_ascii=False)))

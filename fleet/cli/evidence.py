@@ -198,7 +198,7 @@ def show(options: Options, *, target: str, save: Path | None, save_provenance: P
     with who.client() as client:
         release = TrustStore(who, client, expired=True).published(name.path)
         if release is None:
-            raise Fault(f"{name} is not published", "", "'fleet groups' and 'fleet devices' list what runs")
+            raise Fault(f"{name} is not published", "", "'fleet components' lists what is", code=Exit.REFUSED)
         shelf = Shelf(client, who.trust / "evidence")
         for path, kinds in ((save, SBOMS), (save_provenance, frozenset({PROVENANCE}))):
             if path is not None:

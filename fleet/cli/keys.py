@@ -9,8 +9,8 @@ from typing import Any
 import click
 from securesystemslib.signer import CryptoSigner
 
-from fleet.cli import output
-from fleet.cli.base import SIGN_YES, Fault, Group, Options, command, days, read_file, reason, save_event_option
+from fleet.cli import base, output
+from fleet.cli.base import SIGN_YES, Exit, Fault, Group, Options, command, days, read_file, reason, save_event_option
 from fleet.cli.operator import Operator, home, load_operator
 from fleet.cli.signing_event import Ceremony, Change, for_pipeline, replaced, signing_faults, without
 from fleet.cli.trust_store import TrustStore
@@ -205,6 +205,7 @@ def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entr
 
 
 @command("list", examples="fleet keys list\nfleet keys list --json")
+@base.table_options
 def list_(options: Options) -> None:
     """List the keys known here, and what each of them may sign."""
     who = load_operator(options)
@@ -217,16 +218,16 @@ def list_(options: Options) -> None:
         output.note(f"cannot tell what each key may sign: {error}")
     with signing_faults():
         entries = ring.entries()
-    rows = [
-        (each.name, each.key.keyid, _where(each), ", ".join((roles or {}).get(each.key.keyid, []))) for each in entries
-    ]
+    rows = [(each.name, each.key.keyid, _where(each), (roles or {}).get(each.key.keyid, [])) for each in entries]
     known = {each.key.keyid for each in entries}
-    rows += [("-", keyid, "", ", ".join(held)) for keyid, held in (roles or {}).items() if keyid not in known]
+    rows += [("-", keyid, "", held) for keyid, held in (roles or {}).items() if keyid not in known]
     if options.json:
-        output.show_json([dict(zip(("name", "keyid", "where", "signs"), row, strict=True)) for row in rows])
+        output.show_json({"keys": [dict(zip(("name", "keyid", "where", "signs"), row, strict=True)) for row in rows]})
     else:
         output.table(
-            ("NAME", "KEY", "WHERE", "SIGNS"), [(n, k[:12], w, s) for n, k, w, s in rows], empty="no keys here"
+            ("NAME", "KEY", "WHERE", "SIGNS"),
+            [(n, k[:12], w, ", ".join(s)) for n, k, w, s in rows],
+            empty="no keys here",
         )
 
 
@@ -327,6 +328,7 @@ def _check_role(files: dict[str, bytes], role: str, *, new: bool) -> None:
         f"there is no role or namespace {role!r}",
         f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}",
         "to create it as a namespace, add --new-namespace",
+        code=Exit.REFUSED,
     )
 
 

@@ -1,12 +1,13 @@
 """`fleet operators`: people who may use the server, and their roles. Tokens are shown once: the server keeps hashes."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
-from fleet.cli import output
-from fleet.cli.base import Fault, Group, Options, check_choice, command, reason
+from fleet.cli import base, output
+from fleet.cli.base import Exit, Fault, Group, Options, command, reason
 from fleet.cli.operator import TOKEN_VARIABLE, load_operator
 from fleet.client import Client, ProblemError
 from fleet.protocol import files
@@ -35,6 +36,7 @@ def operators() -> None:
 
 
 @command("list", examples="fleet operators list\nfleet operators list --json")
+@base.table_options
 def list_(options: Options) -> None:
     """List the operators with their roles."""
     with load_operator(options).client() as client:
@@ -78,7 +80,7 @@ def rotate(options: Options, *, name: str, role: str | None, save: Path | None) 
     who = load_operator(options)
     with who.client() as client:
         known = {each.name: each.role for each in client.operators().operators}
-        check_choice(name, list(known), "operator")
+        _check_known(name, known)
         reply = client.set_operator(name, Role(role) if role else known[name])
         own = who.directory / "token"
         if save is None and _was_mine(client) and not os.environ.get(TOKEN_VARIABLE):
@@ -94,7 +96,8 @@ def revoke(options: Options, *, name: str) -> None:
     """Remove the operator NAME."""
     with load_operator(options).client() as client:
         known = [each.name for each in client.operators().operators]
-        left = client.remove_operator(check_choice(name, known, "operator"))
+        _check_known(name, known)
+        left = client.remove_operator(name)
     output.result(options, left, f"{name} is removed; the token is refused from now on.")
 
 
@@ -127,6 +130,11 @@ def _say(options: Options, reply: OperatorReply, words: str, *, token: bool) -> 
         click.echo(reply.token)
     else:
         output.say(options, words)
+
+
+def _check_known(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise Fault(f"there is no operator {name!r}", f"there are {', '.join(known) or 'none'}", code=Exit.REFUSED)
 
 
 def _check_free(path: Path | None) -> None:

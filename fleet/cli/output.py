@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fleet.cli.base import Options
+from fleet.cli.base import COLUMNS, WIDE, Fault, Options
 from fleet.protocol.printable import json_text, printable
 
 _PLAIN_WIDTH: Final = 2000
@@ -73,9 +73,48 @@ def say(options: Options, text: str = "") -> None:
         click.echo(text)
 
 
-def show_json(value: msgspec.Struct | Sequence[object] | dict[str, object]) -> None:
-    """Print a value as indented JSON."""
-    click.echo(json_text(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
+def show_json(value: msgspec.Struct | dict[str, object]) -> None:
+    """Print a command's answer as one indented JSON object, with components by the names that commands take."""
+    plain = _named(msgspec.to_builtins(value, builtin_types=(datetime,)))
+    click.echo(json_text(msgspec.json.format(msgspec.json.encode(plain), indent=2).decode()))
+
+
+_TARGETS: Final = frozenset({"target", "targets", "running", "previous", "next", "has", "wants", "also"})
+"""Fields of answers that hold a target's path, several, or one for each instance."""
+
+_FREE: Final = frozenset({"config", "labels"})
+"""Fields whose keys and values are somebody's own."""
+
+
+def _named(value: object) -> object:
+    """Return an answer with the names of targets in place of their paths in the repository."""
+    match value:
+        case dict():
+            return {key: _field(key, each) for key, each in value.items()}
+        case list() | tuple():
+            return [_named(each) for each in value]
+        case datetime():
+            return value.astimezone(UTC)
+        case _:
+            return value
+
+
+def _field(key: str, value: object) -> object:
+    if key in _FREE:
+        return value
+    return _name(value) if key in _TARGETS else _named(value)
+
+
+def _name(value: object) -> object:
+    match value:
+        case str():
+            return target(value) if value else value
+        case dict():
+            return {key: _name(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_name(each) for each in value]
+        case _:
+            return _named(value)
 
 
 def result(options: Options, value: msgspec.Struct | dict[str, object], text: str) -> None:
@@ -86,28 +125,77 @@ def result(options: Options, value: msgspec.Struct | dict[str, object], text: st
         say(options, text)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str, noun: str = "rows") -> None:
     """Print rows under headers, without lines; print `empty` when there are none.
 
     On a narrow terminal, long cells wrap between words. Short cells and the first column, which people copy, stay
-    whole. Columns that do not fit beside the others go below their row.
+    whole. Columns that do not fit beside the others go below their row. A table of more lines than the screen ends with
+    its count. `--columns` chooses columns, and with `--wide` each row is one line (`base.table_options`).
+
+    Args:
+        columns: headers.
+        rows: cells of each row.
+        empty: printed for a table without rows.
+        noun: what the rows are, for the count.
+
+    Raises:
+        Fault: --columns names one that the table does not have.
     """
-    cells = [[state(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    asked = click.get_current_context(silent=True)
+    meta = {} if asked is None else asked.meta
+    order = _order(columns, meta.get(COLUMNS) or "")
+    cells = [[state(cell) if isinstance(cell, str) else cell for cell in map(row.__getitem__, order)] for row in rows]
+    columns = [columns[number] for number in order]
     if not cells:
         click.echo(empty)
         return
-    if not console().is_terminal:
+    lines = _print_table(columns, cells, wide=bool(meta.get(WIDE)))
+    if console().is_terminal and lines > console().height:
+        console().print(f"{len(cells)} {noun}", style="dim")
+
+
+def _order(columns: Sequence[str], chosen: str) -> Sequence[int]:
+    """Return the numbers of the columns to print. Raises `Fault`."""
+    names = [name.strip().partition(" (")[0].lower().replace(" ", "-") for name in columns]
+    if not chosen:
+        return range(len(columns))
+    wanted = [each.strip().lower() for each in chosen.split(",")]
+    for each in wanted:
+        if each not in names:
+            raise Fault(f"there is no column {each!r}", f"the columns are {', '.join(names)}", "write --columns a,b")
+    return [names.index(each) for each in wanted]
+
+
+def _print_table(columns: Sequence[str], cells: Sequence[Sequence[Text]], *, wide: bool) -> int:
+    """Print rows, and return the number of lines that they take on a terminal."""
+    if wide or not console().is_terminal:
         grid = _grid(columns, [None] * len(columns))
         for row in cells:
             _add_row(grid, row)
+        if wide:
+            console().width = _PLAIN_WIDTH
         show(grid)
-        return
+        return len(cells) + 1
+    return _print_folded(columns, cells)
+
+
+def _print_folded(columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> int:
+    """Print rows within the terminal's width, and return the number of lines."""
+    with console().capture() as captured:
+        _fold(columns, cells)
+    text = captured.get()
+    console().file.write(text)
+    return text.count("\n")
+
+
+def _fold(columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> None:
     widths = _widths(columns, cells, console().width)
     beside, whole = columns[: len(widths)], len(widths) == len(columns)
+    room = console().width - _INDENT
     grid = _grid(beside, widths)
     for row in cells:
         _add_row(grid, row[: len(widths)])
-        if not whole and (below := _below(columns[len(widths) :], row[len(widths) :])):
+        if not whole and (below := _below(columns[len(widths) :], row[len(widths) :], room)):
             console().print(grid)
             console().print(Padding(below, (0, 0, 0, _INDENT)))
             grid = _grid(beside, widths, header=False)
@@ -151,10 +239,22 @@ def _widths(columns: Sequence[str], cells: Sequence[Sequence[Text]], room: int) 
     return widths
 
 
-def _below(columns: Sequence[str], cells: Sequence[Text]) -> Text:
-    """Return the cells of a row that did not fit, each with the name of its column where it has one."""
-    pairs = [(name, cell) for name, cell in zip(columns, cells, strict=True) if cell.plain]
-    return Text("  ").join(Text.assemble((f"{name} ", "bold") if name else "", cell) for name, cell in pairs)
+def _below(columns: Sequence[str], cells: Sequence[Text], room: int) -> Text:
+    """Return the cells of a row that did not fit, each with the name of its column where it has one.
+
+    Several stand in one line of `room` characters where they fit, and none begins in one line and ends in the next but
+    for one that is longer than a line.
+    """
+    lines: list[Text] = []
+    for name, cell in zip(columns, cells, strict=True):
+        pair = Text.assemble((f"{name} ", "bold") if name else "", cell)
+        if not cell.plain:
+            continue
+        if lines and lines[-1].cell_len + _GAP + pair.cell_len <= room:
+            lines[-1] = Text.assemble(lines[-1], " " * _GAP, pair)
+        else:
+            lines.append(pair)
+    return Text("\n").join(lines)
 
 
 def note(text: str) -> None:

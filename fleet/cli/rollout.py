@@ -62,10 +62,13 @@ _BY_ITSELF: Final = frozenset({PauseCause.LOST, PauseCause.BREACH, PauseCause.CA
 @click.option(
     "--limit", default=20, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="List at most this many"
 )
+@base.table_options
 def rollouts(options: Options, *, group: str, limit: int) -> None:
     """List the rollouts, newest first."""
     with connect(options) as client:
         answer = client.rollouts(group=group, limit=limit)
+        if group and not answer.rollouts:
+            client.policy(group)  # the server refuses a name that no group has
     if options.json:
         output.show_json(answer)
         return
@@ -82,8 +85,8 @@ def rollouts(options: Options, *, group: str, limit: int) -> None:
         )
         for row in answer.rollouts
     ]
-    columns = ("NO", "STATE", "INSTANCE", "TARGET", "TO", "DEVICES", "STARTED", "")
-    output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.")
+    columns = ("NO", "STATE", "INSTANCE", "TARGET", "TO", "DEVICES", "STARTED", "REASON")
+    output.table(columns, rows, empty="No rollout yet: 'fleet push FILE --group G' starts one.", noun="rollouts")
 
 
 @click.group(
@@ -98,6 +101,7 @@ def rollout() -> None:
 @click.option(
     "--follow", "-f", "following", is_flag=True, help="Follow until the outcome is known; the exit code reports it"
 )
+@base.WIDE_OPTION
 def show(options: Options, *, number: str, following: bool) -> Exit:
     """Show a rollout and each of its devices."""
     with connect(options) as client:
@@ -274,6 +278,7 @@ def unfreeze(options: Options, *, group: str) -> None:
     metavar="N",
     help="Runs for each failure rate",
 )
+@base.table_options
 def simulate(
     options: Options, *, group: str, where: str, waves: str, soak: int | None, seed: int, runs: int, **limits: Any
 ) -> None:
@@ -312,7 +317,7 @@ def simulate(
         processes=(os.cpu_count() or 1) if len(rows) * runs > _PLAYED_ALONE else 1,
     )
     if options.json:
-        output.show_json([dataclasses.asdict(each) for each in found])
+        output.show_json({"rates": [dataclasses.asdict(each) for each in found]})
         return
     columns = ("FAILS ON", "HALTS", "IN WAVE", "AFTER", "HURT", "AT MOST", "MET IT")
     table = [

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 from rich.text import Text
 
-from fleet.cli import operator, output
+from fleet.cli import base, operator, output
 from fleet.cli.base import Exit, Fault, Group, Options, command
 from fleet.cli.operator import Operator, connect, load_operator
 from fleet.client import Client
@@ -216,6 +216,7 @@ def _sealed(who: Operator, keys: SealingKeys, value: str) -> tuple[tuple[Box, ..
 
 
 @command("list", examples="fleet secret list\nfleet secret list --json")
+@base.table_options
 def list_(options: Options) -> Exit:
     """List who has which version of which secret, and who lacks one. Values are never shown."""
     with connect(options) as client:

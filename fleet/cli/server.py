@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from msgspec import structs
 
-from fleet.cli import output
+from fleet.cli import base, output
 from fleet.cli.base import (
     FORCE_OPTION,
     SIGN_YES,
@@ -267,6 +267,7 @@ def backup(options: Options, *, target: Path) -> None:
 @click.option("--adopt", is_flag=True, help="Take what the devices run, as pins where it differs")
 @click.option("--impose", is_flag=True, help="Have the devices run what the server says")
 @click.option("--yes", is_flag=True, help="Do it without asking")
+@base.table_options
 def reconcile(options: Options, *, selector: str, adopt: bool, impose: bool, yes: bool) -> Exit:
     """Decide on devices that are ahead of a server made anew from a backup: show what would be done, then ask.
 
@@ -300,7 +301,7 @@ def _show_ahead(plan: Reconciliation, mode: str) -> None:
         )
         for each in plan.devices
     ]
-    columns = ("DEVICE", "ASSIGNMENT", "DEVICE HAS", "SERVER WANTS", "")
+    columns = ("DEVICE", "ASSIGNMENT", "DEVICE HAS", "SERVER WANTS", "VERDICT")
     output.table(columns, rows, empty="No device is ahead of the server.")
 
 

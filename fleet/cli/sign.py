@@ -10,8 +10,8 @@ import click
 from securesystemslib.signer import Key
 
 from fleet import ca
+from fleet.cli import base, output
 from fleet.cli import ca as ca_commands
-from fleet.cli import output
 from fleet.cli.base import (
     FORCE_OPTION,
     SIGN_YES,
@@ -201,6 +201,7 @@ def sign() -> None:
     metavar="DAYS",
     help="Exit with 1 when a role that people sign expires within this time, such as 30d",
 )
+@base.table_options
 def status(options: Options, *, fail_within: str | None) -> Exit:
     """Show every role: version, expiry, how many must sign, and who."""
     limit = days(fail_within) if fail_within else timedelta(0)
@@ -356,10 +357,11 @@ def renew(options: Options, *, roles: tuple[str, ...], within: str, to: Path | N
         known = {row["role"]: row["expires"] for row in _rows(ceremony)}
         for role in roles:
             if role not in known:
-                raise Fault(f"there is no role {role!r}", f"people sign {', '.join(known)}")
+                raise Fault(f"there is no role {role!r}", f"people sign {', '.join(known)}", code=Exit.REFUSED)
         wanted = roles or tuple(role for role, expires in known.items() if expires < soon)
         if not wanted:
-            output.say(options, f"Nothing expires within {days(within).days} days.")
+            text = f"Nothing expires within {days(within).days} days."
+            output.result(options, {"published": False, "missing": []}, text)
             return
         with signing_faults():
             note = f"renews {', '.join(wanted)}"

@@ -115,7 +115,7 @@ class SoloStage(Stage):
         _, output, _ = await self.fleet("audit", "verify", "--json")
         found = next(each for each in json.loads(output)["devices"] if each["device"] == device.device)
         ran = (each["target"] for each in found["ran"] if each["phase"] == "committed" and each["target"])
-        return [re.sub(r".*/(.*)\.wasm", r"\1", target) for target in ran]
+        return [target.rpartition("@")[2] for target in ran]
 
     async def eventually_ran(self, device, *versions: str) -> None:
         """Wait until the proof ends with these versions; reports may still be on their way."""

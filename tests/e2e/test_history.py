@@ -19,8 +19,8 @@ def test_a_server_that_changes_a_devices_history_is_found_out(stage, device):
     assert code == 0, output
     [shown] = json.loads(output)["devices"]
     assert shown["device"] == device.device
-    ran = [each["target"].rpartition("/")[2] for each in shown["ran"] if each["phase"] == "committed"]
-    assert ran == ["1.0.0.wasm", "2.0.0.wasm"]
+    ran = [each["target"].rpartition("@")[2] for each in shown["ran"] if each["phase"] == "committed"]
+    assert ran == ["1.0.0", "2.0.0"]
     assert all(each["nonce"] and each["assignment_sha256"] for each in shown["ran"][1:])
 
     # A report is left out of the middle.

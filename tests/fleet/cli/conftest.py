@@ -6,13 +6,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import httpx
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from fleet.admin import bootstrap
-from fleet.cli import output
+from fleet.cli import answers, output
 from fleet.cli.main import main
 from fleet.client import Client
 from fleet.protocol import operator_api
@@ -128,9 +129,24 @@ def problem(kind: str, title: str, status: int, detail: str = "", action: str = 
 @pytest.fixture(autouse=True)
 def plain_console():
     """The console looks at standard output once; each test has another one."""
-    output.console.cache_clear()
+    plain = output.console
+    plain.cache_clear()
     yield
-    output.console.cache_clear()
+    plain.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def documented_answers(monkeypatch):
+    """Every answer in JSON, of whichever test, has the keys that `fleet/cli/answers.py` and the page of it say."""
+    plain = output.show_json
+
+    def checked(value) -> None:
+        name = click.get_current_context().command_path.partition(" ")[2]
+        found = msgspec.to_builtins(value)
+        assert answers.fits(name, found), (name, sorted(found))
+        plain(value)
+
+    monkeypatch.setattr(output, "show_json", checked)
 
 
 @pytest.fixture

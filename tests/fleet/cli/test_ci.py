@@ -104,8 +104,8 @@ def test_the_pipeline_of_the_documentation_also_several_at_once(person: Machine,
     for process in running:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-    rows = json.loads(person.run("fleet keys list --json"))
-    assert {row["name"]: row["signs"] for row in rows}["build"] == "edge"
+    rows = json.loads(person.run("fleet keys list --json"))["keys"]
+    assert {row["name"]: row["signs"] for row in rows}["build"] == ["edge"]
     published = json.loads(
         person.run(
             "curl --silent --fail --cacert .wasmfleet/operator/ca.pem "

@@ -69,7 +69,7 @@ def test_it_names_waves_exclusions_and_new_grants_and_changes_nothing(fleet, des
             {"device": "e-00000000", "reason": "it has no engine"},
         ],
         "new_grants": ["interface wasi:logging"],
-        "previous": "components/main/ticker/1.0.0.wasm",
+        "previous": "main/ticker@1.0.0",
         "warnings": [
             "b-00000000 is offline and gets it when it reconnects",
             "the waves are drawn: --seed 0 draws these",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fleet.cli import output
 from fleet.protocol import operator_api
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.messages import InstanceHealth
+from fleet.protocol.names import TargetName
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
 SERDE = {"type": "library", "name": "serde", "version": "1.0.199", "purl": "pkg:cargo/serde@1.0.199"}
@@ -64,7 +66,7 @@ def stage(desk, *rows: operator_api.DeviceRow, settled: tuple[operator_api.Settl
 def published(fleet, *arguments: object) -> str:
     result = fleet("publish", *arguments, "--json")
     assert result.exit_code == 0, result.output
-    return str(json.loads(result.stdout)["target"])
+    return TargetName.parse(json.loads(result.stdout)["target"], namespace="").path
 
 
 def test_what_is_bound_is_signed_uploaded_and_shown(fleet, desk, component, bill, built, tmp_path) -> None:
@@ -163,8 +165,8 @@ def test_devices_that_run_a_package_are_listed_and_what_is_not_known_is_named(fl
 
     facts = json.loads(fleet("affected", "serde<1.0.200", "--json").stdout)
     assert facts["devices"] == ["gate-00000000"]
-    assert facts["targets"] == [told]
-    assert {each["target"] for each in facts["unknown"]} == {silent, "components/x/y/1.0.0.wasm"}
+    assert facts["targets"] == [output.target(told)]
+    assert {each["target"] for each in facts["unknown"]} == {output.target(silent), "x/y@1.0.0"}
 
 
 def test_the_exit_code_is_for_a_cron_job(fleet, desk, component, bill) -> None:

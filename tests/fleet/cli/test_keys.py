@@ -54,7 +54,7 @@ def hello(directory: Path, name: str = "hello.wasm") -> Path:
 
 
 def listed(fleet) -> dict[str, str]:
-    return {row["name"]: row["signs"] for row in json.loads(fleet("keys", "list", "--json").stdout)}
+    return {row["name"]: ", ".join(row["signs"]) for row in json.loads(fleet("keys", "list", "--json").stdout)["keys"]}
 
 
 def test_a_fleets_keys_are_listed_with_what_they_sign(fleet, desk):

@@ -121,7 +121,7 @@ def test_devices(fleet, fleet_of_two):
     result = fleet("devices")
     assert result.exit_code == 0
     assert words(result.stdout) == [
-        ["DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN"],
+        ["DEVICE", "STATE", "GROUPS", "RUNS", "MACHINE", "SEEN", "PROBLEM"],
         [
             "gate-0a0a0a0a",
             "online",
@@ -172,7 +172,7 @@ def test_the_effective_state_names_each_value_with_its_source(fleet, desk):
     shown = json.loads(fleet("device", ROW.id, "--effective", "--json").stdout)
     assert set(shown) == {"effective"}
     assert shown["effective"][0]["keys"]["retries"] == {"value": "3", "source": "manifest", "declared": True}
-    assert [each["target"] for each in shown["effective"]] == [HELLO.target, ""]
+    assert [each["target"] for each in shown["effective"]] == ["main/hello@1.0.0", ""]
 
 
 def test_devices_of_a_group_as_json(fleet, fleet_of_two):
@@ -186,7 +186,10 @@ def test_devices_of_a_group_that_is_not_there_are_refused(fleet, fleet_of_two, o
     fleet_of_two.routes["GET", "/v1/groups/edge-ue/policy"] = unknown
     result = fleet("devices", "--group", "edge-ue", *options)
     assert (result.exit_code, result.stdout) == (4, "")
-    assert result.stderr.startswith("error: there is no group 'edge-ue'")
+    if "--json" in options:
+        assert json.loads(result.stderr)["error"]["problem"] == "unknown-group"
+    else:
+        assert result.stderr.startswith("error: there is no group 'edge-ue'")
 
 
 def test_a_plan_over_a_group_that_is_not_there_is_refused(fleet, fleet_of_two):
@@ -655,7 +658,8 @@ def test_columns_that_do_not_fit_go_below_their_row_with_their_names(fleet, desk
         "NO   STATE     INSTANCE            TARGET",
         "117  reverted  temperature-reader  acme-corp/temperature-reader@1.4.0-rc.1",
         "    TO gate-7-1f2e3d4c  DEVICES 12 succeeded 3 not-affected  STARTED 3 d ago",
-        "    wave 2 needs 1 success and has 0; it waits for gate-7-1f2e3d4c (offline)",
+        "    REASON wave 2 needs 1 success and has 0; it waits for gate-7-1f2e3d4c",
+        "    (offline)",
     ]
 
 

@@ -71,9 +71,16 @@ def test_one_look_ends_with_the_first_answer_and_asks_the_device_for_a_minute(fl
 
 
 def test_as_json_each_line_is_an_object_and_nothing_else_is_printed(fleet, answers):
-    answers(LogView(lines=('say "no"', "two"), next=2, heard=True, left_out=1), LogView(next=2, heard=True, ended=True))
+    answers(
+        LogView(lines=('say "no"', "2026-11-30T18:00:00Z error: two"), next=2, heard=True, left_out=1),
+        LogView(next=2, heard=True, ended=True),
+    )
     done = fleet("logs", "hello", "--device", GATE, "--follow", "--json")
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [{"line": 'say "no"'}, {"line": "two"}]
+    place = {"device": GATE, "instance": "hello"}
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"time": None, "level": None, **place, "line": 'say "no"'},
+        {"time": "2026-11-30T18:00:00Z", "level": "error", **place, "line": "2026-11-30T18:00:00Z error: two"},
+    ]
     assert done.stderr == ""
 
 

@@ -56,7 +56,7 @@ def test_who_is_there_is_not_added_but_rotated_and_keeps_its_role(fleet, people)
     assert rotated.stdout.splitlines()[-1] == "t-bob"
     assert people.sent("/v1/operators/bob") == {"role": "viewer"}
     unknown = fleet("operators", "rotate", "mallory")
-    assert unknown.exit_code == 2
+    assert unknown.exit_code == 4
     assert "there are admin, bob" in unknown.stderr
 
 
@@ -75,4 +75,4 @@ def test_an_operator_is_shut_out(fleet, people):
     assert "viewer" in listed.stdout
     assert fleet("operators", "revoke", "bob").exit_code == 0
     assert "/v1/operators/bob/remove" in people.paths("POST")
-    assert fleet("operators", "revoke", "mallory").exit_code == 2
+    assert fleet("operators", "revoke", "mallory").exit_code == 4

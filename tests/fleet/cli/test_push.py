@@ -217,8 +217,8 @@ def test_without_a_version_development_counts_up_and_unchanged_bytes_keep_theirs
     for source in ("v1.wasm", "v1.wasm", "v2.wasm", "v1.wasm"):
         shutil.copy(DEMO / source, file)
         result = fleet("publish", file, "--json")
-        versions.append(json.loads(result.stdout)["target"].rpartition("/")[2])
-    assert versions == ["0.0.0-dev.1.wasm", "0.0.0-dev.1.wasm", "0.0.0-dev.2.wasm", "0.0.0-dev.3.wasm"]
+        versions.append(json.loads(result.stdout)["target"].rpartition("@")[2])
+    assert versions == ["0.0.0-dev.1", "0.0.0-dev.1", "0.0.0-dev.2", "0.0.0-dev.3"]
 
 
 def test_whoever_loses_the_race_verifies_and_signs_again(tmp_path, fleet, done, home):

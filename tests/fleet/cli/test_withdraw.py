@@ -93,7 +93,7 @@ def test_a_dry_run_revokes_nothing(fleet, published):
     assert (shown.exit_code, shown.stdout) == (0, SAID + "Nothing was changed.\n")
     answer = json.loads(fleet("withdraw", "hello@1.0.0", "--dry-run", "--json").stdout)
     assert (answer["revoked"], answer["new"], answer["running"]) == (False, False, ["berlin", "cairo"])
-    assert [each.get("next", "") for each in answer["devices"]] == ["components/main/hello/0.9.0.wasm", "", ""]
+    assert [each.get("next", "") for each in answer["devices"]] == ["main/hello@0.9.0", "", ""]
     assert answer["rollouts"] == [7]
     assert versions(published) == ["1.0.0", "1.1.0"]
     assert fleet("withdraw", "hello@9.9.9", "--dry-run").exit_code == 4

@@ -10,11 +10,18 @@ def _commands() -> dict[str, click.Command]:
     for name in (name for section in SECTIONS.values() for name in section):
         command = main.get_command(click.Context(main), name)
         assert command is not None
-        if isinstance(command, click.Group):
-            found |= {f"{name} {inner}": each for inner, each in command.commands.items()}
-        else:
-            found[name] = command
+        found |= _below(name, command)
     return found
+
+
+def _below(name: str, command: click.Command) -> dict[str, click.Command]:
+    if not isinstance(command, click.Group):
+        return {name: command}
+    return {
+        full: each
+        for inner in command.commands
+        for full, each in _below(f"{name} {inner}", command.commands[inner]).items()
+    }
 
 
 COMMANDS = _commands()

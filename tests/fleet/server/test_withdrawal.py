@@ -9,6 +9,7 @@ from fleet.protocol import operator_api
 from fleet.protocol.codes import InstanceState, Outcome, RolloutState
 from fleet.protocol.manifest import ConfigKey
 from fleet.protocol.messages import Health, InstanceHealth
+from fleet.protocol.names import TargetName
 from fleet.protocol.topics import Up
 
 
@@ -25,7 +26,9 @@ async def say_health(fleet, device):
 
 
 def named(shown: dict) -> dict[str, str]:
-    return {each["device"]: each.get("next", "") for each in shown["devices"]}
+    """The path of the target that each device goes to."""
+    following = {each["device"]: each.get("next", "") for each in shown["devices"]}
+    return {device: name and TargetName.parse(name, namespace="").path for device, name in following.items()}
 
 
 async def foretold(fleet, target="hello@2.0.0"):
