@@ -3,7 +3,7 @@
 An event is compared with the published metadata; its own note is not trusted.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -34,7 +34,7 @@ def describe(current: Mapping[str, bytes], event: Event, *, called: Namer = lamb
         RepositoryError: a document is not metadata.
     """
     files, lines = dict(current), list[str]()
-    moved, published = 0, dict[str, dict[str, Release]]()
+    moved, published, withdrawn = 0, dict[str, dict[str, Release]](), dict[str, set[str]]()
     for document in event.documents:
         try:
             version, description = _document(files, document, called)
@@ -43,7 +43,10 @@ def describe(current: Mapping[str, bytes], event: Event, *, called: Namer = lamb
                 if space not in published:
                     found = hash_bins.releases(current, space) if _latest(current, space) is not None else ()
                     published[space] = {each.name.path: each for each in found}
-                description = list(_bin(published[space], document))
+                    before = _latest(current, space)
+                    role = None if before is None else metadata.parse(Targets, before, space).signed
+                    withdrawn[space] = set() if role is None else set(_revoked(role))
+                description = list(_bin(published[space], withdrawn[space], document))
         except Rejected as error:
             raise RepositoryError(error.message) from error
         files[f"{version}.{document.role}.json"] = document.data
@@ -142,11 +145,11 @@ def _space(old: Targets | None, new: Targets, before: bytes | None, data: bytes)
     yield from (f"{path} is revoked: devices stop it, and the revocation is permanent" for path in sorted(gone))
 
 
-def _bin(known: Mapping[str, Release], document: Document) -> Iterable[str]:
-    """Describe what a hash bin holds that the namespace as published does not."""
+def _bin(known: Mapping[str, Release], withdrawn: Collection[str], document: Document) -> Iterable[str]:
+    """Describe what a hash bin holds that the namespace as published does not, withdrawn releases apart."""
     for release in repository.releases(document.data):
         before = known.get(release.name.path)
-        if before == release:
+        if before == release or release.name.path in withdrawn:
             continue
         if before is not None:
             yield "changes what was published:"

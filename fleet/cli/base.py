@@ -213,6 +213,15 @@ class Command(click.Command):
         self.own = [param for param in self.params if isinstance(param, click.Option)]
         self.params += self.common
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; refuse both words of a pair such as `--share-worker/--own-worker`."""
+        given = {*args[: args.index("--") if "--" in args else None]}
+        for option in self.own:
+            for yes, no in zip(option.opts, option.secondary_opts, strict=False):
+                if {yes, no} <= given:
+                    raise click.UsageError(f"{yes} and {no} contradict each other: give one of them.", ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Hand the common options to the callback as one value, before its own."""
         given = {option.name: ctx.params.pop(option.name, None) for option in self.common if option.name}

@@ -265,7 +265,15 @@ def compose(options: Options, *, file: Path, target: Path) -> Exit:
 
 def read_component(file: Path) -> bytes:
     """Read a component's bytes. Raises `Fault`."""
-    return read_file(file, bounds.ARTIFACT_MAX_BYTES)
+    data = read_file(file, bounds.ARTIFACT_MAX_BYTES)
+    if len(data) > bounds.ARTIFACT_MAX_BYTES:
+        most = bounds.ARTIFACT_MAX_BYTES // bounds.MIB
+        raise Fault(
+            f"{file} is too large",
+            f"it has {output.size(file.stat().st_size)}, and at most {most} MiB are accepted",
+            "build it for size",
+        )
+    return data
 
 
 def beside(file: Path) -> Path | None:

@@ -289,7 +289,7 @@ def why(options: Options, *, device: str, limit: int, log: bool) -> Exit:
         output.show_json(timeline)
         return Exit.OK
     for entry in timeline.entries:
-        when = f"{entry.at.astimezone():%Y-%m-%d %H:%M:%S}"
+        when = output.local(entry.at)
         click.echo(f"{click.style(when, dim=True)}  {_coloured(entry)}")
         if entry.retryable:
             click.echo("                     the device retries this by itself")
@@ -338,7 +338,7 @@ def enroll_token(options: Options, *, group: str, valid: str) -> None:
     click.echo(reply.token)
     if not options.quiet:
         where = f" into group {reply.group}" if reply.group else ""
-        click.echo(f"For one device{where}, until {reply.expires.astimezone():%Y-%m-%d %H:%M}.", err=True)
+        click.echo(f"For one device{where}, until {output.local(reply.expires)}.", err=True)
 
 
 def seconds(text: str) -> int:
@@ -435,9 +435,7 @@ def restart(options: Options, *, device: str, instance: str) -> None:
     """Restart an instance on a device, by a signed command."""
     with connect(options) as client:
         reply = client.command(device, operator_api.CommandRequest(verb=Restart(instance=instance)))
-    output.result(
-        options, reply, f"Command {reply.sequence} is on its way, valid until {reply.expires.astimezone():%H:%M:%S}."
-    )
+    output.result(options, reply, f"Command {reply.sequence} is on its way, valid until {output.local(reply.expires)}.")
 
 
 @command("label", examples="fleet label gate-7-1f2e3d4c site=berlin\nfleet label gate-7-1f2e3d4c site-")
@@ -615,7 +613,7 @@ def _show_logs(options: Options, client: "Client", device: str, instance: str, *
     """Show lines for some minutes, or one look with 0."""
     follow, until = minutes > 0, time.monotonic() + 60 * minutes
     sequence = _ask_for_lines(client, device, instance, minutes=max(1, minutes))
-    after, left_out, patience = 0, 0, time.monotonic() + ANSWER_S
+    after, left_out, shown, patience = 0, 0, False, time.monotonic() + ANSWER_S
     while True:
         look = functools.partial(_look, client, device, sequence, after)
         view = operator.patiently(look) if follow else client.logs(device, command=sequence, after=after, wait_s=LOOK_S)
@@ -631,6 +629,7 @@ def _show_logs(options: Options, client: "Client", device: str, instance: str, *
             continue
         after = view.next
         _print_lines(options, view, device=device, instance=instance)
+        shown = shown or bool(view.lines)
         if view.refused:
             raise Fault(f"{device} refused to send logs", view.refused, code=Exit.REFUSED)
         if not view.heard and time.monotonic() >= patience:
@@ -645,6 +644,8 @@ def _show_logs(options: Options, client: "Client", device: str, instance: str, *
             click.echo(f"({count} lines left out, by the device's policy or because they came too fast)", err=True)
         left_out = view.left_out
         if view.ended or (view.heard and not follow):
+            if not (shown or view.left_out or options.json):
+                click.echo(f"({instance} on {device} has written no line since it began)", err=True)
             return Exit.OK
 
 

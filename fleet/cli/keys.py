@@ -198,7 +198,13 @@ def _import_file(ring: keyrings.Keyring, name: str, file: Path) -> keyrings.Entr
     data = read_file(file, key_files.MAX_BYTES)
     try:
         public = keyrings.read_public(data, what=str(file))
-    except KeyFileError:
+    except KeyFileError as error:
+        if not data.strip():
+            raise Fault(
+                f"{file} is empty", "", "have its owner send it again: fleet keys show NAME > NAME.pub"
+            ) from None
+        if file.suffix == ".pub":
+            raise Fault(str(error)) from None
         signer = keyrings.open_file(file, ask)  # raises also for a file that is no private key
         return ring.adopt(name, signer, passphrase=new_passphrase(name))
     return ring.add(name, public)

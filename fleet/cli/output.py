@@ -309,6 +309,11 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].rstrip()
 
 
+def local(then: datetime) -> str:
+    """Format a time in the time zone of this machine, with its offset: `2026-11-30 18:00:00 +01:00`."""
+    return then.astimezone().isoformat(" ", "seconds").replace("+", " +").replace("+00:00", "UTC")
+
+
 def ago(then: datetime | None, now: datetime | None = None) -> str:
     """Format the time since `then` in one unit: `12 s ago`; `never` for None."""
     if then is None:

@@ -58,6 +58,8 @@ def _start_logging(template: str, *, verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter(template))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # of each key that a rotation replaces it says "No signature for keyid", which is as it should be
+    logging.getLogger("tuf").setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -291,7 +291,7 @@ def diff(options: Options, *, files: Sequence[Path]) -> Exit:
         ceremony = Ceremony(options, who, client)
         ceremony.show(event)
         lacking = ceremony.missing(event)
-        ceremony.say_missing(files[0], lacking)
+        ceremony.say_missing(*files, lacking=lacking)
     return Exit.FAILED if lacking else Exit.OK
 
 
@@ -319,7 +319,7 @@ def approve(options: Options, *, file: Path, key: str, to: Path | None, offline:
                 code=Exit.REFUSED,
             )
         save(to or file, signed)
-        ceremony.say_missing(to or file, lacking, offline=offline)
+        ceremony.say_missing(to or file, lacking=lacking, offline=offline)
 
 
 @command(
@@ -335,7 +335,7 @@ def publish(options: Options, *, files: Sequence[Path]) -> Exit:
         ceremony.show(event)
         lacking = ceremony.missing(event)
         if lacking:
-            ceremony.say_missing(files[0], lacking)
+            ceremony.say_missing(*files, lacking=lacking)
             return Exit.REFUSED
         ceremony.publish(event)
     return Exit.OK

@@ -108,7 +108,7 @@ class Ceremony:
                 path = save_named(event)
             else:
                 save(path := to, event)
-            self.say_missing(path, lacking)
+            self.say_missing(path, lacking=lacking)
             return False
         self.publish(event)
         return True
@@ -124,23 +124,27 @@ class Ceremony:
         else:
             output.say(self.options, f"Published: {roles}. Devices follow by themselves.")
 
-    def say_missing(self, path: Path, lacking: Sequence[Wanted], *, offline: bool = False) -> None:
-        """Say who must still sign, and how; `offline` for a server that is being rebuilt."""
+    def say_missing(self, *paths: Path, lacking: Sequence[Wanted], offline: bool = False) -> None:
+        """Say who must still sign the event in these copies, and how; `offline` for a server that is being rebuilt."""
         if self.options.json:
             rows = [{"role": w.role, "whose": w.whose, "count": w.count, "keys": list(w.keyids)} for w in lacking]
-            output.show_json({"published": False, "file": str(path), "missing": rows})
+            output.show_json({"published": False, "file": str(paths[0]), "missing": rows})
             return
         for wanted in lacking:
             able = ", ".join(self.ring.called(keyid) for keyid in wanted.keyids) or "nobody"
             click.echo(f"{wanted.role} lacks {wanted.count} of the keys of {wanted.whose}: {able}")
-        approve = f"fleet sign approve {'--offline ' if offline else ''}{path.name}"
-        finish = f"fleet server rebuild --event {path.name}" if offline else f"fleet sign publish {path.name}"
+        copies = " ".join(path.name for path in paths)
+        approve = f"fleet sign approve {'--offline ' if offline else ''}{paths[0].name}"
+        rebuild = " ".join(f"--event {path.name}" for path in paths)
+        finish = f"fleet server rebuild {rebuild}" if offline else f"fleet sign publish {copies}"
+        named = " and ".join(map(str, paths))
+        have = f"{named} together have" if len(paths) > 1 else f"{named} has"
         if lacking:
-            click.echo(f"Mail {path} to them: '{approve}', then '{finish}'.")
+            click.echo(f"Mail {paths[0]} to them: '{approve}', then '{finish}'.")
         elif offline:
-            click.echo(f"{path} has enough signatures: mail it to the person who rebuilds the server, for '{finish}'.")
+            click.echo(f"{have} enough signatures: mail it to the person who rebuilds the server, for '{finish}'.")
         else:
-            click.echo(f"{path} has enough signatures: '{finish}' publishes it.")
+            click.echo(f"{have} enough signatures: '{finish}' publishes it.")
 
     def _able(self, event: Event) -> list[Entry]:
         wanted = {keyid for each in self.missing(event) for keyid in each.keyids}
@@ -372,9 +376,10 @@ def hand_over(home: Path, team: Team, passphrase: bytes | None) -> Path:
 
 
 def show_recovery(words: str) -> None:
-    """Print the recovery key, once."""
+    """Print the recovery key, once, in two lines of whole groups."""
+    groups = words.split("-")
     click.echo(
         "The recovery key. Write it down or print it, lock it away, and store it on no disk; it is not shown again.\n"
         "It restores root when this machine is lost: 'fleet keys import recovery --recovery'.\n"
-        f"\n    {words[:42]}\n    {words[42:]}\n"
+        f"\n    {'-'.join(groups[:8])}-\n    {'-'.join(groups[8:])}\n"
     )

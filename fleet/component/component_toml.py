@@ -12,6 +12,7 @@ differs from the defaults, in units for people.
 import json
 import re
 import tomllib
+import unicodedata
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Final, get_args
 
@@ -236,8 +237,12 @@ def beside(file_name: str) -> tuple[str, str]:
 def name_of(file_name: str) -> str:
     """Derive the component's name from its file name. Raises `BadManifestError`."""
     stem = re.split(r"[/\\]", file_name)[-1].removesuffix(".wasm").removesuffix(".component")
+    plain = unicodedata.normalize("NFKD", stem.lower())  # an accent becomes a character of its own, and is left out
+    plain = "".join(each for each in plain if not unicodedata.combining(each))
+    # letters that have no place in a name are not left out in silence: the check refuses them
+    label = re.sub(r"[^a-z0-9]+", "-", plain).strip("-") if plain.isascii() else plain
     try:
-        return names.check_label(re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-"), "component")
+        return names.check_label(label, "component")
     except names.BadNameError as error:
         raise BadManifestError(
             f"{file_name!r} gives no valid name for the component: write name = ... in {FILE_NAME}"

@@ -260,6 +260,9 @@ class RolloutPlanner:
         if request.target is None:
             return Value(None, keep_data=request.keep_data, attempt=attempt)
         release = self._repository.release(request.target)
+        if release is None and self._repository.is_withdrawn(request.target):
+            title = f"{request.target} was withdrawn"
+            raise Refusal(409, "revoked", title, "a withdrawal is for good", "deploy another version: fleet components")
         if release is None:
             raise Refusal(
                 404, "unknown-target", f"{request.target} is not published", action="publish it: fleet publish FILE"

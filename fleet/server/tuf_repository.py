@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 from securesystemslib.signer import Key, SecretsHandler, Signature, Signer
-from tuf.api.metadata import Root, Timestamp
+from tuf.api.metadata import Root, Targets, Timestamp
 
 from fleet.protocol import bounds
 from fleet.protocol.bounds import Count, Utc
@@ -230,6 +230,15 @@ class TufRepository:
     def release(self, path: str) -> Release | None:
         """Return the release under a target path; None for none, or a revoked one."""
         return self._releases.get(path)
+
+    def is_withdrawn(self, path: str) -> bool:
+        """Return whether a target was published under this path, and revoked since."""
+        namespace = path.split("/")[1] if path.count("/") > 1 else ""
+        if namespace not in repository.begun(self._files):
+            return False
+        roles = (namespace, hash_bins.holder(self._files, namespace, path))
+        heads = (metadata.parse(Targets, repository.latest(self._files, role)[1], role).signed for role in roles)
+        return any(metadata.is_revoked(head, path) for head in heads)
 
     def releases(self) -> tuple[Release, ...]:
         """Return published releases, sorted by name and version."""

@@ -77,6 +77,7 @@ def test_what_the_server_answers(fleet, desk, method):
     assert kind is not None
     where, words = SHOWN[method]
     desk.routes["POST", f"/v1/devices/{DEVICE}/command"] = support.full(operator_api.CommandReply)
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     answer = with_targets(json.loads(msgspec.json.encode(support.full(kind))))
     desk.routes[where] = answer if kind is not LogView else LogView(lines=("one",), heard=True, ended=True)
     done = fleet(*words, "--json", stdin="a value\n")

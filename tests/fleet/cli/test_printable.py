@@ -105,6 +105,7 @@ def test_no_text_of_an_answer_reaches_the_output_raw(fleet, desk, name, tmp_path
         )
     shown = 0
     desk.routes["POST", f"/v1/devices/{DEVICE}/command"] = support.full(operator_api.CommandReply)
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
     for data in spoiled(kind):
         desk.routes[where] = msgspec.Raw(data)
         for more in ((), ("--json",)):

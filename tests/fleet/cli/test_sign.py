@@ -79,6 +79,11 @@ def test_three_people_take_over_root_each_at_a_machine_of_their_own(fleet, team,
     assert "Sign this with alice?" in seen.stderr
     assert team["bob"]("sign", "approve", "bob.json", "--yes").exit_code == 0
 
+    # of two copies that only together have enough signatures, none is called enough
+    assert "alice.json together" not in fleet("sign", "diff", "alice.json").stdout
+    said = fleet("sign", "diff", "alice.json", "bob.json").stdout
+    assert "alice.json and bob.json together have enough signatures: 'fleet sign publish alice.json bob.json'" in said
+
     done = fleet("sign", "publish", "alice.json", "bob.json")
     assert done.exit_code == 0, done.output
     assert repository.latest(desk.files, "root")[0] == 2
@@ -173,7 +178,7 @@ def test_a_cron_job_notices_what_expires_and_renewal_ends_it(fleet, desk, monkey
     assert done.exit_code == 0, done.output
     assert "valid until" in done.stderr
     assert [repository.latest(desk.files, role)[0] for role in ("root", "targets", "main")] == [1, 2, 2]
-    assert fleet("sign", "renew", "director").exit_code == 2
+    assert fleet("sign", "renew", "director").exit_code == 4
 
 
 def test_what_has_expired_already_is_renewed_all_the_same(fleet, desk, home):

@@ -53,3 +53,22 @@ async def test_what_is_not_there_is_refused_by_every_command(new_fleet, tmp_path
         if "--group nope" in line and "unfreeze" not in line:
             assert "there is no group 'nope'" in said, (line, said)
     assert not (tmp_path / "b.tar").exists()
+
+
+@pytest.mark.asyncio
+async def test_a_withdrawn_release_is_called_withdrawn(new_fleet) -> None:
+    """Nobody is told to publish again what can never be published again."""
+    async with new_fleet() as fleet:
+        await fleet.device("gate")
+        await fleet.operator.publish("1.0.0")
+        assert (await fleet.command("withdraw", "hello@1.0.0", "--yes")).code == 0
+        for more in ((), ("--dry-run",)):
+            done = await fleet.command("deploy", "hello@1.0.0", "--group", "edge", *more)
+            assert done.code == Exit.REFUSED
+            assert "main/hello@1.0.0 was withdrawn; a withdrawal is for good; deploy another version" in done.stderr
+        # moved into hash bins, it is still nothing new
+        moved = await fleet.command("sign", "bins", "--bits", "2", "--yes")
+        assert moved.code == 0, moved.stderr
+        assert "hello@1.0.0" not in moved.stderr
+        done = await fleet.command("deploy", "hello@1.0.0", "--group", "edge")
+        assert "was withdrawn" in done.stderr
