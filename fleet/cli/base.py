@@ -146,6 +146,8 @@ FORCE_OPTION: Final = click.option(
     help="Replace the file if it exists",
 )
 
+DRY_RUN: Final = click.option("--dry-run", "dry", is_flag=True, help="Change nothing: show what it would do")
+
 WIDE: Final = "fleet.cli.wide"
 COLUMNS: Final = "fleet.cli.columns"
 

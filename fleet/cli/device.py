@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
+from msgspec.structs import replace
 from rich.text import Text
 
 from fleet.cli import base, operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, confirm, label_values, share_worker_option
 from fleet.cli.operator import connect, load_operator
-from fleet.cli.rollout import finish
+from fleet.cli.rollout import finish, foreseen
 from fleet.protocol import bounds, names, operator_api
 from fleet.protocol.assignment import FollowLogs, Restart
 from fleet.protocol.codes import InstanceState, Phase
@@ -145,7 +146,8 @@ def show(options: Options, *, device: str, effective: bool, diagnose: bool, file
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
 @click.argument("pairs", nargs=-1, required=True, metavar="KEY=VALUE...")
-def set_keys(options: Options, *, device: str, instance: str, pairs: tuple[str, ...]) -> None:
+@base.DRY_RUN
+def set_keys(options: Options, *, device: str, instance: str, pairs: tuple[str, ...], dry: bool) -> None:
     """Set configuration keys of one device, over those of its group.
 
     They apply at once, and stay through rollouts, pause, abort and undo, until 'fleet device unset'.
@@ -160,21 +162,29 @@ def set_keys(options: Options, *, device: str, instance: str, pairs: tuple[str, 
         if key in keys:
             raise Fault(f"{key} is given twice", "one value can apply", "give it once")
         keys[key] = value
-    _change_keys(options, device, operator_api.KeysRequest(instance=instance, keys=keys))
+    _change_keys(options, device, operator_api.KeysRequest(instance=instance, keys=keys), dry=dry)
 
 
 @command("unset", examples="fleet device unset gate-7-1f2e3d4c hello room")
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-def unset_keys(options: Options, *, device: str, instance: str, keys: tuple[str, ...]) -> None:
+@base.DRY_RUN
+def unset_keys(options: Options, *, device: str, instance: str, keys: tuple[str, ...], dry: bool) -> None:
     """Remove configuration keys of one device: those of its group apply again."""
     request = operator_api.KeysRequest(instance=instance, keys=dict.fromkeys(keys))
-    _change_keys(options, device, request)
+    _change_keys(options, device, request, dry=dry)
 
 
-def _change_keys(options: Options, device: str, request: operator_api.KeysRequest) -> None:
+def _change_keys(options: Options, device: str, request: operator_api.KeysRequest, *, dry: bool) -> None:
     with connect(options) as client:
+        if dry:
+            client.device(device)  # the server refuses a name that no device has
+            words = ", ".join(
+                f"remove {key}" if value is None else f"set {key}={value}" for key, value in request.keys.items()
+            )
+            output.foresee(options, f"{words} for {request.instance}", [device])
+            return
         detail = client.set_keys(device, request)
     if options.json:
         output.show_json(detail)
@@ -369,6 +379,7 @@ def seconds(text: str) -> int:
 )
 @share_worker_option
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
+@base.DRY_RUN
 def pin(
     options: Options,
     *,
@@ -379,6 +390,7 @@ def pin(
     port: int | None,
     share_worker: bool | None,
     detach: bool,
+    dry: bool,
 ) -> Exit:
     """Give one device a published version of its own, whatever its groups say."""
     who = load_operator(options)
@@ -393,15 +405,22 @@ def pin(
         share_worker=share_worker,
     )
     with who.client() as client:
+        if dry:
+            return foreseen(client, replace(request, waves=""), options)
         return finish(client, client.pin(device, request), options, detach=detach)
 
 
 @command("unpin", examples="fleet unpin gate-7-1f2e3d4c hello")
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
-def unpin(options: Options, *, device: str, instance: str) -> None:
+@base.DRY_RUN
+def unpin(options: Options, *, device: str, instance: str, dry: bool) -> None:
     """Let a device follow its groups again for one instance."""
     with connect(options) as client:
+        if dry:
+            _check_instance(client.device(device), instance, pinned=True)
+            output.foresee(options, f"end the pin of {instance}, so that the groups decide", [device])
+            return
         detail = client.unpin(device, instance)
     _show_effective(options, detail, instance)
 
@@ -409,11 +428,29 @@ def unpin(options: Options, *, device: str, instance: str) -> None:
 @command("retry", examples="fleet retry gate-7-1f2e3d4c hello")
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
-def retry(options: Options, *, device: str, instance: str) -> None:
+@base.DRY_RUN
+def retry(options: Options, *, device: str, instance: str, dry: bool) -> None:
     """Retry an instance that failed on a device."""
     with connect(options) as client:
+        if dry:
+            _check_instance(client.device(device), instance)
+            output.foresee(options, f"have {instance} tried again", [device])
+            return
         detail = client.retry(device, instance)
     _show_effective(options, detail, instance)
+
+
+def _check_instance(detail: operator_api.DeviceDetail, instance: str, *, pinned: bool = False) -> None:
+    """Refuse an instance that a device neither runs nor should run, or that has no pin. Raises `Fault`."""
+    row = detail.row
+    if pinned and instance not in row.pins:
+        raise Fault(
+            f"{row.id} has no pin for {instance}", "", "'fleet device ID --effective' shows them", code=Exit.REFUSED
+        )
+    known = {each.instance for each in row.instances} | {each.instance for each in detail.effective}
+    if instance not in known:
+        has = ", ".join(sorted(known)) or "none"
+        raise Fault(f"{row.id} has no instance {instance}", f"there are {has}", code=Exit.REFUSED)
 
 
 def _show_effective(options: Options, detail: operator_api.DeviceDetail, instance: str) -> None:
@@ -431,9 +468,14 @@ def _show_effective(options: Options, detail: operator_api.DeviceDetail, instanc
 @command("restart", examples="fleet restart gate-7-1f2e3d4c hello")
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("instance")
-def restart(options: Options, *, device: str, instance: str) -> None:
+@base.DRY_RUN
+def restart(options: Options, *, device: str, instance: str, dry: bool) -> None:
     """Restart an instance on a device, by a signed command."""
     with connect(options) as client:
+        if dry:
+            _check_instance(client.device(device), instance)
+            output.foresee(options, f"restart {instance}", [device])
+            return
         reply = client.command(device, operator_api.CommandRequest(verb=Restart(instance=instance)))
     output.result(options, reply, f"Command {reply.sequence} is on its way, valid until {output.local(reply.expires)}.")
 
@@ -441,10 +483,19 @@ def restart(options: Options, *, device: str, instance: str) -> None:
 @command("label", examples="fleet label gate-7-1f2e3d4c site=berlin\nfleet label gate-7-1f2e3d4c site-")
 @click.argument("device", shell_complete=operator.devices)
 @click.argument("labels", nargs=-1, required=True, metavar="LABEL=VALUE|LABEL-...")
-def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
+@base.DRY_RUN
+def label(options: Options, *, device: str, labels: tuple[str, ...], dry: bool) -> None:
     """Set labels of a device, or remove one with a trailing '-'."""
+    values = label_values(labels)
     with connect(options) as client:
-        detail = client.label(device, operator_api.LabelsRequest(labels=label_values(labels)))
+        if dry:
+            client.device(device)  # the server refuses a name that no device has
+            words = ", ".join(
+                f"remove {key}" if value is None else f"set {key}={value}" for key, value in values.items()
+            )
+            output.foresee(options, f"{words}; groups that select by labels follow", [device])
+            return
+        detail = client.label(device, operator_api.LabelsRequest(labels=values))
     if options.json:
         output.show_json(detail)
     else:
@@ -455,8 +506,13 @@ def label(options: Options, *, device: str, labels: tuple[str, ...]) -> None:
 @command("revoke", examples="fleet revoke gate-7-1f2e3d4c")
 @click.argument("device", shell_complete=operator.devices)
 @click.option("--yes", is_flag=True, help="Revoke without asking")
-def revoke(options: Options, *, device: str, yes: bool) -> None:
+@base.DRY_RUN
+def revoke(options: Options, *, device: str, yes: bool, dry: bool) -> None:
     """Remove a device from the fleet: the server refuses its certificate from now on."""
+    if dry:
+        with connect(options) as client:
+            output.foresee(options, "remove from the fleet, until it enrols anew", [client.device(device).row.id])
+        return
     if not yes:
         question = f"Remove {device} from the fleet? It can come back only by enrolling anew."
         confirm(question, f"{device} was not revoked")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fleet.cli import operator, output
+from fleet.cli import base, operator, output
 from fleet.cli.base import Fault, Options, ShortGroup, command, label_values, read_file
 from fleet.cli.operator import connect
 from fleet.protocol import operator_api
@@ -42,6 +42,7 @@ def group() -> None:
     type=click.IntRange(-1_000_000, 1_000_000),
     help="Where two groups set the same instance, the higher number wins",
 )
+@base.DRY_RUN
 def change(
     options: Options,
     *,
@@ -50,10 +51,22 @@ def change(
     drop: tuple[str, ...],
     select: tuple[str, ...],
     priority: int | None,
+    dry: bool,
 ) -> None:
     """Create the group NAME with --add, --select or --priority, or change its members."""
     labels = {key: value for key, value in label_values(select).items() if value is not None} if select else None
     with connect(options) as client:
+        if dry:
+            for device in (*add, *drop):
+                client.device(device)  # the server refuses a name that no device has
+            words = [f"add {len(add)}"] * bool(add) + [f"take out {len(drop)}"] * bool(drop)
+            words += [f"select by {' '.join(select)}"] * bool(select) + [f"set priority {priority}"] * (
+                priority is not None
+            )
+            output.foresee(
+                options, f"create or change the group {name}: {', '.join(words) or 'nothing'}", (*add, *drop)
+            )
+            return
         row = client.set_group(
             name, operator_api.GroupRequest(priority=priority, selector=labels, add=add, remove=drop)
         )

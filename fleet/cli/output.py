@@ -26,6 +26,7 @@ _WHOLE_CHARS: Final = 16
 """Columns with longer cells wrap on a narrow terminal; 16 leaves room for `rolled back` and `namespace/name@1.0`."""
 
 _GAP: Final = 2
+_NAMED_MAX: Final = 20
 _INDENT: Final = 4
 
 _STYLES: Final = {
@@ -123,6 +124,15 @@ def result(options: Options, value: msgspec.Struct | dict[str, object], text: st
         show_json(value)
     else:
         say(options, text)
+
+
+def foresee(options: Options, would: str, devices: Iterable[str] = ()) -> None:
+    """Print what a command would do without --dry-run, and to which devices."""
+    concerned = sorted(devices)
+    named = f": {some(concerned, _NAMED_MAX)}" if concerned else ""
+    result(
+        options, {"dry_run": True, "would": would, "devices": concerned}, f"Would {would}{named}.\nNothing was changed."
+    )
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, empty: str, noun: str = "rows") -> None:

@@ -144,8 +144,13 @@ def _verb(name: str, done: str, text: str) -> Command:
 
     @command(name, examples=f"fleet rollout {name} 7")
     @click.argument("number", shell_complete=operator.rollouts)
-    def act(options: Options, *, number: str) -> None:
+    @base.DRY_RUN
+    def act(options: Options, *, number: str, dry: bool) -> None:
         with connect(options) as client:
+            if dry:
+                view = client.rollout(number)
+                _foresee(options, view, f"{name} rollout {view.number}, which is {view.state}")
+                return
             view = client.act(number, name)
         output.result(options, view, f"Rollout {view.number} {done}.")
 
@@ -173,9 +178,17 @@ rollout.add_command(
 @command("abort", examples="fleet rollout abort 7\nfleet rollout abort 7 --keep")
 @click.argument("number", shell_complete=operator.rollouts)
 @click.option("--keep", is_flag=True, help="Leave devices that have the version where they are, as pins")
-def abort(options: Options, *, number: str, keep: bool) -> None:
+@base.DRY_RUN
+def abort(options: Options, *, number: str, keep: bool, dry: bool) -> None:
     """End a rollout and return its devices to what they had before."""
     with connect(options) as client:
+        if dry:
+            view = client.rollout(number)
+            what = (
+                "leave those that have the version where they are" if keep else "return devices to what they had before"
+            )
+            _foresee(options, view, f"end rollout {view.number}, and {what}")
+            return
         view = client.abort(number, keep=keep)
     if not keep:
         output.result(options, view, f"Rollout {view.number} is aborted: its devices are offered what they had before.")
@@ -187,30 +200,77 @@ def abort(options: Options, *, number: str, keep: bool) -> None:
 @command("retry", examples="fleet rollout retry 7")
 @click.argument("number", shell_complete=operator.rollouts)
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
-def retry(options: Options, *, number: str, detach: bool) -> Exit:
+@base.DRY_RUN
+def retry(options: Options, *, number: str, detach: bool, dry: bool) -> Exit:
     """Begin a reverted rollout once more, at wave 1.
 
     Devices that had refused the version try it again.
     """
     with connect(options) as client:
+        if dry:
+            view = client.rollout(number)
+            _foresee(options, view, f"begin rollout {view.number} once more, at wave 1")
+            return Exit.OK
         return finish(client, client.act(number, "retry"), options, detach=detach)
 
 
 @command("cancel-device", examples="fleet rollout cancel-device 7 gate-7-1f2e3d4c")
 @click.argument("number", shell_complete=operator.rollouts)
 @click.argument("device", shell_complete=operator.devices)
-def cancel_device(options: Options, *, number: str, device: str) -> None:
+@base.DRY_RUN
+def cancel_device(options: Options, *, number: str, device: str, dry: bool) -> None:
     """Leave one device out of a rollout.
 
     The device keeps, or goes back to, what it had before.
     """
     with connect(options) as client:
+        if dry:
+            view = client.rollout(number)
+            if device not in {each.device for each in view.devices}:
+                raise Fault(
+                    f"{device} is not in rollout {view.number}", f"see fleet rollout {view.number}", code=Exit.REFUSED
+                )
+            output.foresee(options, f"leave it out of rollout {view.number}", [device])
+            return
         view = client.cancel_device(number, device)
     output.result(options, view, f"Rollout {view.number} goes on without {device}.")
 
 
 for _each in (abort, retry, cancel_device):
     rollout.add_command(_each)
+
+
+def _foresee(options: Options, view: RolloutView, would: str) -> None:
+    """Print what would become of a rollout and its devices."""
+    output.foresee(options, would, [each.device for each in view.devices])
+
+
+def _foresee_freeze(options: Options, client: "Client", group: str, would: str) -> None:
+    if group:
+        client.policy(group)  # the server refuses a name that no group has
+    rows = client.devices().devices
+    concerned = [row.id for row in rows if not row.revoked and (not group or group in row.groups)]
+    output.foresee(options, f"{would} in {group or 'the whole fleet'}", concerned)
+
+
+def foreseen(client: "Client", request: operator_api.RolloutRequest, options: Options) -> Exit:
+    """Print what a rollout would do; NOTHING_AFFECTED where the server would refuse it."""
+    found = client.preflight(request)
+    if options.json:
+        output.show_json(found)
+    else:
+        what = f"{output.target(request.target)} as {request.instance}" if request.target else f"no {request.instance}"
+        output.facts(
+            [
+                ("would run", what),
+                ("before", output.target(found.previous) if found.previous else ""),
+                *((f"wave {number}", ", ".join(wave)) for number, wave in enumerate(found.waves, 1)),
+                *(("excluded", f"{each.device}: {each.reason}") for each in found.excluded),
+                *(("note", each) for each in found.warnings),
+            ]
+        )
+        output.say(options, "Nothing was changed.")
+    return Exit.OK if any(found.waves) else Exit.NOTHING_AFFECTED
 
 
 def amount(option: str, text: str) -> "Amount":
@@ -228,7 +288,8 @@ def amount(option: str, text: str) -> "Amount":
     "--group", default="", shell_complete=operator.groups, metavar="NAME", help="Freeze this group  [the fleet]"
 )
 @click.option("--reason", required=True, metavar="TEXT", help="Say why, for everybody who meets the freeze")
-def freeze(options: Options, *, group: str, reason: str) -> None:
+@base.DRY_RUN
+def freeze(options: Options, *, group: str, reason: str, dry: bool) -> None:
     """Pause every rollout and refuse new ones, until 'fleet unfreeze'.
 
     Aborts, withdrawals of releases and their consequences pass.
@@ -236,15 +297,22 @@ def freeze(options: Options, *, group: str, reason: str) -> None:
     if not reason.strip():
         raise click.UsageError("--reason is empty: say why, for everybody who meets the freeze.")
     with connect(options) as client:
+        if dry:
+            _foresee_freeze(options, client, group, "pause every rollout and refuse new ones")
+            return
         answer = client.freeze(group, reason)
     output.result(options, answer, f"{group or 'The fleet'} is frozen: {reason}.")
 
 
 @command("unfreeze", examples="fleet unfreeze\nfleet unfreeze --group edge-eu")
 @click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Of this group  [the fleet]")
-def unfreeze(options: Options, *, group: str) -> None:
+@base.DRY_RUN
+def unfreeze(options: Options, *, group: str, dry: bool) -> None:
     """End a freeze: what it paused goes on."""
     with connect(options) as client:
+        if dry:
+            _foresee_freeze(options, client, group, "end the freeze, so that what it paused goes on")
+            return
         answer = client.unfreeze(group)
     output.result(options, answer, f"{group or 'The fleet'} is no longer frozen.")
 
@@ -361,12 +429,20 @@ rollout.add_command(simulate)
     help="Size of each wave, as a number or share of the devices  [by the size of the group]",
 )
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
-def undo(options: Options, *, number: str, group: str, waves: str, detach: bool) -> Exit:
+@base.DRY_RUN
+def undo(options: Options, *, number: str, group: str, waves: str, detach: bool, dry: bool) -> Exit:
     """Offer the previous state again, through the same gates.
 
     Undo the rollout NUMBER, or the newest one.
     """
+    if dry and not number:
+        raise click.UsageError("--dry-run needs the NUMBER of the rollout: 'fleet rollouts' lists them.")
     with connect(options) as client:
+        if dry:
+            view = client.rollout(number)
+            back = output.target(view.previous) if view.previous else "nothing under that name"
+            _foresee(options, view, f"undo rollout {view.number}: {view.instance} becomes {back}")
+            return Exit.OK
         view = client.undo(operator_api.UndoRequest(rollout=number, group=group, waves=waves))
         return finish(client, view, options, detach=detach)
 
@@ -386,6 +462,7 @@ def undo(options: Options, *, number: str, group: str, waves: str, detach: bool)
     help="Size of each wave, as a number or share of the devices",
 )
 @click.option("--detach", is_flag=True, help="Return at once instead of following the rollout")
+@base.DRY_RUN
 def remove(
     options: Options,
     *,
@@ -395,6 +472,7 @@ def remove(
     keep_data: bool,
     waves: str,
     detach: bool,
+    dry: bool,
 ) -> Exit:
     """Remove INSTANCE from a group or a device."""
     if bool(group) == bool(device):
@@ -403,6 +481,11 @@ def remove(
         instance=instance, group=group, device=device, keep_data=keep_data, waves=waves
     )
     with connect(options) as client:
+        if dry:
+            asked = operator_api.RolloutRequest(
+                instance=instance, group=group, device=device, keep_data=keep_data, waves="" if device else waves
+            )
+            return foreseen(client, asked, options)
         return finish(client, client.remove(request), options, detach=detach)
 
 

@@ -256,10 +256,18 @@ def _tell_lacking(row: SecretRow) -> None:
 @command("rm", examples="fleet secret rm db-password --group edge-eu --instance report")
 @_NAME
 @_options(*_WHERE)
-def remove(options: Options, *, name: str, **how: Any) -> None:
+@base.DRY_RUN
+def remove(options: Options, *, name: str, dry: bool, **how: Any) -> None:
     """Take a secret from devices; refused while an instance there needs it to start."""
     scope = _scope(name, how)
     with connect(options) as client:
+        if dry:
+            rows = [row for row in client.secrets().secrets if row.name == name]
+            rows = [row for row in rows if scope.instance in {"", row.instance}]
+            members = {row.id for row in client.devices().devices if scope.group in row.groups} | {scope.device}
+            holders = {each.device for row in rows for each in row.devices} & members
+            output.foresee(options, f"take {name} from devices of {scope.group or scope.device}", holders)
+            return
         found = client.remove_secret(name, scope)
     output.result(options, found, f"{name} is removed from {scope.group or scope.device}.")
 

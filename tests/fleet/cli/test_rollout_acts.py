@@ -109,7 +109,7 @@ def test_a_plan_is_played_over_the_group(fleet, desk):
     assert worst[:5] == ["100%", "3", "of", "3", "1"], "it halts in wave 1 each time"
     assert worst[7:9] == ["1", "1"], "one device is hurt, usually and at most"
     again = fleet("--json", "rollout", "simulate", "--group", "edge-eu", "--runs", "3", "--seed", "2")
-    assert json.loads(again.output)[-1]["hurt_most"] == 1
+    assert json.loads(again.output)["rates"][-1]["hurt_most"] == 1
     assert fleet("rollout", "simulate", "--group", "nowhere").exit_code == 4
     bad = fleet("rollout", "simulate", "--group", "edge-eu", "--max-lost", "x")
     assert (bad.exit_code, "--max-lost: 'x'" in bad.stderr) == (2, True)
@@ -150,7 +150,9 @@ def test_the_plan_of_the_group_is_played_where_no_option_says_otherwise(fleet, d
     desk.routes[("GET", "/v1/groups/edge-eu/policy")] = operator_api.GroupPolicy(group="edge-eu", plan=plan)
 
     def played(*words):
-        return json.loads(fleet("--json", "rollout", "simulate", "--group", "edge-eu", "--runs", "3", *words).output)
+        return json.loads(fleet("--json", "rollout", "simulate", "--group", "edge-eu", "--runs", "3", *words).output)[
+            "rates"
+        ]
 
     good, *_, bad = played()
     assert (good["halted"], good["after_s"] > 86_400) == (0, True), "it soaks, and an approval is no halt"
