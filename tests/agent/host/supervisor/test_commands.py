@@ -1,7 +1,12 @@
 """Ordinary programs (`wasi:cli/run`): by a schedule, and as a service that runs until it is stopped."""
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import support
+from host_processes import lanes_of
 from support import Grants, Limits
 
 from agent.host.ipc import host_api
@@ -193,3 +198,12 @@ def test_a_service_has_no_health_check_and_needs_its_export(host):
     assert (reply.code, "it exports no wasi:cli/run" in reply.message) == ("start-failed", True)
     reply = host.start("command", support.a_run("none", 1, trigger=Http()))
     assert (reply.code, "wasmfleet:http/handler" in reply.message) == ("start-failed", True)
+
+
+def test_a_service_whose_process_is_killed_is_started_again(host):
+    up(host, "serves")
+    (pid,) = [pid for pid in lanes_of(host) if Path(f"/proc/{pid}/comm").read_text() == "worker:serves\n"]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len([line for line in host.lines_of("serves") if line.endswith(" up")]) == 2, "another run")
+    health = figures(host, "serves", lambda health: health.restarts == 1)
+    assert (health.state, health.calls) == ("running", {})
