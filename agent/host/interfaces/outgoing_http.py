@@ -111,6 +111,16 @@ class Wait(NamedTuple):
 Steps = Generator[Wait, None, None]
 
 
+def _receive(sock: socket.socket) -> tuple[helper_api.ConnectReply, Sequence[int]]:
+    """Receive a reply of the egress; a connection that this process has no descriptor for is an error of that one."""
+    try:
+        data, fds = framing.receive_packet(sock)
+    except framing.DescriptorsLostError as error:
+        why = f"{error} in the worker"
+        return msgspec.structs.replace(_told.decode(error.data), error="internal-error", why=why), ()
+    return _told.decode(data), fds
+
+
 class Question:
     """A question to the egress."""
 
@@ -237,8 +247,7 @@ class Loop:
         """Read the replies of the egress."""
         try:
             while self._questions:
-                data, fds = framing.receive_packet(sock)
-                self._take(_told.decode(data), fds)
+                self._take(*_receive(sock))
         except BlockingIOError:
             pass
         except (OSError, framing.GoneError, *wire.JSON_ERRORS) as error:

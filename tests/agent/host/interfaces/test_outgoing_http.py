@@ -218,6 +218,31 @@ def test_two_requests_are_under_way_at_once(device, peer):
     assert ask(guest, f"/both?127.0.0.1:{there.port}/") == b"1 200 200"
 
 
+def test_a_connection_that_the_worker_has_no_descriptor_for_is_an_error_of_that_request_alone(
+    device, peer, monkeypatch
+):
+    there, send, kept = peer(answers(OK, OK)), framing.send_packet, []
+
+    def send_both_at_once(sock, data, fds=()):
+        """Send the first reply just before the second, so that its end finds both requests waiting."""
+        if b"outbound" in data:
+            send(sock, data, fds)
+        elif not kept:
+            kept.append((data, os.dup(fds[0])))
+        else:
+            first, fd = kept[0]
+            # More than a packet has room for: the receiver learns the same as where its own limit cuts them off.
+            send(sock, first, (fd,) * (framing.FDS_MAX + 1))
+            os.close(fd)
+            send(sock, data, fds)
+
+    monkeypatch.setattr(framing, "send_packet", send_both_at_once)
+    guest = device.guest(f"http://127.0.0.1:{there.port}")
+    broken = adapter_abi.ERRORS.index("internal-error")
+    assert ask(guest, f"/both?127.0.0.1:{there.port}/") in {b"1 %d 200" % broken, b"1 200 %d" % broken}
+    assert any("no more files may be open in the worker" in line for line in device.lines)
+
+
 def test_an_ungranted_host_is_denied_counted_and_named(device, peer):
     there = peer(answers(OK))
     guest = device.guest("http://127.0.0.1:1")
