@@ -27,7 +27,7 @@ from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace,
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import HostResources, NoRoomError
+from agent.host.supervisor.resources import HostResources, NoRoomError, check_room
 from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_pool import WorkerPool
@@ -199,17 +199,18 @@ class Instance:
         """Start a worker after a pause, if a swap by replacement has left the generation without one."""
         generation = self.current
         if generation is not None and generation.is_serving and not generation.workers:
-            self._decide(generation, str(error), 0.0)
+            self._not_started(generation, error)
 
     async def _restart_in_place(self, generation: Generation) -> None:
         """Stop its workers, then start one."""
+        check_room(self.name)
         self._timers.stop()
         await swap.finish_task(self._parts, generation)
         await self._workers.halt(generation)
         try:
             await self._workers.start_worker(generation)
         except (StartError, WorkerGoneError) as error:
-            self._decide(generation, str(error), 0.0)
+            self._not_started(generation, error)
             raise
         self.restarts += 1
         self._set_state(InstanceState.RUNNING)
@@ -533,16 +534,23 @@ class Instance:
             except (StartError, WorkerGoneError) as error:
                 if router is not None and not (router.running and router.pid == pid):  # ended with its router
                     self._replace(generation, str(error), 0.0, at_fault=False)
-                elif isinstance(error, NoRoomError):
-                    if self.error != str(error):  # said once
-                        self.error = str(error)
-                        self._log.note(f"host: no worker: {error}")
-                    self._workers.tasks.spawn(self._start_after(generation, _NO_ROOM_PAUSE_S))
                 else:
-                    self._decide(generation, str(error), 0.0)
+                    self._not_started(generation, error)
                 return
             if self.state is InstanceState.BACKOFF:
                 self._set_state(InstanceState.RUNNING)
+
+    def _not_started(self, generation: Generation, error: StartError | WorkerGoneError) -> None:
+        """Try again later to start a worker; a lack of room on the device is no crash."""
+        if not isinstance(error, NoRoomError):
+            self._decide(generation, str(error), 0.0)
+            return
+        if self.error != str(error):  # said once
+            self._log.note(f"host: no worker: {error}")
+        if not generation.alive:
+            self._set_state(InstanceState.BACKOFF, str(error))
+        self.error = str(error)
+        self._workers.tasks.spawn(self._start_after(generation, _NO_ROOM_PAUSE_S))
 
     def _set_state(self, state: InstanceState, message: str = "") -> None:
         if state is self.state:

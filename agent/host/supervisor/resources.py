@@ -58,6 +58,21 @@ def no_room(name: str, error: Exception) -> NoRoomError:
     return NoRoomError(RejectCode.INTERNAL, f"{name}: {why}")
 
 
+_FILES_OF_A_START: Final = 24
+"""More descriptors than a worker takes while it starts, its zygote included."""
+
+
+def check_room(name: str) -> None:
+    """Raise `NoRoomError` where a start might not find the descriptors that it takes: before something is stopped."""
+    taken: list[int] = []
+    try:
+        taken.extend(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(_FILES_OF_A_START))
+    except OSError as error:
+        raise no_room(name, error) from error
+    finally:
+        framing.close_all(taken)
+
+
 @dataclass(frozen=True, slots=True)
 class Listener:
     """Listening socket; `port` None for the Unix socket behind the router."""

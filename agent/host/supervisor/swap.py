@@ -26,7 +26,7 @@ from agent.host.ipc import framing, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.supervisor.generation import Generation, SavedState
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.resources import Listeners, no_room
+from agent.host.supervisor.resources import Listeners, check_room, no_room
 from agent.host.supervisor.timers import InstanceTimers, ScheduleTimer, ask_health
 from agent.host.supervisor.worker_handle import R, WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import WorkerSet
@@ -95,6 +95,7 @@ async def _replace(parts: SwapParts, old: Generation, new: Generation, place: "B
     async with AsyncExitStack() as undo:
         undo.callback(parts.workers.drop, new)
         check_schedule(new)
+        check_room(parts.name)
         began_s = time.monotonic()
         undo.push_async_callback(_start_again, parts, old, new)
         problem = await _stop(parts, old)
@@ -172,6 +173,7 @@ def _note_gap(parts: SwapParts, old: Generation, new: Generation, began_s: float
 
 async def _go_back_by_replacement(parts: SwapParts, current: Generation, warm: Generation) -> float:
     """Stop `current`, then start `warm`, as `go_back`."""
+    check_room(parts.name)
     began_s = time.monotonic()
     async with AsyncExitStack() as undo:
         undo.push_async_callback(_start_again, parts, current, warm)

@@ -134,13 +134,14 @@ def test_a_host_without_a_descriptor_left_refuses_a_start_in_words(small, kind):
 
 
 @pytest.mark.nightly
-def test_a_swap_without_a_descriptor_left_loses_no_state(small):
+@pytest.mark.parametrize("swap", ["overlap", "replace"])
+def test_a_swap_without_a_descriptor_left_loses_no_state(small, swap):
     pid, seen, generation, swapped = small.process.pid, 0, 1, 0
-    assert isinstance(small.start("remembers", support.a_run("keeps", generation)), host_api.Started)
+    assert isinstance(small.start("remembers", support.a_run("keeps", generation, swap=swap)), host_api.Started)
     with socket.create_connection(("127.0.0.1", small.port), timeout=60) as client:
         for files in range(first := open_files(pid), first + STEPS):
             with at_most(pid, files):
-                reply = small.start("remembers", support.a_run("keeps", generation + 1))
+                reply = small.start("remembers", support.a_run("keeps", generation + 1, swap=swap))
                 status, _, body = support.http(None, "GET /keeps/ HTTP/1.1\r\nhost: x\r\n\r\n", sock=client)
             seen += 1
             assert (status, int(body)) == (200, seen)
@@ -152,6 +153,7 @@ def test_a_swap_without_a_descriptor_left_loses_no_state(small):
             if (swapped := swapped + 1) == 2:
                 break
     assert swapped == 2
+    assert isinstance(small.ask(host_api.Stop, instance="keeps"), host_api.Done)
 
 
 def test_a_worker_that_ends_without_a_descriptor_for_another_is_replaced_when_there_is_one(small):
