@@ -17,6 +17,7 @@ typedef struct {
     fields *trailers;
     uint8_t streamed;
     uint8_t outgoing; // of the answer to the outgoing request of this number
+    uint8_t finished;
     uint32_t id;
 } incoming_body;
 
@@ -24,6 +25,9 @@ typedef struct {
     fields *trailers;
     uint8_t got;
     uint8_t awaited; // they come over the channel, behind the body
+    uint8_t outgoing; // as in incoming_body
+    uint32_t id;
+    fields received;
 } future_trailers;
 
 typedef struct {

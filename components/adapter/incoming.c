@@ -4,7 +4,6 @@
 #include "http.h"
 
 DESTRUCTOR(incoming_request, "incoming-request")
-DESTRUCTOR(future_trailers, "future-trailers")
 
 METHOD("incoming-request.method") const method *incoming_request_method(const incoming_request *it) {
     return &it->method;
@@ -41,22 +40,47 @@ METHOD("incoming-body.stream") handle_or_nothing *incoming_body_stream(incoming_
     return ok_handle(give_input(looping ? OURS(REQUEST_BODY) : get_stdin()));
 }
 
-// The stream of an answer's body forgets the answer when it is dropped; without one, the body does.
+// An answer is forgotten with its body, or with the trailers behind it.
 EXPORT(TYPES "#[dtor]incoming-body") void incoming_body_dtor(incoming_body *it) {
-    if (it->outgoing && !it->streamed) host_close(it->id);
+    if (it->outgoing && !it->finished) host_close(it->id);
+    live--;
+}
+
+EXPORT(TYPES "#[dtor]future-trailers") void future_trailers_dtor(future_trailers *it) {
+    if (it->outgoing) host_close(it->id);
     live--;
 }
 
 STATIC("incoming-body.finish") int32_t incoming_body_finish(int32_t body) {
     future_trailers *it = take_room(sizeof *it);
-    incoming_body *from = incoming_body_take(body);
-    *it = (future_trailers){.trailers = from->trailers, .awaited = looping && !from->outgoing};
+    incoming_body *from = incoming_body_rep(body);
+    from->finished = 1;
+    incoming_body_drop(body);
+    *it = (future_trailers){.trailers = from->trailers, .outgoing = from->outgoing, .id = from->id};
+    it->awaited = looping && !it->outgoing;
     if (it->awaited) channel_skip_body();
     return future_trailers_give(it);
 }
 
 METHOD("future-trailers.subscribe") int32_t future_trailers_subscribe(const future_trailers *it) {
-    return give_pollable(it->awaited && !it->got ? PART(0, HEAD_OF) : ALWAYS);
+    if (it->got) return give_pollable(ALWAYS);
+    if (it->outgoing) return give_pollable(PART(it->id, TRAILERS_OF));
+    return give_pollable(it->awaited ? PART(0, HEAD_OF) : ALWAYS);
+}
+
+// Take the trailers of an answer that came over the network, or what went wrong before.
+static void take_received(future_trailers *it, nested_result *answer) {
+    text last = {0};
+    host_read(it->id, 1, &last);
+    if (!last.size) return;
+    text rest = {last.data + 1, last.size - 1};
+    if (*last.data == '!') {
+        answer->failed = 1;
+        answer->error = (error_code){(uint8_t)number_of(rest), {0}};
+    } else if (*last.data == '.') {
+        read_lines(&it->received, rest);
+        it->trailers = &it->received;
+    }
 }
 
 // option<result<result<option<trailers>, error-code>>>: what came after the body, which may be heard once.
@@ -64,10 +88,12 @@ METHOD("future-trailers.get") nested_result *future_trailers_get(future_trailers
     nested_result *answer = take_room(sizeof *answer);
     int waits = it->awaited && !it->got && !channel_has_trailers();
     if (waits) channel_look(), waits = !channel_has_trailers();
+    if (it->outgoing && !it->got) waits = !is_there(PART(it->id, TRAILERS_OF));
     *answer = (nested_result){.some = !waits, .again = it->got};
     if (waits) return answer;
+    if (it->outgoing && !it->got) take_received(it, answer);
     if (it->awaited && !it->got) read_lines(it->trailers, channel_trailers());
-    if (!it->got && it->trailers && it->trailers->count) {
+    if (!it->got && !answer->failed && it->trailers && it->trailers->count) {
         answer->trailers.some = 1;
         answer->trailers.handle = give_view(it->trailers);
     }

@@ -60,7 +60,6 @@ EXPORT(POLL "#[dtor]pollable") void pollable_dtor(pollable *it) {
 
 EXPORT(STREAMS "#[dtor]input-stream") void input_stream_dtor(input_stream *it) {
     if (it->engine >= 0) drop_input(it->engine);
-    else if (!IS_OURS(NUMBER(it->engine)) && !IS_SOCKET(NUMBER(it->engine))) host_close(NUMBER(it->engine));
     give_object_back(it);
 }
 

@@ -23,7 +23,7 @@ typedef struct {
 #define NUMBER(ours) ((uint32_t)(-2 - (ours)))
 
 // What is waited for of an outgoing request, or, with the number 0, of the call in hand, whose head is its trailers.
-enum part { HEAD_OF, BODY_OF, ROOM_OF };
+enum part { HEAD_OF, BODY_OF, ROOM_OF, TRAILERS_OF };
 #define PART(id, part) OURS((id) << 2 | (part))
 
 // result<list<u8>, stream-error>, result<u64, stream-error> and result<_, stream-error>.

@@ -13,6 +13,8 @@
 //   /count             how many requests this instance has seen
 //   /fetch             a request to http://example.org:8080/there?x=1; the number of the error
 //   /get?host:port/path        what a request there answers: status, a line for each field, and the body, as it is read
+//                              then, if there are any, a line "trailers" and a line for each
+//   /rest?host:port/path       the same, but for the body, which is not read
 //   /post?host:port/path       the same, sending a body of 300,000 bytes
 //   /both?host:port/path       two requests at once: their statuses
 //   /early?host:port/path      a request there whose body, "first" and then the request's own, goes on when the answer's
@@ -31,7 +33,7 @@
 //   /race?host:port/path       a request there and a timer of 200 ms: which of them was first
 //   /sleep             an answer after a minute
 #define ROOM_BYTES (256 * 1024)
-#define PAGE_BYTES (16 * 1024)
+#define PAGE_BYTES (64 * 1024)
 #include "guest.h"
 
 IMPORT(TYPES, "[method]fields.set") void set_field(int32_t, const char *, size_t, const text *, size_t, uint8_t *);
@@ -361,7 +363,22 @@ static int32_t take_answer(int32_t future) {
     return result[16] ? -1 - result[24] : *(int32_t *)(result + 24);
 }
 
-static void get(text place, int posted) {
+// What came behind the body of an answer.
+static void write_trailers(int32_t body, int32_t out, int was_read) {
+    uint8_t result[56] __attribute__((aligned(8)));
+    int32_t future = finish_incoming(body), ready = trailers_ready(future);
+    block(ready);
+    drop_pollable(ready);
+    get_trailers(future, result);
+    drop_future(future);
+    if (!result[0]) __builtin_trap();
+    written = 0;
+    if (result[16] && !was_read) say(TEXT("\nno trailers ")), say_number(result[24]);
+    else if (!result[16] && result[24]) say(TEXT("\ntrailers\n")), list_fields(*(int32_t *)(result + 28));
+    write_all(out, (text){page, written});
+}
+
+static void get(text place, int posted, int reads) {
     int32_t response = take_answer(ask(place, posted));
     if (response < 0) {
         say(TEXT("error "));
@@ -377,7 +394,7 @@ static void get(text place, int posted) {
     write_all(out, (text){page, written});
     answer_body(response, &body);
     body_stream(must(body), &input);
-    for (;;) {
+    while (reads) {
         uint32_t chunk[3];
         used = 0;
         blocking_read(must(input), 64 * 1024, chunk);
@@ -396,7 +413,7 @@ static void get(text place, int posted) {
         break;
     }
     drop_input(input.handle);
-    drop_future(finish_incoming(body.handle));
+    write_trailers(body.handle, out, reads);
     drop_response(response);
     drop_output(out);
     finish(out_body, -1);
@@ -505,9 +522,11 @@ EXPORT("wasi:http/incoming-handler" V "#handle") void handle(int32_t request, in
     } else if (is(target, TEXT("/echo"))) {
         echo(request);
     } else if (starts(target, TEXT("/get?"))) {
-        get((text){target.data + 5, target.size - 5}, 0);
+        get((text){target.data + 5, target.size - 5}, 0, 1);
+    } else if (starts(target, TEXT("/rest?"))) {
+        get((text){target.data + 6, target.size - 6}, 0, 0);
     } else if (starts(target, TEXT("/post?"))) {
-        get((text){target.data + 6, target.size - 6}, 1);
+        get((text){target.data + 6, target.size - 6}, 1, 1);
     } else if (starts(target, TEXT("/both?"))) {
         both((text){target.data + 6, target.size - 6});
     } else if (starts(target, TEXT("/early?"))) {

@@ -42,13 +42,15 @@ class ResponseParser:
         self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_chunked_length=True)
         self._broken: ResponseError | None = None
         self._read_bytes = self._quiet_bytes = self._body_bytes = self._head_bytes = 0
-        self._informational = self._trailers = 0
+        self._informational = self._trailers = self._trailers_bytes = 0
         self._skipping = False  # inside an informational response
         self._framed = self._chunked = self._more = self._keeps = False
         self._length: int | None = None
         self.status = 0
         """Status of the final response; 0 until its head is complete."""
         self.fields: Fields = []
+        self.trailers: Fields = []
+        """Fields behind the body."""
         self.body = bytearray()
         """Body bytes that the caller has not taken yet."""
         self.complete = False
@@ -131,6 +133,11 @@ class ResponseParser:
             self._quiet_bytes = 0
             if self._trailers > FIELDS_MAX:
                 self._stop(ResponseError("HTTP-response-trailer-section-size", f"more than {FIELDS_MAX} trailers"))
+            self._trailers_bytes += len(name) + len(value) + 4
+            if self._trailers_bytes > HEAD_MAX_BYTES:
+                what = f"more than {HEAD_MAX_BYTES} bytes of trailers"
+                self._stop(ResponseError("HTTP-response-trailer-section-size", what))
+            self.trailers.append((name.decode("latin-1"), value.decode("latin-1").strip(" \t")))
             return
         self._head_bytes += len(name) + len(value) + 4
         if len(self.fields) >= FIELDS_MAX:

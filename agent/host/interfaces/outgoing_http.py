@@ -273,8 +273,10 @@ NO_WAIT, NUDGED, WAITS, WAITS_A_MOMENT = range(4)
 
 _MOMENT_S: Final = 0.01
 
-HEAD, READ, WRITE = range(3)
-"""Parts that a guest may wait for: its response's head, its response's body, room for its request's body."""
+HEAD, READ, WRITE, REST = range(4)
+"""Parts that a guest may wait for: its response's head, its response's body, room for its request's body, and the end
+of its response's body, which it does not read.
+"""
 
 
 class OutgoingHttp:
@@ -446,7 +448,7 @@ class OutgoingHttp:
                 self._flush_notes()
 
     def poll(self, wanted: str, wait: int) -> str:
-        """Tell what is there of `wanted`: 0 or 1 for each, which is 4 times a request's number plus HEAD, READ, WRITE.
+        """Tell what is there of `wanted`: 0 or 1 for each, 4 times a request's number plus HEAD, READ, WRITE or REST.
 
         `wait`: `NUDGED` where the guest is about to wait: if nothing is there, it gets a nudge once something is, up to
         the next call of this. `WAITS` and `WAITS_A_MOMENT` wait here.
@@ -494,8 +496,23 @@ class OutgoingHttp:
                 return request.has_head
             case 1:
                 return request.has_body
+            case 3:
+                self._discard(request)
+                return request.over or bool(request.error)
             case _:
                 return request.room(self._limits.request_bytes) > 0
+
+    def _discard(self, request: OutgoingRequest) -> None:
+        """Throw away what has come of a body that its guest does not read."""
+        if request.response is not None and request.response.body:
+            request.taken_bytes += len(request.response.body)
+            request.response.body.clear()
+            if request.taken_bytes > self._limits.response_bytes:
+                self._fail(request, "HTTP-response-body-size", self._too_much())
+            self._loop.poke(request.number)
+
+    def _too_much(self) -> str:
+        return f"the response has more than {self._limits.response_bytes} bytes (limits.response)"
 
     def head(self, number: int) -> str:
         """Return the answer's head, or `error <n>`; a guest waits for it first (`poll`)."""
@@ -514,7 +531,10 @@ class OutgoingHttp:
             return f"{response.status}\r\n{fields}"
 
     def read(self, number: int, most: int) -> str:
-        """`+` and at most `most` bytes of the body, as far as they are there; `.` at its end, or `!` and an error."""
+        """Return `+` and at most `most` bytes of the body, or its end: `.` and trailers, `!` and an error's number.
+
+        A request with trailers or an error is kept after that: a guest may ask again for these.
+        """
         with self._lock:
             request = self._requests.get(number)
             if request is None or request.response is None or not request.response.status:
@@ -522,16 +542,18 @@ class OutgoingHttp:
             response = request.response
             piece = bytes(response.body[: min(most, WINDOW_BYTES)])
             if request.taken_bytes + len(piece) > self._limits.response_bytes:
-                why = f"the response has more than {self._limits.response_bytes} bytes (limits.response)"
-                self._fail(request, "HTTP-response-body-size", why)
+                self._fail(request, "HTTP-response-body-size", self._too_much())
             elif piece or not most or not request.over:
                 del response.body[: len(piece)]
                 request.taken_bytes += len(piece)
                 self._loop.poke(number)  # there is room for more
                 return "+" + piece.decode("latin-1")
             self._flush_notes()
-            self._drop(number)
-            return f"!{adapter_abi.ERRORS.index(request.error)}" if request.error else "."
+            if request.error:
+                return f"!{adapter_abi.ERRORS.index(request.error)}"
+            if not response.trailers:
+                self._drop(number)
+            return "." + "".join(f"{name}: {value}\r\n" for name, value in response.trailers if _sound(name, value))
 
     def ask(self, question: str) -> str:
         """See `Requests.ask`; `agent.host.interfaces.sockets` answers where sockets are granted."""

@@ -151,8 +151,8 @@ def ours(host):
     return port
 
 
-def ask(port, peer):
-    return support.http(port, f"GET /get?127.0.0.1:{peer.port}/ HTTP/1.1\r\nhost: board\r\n\r\n")[2]
+def ask(port, peer, how="get"):
+    return support.http(port, f"GET /{how}?127.0.0.1:{peer.port}/ HTTP/1.1\r\nhost: board\r\n\r\n")[2]
 
 
 def in_order(body):
@@ -166,6 +166,31 @@ def in_order(body):
 def test_a_component_gets_the_same_answer(ours, theirs, case):
     with contextlib.closing(Answers(SAME[case])) as peer:
         assert in_order(ask(ours, peer)) == in_order(ask(theirs, peer))
+
+
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+TRAILING = {
+    "one": CHUNKED + b"3\r\nabc\r\n0\r\nx-sum: 1\r\n\r\n",
+    "several, of a large body": CHUNKED + b"20000\r\n" + bytes(0x20000) + b"\r\n0\r\nx-a: 1\r\nx-b: 2\r\n\r\n",
+    "behind nothing": CHUNKED + b"0\r\nx-sum: 1\r\n\r\n",
+    "none": CHUNKED + b"3\r\nabc\r\n0\r\n\r\n",
+    "none of a body with its length": OK,
+}
+
+
+@pytest.mark.parametrize("how", ["get", "rest"])
+@pytest.mark.parametrize("case", TRAILING)
+def test_a_component_gets_the_trailers_of_an_answer_whether_it_reads_that_or_not(ours, theirs, case, how):
+    with contextlib.closing(Answers(TRAILING[case])) as peer:
+        here = in_order(ask(ours, peer, how))
+        assert here == in_order(ask(theirs, peer, how))
+    assert here[1].partition(b"\ntrailers\n")[1] == (b"" if "none" in case else b"\ntrailers\n")
+
+
+def test_a_body_that_breaks_off_unread_is_an_error_in_place_of_its_trailers(ours):
+    with contextlib.closing(Answers(CHUNKED + b"9\r\nhalf")) as peer:
+        wrong = adapter_abi.ERRORS.index("HTTP-response-incomplete")
+        assert ask(ours, peer, "rest") == b"200\n\n\nno trailers %d" % wrong
 
 
 @pytest.mark.parametrize("case", rotated(DIFFERENT))
