@@ -25,6 +25,7 @@ from agent.report import check, device_info, status
 from agent.update import images, restore
 from agent.update.secrets import SecretStore
 from agent.update.store import HISTORY_ROWS, Database, NotAloneError, Store, StoreError, alone
+from fleet.protocol import files
 from fleet.protocol.files import is_read_only
 from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
@@ -354,7 +355,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     for problem in identity.damaged_files(places.identity):
         logging.getLogger("agent").error("%s", problem)
-    root = (places.identity / "root.json").read_bytes()
+    root = files.read(places.identity / "root.json")
     mac_key = images.load_key(places.identity / "mac.key")
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys must not get into core files
@@ -398,7 +399,7 @@ def _apply(options: argparse.Namespace) -> int:
         if time.monotonic() >= deadline:
             raise UsageError(f"the bundle was not verified within {options.wait:g} s: see journalctl -u fleet-agent")
         time.sleep(APPLY_LOOK_S)
-    found = msgspec.json.decode(outcome.read_bytes(), type=bundle.BundleVerdict)
+    found = msgspec.json.decode(files.read(outcome), type=bundle.BundleVerdict)
     if found.code:
         raise UsageError(f"the bundle was refused ({found.code}): {found.message}")
     print(f"assignment {found.version} is accepted; follow it with 'fleet-agent status'")

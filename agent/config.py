@@ -6,6 +6,7 @@ it narrows what the fleet may do on this device, and never widens it.
 """
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import msgspec
 from agent.proxy import Proxy, ProxyError
 from fleet.component import toml_fields
 from fleet.protocol import bounds, message_topics, outbound
+from fleet.protocol.files import irregular
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import in_words, line_of, path_of
 
@@ -363,9 +365,12 @@ def load(file: Path, *, required: bool = False) -> Settings:
     """
     texts: dict[str, str] = {}
     parts: dict[str, Mapping[str, Any]] = {}
+    for path in (file, *sorted((file.parent / "config.d").glob("*.toml"))):
+        # left out, the policy in it would not hold; a link to /dev/null leaves it out on purpose
+        if (what := irregular(path)) and path.resolve() != Path(os.devnull):
+            raise ConfigError(f"cannot read {path}: it is {what}, not a file")
     if required and not file.is_file():
-        reason = "not a file" if file.exists() else "no such file"
-        raise ConfigError(f"cannot read {file}: {reason}; check the path, or leave out --config")
+        raise ConfigError(f"cannot read {file}: no such file; check the path, or leave out --config")
     for path in fragments(file):
         try:
             texts[str(path)] = path.read_text(encoding="utf-8")

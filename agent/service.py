@@ -39,7 +39,7 @@ from agent.update.secrets import SecretStore
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import DamagedStoreError, Database, Store, StoreError
 from agent.update.trust import DeviceTrust
-from fleet.protocol import wire
+from fleet.protocol import files, wire
 from fleet.protocol.messages import Report, State
 from signing.device_statements import DeviceSigner
 
@@ -242,7 +242,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         mqtt=links.conversation,
         db=db,
         sources=HealthSources(links.host, state, problems, readings),
-        signer=DeviceSigner((places.identity / "device.key").read_bytes()),
+        signer=DeviceSigner(files.read(places.identity / "device.key")),
         health_s=settings.health_s,
     )
     eviction = Eviction(places=places, settings=settings, images=images, state=state, secrets=secrets)

@@ -14,7 +14,7 @@ import msgspec
 
 from agent import disk
 from agent.disk import Write
-from fleet.protocol import wire
+from fleet.protocol import files, wire
 
 log = logging.getLogger("agent")
 
@@ -55,7 +55,7 @@ class Starts:
 
     def _read(self) -> StartLog:
         with contextlib.suppress(OSError, *wire.JSON_ERRORS):
-            found = msgspec.json.decode(self._file.read_bytes(), type=StartLog)
+            found = msgspec.json.decode(files.read(self._file), type=StartLog)
             if found.boot_id == self._boot_id:
                 return found
         return StartLog()

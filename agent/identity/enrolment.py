@@ -40,7 +40,7 @@ from agent.identity.identity import Identity
 from agent.link import dialer, https
 from agent.link.https import FetchError, FixedTls, HttpsClient, Problem
 from agent.proxy import ProxyError
-from fleet.protocol import bounds, names, wire
+from fleet.protocol import bounds, files, names, wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.messages import (
     EXPIRED,
@@ -144,8 +144,8 @@ def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X
     """
     with contextlib.suppress(OSError, ValueError, TypeError):
         if (fresh / "token.sha256").read_text() == token_sha256:
-            key = load_pem_private_key((fresh / "device.key").read_bytes(), password=None)
-            sealing = load_pem_private_key((fresh / "sealing.key").read_bytes(), password=None)
+            key = load_pem_private_key(files.read(fresh / "device.key"), password=None)
+            sealing = load_pem_private_key(files.read(fresh / "sealing.key"), password=None)
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(sealing, X25519PrivateKey):
                 return key, sealing
     disk.remove_tree(Write.NEW_IDENTITY, fresh)
@@ -315,10 +315,10 @@ def renewal_request(identity: Path, device: str) -> str:
 def sealing_proof(identity: Path, fleet: str) -> str:
     """Sign the device's statement about its sealing key; empty if that key cannot be read. Raises `OSError`."""
     try:
-        key = public_key(load((identity / "sealing.key").read_bytes()))
+        key = public_key(load(files.read(identity / "sealing.key")))
     except (OSError, KeyFileError):
         return ""
-    return _proof((identity / "device.key").read_bytes(), fleet, key)
+    return _proof(files.read(identity / "device.key"), fleet, key)
 
 
 def _proof(device_key: bytes, fleet: str, sealing_key: str) -> str:
@@ -329,14 +329,14 @@ def _proof(device_key: bytes, fleet: str, sealing_key: str) -> str:
 
 
 def _load_key(identity: Path) -> ec.EllipticCurvePrivateKey:
-    key = load_pem_private_key((identity / "device.key").read_bytes(), password=None)
+    key = load_pem_private_key(files.read(identity / "device.key"), password=None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return key
 
 
 def renew_at(identity: Path) -> datetime:
     """Return when to renew the device certificate: after two thirds of its life. Raises `OSError`, `ValueError`."""
-    certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
+    certificate = x509.load_pem_x509_certificate(files.read(identity / "device.pem"))
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     return certificate.not_valid_before_utc + life * 2 / 3
 
@@ -354,7 +354,7 @@ def renewal_due(identity: Path, clock: ReferenceClock) -> bool:
     now = clock.now()
     if now >= renew_at(identity):
         return True
-    certificate = x509.load_pem_x509_certificate((identity / "device.pem").read_bytes())
+    certificate = x509.load_pem_x509_certificate(files.read(identity / "device.pem"))
     wrong = certificate.not_valid_before_utc > now or certificate.not_valid_after_utc - now > LIFE_MAX
     return wrong and clock.is_trustworthy()
 

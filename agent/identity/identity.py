@@ -24,7 +24,7 @@ import msgspec
 
 from agent import disk
 from agent.disk import Write
-from fleet.protocol import wire
+from fleet.protocol import files, wire
 from fleet.protocol.files import damage
 
 log = logging.getLogger("agent.identity.identity")
@@ -41,7 +41,7 @@ def note_production(directory: Path) -> None:
     """Record that the fleet has moved from development to production; raises `OSError`."""
     who = msgspec.structs.replace(load(directory), production=True)
     path = directory / "enrolled.json"
-    disk.write(Write.PRODUCTION, path, wire.keeping(path.read_bytes(), who), mode=0o600)
+    disk.write(Write.PRODUCTION, path, wire.keeping(files.read(path), who), mode=0o600)
     log.info("the fleet %s is now in production", who.fleet)
 
 
@@ -139,7 +139,7 @@ def load(directory: Path) -> Identity:
     """
     path = directory / "enrolled.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Identity)
+        return msgspec.json.decode(files.read(path), type=Identity)
     except FileNotFoundError as error:
         raise IdentityError(
             f"this device is not enrolled ({path} does not exist): run 'fleet-agent enroll' with a token"
@@ -183,7 +183,7 @@ def name_of(host: str, machine: str) -> str:
 def _machine_value(path: Path) -> str:
     """Read an id; empty if it cannot be read, means nothing, or does not outlive a boot (on a tmpfs)."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        value = path.read_bytes().strip(b"\0\n ").decode()
+        value = files.read(path).strip(b"\0\n ").decode()
         meant = value.lower() not in _MEANINGLESS and len(set(value) - set("-. ")) > 1
         return value if meant and not _is_transient(path) else ""
     return ""
@@ -232,7 +232,7 @@ def note_machine(directory: Path, found: Mapping[str, str]) -> None:
     machine = next((f"{name}:{value}" for name, value in found.items()), "")
     who = msgspec.structs.replace(load(directory), machine=machine, evidence=dict(found))
     path = directory / "enrolled.json"
-    disk.write(Write.MACHINE, path, wire.keeping(path.read_bytes(), who), mode=0o600)
+    disk.write(Write.MACHINE, path, wire.keeping(files.read(path), who), mode=0o600)
 
 
 def find_token(

@@ -20,7 +20,7 @@ import msgspec
 from agent import disk
 from agent.disk import Write
 from agent.link.https import FetchError, HttpsClient, finish
-from fleet.protocol import names, wire
+from fleet.protocol import files, names, wire
 from fleet.protocol.assignment import Assignment
 from fleet.protocol.bounds import Count
 from fleet.protocol.codes import RejectCode
@@ -155,7 +155,7 @@ class Bundle:
         """Return the assignment in the bundle; None if there is none, or another bundle takes its place just now."""
         found = sorted((self.directory / "desired").glob("*.json"))
         try:
-            return found[0].read_bytes() if found else None
+            return files.read(found[0]) if found else None
         except FileNotFoundError:
             return None  # whoever stages the other bundle wakes the agent for it
 

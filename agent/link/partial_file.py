@@ -15,7 +15,7 @@ import msgspec
 
 from agent import disk
 from agent.disk import Write
-from fleet.protocol import bounds, wire
+from fleet.protocol import bounds, files, wire
 from fleet.protocol.bounds import Count
 
 STEP_BYTES: Final = bounds.MIB
@@ -44,7 +44,7 @@ class PartialFile:
             OSError: the file cannot be read or written.
         """
         try:
-            known = msgspec.json.decode(self._mark.read_bytes(), type=Checkpoint)
+            known = msgspec.json.decode(files.read(self._mark), type=Checkpoint)
         except (OSError, *wire.JSON_ERRORS):
             return self.path.stat().st_size if self.path.exists() else 0
         try:

@@ -45,7 +45,7 @@ from agent.proxy import Proxy, ProxyError
 from agent.report import check, device_info
 from agent.report.status import StatusReport, format_status, format_timeline
 from agent.update.store import Store
-from fleet.protocol import bounds
+from fleet.protocol import bounds, files
 from fleet.protocol.bounds import KIB, MIB
 from fleet.protocol.names import readable
 from fleet.protocol.printable import json_text, printable
@@ -288,7 +288,7 @@ def _sources(subject: Subject) -> Iterator[Source]:
     yield Source("configuration.json", MEMBER_MAX_BYTES, lambda: _json(_configuration(subject.settings)))
     for path in (places.log.with_name(places.log.name + ".1"), places.log):
         if path.exists():
-            yield Source(f"log/{path.name}", extent.log_bytes, path.read_bytes)
+            yield Source(f"log/{path.name}", extent.log_bytes, partial(files.read, path))
     if not extent.more:
         return
     roots = [each for each in (places.state, subject.host_state, places.runtime) if each is not None]
@@ -297,7 +297,7 @@ def _sources(subject: Subject) -> Iterator[Source]:
     logs = subject.host_state / "logs" if subject.host_state is not None else None
     found = list(logs.iterdir()) if logs is not None and os.access(logs, os.R_OK | os.X_OK) else []
     for path in sorted(found, key=_modified, reverse=True):
-        yield Source(f"log/instances/{path.name}", LOG_MAX_BYTES, path.read_bytes, by_root=True)
+        yield Source(f"log/instances/{path.name}", LOG_MAX_BYTES, partial(files.read, path), by_root=True)
     if not found:
         for instance in sorted(_instances(status)):
             read = partial(_latest_lines, places, instance, extent)

@@ -35,6 +35,7 @@ from agent.update.state import DONE, Change, Committed, DeploymentState, EffectR
 from agent.update.store import Run
 from agent.update.trust import DeviceTrust
 from fleet.component import reader
+from fleet.protocol import files
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from fleet.protocol.manifest import Manifest, Service
@@ -72,7 +73,7 @@ def _read(path: Path, item: Item) -> reader.Component | None:
         OSError: it cannot be read.
         reader.NotAComponentError: not a component that can run here.
     """
-    data = path.read_bytes()
+    data = files.read(path)
     if len(data) != item.length or hashlib.sha256(data).hexdigest() != item.sha256:
         disk.remove(Write.ARTIFACT_DAMAGED, path, missing_ok=True)
         return None

@@ -28,7 +28,7 @@ import msgspec
 from agent import disk
 from agent.disk import Write
 from agent.host.ipc import framing
-from fleet.protocol import bounds, wire
+from fleet.protocol import bounds, files, wire
 from fleet.protocol.codes import RejectCode
 
 log = logging.getLogger("agent.update.images")
@@ -123,7 +123,7 @@ def load_key(path: Path) -> bytes:
         ImageError: the file cannot be read or written, or is damaged.
     """
     try:
-        if path.exists() and not _is_key(path.read_bytes()):
+        if path.exists() and not _is_key(files.read(path)):
             log.warning(
                 "%s was damaged: all images are compiled again under a new key",
                 disk.set_aside(Write.MAC_KEY_DAMAGED, path),
@@ -131,7 +131,7 @@ def load_key(path: Path) -> bytes:
         if not path.exists():  # a read-only disk refuses the attempt
             with contextlib.suppress(FileExistsError):
                 disk.create(Write.MAC_KEY, path, secrets.token_bytes(KEY_BYTES), mode=0o600)
-        return path.read_bytes()
+        return files.read(path)
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error
 
@@ -326,7 +326,7 @@ class ImageStore:
     def _open(self, name: str, artifact: str, manifest: str) -> OpenImage:
         image, beside = self._directory / f"{name}.cwasm", self._directory / f"{name}.json"
         try:
-            note = msgspec.json.decode(beside.read_bytes(), type=_Note)
+            note = msgspec.json.decode(files.read(beside), type=_Note)
             opened = _seal(image, note.length)
         except FileNotFoundError as error:
             raise ImageError(RejectCode.NOT_FOUND, "there is no image of this component for this engine") from error

@@ -40,7 +40,7 @@ from agent.update.problems import NOT_STARTED, Problems, ReportSink
 from agent.update.secrets import SecretStore
 from agent.update.state import Committed
 from agent.update.store import Database, Store, StoreError
-from fleet.protocol import wire
+from fleet.protocol import files, wire
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Manifest
@@ -97,7 +97,7 @@ def write_runset(path: Path, committed: Iterable[Committed], facts: VerifierStat
     """
     runset = _Runset(items=tuple(committed), facts=facts)
     try:
-        before = path.read_bytes()
+        before = files.read(path)
         earlier = {(each.item.instance, each.generation): each for each in _read(path, key).items}
         raw = [msgspec.json.encode(each) for each in msgspec.json.decode(before).get("items", [])]
     except (OSError, RunsetError, *wire.JSON_ERRORS):
@@ -122,7 +122,7 @@ def read_runset(path: Path, key: bytes) -> tuple[Committed, ...]:
 
 def _read(path: Path, key: bytes) -> _Runset:
     try:
-        written = path.read_bytes()
+        written = files.read(path)
         runset, mac = msgspec.json.decode(written, type=_Runset), _mac(written, key)
     except (OSError, *wire.JSON_ERRORS) as error:
         raise RunsetError(f"cannot read {path}: {error}") from error

@@ -19,7 +19,7 @@ from agent.disk import Write
 from agent.host.ipc import framing
 from agent.identity.identity import Identity
 from agent.link.https import FetchError, Source
-from fleet.protocol import bounds
+from fleet.protocol import bounds, files
 from fleet.protocol.assignment import Item, SecretRef
 from fleet.protocol.codes import RejectCode
 from signing import sealing
@@ -84,7 +84,7 @@ class SecretStore:
         if not item.secrets:
             return {}
         try:
-            key = sealing.load(self._key.read_bytes())
+            key = sealing.load(files.read(self._key))
         except (OSError, KeyFileError) as error:
             raise Rejected(RejectCode.SECRET_UNOPENED, f"the sealing key cannot be used: {error}") from error
         values = {}

@@ -27,8 +27,8 @@ import msgspec
 from agent import disk
 from agent.disk import Point, Write
 from agent.update.state import Change, Committed, FailedItem, FailureKey, Transition, Violation
-from fleet.protocol import bounds, wire
-from fleet.protocol.files import is_full, is_read_only
+from fleet.protocol import bounds, files, wire
+from fleet.protocol.files import irregular, is_full, is_read_only
 from fleet.protocol.messages import Report
 from signing.state import VerifierState
 
@@ -64,6 +64,7 @@ BESIDE_BYTES: Final = 64 * 1024
 NEW_BYTES: Final = 256 * 1024
 """Room for a new database with what `runset.json` and the first reports bring, its log and its index."""
 
+_BESIDE: Final = ("-wal", "-shm")
 _HEADER_BYTES: Final = 100
 _VERSIONS: Final = slice(18, 20)
 """Bytes of the header with the versions needed to write and to read the file: SQLite, Database File Format."""
@@ -198,7 +199,7 @@ def _reading_apart(path: Path) -> Iterator[sqlite3.Connection]:
 
     A database in memory has no log: its versions are set to those of one without.
     """
-    content = bytearray(path.read_bytes())
+    content = bytearray(files.read(path))
     if content[_VERSIONS] == b"\2\2":
         content[_VERSIONS] = b"\1\1"
     with contextlib.closing(_connect(":memory:")) as db:
@@ -213,6 +214,17 @@ def _header(path: Path) -> bytes:
             return file.read(_HEADER_BYTES)
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}; check its disk") from error
+
+
+def _check_files(path: Path) -> None:
+    """Check that a database and what is beside it are files: SQLite would wait for a named pipe.
+
+    Raises:
+        DamagedStoreError: something else has one of their names.
+    """
+    for each in (path, *(path.with_name(path.name + suffix) for suffix in _BESIDE)):
+        if what := irregular(each):
+            raise DamagedStoreError(f"cannot open {each}: it is {what}, not a file; {_IF_DAMAGED}")
 
 
 def _check_owner(directory: Path) -> None:
@@ -244,6 +256,7 @@ class Store:
         self._copied = False  # in memory, until the file can be written
         try:
             _check_owner(path.parent)
+            _check_files(path)
             if read_only:
                 self._db = _connect_to_read(path)
                 self._db.execute("PRAGMA temp_store=MEMORY")
@@ -314,9 +327,12 @@ class Store:
                     f"{path} is damaged, and its disk is too full for a new one: free {NEW_BYTES // 1024} KiB, and the "
                     "agent rebuilds it when it starts; instances go on meanwhile"
                 ) from error
-            for suffix in ("-wal", "-shm"):  # of the damaged one
-                disk.remove(Write.STORE_DAMAGED, path.with_name(path.name + suffix), missing_ok=True)
-            aside = disk.set_aside(Write.STORE_DAMAGED, path)
+            for each in (path.with_name(path.name + suffix) for suffix in _BESIDE):  # of the damaged one
+                if irregular(each):
+                    disk.set_aside(Write.STORE_DAMAGED, each)
+                else:
+                    disk.remove(Write.STORE_DAMAGED, each, missing_ok=True)
+            aside = disk.set_aside(Write.STORE_DAMAGED, path) if os.path.lexists(path) else path
             log.error("%s: moved to %s", error, aside)  # noqa: TRY400 - a sentence for people
             store = cls(path)
             store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"

@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -190,7 +191,7 @@ def damage(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
+    data = read(path)
     if not data.strip():
         return "empty"
     if b"\0" in data:
@@ -220,10 +221,51 @@ def is_read_only(directory: Path) -> bool:
         return False
 
 
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def irregular(path: Path) -> str:
+    """Return in words what has the name of a file and is none; empty for a file, a link to one, and nothing.
+
+    Whoever opens a named pipe waits for its other end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nowhere" if path.is_symlink() else ""
+    except OSError:
+        return ""
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "")
+
+
+def read(path: Path) -> bytes:
+    """Read a file whole. Raises `OSError`, also for what is no file, without waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, f"it is {irregular(path) or 'no file'}, not a file", str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def set_aside(path: Path) -> Path:
-    """Move a damaged file out of the way, beside where it was, and return where it is now."""
+    """Move a damaged file, or what has its name, out of the way beside where it was; return where it is now."""
     aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
+    try:
+        path.replace(aside)
+    except OSError as error:  # a directory does not replace a file, nor a file a directory
+        if error.errno not in {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}:
+            raise
+        aside = path.with_name(f"{path.name}.damaged-{os.urandom(4).hex()}")
+        path.replace(aside)
     sync_directory(path.parent)
     return aside
 
