@@ -1,10 +1,13 @@
 """Sockets of components: TCP, datagrams and names, by a guest in a real worker under a real host."""
 
+import os
+import signal
 import socket
 import threading
 
 import pytest
 import support
+from host_processes import ended, forks
 from support import Limits
 
 from agent.host.interfaces.sockets import AT_ONCE
@@ -335,3 +338,20 @@ def test_subscriptions_without_end_are_the_guests_own_end(dial, host, peer):
     assert support.http(host.port, head + body)[0] == 500
     assert set(host.health("dial").calls) == {"ok", "guest-trap"}
     assert dial.again("t 0 4", f"c 0 {to(there)}", "w 0 hello", "r 0 100") == [OK, OK, OK, "hello"]
+
+
+def test_a_connection_outlasts_the_egress_and_datagrams_find_another(dial, host, peer, datagrams):
+    there, where = peer(echo), datagrams()
+    host.start("hello", support.a_run("neighbour", 1))
+    assert support.http(host.port, "GET /neighbour/ HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+    before = forks(host)  # the router among them
+    steps = ["t 0 4", f"c 0 {to(there)}", "u 1 4", "U 1", f"S 1 {to(where)} one", "T 1 20000"]
+    grants = [tcp(there), f"udp://127.0.0.1:{where.port}"]
+    assert dial(*steps, outbound=grants, requests_per_instance=100)[-1] == f"{to(where)} one"
+    (egress,) = forks(host) - before
+    pidfd = os.pidfd_open(egress)
+    os.kill(egress, signal.SIGKILL)
+    assert ended([pidfd])
+    os.close(pidfd)
+    said = dial.again("w 0 still", "r 0 100", "T 1 20000", f"S 1 {to(where)} two", "T 1 20000")
+    assert said == [OK, "still", "e16", "1", f"{to(where)} two"]
