@@ -527,7 +527,9 @@ class Network(OutgoingHttp):
                 _put(sock, flow.pending.popleft())
             self._changed()
             while not held.dropped and flow.sock is not None:
-                events = (select.POLLIN if READ in held.wants else 0) | (select.POLLOUT if WRITE in held.wants else 0)
+                events = select.POLLIN if READ in held.wants else 0
+                if WRITE in held.wants and not flow.has_room:  # else it is another peer that has none
+                    events |= select.POLLOUT
                 until_s = held.until_s if held.wants else None
                 yield Wait(sock.fileno() if events else -1, events, until_s)
                 self._tell(held, late=until_s is not None and time.monotonic() >= until_s)
