@@ -38,7 +38,7 @@ ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "component inspect": {
         "": (
             *("size_bytes", "imports", "exports", "modules", "components", "producers", "custom", "plain"),
-            *("problem", "unserved", "notes", "component_toml"),
+            *("triggers", "problem", "unserved", "notes", "component_toml"),
         ),
         "--write": ("file", "component_toml"),
     },
@@ -61,7 +61,11 @@ ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "undo": {"": RolloutView, "--dry-run": _DRY},
     "remove": {"": RolloutView, "--dry-run": Preflight},
     "devices": operator_api.Devices,
-    "device show": {"": DeviceDetail, "--effective": ("effective",)},
+    "device show": {
+        "": DeviceDetail,
+        "--effective": ("effective",),
+        "--diagnose": ("device", "file", "bytes", "command", "sealed_sha256"),
+    },
     "device set": {"": DeviceDetail, "--dry-run": _DRY},
     "device unset": {"": DeviceDetail, "--dry-run": _DRY},
     "groups": operator_api.Groups,
@@ -74,6 +78,7 @@ ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "unpin": {"": DeviceDetail, "--dry-run": _DRY},
     "retry": {"": DeviceDetail, "--dry-run": _DRY},
     "logs": ("time", "level", "device", "instance", "line"),
+    "messages": operator_api.MessageView,
     "restart": {"": operator_api.CommandReply, "--dry-run": _DRY},
     "label": {"": DeviceDetail, "--dry-run": _DRY},
     "revoke": {"": DeviceDetail, "--dry-run": _DRY},

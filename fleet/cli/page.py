@@ -44,8 +44,8 @@ _JSON: Final = """
 
 With `--json` a command prints one object on standard output; its keys stand below with each command, a `?` marks those
 that may be missing. Names of views are those of the API's description (`/v1/openapi.json`). Components are named as
-commands take them (`main/hello@1.0.0`), times are RFC 3339 in UTC with `Z`. `fleet logs` prints an object for each
-line, as it arrives.
+commands take them (`main/hello@1.0.0`), times are RFC 3339 in UTC with `Z`. `fleet logs` and `fleet messages`
+print an object for each line, as it arrives.
 
 An error is one line on standard error, the last one:
 

@@ -38,7 +38,7 @@ SILENT = {
 
 
 # Answers with a text of the device, shown at the end of a long poll: tests of their own.
-ELSEWHERE = {"archive_view"}  # tests/fleet/cli/test_archive.py
+ELSEWHERE = {"archive_view", "messages"}  # test_archive.py, test_messages.py
 
 
 def spoiled(kind: type[msgspec.Struct]) -> list[bytes]:
