@@ -100,6 +100,9 @@ class Write(StrEnum):
     DATA = "data/*/"
     DATA_COPIED = "data/*/ of another schema"
     DATA_REMOVED = "data/*/ removed"
+    KEYVALUE = "keyvalue/*/"
+    KEYVALUE_SAVED = "keyvalue/*/*.db"
+    KEYVALUE_COPIED = "keyvalue/*/*.db of another schema"
 
 
 class Point(Enum):

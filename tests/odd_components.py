@@ -99,7 +99,7 @@ def composed_with_late_import(*, foreign: bool = False) -> bytes:
     return bytes(wat2wasm(text))
 
 
-KEYVALUE = instance("wasi:keyvalue/store@0.2.0-draft", "open", '(param "identifier" string)')
+KEYVALUE = instance("wasi:keyvalue/watcher@0.2.0-draft", "watch", '(param "identifier" string)')
 MESSAGING = instance("wasi:messaging/request-reply@0.2.0-draft", "request", '(param "topic" string)')
 I2C = instance("wasi:i2c/delay@0.2.0-draft", "delay-ns", '(param "ns" u32)')
 NN = instance("wasi:nn/graph@0.2.0-rc-2024-10-28", "load", '(param "name" string)')
@@ -113,7 +113,7 @@ SOCKETS = instance("wasi:sockets/instance-network@0.2.0", "none-of-it")
 FUNCTION = '(import "ask-me" (func))'
 
 UNSERVED = {
-    "keyvalue": (KEYVALUE, "no device serves wasi:keyvalue/store@0.2.0-draft: keep its data in files"),
+    "keyvalue": (KEYVALUE, "no device serves wasi:keyvalue/watcher@0.2.0-draft: use wasi:keyvalue/store"),
     "messaging": (
         MESSAGING,
         "no device serves wasi:messaging/request-reply@0.2.0-draft: publish with wasi:messaging/producer",

@@ -28,7 +28,7 @@ _PROGRAMS: Final = {
 }
 _ZYGOTE: Final = "zygote"
 _WORKER: Final = "worker"
-_NAMED: Final = frozenset({_ZYGOTE, _WORKER, "shared worker", "router", "egress", "TLS terminator"})
+_NAMED: Final = frozenset({_ZYGOTE, _WORKER, "shared worker", "router", "egress", "TLS terminator", "key-value store"})
 _MODULES: Final = {
     "agent.host.worker.zygote": _ZYGOTE,
     "agent.host.compiler.service": "compiler service",
@@ -46,7 +46,8 @@ class ProcessFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of a process; None for what this user may not read.
 
     Attributes:
-        process: what it is: agent, supervisor, router, egress, TLS terminator, zygote, worker, compiler.
+        process: what it is: agent, supervisor, router, egress, TLS terminator, key-value store, zygote, worker,
+            compiler.
         instance: of a worker of one instance: its name, shortened.
         private_bytes: memory that no other process shares.
         shared_bytes: memory that other processes have too.

@@ -112,6 +112,21 @@ def show(options: Options, *, device: str, effective: bool, diagnose: bool, file
             empty="No instance has been called yet.",
         )
         output.console().print()
+        if keeping := [each for each in detail.row.instances if each.keyvalue_reads or each.keyvalue_writes]:
+            output.table(
+                ("INSTANCE", "KEY-VALUE READS", "WRITES", "BYTES"),
+                [
+                    (
+                        each.instance,
+                        str(each.keyvalue_reads),
+                        str(each.keyvalue_writes),
+                        output.size(each.keyvalue_bytes),
+                    )
+                    for each in keeping
+                ],
+                empty="",
+            )
+            output.console().print()
     output.table(
         ("INSTANCE", "SHOULD RUN", "BECAUSE OF", "PORT", "CONFIGURATION"),
         [

@@ -22,7 +22,16 @@ _RELEASES: Final = "0.2"
 """Stands for every release of WASI 0.2; pre-releases are not compatible with each other."""
 
 IMPORTS: Final[dict[str, str]] = dict.fromkeys(sorted(wasi.UNGRANTED), _RELEASES) | dict.fromkeys(
-    (wasi.LOGGING, wasi.MESSAGING_TYPES, wasi.MESSAGING_PRODUCER, *wasi.CONFIG), ANY
+    (
+        wasi.LOGGING,
+        wasi.MESSAGING_TYPES,
+        wasi.MESSAGING_PRODUCER,
+        *wasi.CONFIG,
+        wasi.KEYVALUE_STORE,
+        wasi.KEYVALUE_ATOMICS,
+        wasi.KEYVALUE_BATCH,
+    ),
+    ANY,
 )
 """Interface -> versions in which a component may import it."""
 
@@ -48,7 +57,7 @@ _FILES: Final = "keep its data in files under /data (wasi:filesystem)"
 _HARDWARE: Final = "have a process on the device offer the hardware over HTTP, and grant it (grants.outbound)"
 _INSTEAD: Final = {
     "wasi:blobstore": _FILES,
-    "wasi:keyvalue": _FILES,
+    "wasi:keyvalue": "use wasi:keyvalue/store, atomics or batch",
     "wasi:sql": "ask a database over HTTP (wasi:http/outgoing-handler)",
     "wasi:messaging": "publish with wasi:messaging/producer, and be called over HTTP (wasi:http)",
     "wasi:nn": "build the model into the component, or ask for it over HTTP (wasi:http/outgoing-handler)",

@@ -45,6 +45,11 @@ UNGRANTED: Final = ALWAYS | EMPTY | DENIED
 CONFIG: Final = ("wasi:config/store", "wasi:config/runtime")
 """The interface, and its name in an earlier draft."""
 
+KEYVALUE: Final = "wasi:keyvalue"
+KEYVALUE_STORE: Final = "wasi:keyvalue/store"
+KEYVALUE_ATOMICS: Final = "wasi:keyvalue/atomics"
+KEYVALUE_BATCH: Final = "wasi:keyvalue/batch"
+
 SERVED: Final = (
     "wasi:cli@0.2",
     "wasi:clocks@0.2",
@@ -52,6 +57,7 @@ SERVED: Final = (
     "wasi:filesystem@0.2",
     "wasi:http@0.2",
     "wasi:io@0.2",
+    "wasi:keyvalue@*",
     "wasi:logging@*",
     "wasi:messaging@*",
     "wasi:random@0.2",

@@ -142,6 +142,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         written_bytes: written to its data today (UTC).
         memory_bytes: private memory of the instance's workers; of a shared worker, its part.
         outgoing: requests that it sent; those without a grant count as denials.
+        keyvalue_reads, keyvalue_writes, keyvalue_bytes: requests to its key-value store, and bytes of keys and values.
         shared_worker: the worker that it shares with other instances, which say the same; empty for workers of its own.
         `lanes`, `shared_lane`: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
         checks: None where the manifest has no health check, or the host does not count them.
@@ -159,6 +160,9 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     dropped_lines: Count = 0
     written_bytes: Count = 0
     outgoing: Count = 0
+    keyvalue_reads: Count = 0
+    keyvalue_writes: Count = 0
+    keyvalue_bytes: Count = 0
     p50_us: Count = 0
     p99_us: Count = 0
     latencies: tuple[Count, ...] = ()

@@ -23,7 +23,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent import cli, systemd
 from agent.config import Paths
+from agent.host.ipc.keyvalue_api import RegisterUser
 from agent.host.ipc.write_quota import QuotaStore
+from agent.host.keyvalue import open_pairs
 from agent.host.supervisor import generation, resources
 from agent.host.supervisor.instance_log import InstanceLog, LogFiles
 from agent.host.supervisor.resources import CrashCounter, HostResources, UidAllocator
@@ -530,6 +532,41 @@ def forgotten(directory):
     asyncio.run(generation.forget_other_schemas(str(place.with_name("2"))))
 
 
+def pairs_of(directory, schema=1):
+    about = RegisterUser(
+        instance="web", schema=schema, before=1, storage_bytes=1 << 20, daily_written_bytes=1 << 20, place=1
+    )
+    (host_state(directory) / "keyvalue").mkdir(exist_ok=True)
+    return open_pairs(host_state(directory) / "keyvalue", about)
+
+
+def paired(directory):
+    """Set a pair and commit it."""
+    pairs = pairs_of(directory)
+    pairs.set("default", b"a", b"one", 1 << 20)
+    pairs.close()
+
+
+def of_another_pair(directory):
+    pairs_of(directory, schema=2).close()
+
+
+def pair(schema):
+    """Return what a version of this schema would read; None where there is no database yet."""
+
+    def see(directory):
+        if not (host_state(directory) / "keyvalue" / "web" / f"{schema}.db").exists():
+            return None
+        pairs = pairs_of(directory, schema)
+        try:
+            found = pairs.get("default", b"a")
+            return None if found is None else found[0]
+        finally:
+            pairs.close()
+
+    return see
+
+
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -664,4 +701,7 @@ ROWS = {
     "DATA": Row(data),
     "DATA_COPIED": Row(of_another_schema, copies, filled),
     "DATA_REMOVED": Row(forgotten, lambda d: None, filled),
+    "KEYVALUE": Row(paired, pair(1)),
+    "KEYVALUE_SAVED": Row(paired, pair(1)),
+    "KEYVALUE_COPIED": Row(of_another_pair, pair(2), paired),
 }

@@ -14,7 +14,7 @@ from agent.host import cli, processes
 from agent.host.compiler import __main__
 from agent.host.engine import guest, runtime
 from agent.host.http import ingress_config, routing
-from agent.host.ipc import frames, helper_api, host_api, message_api, worker_api
+from agent.host.ipc import frames, helper_api, host_api, keyvalue_api, message_api, worker_api
 from agent.host.sandbox import sandbox
 from agent.identity import identity
 from agent.link import bundle, https, partial_file
@@ -222,6 +222,11 @@ MESSAGES: dict[str, dict[str, type]] = {
         "ask": helper_api.ConnectRequest,
         "look up": helper_api.LookupRequest,
         "told": helper_api.ConnectReply,
+    },
+    "key-value-store": {
+        "user": keyvalue_api.RegisterUser,
+        "request": keyvalue_api.Request,
+        "reply": keyvalue_api.Reply,
     },
     "kept-by-the-agent": {
         "agent-toml": config.Settings,

@@ -124,6 +124,7 @@ class Guest:
         self._environment = grants.allows(ENVIRONMENT) and any(bare(name) == ENVIRONMENT for name in image.imports)
         self._outgoing = served.outgoing or DenyOutgoing(denials)
         self._wrote: Callable[[int], None] | None = None
+        self._parts = served.parts
         ours = _Ours(served, config, denials)
         self._linker, self._wasi = _linker(image, ours, self._outgoing, self._meter)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
@@ -137,6 +138,8 @@ class Guest:
     def _open(self, stdin: bytes | None = None) -> None:
         """Make the store and the instance. With `stdin`, its standard output is the process's own."""
         self._served = 0
+        for part in self._parts.values():
+            part.reset()
         if self._sockets:
             self._outgoing.renew()
         self._store = self._new_store(lambda: self._streams(stdin))

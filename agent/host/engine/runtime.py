@@ -25,7 +25,7 @@ import hashlib
 import mmap
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -208,10 +208,10 @@ class Image:
                 if item is not None:
                     _check_type("imports", name, function, item)
             served = interfaces.get(bare(name))
-            for function, expected in served.functions.items() if served is not None else ():
+            for function, expected in served.types(name).items() if served is not None else ():
                 item = _member(self.engine.raw, extern, function)
                 if item is not None:
-                    _check_one_of("imports", name, function, item, expected)
+                    _check_type("imports", name, function, item, expected)
 
     def functions(self, interface: str) -> dict[str, Any]:
         """Return the functions of an import, by its name with version, each with its type."""
@@ -257,18 +257,15 @@ def _member(engine: wasmtime.Engine, extern: Any, function: str) -> Any:
     return None if found is None else found.ty
 
 
-def _check_type(verb: str, interface: str, function: str, item: Any) -> None:
-    _check_one_of(verb, interface, function, item, (SIGNATURES[bare(interface), function],))
-
-
-def _check_one_of(verb: str, interface: str, function: str, item: Any, expected: Sequence[Signature]) -> None:
-    said = [each.unlike(item) for each in expected]
-    if None in said:
+def _check_type(verb: str, interface: str, function: str, item: Any, expected: Signature | None = None) -> None:
+    expected = expected or SIGNATURES[bare(interface), function]
+    said = expected.unlike(item)
+    if said is None:
         return
     raise EngineError(
         RejectCode.START_FAILED,
-        f"it {verb} {interface} with another type of {function}: expected {' or '.join(map(str, expected))}, "
-        f"found {said[0]}; build it against the WIT of that interface",
+        f"it {verb} {interface} with another type of {function}: expected {expected}, found {said}; "
+        "build it against the WIT of that interface",
     )
 
 

@@ -19,7 +19,7 @@ def _make(around: Surroundings) -> Mapping[str, Function]:
 
 
 _STORE, _RUNTIME = wasi.CONFIG
-_FUNCTIONS: Final = {"get": (_GET,), "get-all": (_GET_ALL,)}
+_FUNCTIONS: Final = {"get": _GET, "get-all": _GET_ALL}
 
 PACKAGE: Final = Package(
     name="wasi:config",

@@ -40,5 +40,5 @@ log(Level::Warn, "meter", "no answer from the meter");""",
 from wit_world.imports import logging
 
 logging.log(logging.Level.WARN, "meter", "no answer from the meter")""",
-    interfaces=(HostInterface(wasi.LOGGING, ("0.1.0-draft",), {"log": (_LOG,)}, _make),),
+    interfaces=(HostInterface(wasi.LOGGING, ("0.1.0-draft",), {"log": _LOG}, _make),),
 )

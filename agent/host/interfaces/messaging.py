@@ -71,6 +71,10 @@ class Publisher:
         self._handles = itertools.count(1)
         self._numbers = itertools.count(1)
 
+    def reset(self) -> None:
+        """Forget the messages of an instance that has ended."""
+        self._messages.clear()
+
     def add(self, data: bytes) -> int:
         """Keep a new message, and return its handle."""
         handle = next(self._handles)
@@ -200,8 +204,8 @@ _SELF: Final = ("self", "borrow")
 _PAIRS: Final = "list<tuple<string, string>>"
 
 
-def _signature(*params: tuple[str, str], result: str = "") -> tuple[Signature, ...]:
-    return (Signature(params, result),)
+def _signature(*params: tuple[str, str], result: str = "") -> Signature:
+    return Signature(params, result)
 
 
 _TYPES: Final = {

@@ -15,6 +15,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final
 
+from agent.host.ipc import keyvalue_api
 from agent.host.ipc.framing import sealed_memfd
 from fleet.protocol.bounds import NUMBER_MAX
 from fleet.protocol.codes import CallOutcome
@@ -32,6 +33,7 @@ _COUNTS: Final = 64
 _CPU_MAX_NS: Final = 2**56  # of one page: two years
 _CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # reported in milliseconds
 _WAITS: Final = 512  # 1 while the call in flight waits for its client, not for anything of the guest's
+_PAIRS: Final = 520  # reads, writes and bytes of the key-value store
 _LATENCIES: Final = 1024
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")
@@ -59,6 +61,7 @@ class CallStats:
     denials: int = 0
     outgoing: int = 0
     cpu_ns: int = 0
+    pairs: keyvalue_api.Figures = keyvalue_api.UNUSED
 
     def plus(self, other: "CallStats") -> "CallStats":
         """Return the sum of both; `other` has the newer latencies."""
@@ -73,6 +76,7 @@ class CallStats:
             denials=count_of(self.denials + other.denials),
             outgoing=count_of(self.outgoing + other.outgoing),
             cpu_ns=min(self.cpu_ns + other.cpu_ns, _CPU_SUM_MAX_NS),
+            pairs=keyvalue_api.Figures(*map(count_of, map(sum, zip(self.pairs, other.pairs, strict=True)))),
         )
 
     def percentile_us(self, share: float) -> int:
@@ -155,6 +159,11 @@ class StatsPage:
         """Count a call of the guest to the host that was denied."""
         self._add(_DENIED)
 
+    def used_pairs(self, reads: int, writes: int, size: int) -> None:
+        """Count a use of the key-value store."""
+        for number, more in enumerate((reads, writes, size)):
+            self._add(_PAIRS + 8 * number, more)
+
     def spent(self, cpu_ns: int) -> None:
         """Add CPU time of the guest."""
         self._add(_CPU, cpu_ns)
@@ -194,6 +203,7 @@ class StatsPage:
             denials=self._count(_DENIED),
             outgoing=self._count(_OUTGOING),
             cpu_ns=min(self._raw(_CPU), _CPU_MAX_NS),
+            pairs=keyvalue_api.Figures(*(self._count(_PAIRS + 8 * number) for number in range(3))),
         )
 
     def close(self) -> None:

@@ -82,8 +82,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First message: set the instance up. Answered with `Ready` or `Refused`.
 
     Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
-    to the egress, memfd of the secrets, end of a channel, socket for messages. A slot in a shared worker gets no image,
-    since that was opened before the sandbox was shut.
+    to the egress, socket to the key-value store, memfd of the secrets, end of a channel, socket for messages. A slot in
+    a shared worker gets no image, since that was opened before the sandbox was shut.
 
     Attributes:
         uid: user to become, None to stay.
@@ -95,6 +95,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         channel: whether the worker's end of a channel comes along, which has its calls once it is told to serve.
         service: whether it is to run a service, whose standard input ends with a `Drain`.
         messages: whether the socket for what the component publishes comes along.
+        keyvalue: whether the socket to the key-value store comes along.
     """
 
     instance: str
@@ -110,6 +111,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     channel: bool = False
     service: bool = False
     messages: bool = False
+    keyvalue: bool = False
     id: Count = 0
 
 

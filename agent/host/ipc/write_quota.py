@@ -25,7 +25,7 @@ from agent.disk import Write
 from agent.host.ipc.framing import sealed_memfd
 from fleet.protocol.bounds import MIB
 
-_DAY_S: Final = 86_400
+DAY_S: Final = 86_400
 
 
 class QuotaStore:
@@ -79,7 +79,7 @@ _COUNT_MAX: Final = 2**48  # more than any disk can write in a day; limits what 
 
 def day() -> int:
     """Return the current day (UTC), counted from 1970."""
-    return int(time.time() // _DAY_S)
+    return int(time.time() // DAY_S)
 
 
 class QuotaPage:

@@ -61,10 +61,13 @@ _ALL_RIGHTS: Final = (1 << 16) - 1
 _ROUTER_UID: Final = 1_879_113_727
 _EGRESS_UID: Final = 1_879_113_726
 _TLS_UID: Final = 1_879_113_725
+_KEYVALUE_UID: Final = 1_879_113_724
 _MANAGING_USERS: Final = sum(1 << bit for bit in (0, 1, 3, 5, 6, 7))
 """CAP_CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: to give processes and files to users, and manage them then."""
 
 _EGRESS_BYTES: Final = 64 * MIB
+_KEYVALUE_BYTES: Final = 64 * MIB
+_KEYVALUE_FILE_BYTES: Final = 8 * 1024 * MIB  # instances have limits of their own, which the process itself keeps to
 NEIGHBOURS: Final = _ROOT
 _RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/systemd/resolve", "/run/resolvconf")
 # Imported by the standard library at first use.
@@ -226,6 +229,23 @@ def egress_spec(directory: str) -> SandboxSpec:
         threads=2 * RESOLVER_THREADS,
         filter=seccomp.egress,
         modules=(*_NAMES, *_RESOLVING),
+    )
+
+
+def keyvalue_user() -> int | None:
+    """Return the user of the key-value store's process, to whom its directory belongs; None for this process's own."""
+    return _KEYVALUE_UID if can_assign_users() else None
+
+
+def keyvalue_spec(directory: str) -> SandboxSpec:
+    """Return the sandbox of the key-value store, which has its directory and the sockets that it was given."""
+    return SandboxSpec(
+        uid=keyvalue_user(),
+        data=directory,
+        data_bytes=_KEYVALUE_BYTES,
+        file_bytes=_KEYVALUE_FILE_BYTES,
+        descriptors=_CHANNELS_MAX + _FILES_MAX,
+        filter=seccomp.keyvalue,
     )
 
 

@@ -52,6 +52,9 @@ _FILES: Final = (
     "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
     "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
 )
+_OLDER_FILES: Final = (
+    "open stat lstat access unlink rename mkdir rmdir readlink getcwd fchmod fchown fchmodat fchownat fstat64 lstat64",
+)
 _READING: Final = ("openat openat2 statx readlinkat getdents64 faccessat faccessat2 sendmmsg recvmmsg",)
 
 
@@ -122,6 +125,12 @@ def egress() -> bytes:
     _allow(rules, "connect")
     _allow(rules, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, _AF_UNIX))
     return _program(rules)
+
+
+@cache
+def keyvalue() -> bytes:
+    """Return the filter of the key-value store: files, which SQLite opens and removes by older calls too."""
+    return _program(_filter(_names(_BASE, _SOCKETS, _FILES, _OLDER_FILES), executable_memory=False))
 
 
 @cache

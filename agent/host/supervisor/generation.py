@@ -160,6 +160,7 @@ class Generation:
         probation: not committed yet, and may still be rolled back.
         is_serving: receives calls.
         dropped: ended for good.
+        before_schema: `data_schema` of the generation that it replaces; None where it replaces none.
         past: figures of workers that have ended.
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
@@ -183,6 +184,7 @@ class Generation:
     kinds: frozenset[str] = frozenset()
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
+    before_schema: int | None = None
     saved: SavedState | None = None
     unshared_reason: str = ""
     lost: str = ""

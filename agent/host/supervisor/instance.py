@@ -27,6 +27,7 @@ from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace,
 from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.keyvalue_handle import KeyValueHandle
 from agent.host.supervisor.resources import HostResources, NoRoomError, check_room
 from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
@@ -85,6 +86,7 @@ class Instance:
         pool: WorkerPool,
         *,
         egress: EgressHandle,
+        keyvalue: KeyValueHandle,
         router: RouterHandle | None,
         events: EventQueue,
     ) -> None:
@@ -101,7 +103,7 @@ class Instance:
         self._events = events
         self._log = InstanceLog(resources.logs.open(name))
         self._crashes = CrashPolicy()
-        self._workers = WorkerSet(name, resources, pool, egress=egress, router=router, events=self)
+        self._workers = WorkerSet(name, resources, pool, egress=egress, keyvalue=keyvalue, router=router, events=self)
         self._timers = InstanceTimers(self._log, self)
         self._autoscaler = Autoscaler(self._workers, self.lock, self._log)
         self._parts = swap.SwapParts(name, self._workers, self._timers, resources.listeners, self._log)
@@ -282,6 +284,9 @@ class Instance:
             dropped_lines=figures.dropped_lines,
             written_bytes=count_of(self._workers.bytes_today()),
             outgoing=figures.outgoing,
+            keyvalue_reads=figures.pairs.reads,
+            keyvalue_writes=figures.pairs.writes,
+            keyvalue_bytes=figures.pairs.bytes,
             latencies=figures.spread(),
             cpu_ms=figures.cpu_ns // 1_000_000,
             p50_us=figures.percentile_us(0.5),

@@ -31,6 +31,7 @@ from agent.host.supervisor import agent_server, worker_pool
 from agent.host.supervisor.agent_server import AgentServer, EventQueue
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
+from agent.host.supervisor.keyvalue_handle import KeyValueHandle
 from agent.host.supervisor.pinned_modules import PinnedModules
 from agent.host.supervisor.resources import BACKLOG, HostResources, no_room
 from agent.host.supervisor.shared_ingress import SharedIngress
@@ -99,6 +100,7 @@ class Supervisor:
         self._ingress: SharedIngress | None = None
         self._router: RouterHandle | None = None  # of the shared port, or without one for workers that get frames
         self._egress = EgressHandle(sockets)
+        self._keyvalue = KeyValueHandle(settings.state / "keyvalue")
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.events: EventQueue = asyncio.Queue()
@@ -204,6 +206,7 @@ class Supervisor:
         self._pool.close()
         self._egress.close()
         self._resources.messages.close()
+        await self._keyvalue.close()
         if self._ingress is not None:
             self._ingress.close()
         elif self._router is not None:
@@ -348,6 +351,7 @@ class Supervisor:
                     self._resources,
                     self._pool,
                     egress=self._egress,
+                    keyvalue=self._keyvalue,
                     router=self._router,
                     events=self.events,
                 )

@@ -27,6 +27,7 @@ from agent.host.sandbox import sandbox
 from agent.host.supervisor.pinned_modules import PinnedModules
 from agent.host.supervisor.resources import Cgroups, UidAllocator
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerProcess
+from fleet.component import wasi
 from fleet.protocol.bounds import MIB
 from fleet.protocol.manifest import Grants, Limits
 
@@ -47,6 +48,7 @@ def why_not_shared(
     """
     reasons = (
         (files, "it has files, which no other instance may reach"),
+        (grants.allows(wasi.KEYVALUE_STORE), "it has key-value pairs, which no other instance may reach"),
         (secrets, "it has secrets, which no other instance may reach"),
         (grants.outbound or grants.instances, "it may open connections, which no other instance may do in its name"),
         (grants.publishes, "it may publish messages, which no other instance may do in its name"),

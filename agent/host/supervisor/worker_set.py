@@ -14,12 +14,13 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from agent.host.ipc import worker_api
+from agent.host.ipc import keyvalue_api, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import Generation, data_directory
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefusedError, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
+from agent.host.supervisor.keyvalue_handle import KeyValueHandle, needs_keyvalue
 from agent.host.supervisor.messages import may_publish
 from agent.host.supervisor.resources import HostResources, no_room
 from agent.host.supervisor.worker_handle import (
@@ -85,6 +86,7 @@ class WorkerSet:
         pool: WorkerPool,
         *,
         egress: EgressHandle,
+        keyvalue: KeyValueHandle,
         events: WorkerEvents,
         router: RouterHandle | None = None,
     ) -> None:
@@ -93,6 +95,7 @@ class WorkerSet:
         self._resources = resources
         self._pool = pool
         self._egress = egress
+        self._keyvalue = keyvalue
         self._router = router
         self._events = events
         self._ledger = QuotaLedger(name, resources.quotas)
@@ -110,6 +113,7 @@ class WorkerSet:
     async def prepare_data(self, generation: Generation, old: Generation | None) -> None:
         """Make the generation's data directory. Raises `StartError`."""
         run, uid = generation.run, self._resources.uids.allocate(self._name)
+        generation.before_schema = None if old is None else old.run.manifest.data_schema
         generation.data = await data_directory(run, uid, self._resources.data, old)
         if run.share_worker:
             generation.unshared_reason = why_not_shared(
@@ -211,6 +215,9 @@ class WorkerSet:
                 ticket = self._egress.admit(self._name, run.grants)
                 worker.ended.add_done_callback(lambda _: self._egress.release(ticket.number))
                 fds.append(stack.enter_context(ticket.worker_end).fileno())
+            pairs = needs_keyvalue(run.grants) and not shared
+            if pairs:
+                fds.append(stack.enter_context(self._admit_to_pairs(worker, generation)).fileno())
             if generation.secrets_fd >= 0:
                 fds.append(generation.secrets_fd)
             channel = None
@@ -237,8 +244,31 @@ class WorkerSet:
                 channel=channel is not None,
                 service=generation.service is not None,
                 messages=messages,
+                keyvalue=pairs,
             )
             yield _SetupPacket(message, tuple(fds), channel)
+
+    def _admit_to_pairs(self, worker: WorkerHandle, generation: Generation) -> socket.socket:
+        """Let a worker use the key-value store; return its end of the socket."""
+        place = self._ledger.take()
+        run = generation.run
+        schema = run.manifest.data_schema
+        about = keyvalue_api.RegisterUser(
+            instance=self._name,
+            schema=schema,
+            before=schema if generation.before_schema is None else generation.before_schema,
+            storage_bytes=run.limits.storage_bytes,
+            daily_written_bytes=run.limits.daily_written_bytes,
+            place=place,
+        )
+        ticket = self._keyvalue.admit(about, self._ledger.fd)
+
+        def release(_ended: object) -> None:
+            self._keyvalue.release(ticket.number)
+            self._ledger.give_back(place)
+
+        worker.ended.add_done_callback(release)
+        return ticket.worker_end
 
     def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run

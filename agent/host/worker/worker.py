@@ -35,11 +35,11 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from agent.host.engine import adapter_abi, memory_in_use
+from agent.host.engine import adapter_abi, host_interface, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.interfaces import messaging
+from agent.host.interfaces import keyvalue, messaging
 from agent.host.ipc import frames, framing, heads, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
@@ -65,6 +65,7 @@ class Worker:
         self._secrets: dict[str, str] = {}
         self._redactor = Redactor(())
         self._outgoing: _MakeOutgoing | None = None
+        self._pairs: socket.socket | None = None
         self.begun = False
         self._channel = False
         self._slot: SlotChannel | None = None  # of a slot in a shared worker
@@ -97,13 +98,16 @@ class Worker:
         if setup.secrets:
             self._secrets = _read_secrets(more.pop())
             self._redactor = Redactor(self._secrets.values())
+        pairs_fd = more.pop() if setup.keyvalue else -1
         ask_fd = more.pop() if setup.egress else -1
         tally_fd = more.pop() if setup.data else -1
-        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, tally_fd, channel_fd, message_fd) if fd >= 0)}
+        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, pairs_fd, tally_fd, channel_fd, message_fd) if fd >= 0)}
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
         self._tick = engine.tick
         if setup.egress:
             self._outgoing = _outgoing(setup, ask_fd)
+        if setup.keyvalue:
+            self._pairs = socket.socket(fileno=pairs_fd)
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             self._channel = setup.channel and (image.loops or not image.adapted)
@@ -186,7 +190,7 @@ class Worker:
             scheduling_fd=scheduling_fd,
             writes=writes,
             channel=self._channel,
-            parts={messaging.NAME: messaging.Publisher(messages, setup.grants, setup.limits)},
+            parts=self._parts_of(setup, messages, page),
         )
         try:
             kinds = self._caller.start()
@@ -209,6 +213,17 @@ class Worker:
             os.close(figures_fd)
         self.begun = True
         return True
+
+    def _parts_of(
+        self, setup: worker_api.Setup, messages: socket.socket | None, page: StatsPage
+    ) -> dict[str, host_interface.Part]:
+        """Return what is set up for single interfaces."""
+        parts: dict[str, host_interface.Part] = {
+            messaging.NAME: messaging.Publisher(messages, setup.grants, setup.limits)
+        }
+        if self._pairs is not None:
+            parts[keyvalue.NAME] = keyvalue.KeyValueClient(self._pairs, page.used_pairs)
+        return parts
 
     def _nudge(self) -> None:
         """Wake a guest that waits in the engine for its channel. Nothing else is being written to that meanwhile."""

@@ -264,10 +264,10 @@ def test_a_dry_run_asks_the_host_and_devices_and_fails_for_what_cannot_run(saved
 def test_nothing_is_signed_that_no_device_serves(saved, fleet, desk, verb):
     desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=DEVICES)
     file = saved(odd_components.server(odd_components.KEYVALUE))
-    file.with_name("component.toml").write_text('[grants]\ninterfaces = ["wasi:keyvalue/store"]\n')
+    file.with_name("component.toml").write_text('[grants]\ninterfaces = ["wasi:keyvalue/watcher"]\n')
     result = fleet(verb, file, *(["--group", "edge-eu"] if verb == "push" else []))
     assert result.exit_code == 2
-    assert "no device serves wasi:keyvalue/store@0.2.0-draft" in result.stderr
+    assert "no device serves wasi:keyvalue/watcher@0.2.0-draft" in result.stderr
     assert desk.artifacts == {}
 
 

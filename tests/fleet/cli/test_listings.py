@@ -273,6 +273,17 @@ def test_requests_that_instances_sent_and_were_denied_are_shown_where_there_are_
     assert (header[-2:], hello[-2:], meter[-2:]) == (["SENT", "DENIED"], ["0", "0"], ["512", "3"])
 
 
+def test_uses_of_the_key_value_store_are_shown_where_there_are_any(fleet, fleet_of_two, desk):
+    assert "KEY-VALUE" not in fleet("device", ROW.id).stdout
+    keeping = msgspec.structs.replace(HELLO, instance="meter", keyvalue_reads=7, keyvalue_writes=3, keyvalue_bytes=90)
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(
+        DETAIL, row=msgspec.structs.replace(ROW, instances=(HELLO, keeping))
+    )
+    header, meter = words("INSTANCE  KEY-VALUE" + fleet("device", ROW.id).stdout.partition("KEY-VALUE")[2])[:2]
+    assert header == ["INSTANCE", "KEY-VALUE READS", "WRITES", "BYTES"]
+    assert meter[:3] == ["meter", "7", "3"]
+
+
 def test_why_says_what_to_do(fleet, desk):
     entries = (
         operator_api.TimelineEntry(

@@ -1,0 +1,388 @@
+"""Key-value store: the process that keeps the pairs of `wasi:keyvalue`; a fork of the supervisor, without network.
+
+It exists while a worker may use it. For each such worker it has an end of a socket pair: a request is attributed to an
+instance by its socket, never by its content, so an escaped guest reaches its own instance's pairs and no others. The
+worker needs no file for that, and both generations of a swap use one database, through one process.
+
+Each instance has a SQLite database for each `data_schema`. Writes are committed in groups: as often as the day's
+write quota allows, between `_OFTEN_S` and `_RARELY_S`, and when the last worker of the instance ends. A power cut, or a
+crash of this process, undoes the writes since then, as a whole. Guests see every write at once.
+"""
+
+import contextlib
+import gc
+import os
+import re
+import select
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from agent import disk
+from agent.disk import Point, Write
+from agent.host.ipc import framing, keyvalue_api
+from agent.host.ipc.keyvalue_api import PAIR_BYTES, RegisterUser, Reply, Request
+from agent.host.ipc.write_quota import DAY_S, QuotaPage, day
+from agent.host.sandbox import sandbox
+from fleet.protocol import wire
+
+_OFTEN_S: Final = 1.0
+_RARELY_S: Final = 60.0
+_COMMIT_BYTES: Final = 8192
+"""Counted for each commit, beside keys and values: a page of the table, one of the index, and their headers."""
+
+_NUMBER: Final = re.compile(rb"-?[0-9]{1,19}")
+_INTEGER: Final = range(-(2**63), 2**63)
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS pairs (
+    bucket TEXT NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, version INTEGER NOT NULL, UNIQUE (bucket, key)
+)"""
+_SETTINGS: Final = (
+    "PRAGMA locking_mode = EXCLUSIVE",  # no other process opens it, so no memory is shared through a file
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = FULL",
+    "PRAGMA wal_autocheckpoint = 128",
+    "PRAGMA journal_size_limit = 1048576",
+    "PRAGMA cache_size = -256",
+    "PRAGMA temp_store = MEMORY",
+    "PRAGMA trusted_schema = OFF",
+)
+
+
+class RefusedError(Exception):
+    """A request is not carried out; the sentence is for the guest."""
+
+
+class Pairs:
+    """Database of an instance, and the transaction that is open in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        disk.reached(Write.KEYVALUE, Point.BEFORE, path, b"")
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            for setting in _SETTINGS:
+                self._db.execute(setting)
+            self._db.execute(_SCHEMA)
+            size, version = "coalesce(sum(length(key) + length(value) + ?), 0)", "coalesce(max(version), 0)"
+            found = self._db.execute(f"SELECT {size}, {version} FROM pairs", (PAIR_BYTES,)).fetchone()  # noqa: S608
+        except BaseException:
+            self._db.close()
+            raise
+        disk.reached(Write.KEYVALUE, Point.AFTER, path, b"")
+        self.used_bytes: int = found[0]
+        self._version: int = found[1]
+        self.dirty = False
+
+    def get(self, bucket: str, key: bytes) -> tuple[bytes, int] | None:
+        """Return a pair's value and version."""
+        row = self._db.execute(
+            "SELECT value, version FROM pairs WHERE bucket = ? AND key = ?", (bucket, key)
+        ).fetchone()
+        return None if row is None else (bytes(row[0]), row[1])
+
+    def keys(self, bucket: str, after: bytes | None, skip: int) -> tuple[list[bytes], bool]:
+        """Return the keys that follow, in their order, as many as one answer has, and whether others follow."""
+        query = "SELECT key FROM pairs WHERE bucket = ? AND (? IS NULL OR key > ?) ORDER BY key LIMIT ? OFFSET ?"
+        most = keyvalue_api.PAGE_KEYS + 1
+        rows = self._db.execute(query, (bucket, after, after, most, max(0, skip))).fetchall()
+        found: list[bytes] = []
+        size = 0
+        for (key,) in rows[: keyvalue_api.PAGE_KEYS]:
+            size += len(key) + 8
+            if found and size > keyvalue_api.PAGE_BYTES:
+                break
+            found.append(bytes(key))
+        return found, len(found) < len(rows)
+
+    def set(self, bucket: str, key: bytes, value: bytes, most_bytes: int) -> None:
+        """Set a pair. Raises `RefusedError`: the database would have more than `most_bytes`."""
+        before = self.get(bucket, key)
+        had = 0 if before is None else len(key) + len(before[0]) + PAIR_BYTES
+        used = self.used_bytes - had + len(key) + len(value) + PAIR_BYTES
+        if used > most_bytes and used > self.used_bytes:
+            raise RefusedError(f"its pairs would take {used} bytes, {most_bytes} are allowed (limits.storage)")
+        self._begin()
+        self._version += 1
+        self._db.execute(
+            "INSERT INTO pairs VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value, "
+            "version = excluded.version",
+            (bucket, key, value, self._version),
+        )
+        self.used_bytes = used
+
+    def delete(self, bucket: str, key: bytes) -> None:
+        """Delete a pair, if it is there."""
+        before = self.get(bucket, key)
+        if before is not None:
+            self._begin()
+            self._db.execute("DELETE FROM pairs WHERE bucket = ? AND key = ?", (bucket, key))
+            self.used_bytes -= len(key) + len(before[0]) + PAIR_BYTES
+
+    def _begin(self) -> None:
+        if not self.dirty:
+            self._db.execute("BEGIN IMMEDIATE")
+            self.dirty = True
+
+    def commit(self) -> None:
+        """Bring what was written onto the medium."""
+        if self.dirty:
+            disk.reached(Write.KEYVALUE_SAVED, Point.BEFORE, self._path, b"")
+            self._db.execute("COMMIT")
+            self.dirty = False
+            disk.reached(Write.KEYVALUE_SAVED, Point.AFTER, self._path, b"")
+
+    def close(self) -> None:
+        """Commit and close."""
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self.commit()
+        finally:
+            self._db.close()
+
+    def copy(self, target: Path) -> None:
+        """Write a whole copy to a file that does not exist."""
+        self.commit()
+        self._db.execute("VACUUM INTO ?", (str(target),))
+
+
+def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None) -> Pairs:
+    """Open the database of an instance; another schema begins with a copy of the pairs of the one before.
+
+    `older`: the database of that, if it is open. Raises `OSError` and `sqlite3.Error`.
+    """
+    home = directory / about.instance
+    path, before = home / f"{about.schema}.db", home / f"{about.before}.db"
+    disk.make_directory(Write.KEYVALUE, home, mode=0o700)
+    if before != path and not path.exists() and before.exists():
+        unfinished = home / ".copy"
+        disk.remove(Write.KEYVALUE_COPIED, unfinished, missing_ok=True)
+        source = older or Pairs(before)
+        try:
+            source.copy(unfinished)
+        finally:
+            if older is None:
+                source.close()
+        disk.move(Write.KEYVALUE_COPIED, unfinished, path)
+    return Pairs(path)
+
+
+class _User:
+    """A worker that may use the store."""
+
+    def __init__(self, sock: socket.socket, about: RegisterUser, quota: QuotaPage) -> None:
+        self.sock = sock
+        self.about = about
+        self.quota = quota
+
+
+class _Instance:
+    """Pairs of an instance under one schema, and who uses them."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.users = 0
+        self.due_s = 0.0  # time of the next commit, once something was written
+
+
+class Store:
+    """Key-value store: the supervisor's socket, a socket for each worker, the databases below one directory."""
+
+    def __init__(self, sock: socket.socket, directory: str) -> None:
+        self._sock = sock
+        self._directory = Path(directory)
+        self._poll = select.epoll()
+        self._users: dict[int, _User] = {}
+        self._open: dict[tuple[str, int], _Instance] = {}
+
+    def run(self) -> None:
+        """Serve until the supervisor closes its socket."""
+        self._sock.setblocking(False)
+        self._poll.register(self._sock, select.EPOLLIN)
+        while True:
+            for fd, _ in self._poll.poll(self._wait_s()):
+                if fd != self._sock.fileno():
+                    self._serve(self._users[fd])
+                elif not self._obey():
+                    self.close()
+                    return
+            self._commit_due()
+
+    def close(self) -> None:
+        """Commit everything and close."""
+        for fd in list(self._users):
+            self._leave(fd)
+        for key in list(self._open):
+            self._open.pop(key).pairs.close()
+
+    def _wait_s(self) -> float:
+        due = [each.due_s for each in self._open.values() if each.pairs.dirty]
+        return max(0.0, min(due) - time.monotonic()) if due else -1.0
+
+    def _commit_due(self) -> None:
+        now_s = time.monotonic()
+        for each in self._open.values():
+            if each.pairs.dirty and each.due_s <= now_s:
+                try:
+                    each.pairs.commit()
+                except sqlite3.Error as error:  # a full disk: the writes stay in the transaction
+                    each.due_s = now_s + _RARELY_S
+                    report("cannot commit", error)
+
+    def _obey(self) -> bool:
+        try:
+            data, fds = framing.receive_packet(self._sock)
+        except BlockingIOError:
+            return True
+        except framing.DescriptorsLostError as error:
+            report(f"no room for {keyvalue_api.register_user.decode(error.data).instance}", error)
+            return True
+        except framing.GoneError:
+            return False
+        about = keyvalue_api.register_user.decode(data)
+        sock, quota = socket.socket(fileno=fds[0]), QuotaPage(fds[1])
+        os.close(fds[1])
+        sock.setblocking(False)
+        self._users[sock.fileno()] = _User(sock, about, quota)
+        self._poll.register(sock, select.EPOLLIN)
+        self._instance(about, count=1)
+        if about.again:
+            self._reply(sock, Reply(keyvalue_api.RESTARTED))
+        return True
+
+    def _instance(self, about: RegisterUser, *, count: int = 0) -> _Instance | None:
+        """Return the pairs of an instance, opened at first; None where they cannot be."""
+        key = about.instance, about.schema
+        found = self._open.get(key)
+        if found is None:
+            try:
+                older = self._open.get((about.instance, about.before))
+                pairs = open_pairs(self._directory, about, None if older is None else older.pairs)
+                found = self._open[key] = _Instance(pairs)
+            except (OSError, sqlite3.Error) as error:
+                report(f"cannot open the pairs of {about.instance}", error)
+                return None
+        found.users += count
+        return found
+
+    def _leave(self, fd: int) -> None:
+        user = self._users.pop(fd)
+        self._poll.unregister(fd)
+        user.sock.close()
+        user.quota.close()
+        key = user.about.instance, user.about.schema
+        found = self._open.get(key)
+        if found is not None:
+            found.users -= 1
+            if not found.users:
+                self._open.pop(key).pairs.close()
+
+    def _serve(self, user: _User) -> None:
+        try:
+            request = keyvalue_api.request.decode(user.sock.recv(framing.PACKET_MAX_BYTES))
+        except BlockingIOError:
+            return
+        except (OSError, *wire.JSON_ERRORS):  # the worker has ended, or is compromised
+            self._leave(user.sock.fileno())
+            return
+        try:
+            reply = self._answer(user, request)
+        except RefusedError as error:
+            reply = Reply(request.id, str(error))
+        except (sqlite3.Error, OSError) as error:
+            report(f"{request.op} of {user.about.instance}", error)
+            reply = Reply(request.id, f"the store failed: {error}")
+        self._reply(user.sock, reply)
+
+    def _reply(self, sock: socket.socket, reply: Reply) -> None:
+        with contextlib.suppress(OSError):  # the worker has ended, or does not read: nobody waits for it
+            sock.send(keyvalue_api.encode(reply), socket.MSG_NOSIGNAL)
+
+    def _answer(self, user: _User, request: Request) -> Reply:
+        """Carry out a request. Raises `RefusedError`, and what the database raises."""
+        if len(request.key) > keyvalue_api.KEY_MAX_BYTES or len(request.value) > keyvalue_api.VALUE_MAX_BYTES:
+            raise RefusedError("the key or the value is too long")
+        found = self._instance(user.about)
+        if found is None:
+            raise RefusedError("the store cannot be opened")
+        pairs, bucket, key = found.pairs, request.bucket, request.key
+        match request.op:
+            case "get" | "look":
+                at = pairs.get(bucket, key)
+                return Reply(request.id) if at is None else Reply(request.id, value=at[0], number=at[1])
+            case "exists":
+                return Reply(request.id, number=int(pairs.get(bucket, key) is not None))
+            case "list" | "skip":
+                keys, more = pairs.keys(bucket, key or None, request.number)
+                return Reply(request.id, keys=tuple(keys), more=more)
+            case _:
+                return self._write(user, found, request)
+
+    def _write(self, user: _User, found: _Instance, request: Request) -> Reply:
+        pairs, bucket, key, most = found.pairs, request.bucket, request.key, user.about.storage_bytes
+        today, most_today = user.quota.sum(day()), user.about.daily_written_bytes
+        if today >= most_today:
+            raise RefusedError(f"{today} bytes are written today, {most_today} are allowed: no more until 00:00 UTC")
+        reply, value, was_dirty = Reply(request.id, number=1), request.value, pairs.dirty
+        match request.op:
+            case "set":
+                pairs.set(bucket, key, value, most)
+            case "delete":
+                pairs.delete(bucket, key)
+            case "increment":
+                number = _added(pairs.get(bucket, key), request.number)
+                value = str(number).encode()
+                pairs.set(bucket, key, value, most)
+                reply = Reply(request.id, number=number)
+            case "swap":
+                at = pairs.get(bucket, key)
+                if (0 if at is None else at[1]) != request.number:
+                    return Reply(request.id)
+                pairs.set(bucket, key, value, most)
+            case _:
+                raise RefusedError("no such operation")
+        self._count(user, found, len(key) + len(value), first=found.pairs.dirty and not was_dirty)
+        return reply
+
+    def _count(self, user: _User, found: _Instance, size: int, *, first: bool) -> None:
+        """Count what was written, and plan the commit: as often as the rest of the day's quota allows."""
+        today, place, most = day(), user.about.place, user.about.daily_written_bytes
+        written = user.quota.at(place, today) + size + (_COMMIT_BYTES if first else 0)
+        user.quota.put(place, written, today)
+        if first:
+            rest_s, left = DAY_S - time.time() % DAY_S, max(most - user.quota.sum(today), 1)
+            found.due_s = time.monotonic() + min(_RARELY_S, max(_OFTEN_S, rest_s * _COMMIT_BYTES / left))
+
+
+def _added(at: tuple[bytes, int] | None, delta: int) -> int:
+    """Return the sum of a value, which is a decimal number as text, and `delta`. Raises `RefusedError`."""
+    text = b"0" if at is None else at[0]
+    if _NUMBER.fullmatch(text) is None:
+        raise RefusedError("the value is no whole number as text, such as 42")
+    number = int(text) + delta
+    if number not in _INTEGER:
+        raise RefusedError("the sum would be beyond 64 bits")
+    return number
+
+
+def run_keyvalue(sock: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> None:
+    """Run the store in a process just forked from the supervisor, sandboxed before it reads a request."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
+    layers = sandbox.apply(sandbox.keyvalue_spec(str(directory)))
+    Store(sock, sandbox.DATA if layers["mount"] else ".").run()
+
+
+def report(what: str, error: BaseException) -> None:
+    """Write a line to standard error, which is the host's log."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"key-value store: {what}: {type(error).__name__}: {error}\n")
+        sys.stderr.flush()
