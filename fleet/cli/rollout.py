@@ -467,14 +467,14 @@ def remove(
     options: Options,
     *,
     instance: str,
-    group: str,
-    device: str,
     keep_data: bool,
     waves: str,
     detach: bool,
     dry: bool,
+    **where: str,
 ) -> Exit:
     """Remove INSTANCE from a group or a device."""
+    group, device = where["group"], where["device"]
     if bool(group) == bool(device):
         raise click.UsageError("Name either --group or --device.")
     request = operator_api.RemovalRequest(
