@@ -12,8 +12,8 @@ then the two halves and the shims as nested components. `fleet.component.compose
 """
 
 import argparse
-import gzip
 import hashlib
+import lzma
 import shutil
 import subprocess
 import sys
@@ -52,8 +52,11 @@ SOURCES = {
     "dial-task": ["-DTASK", "dial.c"],
 }
 GUESTS = ("probe", "script", "dial", "dial-task")
-OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.gz"}
-OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm" for guest in GUESTS}
+PACKED = ("script", "dial", "dial-task")
+OUTPUTS = {"adapter.wasm": ROOT / "fleet" / "component" / "adapter.wasm.xz"}
+OUTPUTS |= {f"{guest}.wasm": HERE / f"{guest}.wasm{'.xz' * (guest in PACKED)}" for guest in GUESTS}
+# A dictionary no larger than needed: who unpacks has memory for it.
+LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 512 * 1024}]
 
 
 def componentize(world: str, scratch: Path, wit: Path) -> bytes:
@@ -117,7 +120,7 @@ def build(scratch: Path) -> dict[str, bytes]:
 def unpacked(path: Path) -> bytes:
     """Return the content of a checked-in file, unpacked: compression differs between machines."""
     data = path.read_bytes()
-    return gzip.decompress(data) if path.suffix == ".gz" else data
+    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def main() -> int:
@@ -137,7 +140,7 @@ def main() -> int:
         sys.stderr.write("".join(f"{name} is not what its source gives: run build.py\n" for name in stale))
         return 1 if stale else 0
     for path, data in wanted.items():
-        path.write_bytes(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
+        path.write_bytes(lzma.compress(data, filters=LZMA) if path.suffix == ".xz" else data)
     return 0
 
 

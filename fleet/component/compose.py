@@ -527,16 +527,16 @@ class _Encoder:
         self.out += binary.section(kind, b"\x01" + contents)
 
 
-_FILE: Final = "adapter.wasm.gz"
+_FILE: Final = "adapter.wasm.xz"
 
 
 @functools.cache
 def load_adapter() -> bytes:
     """Read the adapter."""
-    import gzip  # noqa: PLC0415 - many processes import this module, few read the adapter
+    import lzma  # noqa: PLC0415 - many processes import this module, few read the adapter
     from importlib import resources  # noqa: PLC0415
 
-    return gzip.decompress(resources.files("fleet.component").joinpath(_FILE).read_bytes())
+    return lzma.decompress(resources.files("fleet.component").joinpath(_FILE).read_bytes())
 
 
 def adapter_digest() -> str:

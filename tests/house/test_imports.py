@@ -188,6 +188,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("agent.host.sandbox",),
         ("agent.host.http", "agent.host.engine"),
         ("agent.host.interfaces",),
+        ("agent.host.datagrams",),
         ("agent.host.compiler", "agent.host.worker", "agent.host.egress", "agent.host.keyvalue"),
         ("agent.host.supervisor",),
         ("agent.host.cli", "agent.host.processes"),

@@ -1,4 +1,4 @@
-"""Incoming requests for comparisons: raw bytes on a connection, to `components/adapter/script.wasm`."""
+"""Incoming requests for comparisons: raw bytes on a connection, to `components/adapter/script.c`."""
 
 from compared import CONTINUE, EOF, Case, Until
 

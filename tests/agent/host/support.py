@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import lzma
 import os
 import random
 import signal
@@ -54,6 +55,9 @@ def wasm(guest):
     for path in (GUESTS / f"{guest}.wat", DEMO / f"{guest}.wasm", ADAPTER / f"{guest}.wasm"):
         if path.exists():
             return path.read_bytes()
+    packed = ADAPTER / f"{guest}.wasm.xz"
+    if packed.exists():
+        return lzma.decompress(packed.read_bytes())
     raise FileNotFoundError(guest)
 
 

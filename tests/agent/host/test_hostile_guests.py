@@ -192,7 +192,7 @@ def told(steps, *statuses, says="", body=b"", **how):
     """A guest of wasi:http that is told by its request what to do (`components/adapter/script.c`)."""
     method, length = (b"POST", b"content-length: %d\r\n" % len(body)) if body else (b"GET", b"")
     ask = b"%b /~/%b HTTP/1.1\r\nhost: x\r\nte: trailers\r\n%b\r\n%b" % (method, steps, length, body)
-    script = (support.ADAPTER / "script.wasm").read_bytes()
+    script = support.wasm("script")
     return Hostile(script, statuses or (500,), says, (ask, ask), **how)
 
 

@@ -14,7 +14,7 @@ from agent.host.ipc import host_api
 from fleet.protocol.manifest import Limits
 from tests.rotation import rotated
 
-SCRIPT = support.ADAPTER / "script.wasm"
+SCRIPT = support.wasm("script")
 WHOLE = "nothing before the request is whole"
 THERE_BY_CHANCE = {"a client that ends its sending", "a guest that fails within its answer"}
 
@@ -37,8 +37,10 @@ ROW_OF = {case: row for row, cases in DIFFERENCES.items() for case in cases}
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    with serving(SCRIPT, "-Scli") as port:
+def theirs(tmp_path_factory):
+    component = tmp_path_factory.mktemp("theirs") / "script.wasm"
+    component.write_bytes(SCRIPT)
+    with serving(component, "-Scli") as port:
         yield port
 
 
@@ -47,7 +49,7 @@ def ours(tmp_path_factory):
     with support.shared_host(tmp_path_factory.mktemp("compared")) as host:
         port = support.free_port()
         limits = Limits(request_bytes=2 << 20, response_bytes=2 << 20)
-        reply = host.start(SCRIPT.read_bytes(), support.a_run("script", 1, port=port, limits=limits))
+        reply = host.start(SCRIPT, support.a_run("script", 1, port=port, limits=limits))
         assert isinstance(reply, host_api.Started), reply
         yield port
 

@@ -31,8 +31,8 @@ def echo(_peer, connection):
 
 def hears(_peer, connection):
     """Say nothing until the guest goes."""
-    while connection.recv(65536):
-        pass
+    for _ in iter(lambda: connection.recv(65536), b""):
+        continue
 
 
 class Datagrams:
@@ -157,8 +157,8 @@ def test_more_than_fits_in_any_buffer_goes_both_ways(dial, peer):
 
     def behave(_peer, connection):
         got = b""
-        while len(got) < size:
-            got += connection.recv(65536)
+        while len(got) < size and (piece := connection.recv(65536)):
+            got += piece
         connection.sendall(got)
 
     there = peer(behave)

@@ -1,6 +1,6 @@
 """What a guest does after its answer has ended neither delays nor breaks that, in real workers.
 
-The guest is `components/adapter/script.wasm`: a target is a list of steps, `.` ends the answer, `!` traps, `X` exits,
+The guest is `components/adapter/script.c`: a target is a list of steps, `.` ends the answer, `!` traps, `X` exits,
 `pN` sleeps and `@` computes without end.
 """
 
@@ -13,7 +13,7 @@ from support import Limits
 from agent.host.ipc import host_api
 from tests.eventually import eventually
 
-SCRIPT = (support.ADAPTER / "script.wasm").read_bytes()
+SCRIPT = support.wasm("script")
 HELLO = "/~/r/whello/."
 NEXT = "/~/r/wnext/."
 FOREVER = f"{HELLO}/p600000"
