@@ -133,7 +133,10 @@ def test_a_range_of_ports_that_is_none_is_named(tmp_path, ports):
     [
         ("outbound = ['example.com']", "policy.outbound: 'example.com': expected scheme, host and port, such as"),
         ("outbound = ['example.com']", '"https://example.com"'),
-        ("outbound = ['https://a.example', 'ftp://b.example']", "the scheme is http, https or *, not 'ftp'"),
+        (
+            "outbound = ['https://a.example', 'ftp://b.example']",
+            "the scheme is http, https or * for requests, tcp or udp for sockets, not 'ftp'",
+        ),
         ("interfaces = ['clocks']", "policy.interfaces: 'clocks': expected an interface or a package"),
         ("interfaces = ['wasi:clocks@0.2.0']", "without the version: 'wasi:clocks'"),
         ("interfaces = ['wasi:clock']", "no such interface; did you mean wasi:clocks?"),
