@@ -242,7 +242,7 @@ class _Imports:
         given = {
             each: _at(self._adapted, _key(binary.item(self._inner.instances, n, "instance")))
             if own
-            else self._imported(n)
+            else self._imported(n, each)
             for each, n, own in made.wanted
         }
         functions = {shim: self._shim(shim, instance, served) for shim in made.shims}
@@ -261,12 +261,11 @@ class _Imports:
         }
         return self._out.function_of(self._out.instantiate(number, given, types), name)
 
-    def _imported(self, number: int) -> int:
+    def _imported(self, number: int, what: str) -> int:
         """Return the instance that answers an import of the guest before the one at hand."""
         found = binary.item(self._instances, number, "instance")
         if found < 0:
-            name = self._inner.instances[number]
-            raise types.ForeignTypeError(f"a type of an import is of {name!r}, which the component makes itself")
+            raise types.ForeignTypeError(f"the type {what} of an import is an instance's of its own")
         return found
 
     def _type(self, number: int) -> int:
@@ -279,7 +278,7 @@ class _Imports:
             found = self._inner.types[number]
             before, self._met_io = self._met_io, False
             if isinstance(found, Alias):
-                self._types[number] = self._out.type_of(self._imported(found.instance), found.name)
+                self._types[number] = self._out.type_of(self._imported(found.instance, found.name), found.name)
                 self._met_io = self._inner.instances[found.instance].startswith(_IO)
             else:
                 self._depth += 1

@@ -1,6 +1,7 @@
 """`fleet component check`, and the dry runs of push and deploy: by the real host, by the table, by what devices say."""
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -210,7 +211,7 @@ def test_several_triggers_are_shown_judged_by_this_machine_and_by_what_devices_r
 def test_sockets_are_judged_by_what_devices_reported(saved, fleet, desk):
     newer = Versions(agent="1", host="1", engine="50.0.1", interfaces=(*wasi.SERVED, *wasi.CALLED))
     desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=(row("new", versions=newer), row("before")))
-    file = saved((ADAPTER / "dial.wasm").read_bytes())
+    file = saved(lzma.decompress((ADAPTER / "dial.wasm.xz").read_bytes()))
     file.with_name("component.toml").write_text('[grants]\noutbound = ["tcp://10.1.0.5:502"]\n')
     said = json.loads(fleet("component", "check", file, "--group", "edge-eu", "--json").stdout)
     assert said["problems"] == []
@@ -227,7 +228,7 @@ def test_a_trigger_without_its_export_is_named_before_anybody_signs(saved, fleet
     file.with_name("component.toml").write_text(TRIGGERS)
     result = fleet("push", file, "--group", "edge-eu", "--dry-run")
     assert result.exit_code != 0
-    assert "exports no wasmfleet:schedule/task" in result.stderr
+    assert "exports neither wasmfleet:schedule/task nor wasi:cli/run" in result.stderr
 
 
 NO_DEVICES = operator_api.Devices(devices=())
