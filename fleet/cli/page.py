@@ -51,9 +51,9 @@ An error is one line on standard error, the last one:
 
     {"error": {"message": "there is no device gate-0", "kind": "refused", "exit_code": 4, "problem": "not-found"}}
 
-`kind` is `failed`, `usage`, `unreachable`, `refused`, `nothing-affected`, `bug` or `interrupted`, one for each exit
-code. `problem` is the server's type of problem, where it is the server that refused. `extra` is a text to save, such as
-a `component.toml`.
+`kind` is `failed`, `usage`, `unreachable`, `refused`, `nothing-affected`, `bug` (70) or `interrupted`, one for each
+exit code. `problem` is the server's type of problem, where it is the server that refused. `extra` is a text to save,
+such as a `component.toml`.
 
 ## Options of every command
 

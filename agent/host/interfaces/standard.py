@@ -57,7 +57,8 @@ PACKAGES: Final[tuple[Package, ...]] = (
         "port, are refused with `access-denied`. Without a grant every socket and every look-up is.",
         'Destinations in `outbound`: `"tcp://10.1.0.5:502"`, `"udp://[fd00::1]:123"`, `"tcp://meter.local:502"`.',
         limits={
-            "sockets at once": "16 connections, each peer of a UDP socket counted as one",
+            "sockets at once": "16 connections, each peer of a UDP socket counted as one; 256 such peers of all "
+            "instances together",
             "waiting for one socket": "four fifths of `limits.idle`, then it fails with `timeout`",
             "datagrams": "65,507 bytes each, 1,000 a second with one peer, each way; what is beyond is dropped",
             "names": "of those a socket may lead to; private addresses only where an entry names them",
