@@ -16,9 +16,7 @@ Workers have no network, so even an escaped guest can only reach what its grants
 
 import asyncio
 import contextlib
-import gc
 import ipaddress
-import signal
 import socket
 import sys
 import threading
@@ -237,12 +235,7 @@ async def _connected(path: str) -> socket.socket:
 
 def run_egress(sock: socket.socket, directory: Path, keep: tuple[int, ...]) -> None:
     """Run the egress in a process just forked from the supervisor, sandboxed before it reads a request."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    gc.freeze()
-    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
+    sandbox.begin_helper({sock.fileno(), *keep})
     with contextlib.suppress(OSError):
         socket.getaddrinfo("localhost", 80)  # makes the resolver load its libraries before the sandbox closes
     loop = asyncio.SelectorEventLoop()

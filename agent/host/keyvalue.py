@@ -10,11 +10,9 @@ crash of this process, undoes the writes since then, as a whole. Guests see ever
 """
 
 import contextlib
-import gc
 import os
 import re
 import select
-import signal
 import socket
 import sqlite3
 import sys
@@ -371,12 +369,7 @@ def _added(at: tuple[bytes, int] | None, delta: int) -> int:
 
 def run_keyvalue(sock: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> None:
     """Run the store in a process just forked from the supervisor, sandboxed before it reads a request."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    gc.freeze()
-    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep})
+    sandbox.begin_helper({sock.fileno(), *keep})
     layers = sandbox.apply(sandbox.keyvalue_spec(str(directory)))
     Store(sock, sandbox.DATA if layers["mount"] else ".").run()
 

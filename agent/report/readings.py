@@ -25,9 +25,6 @@ from fleet.protocol.topics import Up
 
 log = logging.getLogger("agent.report.readings")
 
-TAKE_S: Final = 90
-"""Longest wait of the host for a message: below the client's patience with any answer."""
-
 RETRY_S: Final = 1.0
 RESEND_FIRST_S: Final = 30.0
 RESEND_MAX_S: Final = 900.0
@@ -113,7 +110,7 @@ class ReadingsUplink:
                     session=session,
                     done=done,
                     refused=refused,
-                    wait_s=TAKE_S,
+                    wait_s=host_api.TAKE_WAIT_S,
                 )
             except (HostGoneError, HostRefusedError) as error:
                 log.debug("no messages from the host: %s", error)

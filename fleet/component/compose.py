@@ -45,6 +45,9 @@ from fleet.component.reader import Alias, ComponentIndex
 BRIDGE: Final = "wasmfleet:adapter/bridge"
 HOST: Final = "wasmfleet:adapter/host"
 SOCKETS_HOST: Final = "wasmfleet:adapter/sockets"
+HOST_INTERFACES: Final = frozenset({HOST, SOCKETS_HOST})
+"""Imports of the adapter itself, which comes with wasi:http, or with sockets; they need no grant."""
+
 PARTS: Final = 2
 """Components that the adapter's file nests before its shims."""
 WITH_SOCKETS: Final = 2

@@ -373,8 +373,6 @@ class Guest:
             self._outgoing.renew()
 
 
-_ADAPTERS: Final = (compose.HOST, compose.SOCKETS_HOST)
-
 _OUTGOING: Final = (
     *("begin", "room", "write", "send", "start", "finish", "abort", "head", "read", "poll", "close", "reset"),
 )
@@ -404,7 +402,7 @@ def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int]
     """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
-    own = [name for name in names if bare(name) in _ADAPTERS or bare(name) in ours.served.interfaces]
+    own = [name for name in names if bare(name) in compose.HOST_INTERFACES or bare(name) in ours.served.interfaces]
     wasi = bool(set(names) - set(own))
     if wasi:
         linker.add_wasip2()

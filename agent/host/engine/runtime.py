@@ -114,9 +114,6 @@ OPTIONAL: Final = (
     (COMMAND, "run"),
 )
 
-_ADAPTERS_OWN: Final = frozenset({compose.HOST, compose.SOCKETS_HOST})
-"""Imports of the adapter itself, which comes with wasi:http, or with sockets, and needs no grant."""
-
 Log = Callable[[str], None]
 
 
@@ -243,7 +240,7 @@ class Image:
 
     def not_granted(self, grants: Grants) -> tuple[str, ...]:
         """Return the imports that need a grant and have none. An interface of types alone needs none."""
-        free = wasi.UNGRANTED | (_ADAPTERS_OWN if self.adapted or self.sockets else frozenset())
+        free = wasi.UNGRANTED | (compose.HOST_INTERFACES if self.adapted or self.sockets else frozenset())
         wanted = [name for name, functions in self.imports.items() if functions and bare(name) not in free]
         return tuple(name for name in wanted if not grants.allows(name))
 

@@ -7,10 +7,8 @@ are; no wasm, no configuration, no file.
 import asyncio
 import contextlib
 import errno
-import gc
 import mmap
 import os
-import signal
 import socket
 import struct
 import time
@@ -127,12 +125,7 @@ def run_router(
     """
     if decrypted is not None:
         keep = (*keep, decrypted.fileno())
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    gc.freeze()
-    sandbox.close_all_but({0, 1, 2, sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
+    sandbox.begin_helper({sock.fileno(), *keep} | (set() if listener is None else {listener.fileno()}))
     loop = asyncio.SelectorEventLoop()
     asyncio.set_event_loop(loop)
     sandbox.apply(sandbox.router_spec())

@@ -8,7 +8,6 @@ with its last client: no request is cut.
 """
 
 import asyncio
-import gc
 import signal
 import socket
 import ssl
@@ -95,12 +94,8 @@ def run_terminator(
     listener: socket.socket, sock: socket.socket, to_router: socket.socket, certificates: Sequence[Certificate]
 ) -> None:
     """Run the terminator in a process just forked from the supervisor, which it tells `READY`, or why it cannot."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    gc.freeze()
-    sandbox.close_all_but({0, 1, 2, *(each.fileno() for each in (listener, sock, to_router))})
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor decides
+    sandbox.begin_helper({each.fileno() for each in (listener, sock, to_router)})
     try:
         context = contexts(certificates)
     except IngressError as error:

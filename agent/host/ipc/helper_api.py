@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -308,18 +309,10 @@ def filter_addresses(grants: Grants, scheme: str, host: str, port: int, addresse
     Raises:
         RefusedError: no address is allowed.
     """
-    kept, why = [], ""
-    for each in addresses:
-        try:
-            address = ipaddress.ip_address(each)
-        except ValueError:
-            continue
-        kind = outbound.kind(address)
-        if kind and not any(entry.names(scheme, address, port) for entry in _entries(grants)):
-            why = f"{host} is {each}, a {kind} address, and grants.outbound does not name that"
-        else:
-            kept.append(each)
-    if not kept and why:
+    entries = _entries(grants)
+    kept, why = _public_or(addresses, lambda address: any(entry.names(scheme, address, port) for entry in entries))
+    if why:
+        why = f"{host} is {why}, and grants.outbound does not name that"
         raise RefusedError(PROHIBITED, f"{scheme}://{host}:{port} is denied: {why}")
     if not kept:
         raise RefusedError("DNS-error", f"{host} has no address")
@@ -366,22 +359,29 @@ def check_lookup(grants: Grants, name: str) -> str:
 
 def reachable(grants: Grants, name: str, addresses: list[str]) -> list[str]:
     """Return the addresses of a name to which some socket may lead. Raises `RefusedError`: none."""
-    kept, why = [], ""
+    entries = _entries(grants)
+    kept, why = _public_or(addresses, lambda address: any(entry.reaches(address) for entry in entries))
+    if why:
+        raise RefusedError(PROHIBITED, f"{name} is {why}, and grants.outbound has no socket to that")
+    if not kept:
+        raise RefusedError("DNS-error", f"{name} has no address")
+    return kept
+
+
+def _public_or(addresses: list[str], granted: Callable[[outbound.Address], bool]) -> tuple[list[str], str]:
+    """Return the addresses that are public or granted; where there is none, the last one refused, and its kind."""
+    kept, refused = [], ""
     for each in addresses:
         try:
             address = ipaddress.ip_address(each)
         except ValueError:
             continue
         kind = outbound.kind(address)
-        if kind and not any(entry.reaches(address) for entry in _entries(grants)):
-            why = f"{name} is {each}, a {kind} address, and grants.outbound has no socket to that"
+        if kind and not granted(address):
+            refused = f"{each}, a {kind} address"
         else:
             kept.append(each)
-    if not kept and why:
-        raise RefusedError(PROHIBITED, why)
-    if not kept:
-        raise RefusedError("DNS-error", f"{name} has no address")
-    return kept
+    return kept, "" if kept else refused
 
 
 def _entries(grants: Grants) -> list[outbound.Entry]:

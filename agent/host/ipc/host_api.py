@@ -56,6 +56,9 @@ _WHY_NOT_MAX_CHARS: Final = 500
 CHECK_WAIT_S: Final = 60.0
 """Longest wait of `Status` for a health check: half of what the agent waits for any answer."""
 
+TAKE_WAIT_S: Final = 90
+"""Longest wait of `TakeMessages` for a message: below what the agent waits for any answer."""
+
 ROUTES_MAX: Final = 300
 TAKEN_MAX: Final = 1000
 """Messages of components in one answer, far more than fit."""

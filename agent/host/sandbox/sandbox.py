@@ -19,6 +19,7 @@ lacks holds in none of the ways; a layer that needs namespaces never holds for a
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -425,6 +426,16 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def begin_helper(keep: set[int]) -> None:
+    """Make a process just forked from the supervisor one of its own: with standard streams and these descriptors."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.freeze()
+    close_all_but({0, 1, 2} | keep)
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -26,9 +26,6 @@ from fleet.component.wasi import MESSAGING_PRODUCER
 from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
 
-TAKE_S: Final = 90.0
-"""Longest wait of the agent for a message: below its patience with any answer."""
-
 _OTHER_MAX: Final = 8  # packets of one worker without a reply; an intact one waits for each
 _publish: Final[msgspec.json.Decoder[Publish]] = msgspec.json.Decoder(Publish)
 
@@ -169,7 +166,7 @@ class MessageGate:
         done = request.done if request.session == session else 0
         self._settle(done, request.refused)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(TAKE_S, request.wait_s)):
+            async with asyncio.timeout(min(host_api.TAKE_WAIT_S, request.wait_s)):
                 while not self._after(done):
                     self._news.clear()
                     await self._news.wait()

@@ -66,13 +66,7 @@ async def take_over(
     async with AsyncExitStack() as undo:
         undo.callback(parts.workers.drop, new)
         check_schedule(new)
-        await parts.workers.prepare_data(new, old)
-        if new.unshared_reason:
-            parts.log.note(f"host: it has a worker of its own: {new.unshared_reason}")
-        worker = await parts.workers.start_worker(new, serve=False)
-        check_exports(new)
-        await check_health(new, worker)
-        check_state(new)
+        await _start_checked(parts, old, new)
         open_listener(parts, new, undo)
         if place is not None:
             await place.ready(new.run.limits.start_ms / 1000)
@@ -99,13 +93,7 @@ async def _replace(parts: SwapParts, old: Generation, new: Generation, place: "B
         began_s = time.monotonic()
         undo.push_async_callback(_start_again, parts, old, new)
         problem = await _stop(parts, old)
-        await parts.workers.prepare_data(new, old)
-        if new.unshared_reason:
-            parts.log.note(f"host: it has a worker of its own: {new.unshared_reason}")
-        worker = await parts.workers.start_worker(new, serve=False)
-        check_exports(new)
-        await check_health(new, worker)
-        check_state(new)
+        await _start_checked(parts, old, new)
         if STATE in new.kinds and new.service is None:
             if problem:
                 raise _failed(old, f"{_version(old)} did not save its state: {problem}")
@@ -118,6 +106,17 @@ async def _replace(parts: SwapParts, old: Generation, new: Generation, place: "B
         undo.pop_all()
     _note_gap(parts, old, new, began_s)
     return began_s
+
+
+async def _start_checked(parts: SwapParts, old: Generation | None, new: Generation) -> None:
+    """Start a worker of `new`, without traffic, and check what it says of itself. Raises `StartError`."""
+    await parts.workers.prepare_data(new, old)
+    if new.unshared_reason:
+        parts.log.note(f"host: it has a worker of its own: {new.unshared_reason}")
+    worker = await parts.workers.start_worker(new, serve=False)
+    check_exports(new)
+    await check_health(new, worker)
+    check_state(new)
 
 
 async def _stop(parts: SwapParts, generation: Generation) -> str:
