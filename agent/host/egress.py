@@ -1,11 +1,10 @@
 """Egress: the only process on a device that opens connections for components; a fork of the supervisor, with network.
 
-The egress exists while at least one worker may send requests. For each such worker it has an end of a socket pair,
-which the supervisor gave it together with the grants of the worker's instance: a request is attributed to a worker by
-its socket, never by its content. A request names scheme, host and port; the reply is a connected socket or an error.
-The egress resolves names and then checks each address; it connects to the first checked one that answers, without
-resolving again.
-TLS is the worker's task: this process sees no HTTP at all.
+The egress exists while at least one worker may send requests or open sockets. For each such worker it has an end of a
+socket pair, which the supervisor gave it together with the grants of the worker's instance: a request is attributed to
+a worker by its socket, never by its content. A request names scheme, host and port; the reply is a connected socket or
+an error. The egress resolves names and then checks each address; it connects to the first checked one that answers,
+without resolving again. TLS is the worker's task: this process sees no HTTP at all.
 
 A component's own sockets (`tcp`, `udp`) are asked for by address. Names are looked up here too, and the addresses of
 one that a grant names are remembered for the instance, so that a connection to them is allowed. Whoever holds a UDP

@@ -132,7 +132,7 @@ class ArchiveSender:
                 reason = f"the archive could not be made: {error}"[:2000]
                 await self._tell(ArchiveNote(command=asked.command, refused=reason, failed=True))
         except FetchError as error:
-            log.warning("%s, and does not get it: %s", who, error)
+            log.warning("%s, which could not be sent: %s", who, error)
         except Exception:
             log.exception("%s, which failed", who)
 

@@ -1,8 +1,8 @@
 """Readings: messages of components from the host into the spool, and from there to the server.
 
-A message that the host has is kept on the disk before the host, and so the component, hears that it is. The server gets
-readings in order, one batch at a time: the next one goes once the last is acknowledged, at a pace that leaves the link
-and the server's budget to everything else. A server that does not say how far it has them takes none, and gets none.
+A message is on the disk before it is acknowledged to the host, and so to the component. The server gets readings in
+order, one batch at a time: the next one goes once the last is acknowledged, at a pace that leaves the link and the
+server's budget to everything else. A server that does not say how far it has them takes none, and gets none.
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
     <first position>.seg     a head, then readings; each with its length and checksum, so that a torn end is found
 
-Readings are appended in groups, and each group is synced before anybody is told that it is kept. A segment is written
+Readings are appended in groups, and each group is synced before it is acknowledged. A segment is written
 by one process alone: after a start, the next group begins a segment, so that nothing is ever written behind a torn end.
 Its head has what must survive the segments before it: the sequence of each instance, and what was dropped. A segment
 goes once every reading of it is acknowledged and a later one exists; which readings were acknowledged is not stored, as
@@ -306,7 +306,7 @@ class Spool:
         """Make room for some bytes if that is what the owner wants; return why there is none, empty if there is."""
         while self.size + size > self.limits.max_bytes:
             if not self._may_drop():
-                return f"the device keeps at most {self.limits.max_bytes // KIB} KiB of readings"
+                return f"the device keeps at most {self.limits.max_bytes // KIB} KiB of messages"
             self._drop_oldest()
         while self.limits.reserve_bytes and shutil.disk_usage(self.directory).free < self.limits.reserve_bytes + size:
             if not self._may_drop():
@@ -356,7 +356,7 @@ class Spool:
         )
 
     def _take_what_was_written(self, segment: _Segment, *, begin: bool) -> None:
-        """Note what a failed write has left: whole records are kept, whatever the component was told."""
+        """Note what a failed write has left: whole records are kept, also those that were refused."""
         if begin:
             with suppress(OSError):
                 disk.remove(Write.READINGS_DAMAGED, segment.path, missing_ok=True)

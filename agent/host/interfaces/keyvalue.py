@@ -98,7 +98,7 @@ class KeyValueClient:
         except (OSError, *wire.JSON_ERRORS) as error:
             raise _FailedError("other", f"the store cannot be reached: {error}") from None
         if reply.id == RESTARTED:
-            raise _FailedError("other", "the store was started anew: whether this was carried out is open")
+            raise _FailedError("other", "the store was restarted, and may have done this: read the pair, then retry")
         if reply.problem:
             raise _FailedError("other", reply.problem)
         is_read = op in _READS
@@ -142,7 +142,7 @@ class KeyValueClient:
         """Return what a handle stands for. Raises `_FailedError`: of an instance that has ended."""
         found = self._cas.get(number)
         if found is None:
-            raise _FailedError("other", "the handle is none of this instance")
+            raise _FailedError("other", "the handle is of an instance that has ended")
         return found
 
 
@@ -177,7 +177,7 @@ class _Calls:
     def client(self) -> KeyValueClient:
         """The way to the store. Raises `_FailedError` where there is none."""
         if self._client is None:
-            raise _FailedError("other", "there is no store here")
+            raise _FailedError("other", "the key-value store is not available to this worker")
         return self._client
 
     def bucket(self, store: Any, handle: Any) -> str:

@@ -30,7 +30,7 @@ NAME: Final = "wasi:messaging"
 MESSAGES_MAX: Final = 32
 """Messages that a component may have at once; another one takes the place of the oldest."""
 
-_MARGIN: Final = 0.8  # of the limit on waiting, so that the guest hears of it before the worker is ended for it
+_MARGIN: Final = 0.8  # of the limit on waiting, so that the guest gets its error before the worker is ended for it
 _CLIENT_NUMBER: Final = 20
 _MESSAGE_NUMBER: Final = 21
 _THE_CLIENT: Final = 1

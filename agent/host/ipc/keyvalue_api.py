@@ -17,7 +17,7 @@ KEY_MAX_BYTES: Final = 1024
 VALUE_MAX_BYTES: Final = 64 * 1024
 NAME_MAX_BYTES: Final = 63
 PAIR_BYTES: Final = 64
-"""Counted for each pair beside its key and value, so that empty ones do not cost nothing."""
+"""Counted for each pair beside its key and value, so that empty ones count, too."""
 
 PAGE_KEYS: Final = 256
 PAGE_BYTES: Final = 64 * 1024

@@ -1,5 +1,7 @@
 """Forked helper processes, kept alive by the supervisor: the router on the shared port, and the egress.
 
+The handle of the key-value store is in `keyvalue_handle`, that of the TLS terminator in `shared_ingress`.
+
 A helper that ends is replaced after a short pause, and given its whole state again. The supervisor keeps the sockets on
 which clients and workers wait: the listening socket, so that clients waiting to be accepted survive a crash of the
 router, and the egress's ends of the workers' sockets, so that a crash of the egress only loses pending requests.

@@ -42,7 +42,7 @@ _FAILED_CHECKS_MAX: Final = 3
 _OVERDUE_GRACE_MS: Final = 5000  # for a worker whose own watchdog has failed
 
 _NO_ROOM_PAUSE_S: Final = 2.0
-"""Pause before a worker is tried again that the device had no room for: nothing tells when there is some."""
+"""Pause before a worker is tried again that the device had no room for: no event says when there is some."""
 
 _REASON_MAX_CHARS: Final = 200
 

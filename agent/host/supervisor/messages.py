@@ -1,8 +1,8 @@
 """Messages of components on their way from workers to the agent.
 
 Each worker that may publish has a socket here, and waits for the reply to each of its messages: so no more messages
-wait than there are workers. The agent asks for them, keeps them, and says so with its next question; only then does the
-component hear that its message is kept. An agent that is started again gets those that it has not said to keep.
+wait than there are workers. The agent asks for them, keeps them, and says so with its next question; only then does
+`send` return in the component. An agent that is started again gets those that it has not said to keep.
 
 Nothing that a worker says is believed further than its instance's grants reach.
 """

@@ -318,7 +318,7 @@ class GuestRunner:
             fault = f"its run ended: {error}"
             how = fault.splitlines()[0]
             if control.interrupted:
-                how = "its run did not end by itself in the time that it has for that, and was ended"
+                how = "its run did not end within trigger.stop, and was ended"
         finally:
             self._ticker.end()
         self.look()

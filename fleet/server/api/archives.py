@@ -180,7 +180,7 @@ class Archives:
         self._forget_late()
         asked = self._asked.get((device, command))
         if asked is None or asked.step in _OVER:
-            raise Refusal(409, "not-asked", "nobody asked this device for an archive")
+            raise Refusal(409, "not-asked", "no operator asked this device for an archive by this command")
         return asked
 
     def _forget_late(self) -> None:

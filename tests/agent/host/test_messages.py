@@ -82,7 +82,7 @@ def test_the_component_hears_why_the_device_does_not_keep_it(host, web):
     port = web()
     sent = Later(post, port, "plant/boiler")
     found = take(host)
-    why = "the device keeps at most 1 KiB of readings"
+    why = "the device keeps at most 1 KiB of messages"
     take(host, found, {found.messages[0].number: why}, wait_s=0)
     assert sent.result() == (503, why)
 

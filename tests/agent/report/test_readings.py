@@ -133,7 +133,7 @@ async def test_what_is_not_kept_is_refused_with_the_reason(agent):
     async with agent(host, max_bytes=10_000, full="refuse") as device:
         host.has(1, 2, 3, size=4000)
         await until(host, lambda: len(host.asked) == 2)
-        assert host.asked[1] == ("s", 3, {3: "the device keeps at most 9 KiB of readings"})
+        assert host.asked[1] == ("s", 3, {3: "the device keeps at most 9 KiB of messages"})
         assert "refused" in device.problems["readings"]
         assert device.uplink.health().refused == 1
 

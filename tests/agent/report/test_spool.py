@@ -108,7 +108,7 @@ def test_or_the_new_ones_are_refused_if_the_owner_wants_it(opened):
     kept = 0
     while (answer := spool.append([draft(kept + 1, size=2 * KIB), draft(kept + 2, size=2 * KIB)], now=NOW)) == (2, ""):
         kept += 2
-    assert answer[1] == "the device keeps at most 64 KiB of readings"
+    assert answer[1] == "the device keeps at most 64 KiB of messages"
     kept += answer[0]
     assert [each.position for each in everything(opened(full="refuse"))] == list(range(1, kept + 1))
     spool.acknowledge(kept)
