@@ -112,6 +112,5 @@ typedef struct {
 } nothing_or_error;
 
 #define ERROR_CONNECTION_TERMINATED 7
-#define ERROR_HTTP_REQUEST_DENIED 15
 #define ERROR_RESPONSE_HEAD_SIZE 26
 #define ERROR_INTERNAL 38

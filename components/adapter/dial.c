@@ -23,7 +23,6 @@
 #define PAGE_BYTES (192 * 1024)
 #include "guest.h"
 
-#define NET "wasi:sockets/network" V
 #define TCP "wasi:sockets/tcp" V
 #define UDP "wasi:sockets/udp" V
 #define LOOKUP "wasi:sockets/ip-name-lookup" V

@@ -4,7 +4,6 @@ import os
 import re
 
 import support
-from support import Grants
 
 from agent.host.ipc import host_api
 from agent.host.supervisor import instance_log
@@ -13,7 +12,6 @@ from fleet.protocol import bounds
 from tests.eventually import eventually
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S.*")
-LOGS = Grants(interfaces=("wasi:logging",))
 
 
 def kept(host, instance="web"):

@@ -19,7 +19,6 @@ from agent.host.ipc.helper_api import AddListener
 REFUSED = b"GET /nobody HTTP/1.1\r\nhost: x\r\n\r\n"
 CONNECTIONS, REQUESTS = 40, 100
 ANSWER_BYTES = 100  # of a refusal at least
-WEB = b"GET /web/ HTTP/1.1\r\nhost: board\r\n\r\n"
 
 
 def unread_bytes(sock):
