@@ -33,6 +33,9 @@ from fleet.protocol.printable import json_text, printable
 TOKEN_MAX_BYTES: Final = 8192
 HOST_WAIT_S: Final = 30.0
 APPLY_LOOK_S: Final = 0.1
+_LISTS_ROUTES: Final = 2
+"""Version of the host's protocol from which on it lists routes."""
+
 Command = Callable[[argparse.Namespace], int]
 
 EXAMPLES: Final = """examples:
@@ -480,7 +483,9 @@ def _routes(options: argparse.Namespace) -> int:
     async def ask() -> host_api.RouteList:
         link = HostClient(places.host_socket)
         try:
-            await link.connect()
+            welcome = await link.connect()
+            if welcome.protocol < _LISTS_ROUTES:
+                raise UsageError(f"the host ({welcome.version}) cannot list routes: systemctl restart fleet-host")
             return await link.ask(host_api.ListRoutes, host_api.RouteList)
         finally:
             link.close()

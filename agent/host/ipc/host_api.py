@@ -44,7 +44,9 @@ CONFIGURES: Final = 3
 TAKES_MESSAGES: Final = 4
 """Version from which on `TakeMessages` is known."""
 
-OLDEST_PROTOCOL: Final = max(1, PROTOCOL - 2)
+OLDEST_PROTOCOL: Final = 1
+"""Oldest version of a peer that is understood: two before are promised, and the first still is."""
+
 _ENTRIES_MAX_BYTES: Final = 128 * 1024
 RUNTIME: Final = "/run/wasmfleet"
 """Runtime directory of the packaged host, where its sockets are."""
@@ -497,7 +499,7 @@ def compatibility(peer: str, version: str, protocol: int) -> str:
     older, newer = (peer, "this program") if protocol < OLDEST_PROTOCOL else ("this program", peer)
     return (
         f"{peer} {version} speaks version {protocol} of the protocol between agent and host, and this program version "
-        f"{PROTOCOL} and two before: {older} is too old for {newer}; upgrade both, and restart fleet-host"
+        f"{PROTOCOL} and those before: {older} is too old for {newer}; upgrade both, and restart fleet-host"
     )
 
 

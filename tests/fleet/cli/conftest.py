@@ -141,9 +141,11 @@ def documented_answers(monkeypatch):
     plain = output.show_json
 
     def checked(value) -> None:
-        name = click.get_current_context().command_path.partition(" ")[2]
-        found = msgspec.to_builtins(value)
-        assert answers.fits(name, found), (name, sorted(found))
+        running = click.get_current_context(silent=True)  # none where a test calls a function of a command
+        if running is not None:
+            name = running.command_path.partition(" ")[2]
+            found = msgspec.to_builtins(value)
+            assert answers.fits(name, found), (name, sorted(found))
         plain(value)
 
     monkeypatch.setattr(output, "show_json", checked)

@@ -135,7 +135,7 @@ def test_a_role_gets_another_key_and_devices_follow(role, fleet, desk, elsewhere
 def test_a_slip_in_a_roles_name_makes_no_namespace(role, words, fleet, desk):
     before = dict(desk.files)
     result = fleet("keys", "rotate", role, "--yes")
-    assert result.exit_code == 2
+    assert result.exit_code == 4
     assert words in result.stderr
     assert "--new-namespace" in result.stderr
     assert desk.files == before

@@ -74,6 +74,8 @@ def calm(value, key=""):
     if key in WHILE_IT_WAITS:
         return "<while it waits>"
     if isinstance(value, dict):
+        if "items" in value and "version" in value:  # a device gets more assignments where it is slower than the server
+            value = value | {"version": "<number>"}
         return {calm(name): calm(each, name) for name, each in value.items()}
     if isinstance(value, list):
         return [calm(each, key) for each in value]

@@ -22,7 +22,9 @@ class Case:
     def __init__(self, tmp_path):
         self.kept, self.starts = tmp_path / "crashes.json", 0
         resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
-        self.instance = Instance("web", resources, pool=None, egress=None, router=None, events=asyncio.Queue())
+        self.instance = Instance(
+            "web", resources, pool=None, egress=None, keyvalue=None, router=None, events=asyncio.Queue()
+        )
         self.instance._start_after = self._nobody
         self.instance.state = InstanceState.RUNNING
         self.instance.current = self.generation = Generation(support.a_run("web", 1), -1, is_serving=True)

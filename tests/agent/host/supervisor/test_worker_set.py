@@ -41,7 +41,7 @@ async def test_a_worker_that_is_retired_while_it_starts_is_a_start_that_failed(t
         return worker
 
     resources = HostResources.open(state=tmp_path, sockets=tmp_path / "in", address="127.0.0.1")
-    workers = WorkerSet("web", resources, SimpleNamespace(acquire=acquire), egress=None, events=None)
+    workers = WorkerSet("web", resources, SimpleNamespace(acquire=acquire), egress=None, keyvalue=None, events=None)
     generation = Generation(support.a_run("web", 1), -1)
     worker.retire = lambda it: workers.retire(generation, it)
     with pytest.raises(StartError, match="it was replaced"):
