@@ -329,6 +329,8 @@ def check_socket(grants: Grants, scheme: str, address: str, port: int, name: str
         RefusedError: not granted.
     """
     where = f"{scheme}://{f'[{address}]' if ':' in address else address}:{port}"
+    if "%" in address:  # `Entry.allows` would take it for a name, which `*` covers
+        raise RefusedError(DENIED, f"{where} is denied: no address has a zone here")
     try:
         parsed = ipaddress.ip_address(address)
         entries = _entries(grants)

@@ -42,6 +42,10 @@ def grants(*outbound):
         ("tcp://localhost:1", PRIVATE, 1, "localhost", PROHIBITED),
         ("tcp://*:1", "not an address", 1, "", DENIED),
         ("tcp://*:1", "127.1", 1, "", DENIED),
+        ("tcp://*:1", "::1%1", 1, "", DENIED),
+        ("tcp://*:1", "::ffff:10.1.0.5%1", 1, "", DENIED),
+        ("tcp://*:1", "fe80::1%eth0", 1, "", DENIED),
+        ("tcp://[fe80::1]:1", "fe80::1%eth0", 1, "", DENIED),
     ],
 )
 def test_an_address_is_judged_by_what_names_it_or_its_name(outbound, address, port, name, said):
