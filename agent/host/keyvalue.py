@@ -304,6 +304,10 @@ class Store:
         """Carry out a request. Raises `RefusedError`, and what the database raises."""
         if len(request.key) > keyvalue_api.KEY_MAX_BYTES or len(request.value) > keyvalue_api.VALUE_MAX_BYTES:
             raise RefusedError("the key or the value is too long")
+        if request.bucket != keyvalue_api.OWN:  # nobody counts the bytes of a bucket's name
+            raise RefusedError("there is no such bucket")
+        if request.number not in _INTEGER:
+            raise RefusedError("the number is beyond 64 bits")
         found = self._instance(user.about)
         if found is None:
             raise RefusedError("the store cannot be opened")

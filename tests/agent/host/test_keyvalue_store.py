@@ -1,0 +1,111 @@
+"""The key-value store's own process, asked by a guest that has taken over its worker, and by a disk that fails."""
+
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from agent.host.ipc import framing, keyvalue_api
+from agent.host.ipc.keyvalue_api import OWN, RegisterUser, Request
+
+KIB = 1024
+PROGRAM = """
+import os, socket, sys
+from agent.host.keyvalue import Store
+Store(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).run()
+"""
+
+
+class Worker:
+    """A worker as the store sees it: an end of a socket, on which anything may be sent."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self._number = 0
+
+    def ask(self, op, key=b"", value=b"", number=0, bucket=OWN):
+        """The reply to a request; None where the store has gone."""
+        self._number += 1
+        try:
+            self.sock.send(keyvalue_api.encode(Request(self._number, op, bucket, key, value, number)))
+            data = self.sock.recv(framing.PACKET_MAX_BYTES)
+        except OSError:
+            return None
+        return keyvalue_api.reply.decode(data) if data else None
+
+
+class Store:
+    """The process, and the supervisor's end of its socket."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.sock, theirs = framing.socket_pair()
+        command = [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(directory)]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+        theirs.close()
+        self._pages = {}
+
+    def admit(self, instance, *, schema=0, before=0, storage=1 << 30, again=False):
+        """A worker of an instance."""
+        ours, theirs = framing.socket_pair()
+        page = self._pages.setdefault(instance, framing.sealed_memfd("written", 4096))
+        about = RegisterUser(
+            instance=instance,
+            schema=schema,
+            before=before,
+            storage_bytes=storage,
+            daily_written_bytes=1 << 40,
+            place=1,
+            again=again,
+        )
+        framing.send_packet(self.sock, msgspec.json.encode(about), (theirs.fileno(), page))
+        theirs.close()
+        ours.settimeout(20)
+        return Worker(ours)
+
+    def heard(self, words):
+        """Wait for a line of its log with these words."""
+        for line in self.process.stderr:
+            if words in line:
+                return
+        raise AssertionError("the store ended")
+
+    def end(self):
+        """End it as the supervisor does; its exit code."""
+        self.sock.close()
+        return self.process.wait(20)
+
+    def close(self):
+        """Let nothing of it be left."""
+        self.sock.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+        for page in self._pages.values():
+            os.close(page)
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = Store(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1])
+@pytest.mark.parametrize("op", ["list", "skip", "increment", "swap"])
+def test_numbers_beyond_64_bits_are_refused_and_the_store_serves_on(store, op, number):
+    escaped, other = store.admit("escaped"), store.admit("other")
+    assert other.ask("set", b"a", b"kept").problem == ""
+    reply = escaped.ask(op, b"k", b"v", number)
+    assert reply is not None, "the store has ended"
+    assert other.ask("get", b"a").value == b"kept"
+
+
+@pytest.mark.parametrize("bucket", ["", "other", "b" * 100 * KIB])
+def test_there_is_no_other_bucket_whose_name_takes_room_that_nobody_counts(store, bucket):
+    escaped = store.admit("escaped", storage=4 * KIB)
+    assert escaped.ask("set", b"", b"", bucket=bucket).problem == "there is no such bucket"
+    assert escaped.ask("list", bucket=bucket).problem == "there is no such bucket"
