@@ -5,8 +5,8 @@ instance by its socket, never by its content, so an escaped guest reaches its ow
 worker needs no file for that, and both generations of a swap use one database, through one process.
 
 Each instance has a SQLite database for each `data_schema`. Writes are committed in groups: as often as the day's
-write quota allows, between `_OFTEN_S` and `_RARELY_S`, and when the last worker of the instance ends. A power cut, or a
-crash of this process, undoes the writes since then, as a whole. Guests see every write at once.
+write quota allows, between `_OFTEN_S` and `_RARELY_S`, and when the last worker of the instance ends. A power cut, a
+full disk, or a crash of this process undoes the writes since then, as a whole. Guests see every write at once.
 """
 
 import contextlib
@@ -66,15 +66,26 @@ class Pairs:
             for setting in _SETTINGS:
                 self._db.execute(setting)
             self._db.execute(_SCHEMA)
-            size, version = "coalesce(sum(length(key) + length(value) + ?), 0)", "coalesce(max(version), 0)"
-            found = self._db.execute(f"SELECT {size}, {version} FROM pairs", (PAIR_BYTES,)).fetchone()  # noqa: S608
+            self.used_bytes = self._size()
+            self._version: int = self._db.execute("SELECT coalesce(max(version), 0) FROM pairs").fetchone()[0]
         except BaseException:
             self._db.close()
             raise
         disk.reached(Write.KEYVALUE, Point.AFTER, path, b"")
-        self.used_bytes: int = found[0]
-        self._version: int = found[1]
         self.dirty = False
+
+    def _size(self) -> int:
+        """Return the bytes of all pairs, as they count."""
+        query = "SELECT coalesce(sum(length(key) + length(value) + ?), 0) FROM pairs"
+        return int(self._db.execute(query, (PAIR_BYTES,)).fetchone()[0])
+
+    def check_undone(self) -> bool:
+        """After an error: return whether SQLite has undone the open transaction, as it does where it cannot write."""
+        if not self.dirty or self._db.in_transaction:
+            return False
+        self.dirty = False
+        self.used_bytes = self._size()
+        return True
 
     def get(self, bucket: str, key: bytes) -> tuple[bytes, int] | None:
         """Return a pair's value and version."""
@@ -227,9 +238,9 @@ class Store:
             if each.pairs.dirty and each.due_s <= now_s:
                 try:
                     each.pairs.commit()
-                except sqlite3.Error as error:  # a full disk: the writes stay in the transaction
+                except sqlite3.Error as error:
                     each.due_s = now_s + _RARELY_S
-                    report("cannot commit", error)
+                    report_failure("cannot commit", each.pairs, error)
 
     def _obey(self) -> bool:
         try:
@@ -292,7 +303,8 @@ class Store:
         except RefusedError as error:
             reply = Reply(request.id, str(error))
         except (sqlite3.Error, OSError) as error:
-            report(f"{request.op} of {user.about.instance}", error)
+            if (found := self._open.get((user.about.instance, user.about.schema))) is not None:
+                report_failure(f"{request.op} of {user.about.instance}", found.pairs, error)
             reply = Reply(request.id, f"the store failed: {error}")
         self._reply(user.sock, reply)
 
@@ -376,6 +388,14 @@ def run_keyvalue(sock: socket.socket, directory: Path, keep: tuple[int, ...] = (
     sandbox.begin_helper({sock.fileno(), *keep})
     layers = sandbox.apply(sandbox.keyvalue_spec(str(directory)))
     Store(sock, sandbox.DATA if layers["mount"] else ".").run()
+
+
+def report_failure(what: str, pairs: Pairs, error: BaseException) -> None:
+    """Report an error of a database, and take note of what SQLite has undone for it."""
+    with contextlib.suppress(sqlite3.Error):  # a database that cannot even be read is one that later requests meet
+        if pairs.check_undone():
+            what += ", and what was written since the last commit is undone"
+    report(what, error)
 
 
 def report(what: str, error: BaseException) -> None:

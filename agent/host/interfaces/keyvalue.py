@@ -394,8 +394,8 @@ of `default`, or of the empty name, gives the bucket of the instance; no other i
 
 A write is seen at once, by every worker of the instance. Writes are committed in groups, as often as the rest of the
 day's write quota allows: every second to every minute, about every ten seconds with the default quota, and when the
-instance stops. A power cut undoes the writes since the last commit, all of them together. `increment` keeps decimal
-numbers as text (`42`). Keys are listed in the order of their bytes.
+instance stops. A power cut, or a full disk, undoes the writes since the last commit, all of them together. `increment`
+keeps decimal numbers as text (`42`). Keys are listed in the order of their bytes.
 
 The host implements `0.2.0-draft2`. `0.2.0-draft` is translated: the cursor of its `list-keys` is a number, so that keys
 written or deleted between two pages shift them, and its `increment` has no sums below zero.""",

@@ -1,14 +1,17 @@
 """The key-value store's own process, asked by a guest that has taken over its worker, and by a disk that fails."""
 
 import os
+import resource
 import subprocess
 import sys
+from contextlib import closing
 
 import msgspec
 import pytest
 
 from agent.host.ipc import framing, keyvalue_api
 from agent.host.ipc.keyvalue_api import OWN, RegisterUser, Request
+from agent.host.keyvalue import Pairs
 
 KIB = 1024
 PROGRAM = """
@@ -87,6 +90,12 @@ class Store:
             os.close(page)
 
 
+def pairs_of(path):
+    """The pairs in a database."""
+    with closing(Pairs(path)) as pairs:
+        return {key: pairs.get(OWN, key)[0] for key in pairs.keys(OWN, None, 0)[0]}
+
+
 @pytest.fixture
 def store(tmp_path):
     made = Store(tmp_path)
@@ -109,3 +118,17 @@ def test_there_is_no_other_bucket_whose_name_takes_room_that_nobody_counts(store
     escaped = store.admit("escaped", storage=4 * KIB)
     assert escaped.ask("set", b"", b"", bucket=bucket).problem == "there is no such bucket"
     assert escaped.ask("list", bucket=bucket).problem == "there is no such bucket"
+
+
+def test_writes_go_on_after_a_commit_that_the_disk_refused(store, tmp_path):
+    worker, pid = store.admit("full", storage=100_000), store.process.pid
+    assert worker.ask("get", b"a").problem == ""
+    room = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (32 * KIB, room[1]))
+    assert worker.ask("set", b"a", b"x" * 60_000).problem == ""
+    store.heard(b"cannot commit")
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, room)
+    assert worker.ask("get", b"a").value is None, "SQLite has undone what it could not write"
+    assert worker.ask("set", b"b", b"y" * 60_000).problem == "", "what is undone takes no room"
+    assert store.end() == 0
+    assert pairs_of(tmp_path / "full" / "0.db") == {b"b": b"y" * 60_000}
