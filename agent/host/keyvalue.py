@@ -167,7 +167,8 @@ def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None)
     home = directory / about.instance
     path, before = home / f"{about.schema}.db", home / f"{about.before}.db"
     disk.make_directory(Write.KEYVALUE, home, mode=0o700)
-    if before != path and not path.exists() and before.exists():
+    is_fresh = about.fresh and not about.again  # not after this process has died: the pairs have changed since
+    if before != path and before.exists() and (is_fresh or not path.exists()):
         unfinished = home / ".copy"
         disk.remove(Write.KEYVALUE_COPIED, unfinished, missing_ok=True)
         source = older or Pairs(before)
@@ -176,6 +177,8 @@ def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None)
         finally:
             if older is None:
                 source.close()
+        for left in (path, path.with_name(f"{path.name}-wal")):  # by an aborted attempt
+            disk.remove(Write.KEYVALUE_COPIED, left, missing_ok=True)
         disk.move(Write.KEYVALUE_COPIED, unfinished, path)
     return Pairs(path)
 
@@ -213,7 +216,9 @@ class Store:
         self._sock.setblocking(False)
         self._poll.register(self._sock, select.EPOLLIN)
         while True:
-            for fd, _ in self._poll.poll(self._wait_s()):
+            ready = self._poll.poll(self._wait_s())
+            # The supervisor's socket comes last: workers that have ended leave before new ones come.
+            for fd, _ in sorted(ready, key=lambda each: each[0] == self._sock.fileno()):
                 if fd != self._sock.fileno():
                     self._serve(self._users[fd])
                 elif not self._obey():

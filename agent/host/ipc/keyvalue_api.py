@@ -34,6 +34,8 @@ class RegisterUser(msgspec.Struct, frozen=True, kw_only=True):
         schema: of its data; `before`: of the generation that it replaces, whose pairs a new schema begins with.
         storage_bytes, daily_written_bytes: limits of the instance.
         place: for this process in the quota page.
+        fresh: the first worker of a generation: with another schema, it begins with a copy in any case, also where an
+            aborted attempt has left one.
         again: an earlier process had the worker.
     """
 
@@ -43,6 +45,7 @@ class RegisterUser(msgspec.Struct, frozen=True, kw_only=True):
     storage_bytes: Count
     daily_written_bytes: Count
     place: Count
+    fresh: bool = False
     again: bool = False
 
 

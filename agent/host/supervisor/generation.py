@@ -161,6 +161,7 @@ class Generation:
         is_serving: receives calls.
         dropped: ended for good.
         before_schema: `data_schema` of the generation that it replaces; None where it replaces none.
+        had_pairs: a worker of it was admitted to the key-value store.
         past: figures of workers that have ended.
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
@@ -185,6 +186,7 @@ class Generation:
     layers: dict[str, bool] = field(default_factory=dict)
     data: str = ""
     before_schema: int | None = None
+    had_pairs: bool = False
     saved: SavedState | None = None
     unshared_reason: str = ""
     lost: str = ""

@@ -260,8 +260,10 @@ class WorkerSet:
             storage_bytes=run.limits.storage_bytes,
             daily_written_bytes=run.limits.daily_written_bytes,
             place=place,
+            fresh=not generation.had_pairs,
         )
         ticket = self._keyvalue.admit(about, self._ledger.fd)
+        generation.had_pairs = True
 
         def release(_ended: object) -> None:
             self._keyvalue.release(ticket.number)

@@ -50,7 +50,7 @@ class Store:
         theirs.close()
         self._pages = {}
 
-    def admit(self, instance, *, schema=0, before=0, storage=1 << 30, again=False):
+    def admit(self, instance, *, schema=0, before=0, storage=1 << 30, fresh=False, again=False):
         """A worker of an instance."""
         ours, theirs = framing.socket_pair()
         page = self._pages.setdefault(instance, framing.sealed_memfd("written", 4096))
@@ -61,6 +61,7 @@ class Store:
             storage_bytes=storage,
             daily_written_bytes=1 << 40,
             place=1,
+            fresh=fresh,
             again=again,
         )
         framing.send_packet(self.sock, msgspec.json.encode(about), (theirs.fileno(), page))
@@ -132,3 +133,20 @@ def test_writes_go_on_after_a_commit_that_the_disk_refused(store, tmp_path):
     assert worker.ask("set", b"b", b"y" * 60_000).problem == "", "what is undone takes no room"
     assert store.end() == 0
     assert pairs_of(tmp_path / "full" / "0.db") == {b"b": b"y" * 60_000}
+
+
+def test_another_schema_begins_with_the_pairs_as_they_are_now_not_as_an_aborted_attempt_left_them(store):
+    before = store.admit("twice", schema=1, before=1)
+    before.ask("set", b"a", b"first")
+    aborted = store.admit("twice", schema=2, before=1, fresh=True)
+    assert aborted.ask("set", b"a", b"changed").problem == ""
+    aborted.sock.close()
+    before.ask("set", b"a", b"second")
+    again = store.admit("twice", schema=2, before=1, fresh=True)
+    assert again.ask("get", b"a").value == b"second"
+    again.ask("set", b"a", b"third")
+    for more in ({}, {"fresh": True, "again": True}):
+        later = store.admit("twice", schema=2, before=1, **more)
+        assert later.sock.recv(framing.PACKET_MAX_BYTES) if more else True
+        assert later.ask("get", b"a").value == b"third", "later workers find what the first wrote"
+    assert before.ask("get", b"a").value == b"second"

@@ -210,6 +210,12 @@ def test_another_schema_begins_with_a_copy_and_a_rollback_finds_the_earlier_pair
     pairs.set(b"a", b"two")
     host.ask(host_api.Revert, instance="schemas", generation=2)
     assert pairs.get(b"a") == b"one"
+    pairs.set(b"a", b"three")
+    begun(host, "schemas", 3, port=pairs.port, schema=1)
+    assert pairs.get(b"a") == b"three", "not what the aborted attempt has left"
+    pairs.set(b"a", b"four")
+    host.ask(host_api.Restart, instance="schemas")
+    assert pairs.get(b"a") == b"four", "only the first worker of a generation begins with a copy"
 
 
 def test_the_store_is_started_anew_when_it_dies(host):
