@@ -193,11 +193,10 @@ class _User:
 
 
 class _Instance:
-    """Pairs of an instance under one schema, and who uses them."""
+    """Pairs of an instance under one schema."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-        self.users = 0
         self.due_s = 0.0  # time of the next commit, once something was written
 
 
@@ -263,12 +262,12 @@ class Store:
         sock.setblocking(False)
         self._users[sock.fileno()] = _User(sock, about, quota)
         self._poll.register(sock, select.EPOLLIN)
-        self._instance(about, count=1)
+        self._instance(about)
         if about.again:
             self._reply(sock, Reply(keyvalue_api.RESTARTED))
         return True
 
-    def _instance(self, about: RegisterUser, *, count: int = 0) -> _Instance | None:
+    def _instance(self, about: RegisterUser) -> _Instance | None:
         """Return the pairs of an instance, opened at first; None where they cannot be."""
         key = about.instance, about.schema
         found = self._open.get(key)
@@ -280,7 +279,6 @@ class Store:
             except (OSError, sqlite3.Error) as error:
                 report(f"cannot open the pairs of {about.instance}", error)
                 return None
-        found.users += count
         return found
 
     def _leave(self, fd: int) -> None:
@@ -289,11 +287,8 @@ class Store:
         user.sock.close()
         user.quota.close()
         key = user.about.instance, user.about.schema
-        found = self._open.get(key)
-        if found is not None:
-            found.users -= 1
-            if not found.users:
-                self._open.pop(key).pairs.close()
+        if key in self._open and all((each.about.instance, each.about.schema) != key for each in self._users.values()):
+            self._open.pop(key).pairs.close()
 
     def _serve(self, user: _User) -> None:
         try:

@@ -150,3 +150,15 @@ def test_another_schema_begins_with_the_pairs_as_they_are_now_not_as_an_aborted_
         assert later.sock.recv(framing.PACKET_MAX_BYTES) if more else True
         assert later.ask("get", b"a").value == b"third", "later workers find what the first wrote"
     assert before.ask("get", b"a").value == b"second"
+
+
+def test_pairs_that_could_not_be_opened_at_first_are_closed_with_their_last_worker(store, tmp_path):
+    path = tmp_path / "late" / "0.db"
+    path.mkdir(parents=True)
+    late, other = store.admit("late"), store.admit("other")
+    assert late.ask("get", b"a").problem == "the store cannot be opened"
+    path.rmdir()
+    assert late.ask("set", b"a", b"one").problem == ""
+    late.sock.close()
+    assert other.ask("get", b"a").problem == "", "by now the store has seen the end of the worker"
+    assert pairs_of(path) == {b"a": b"one"}
