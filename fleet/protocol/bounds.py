@@ -53,6 +53,7 @@ LOGS_MINUTES_MAX: Final = 60
 MESSAGE_MAX_BYTES: Final = 16 * KIB  # content alone; as text in JSON a third more
 MESSAGE_TYPE_MAX_CHARS: Final = 128
 MESSAGE_METADATA_MAX: Final = 16
+MESSAGE_METADATA_WORD_MAX_CHARS: Final = 1024
 MESSAGE_METADATA_MAX_BYTES: Final = 4 * KIB  # of all names and values together
 READINGS_MAX: Final = 500
 READINGS_MAX_BYTES: Final = 64 * KIB
@@ -131,7 +132,7 @@ INSTANCES_MAX: Final = 1000
 Counts = Annotated[dict[str, Count], Meta(max_length=NAMES_MAX)]
 """Numbers by a name of a closed vocabulary."""
 
-MetadataWord = Annotated[str, Meta(max_length=1024)]
+MetadataWord = Annotated[str, Meta(max_length=MESSAGE_METADATA_WORD_MAX_CHARS)]
 """A name or a value in the metadata of a component's message."""
 
 Metadata = Annotated[tuple[tuple[MetadataWord, MetadataWord], ...], Meta(max_length=MESSAGE_METADATA_MAX)]

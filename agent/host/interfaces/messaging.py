@@ -51,13 +51,7 @@ class _Message:
             return f"the message has {len(self.data)} bytes, at most {bounds.MESSAGE_MAX_BYTES} are taken"
         if len(self.content_type or "") > bounds.MESSAGE_TYPE_MAX_CHARS:
             return f"its content-type has more than {bounds.MESSAGE_TYPE_MAX_CHARS} characters"
-        size = sum(len(key.encode()) + len(value.encode()) for key, value in self.metadata.items())
-        if len(self.metadata) > bounds.MESSAGE_METADATA_MAX or size > bounds.MESSAGE_METADATA_MAX_BYTES:
-            return (
-                f"its metadata has {len(self.metadata)} entries of {size} bytes, at most "
-                f"{bounds.MESSAGE_METADATA_MAX} of {bounds.MESSAGE_METADATA_MAX_BYTES} are taken"
-            )
-        return ""
+        return message_api.metadata_flaw(tuple(self.metadata.items()))
 
 
 class Publisher:
@@ -233,7 +227,7 @@ where it reaches the server, also after days without a network. The draft is the
 `request-reply` is not served.""",
     grant='`interfaces = ["wasi:messaging"]`, and topics in `publish`, such as `publish = ["plant/#"]`',
     limits={
-        "size of a message": "16 KiB; topic 256 bytes; 16 entries of metadata, together 4 KiB",
+        "size of a message": "16 KiB; topic 256 bytes; 16 entries of metadata, together 4 KiB, a word 1,024 characters",
         "messages a minute": "600, and 1 MiB, of all workers of the instance together",
         "messages at once": "32 that are made and not sent",
         "wait in `send`": "10 seconds, or 0.8 of `limits.idle` if that is less: then `timeout`",

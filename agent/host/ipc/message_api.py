@@ -8,7 +8,16 @@ from typing import Final
 
 import msgspec
 
-from fleet.protocol.bounds import Count, MessageData, MessageTopic, MessageType, Metadata, Text
+from fleet.protocol import bounds
+from fleet.protocol.bounds import (
+    MESSAGE_METADATA_WORD_MAX_CHARS,
+    Count,
+    MessageData,
+    MessageTopic,
+    MessageType,
+    Metadata,
+    Text,
+)
 from fleet.protocol.message_topics import BadMessageTopicError, any_matches, check_topic
 
 SEND_S: Final = 10.0
@@ -51,3 +60,17 @@ def denied(topic: str, granted: tuple[str, ...]) -> str:
     except BadMessageTopicError as error:
         return str(error)
     return "" if any_matches(granted, topic) else f"no topic of grants.publish matches {topic!r}"
+
+
+def metadata_flaw(metadata: Metadata) -> str:
+    """Say why metadata is not taken; empty where it is."""
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in metadata)
+    if len(metadata) > bounds.MESSAGE_METADATA_MAX or size > bounds.MESSAGE_METADATA_MAX_BYTES:
+        return (
+            f"its metadata has {len(metadata)} entries of {size} bytes, at most "
+            f"{bounds.MESSAGE_METADATA_MAX} of {bounds.MESSAGE_METADATA_MAX_BYTES} are taken"
+        )
+    longest, most = max((len(word) for entry in metadata for word in entry), default=0), MESSAGE_METADATA_WORD_MAX_CHARS
+    if longest > most:
+        return f"its metadata has a word of {longest} characters, at most {most} are taken"
+    return ""

@@ -139,6 +139,8 @@ class MessageGate:
         """Say why a message is not taken; empty where it is."""
         if error := message_api.denied(said.topic, worker.publish):
             return error
+        if flaw := message_api.metadata_flaw(said.metadata):
+            return flaw
         rate = self._rates.setdefault(worker.instance, _Rate())
         if not rate.messages.take():
             return f"{MESSAGES_A_MINUTE} messages a minute are allowed"

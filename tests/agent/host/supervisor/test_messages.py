@@ -9,6 +9,7 @@ import pytest
 from agent.host.ipc import framing, host_api
 from agent.host.ipc.message_api import Publish, Published
 from agent.host.supervisor.messages import MessageGate, may_publish
+from fleet.protocol import bounds
 from fleet.protocol.manifest import Grants
 
 GRANTS = Grants(interfaces=("wasi:messaging",), publish=("plant/#",))
@@ -58,6 +59,16 @@ async def test_a_worker_that_lies_about_its_topic_is_refused_by_its_grants(gate)
     assert (await worker.hear()).error == "no topic of grants.publish matches 'other/a'"
     worker.publish(2, topic="plant/\0")
     assert "control characters" in (await worker.hear()).error
+    assert (await gate.take(asked(wait_s=0), "s")).messages == ()
+
+
+@pytest.mark.asyncio
+async def test_metadata_that_no_batch_to_the_server_would_hold_is_refused(gate):
+    """Each word has as many characters as it may, and the message is larger than all that is sent at once."""
+    worker = Worker(gate)
+    words = tuple((chr(0x20AC) * 1024, chr(0x20AC) * 600) for _ in range(bounds.MESSAGE_METADATA_MAX))
+    worker.say(msgspec.json.encode(Publish(number=1, topic="plant/a", metadata=words)))
+    assert (await worker.hear()).error == "its metadata has 16 entries of 77952 bytes, at most 16 of 4096 are taken"
     assert (await gate.take(asked(wait_s=0), "s")).messages == ()
 
 
