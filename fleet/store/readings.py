@@ -5,6 +5,8 @@ stored makes a repeated one known, and so does the sequence of its instance. Bot
 """
 
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Final
 
 import msgspec
 
@@ -15,6 +17,8 @@ from fleet.store.sqlite import Database, text
 
 ROW_BYTES = 256
 """Bytes of a row beside its content, roughly: for the bounds of what is kept."""
+
+_LATEST_S: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
 class ReadingRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +117,9 @@ class ReadingStore:
 def _values(batch: Readings, reading: Reading, now: float) -> tuple[object, ...]:
     """Return the columns of a reading in the order of `ReadingStore.add`."""
     metadata = text(reading.metadata)
+    at = min(max(reading.at.timestamp(), 0.0), _LATEST_S)  # in UTC, a device's time may be of no year that there is
     return (
-        *(batch.device, batch.epoch, reading.instance, reading.sequence, reading.at.timestamp(), now, reading.topic),
+        *(batch.device, batch.epoch, reading.instance, reading.sequence, at, now, reading.topic),
         *(reading.content_type, metadata, reading.data),
         ROW_BYTES + len(reading.data) + len(metadata),
     )

@@ -144,6 +144,19 @@ async def test_what_is_kept_has_bounds_and_no_device_pushes_out_another(new_flee
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "at", ["9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-05:00", "0001-01-01T00:00:00+05:00"]
+)
+async def test_a_time_that_no_calendar_has_hides_no_other_message(new_fleet, at):
+    async with new_fleet() as fleet:
+        bad, good = await fleet.device("bad"), await fleet.device("good")
+        batch = wire.encode(readings(bad, 1)).replace(b"2025-06-01T00:00:00Z", at.encode())
+        fleet.server._ingest.on_message(str(Topic(bad.id, Up.READINGS)), batch)
+        bring(fleet, good, readings(good, 1))
+        assert numbers(await listed(fleet)) == [("bad", 1), ("good", 1)]
+
+
+@pytest.mark.asyncio
 async def test_a_device_that_floods_is_dropped_unread_and_others_are_heard(new_fleet, acks):
     async with new_fleet(settings="[limits]\ndevice_readings_burst_bytes = 1048576\n") as fleet:
         loud, quiet = await fleet.device("loud"), await fleet.device("quiet")
