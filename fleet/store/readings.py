@@ -121,7 +121,9 @@ def _values(batch: Readings, reading: Reading, now: float) -> tuple[object, ...]
     return (
         *(batch.device, batch.epoch, reading.instance, reading.sequence, at, now, reading.topic),
         *(reading.content_type, metadata, reading.data),
-        ROW_BYTES + len(reading.data) + len(metadata),
+        ROW_BYTES
+        + len(reading.data)
+        + sum(len(each.encode()) for each in (reading.topic, reading.content_type, metadata)),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec.structs import replace
 
 from fleet.protocol import operator_api, wire
 from fleet.protocol.codes import AlertKind
@@ -141,6 +142,19 @@ async def test_what_is_kept_has_bounds_and_no_device_pushes_out_another(new_flee
         far = (datetime.now(UTC) + timedelta(days=1)).timestamp()
         assert sum(store.forgetting(before=far)) == 1
         assert store.position(loud.id, "e") == 2000, "no reading comes again because it was deleted"
+
+
+@pytest.mark.asyncio
+async def test_words_beside_the_content_count_as_kept(new_fleet):
+    async with new_fleet() as fleet:
+        wordy = await fleet.device("wordy")
+        words = {"content_type": chr(0x1F600) * 128, "metadata": ((chr(0x20AC) * 600, ""),)}
+        for number in range(1, 51):
+            batch = readings(wordy, number, topic="t" * 256)
+            bring(fleet, wordy, replace(batch, readings=(replace(batch.readings[0], **words),)))
+        for _ in fleet.server._store.readings.trimming(device_bytes=50_000, all_bytes=1 << 30):
+            pass
+        assert len((await listed(fleet)).messages) * (256 + 4 * 128 + 3 * 600) <= 50_000
 
 
 @pytest.mark.asyncio
