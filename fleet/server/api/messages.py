@@ -8,7 +8,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fleet.protocol import bounds, message_topics, operator_api
+from fleet.protocol import bounds, message_topics, operator_api, wire
 from fleet.protocol.operator_api import Refusal
 from fleet.server.api.http import answer
 from fleet.server.api.query import LABEL, Number, Parameter, Word
@@ -18,7 +18,6 @@ from fleet.store.store import ChangeSignal, Store
 
 _ROWS_MAX: Final = 1000
 _REPLY_MAX_BYTES: Final = 4 * bounds.MIB
-_ROW_BYTES: Final = 512
 
 _LIMIT: Final = Number(name="limit", default=100, most=_ROWS_MAX)
 _AFTER: Final = Number(name="after", default=0, most=bounds.NUMBER_MAX)
@@ -106,7 +105,7 @@ def _fitting(rows: list[ReadingRow]) -> list[ReadingRow]:
     """Return the first rows, as many as one reply may have, and at least one."""
     size = 0
     for number, row in enumerate(rows):
-        size += _ROW_BYTES + len(row.data) * 4 // 3
+        size += len(wire.encode(_view(row)))
         if number and size > _REPLY_MAX_BYTES:
             return rows[:number]
     return rows

@@ -3,10 +3,11 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
-from fleet.protocol import operator_api, wire
+from fleet.protocol import bounds, operator_api, wire
 from fleet.protocol.codes import AlertKind
 from fleet.protocol.messages import Hello, Reading, Readings, ReadingsAck
 from fleet.protocol.topics import Topic, Up
@@ -155,6 +156,19 @@ async def test_words_beside_the_content_count_as_kept(new_fleet):
         for _ in fleet.server._store.readings.trimming(device_bytes=50_000, all_bytes=1 << 30):
             pass
         assert len((await listed(fleet)).messages) * (256 + 4 * 128 + 3 * 600) <= 50_000
+
+
+@pytest.mark.asyncio
+async def test_an_answer_has_a_bound_whatever_stands_beside_the_content(new_fleet):
+    async with new_fleet() as fleet:
+        wordy = await fleet.device("wordy")
+        words = tuple(("\u0001" * 320, "\u0001" * 320) for _ in range(bounds.MESSAGE_METADATA_MAX))
+        for number in range(1, 101):
+            batch = readings(wordy, number)
+            bring(fleet, wordy, replace(batch, readings=(replace(batch.readings[0], metadata=words),)))
+        found = await listed(fleet, limit=1000, after=0)
+        assert (found.more, len(msgspec.json.encode(found)) < 4_500_000) == (True, True)
+        assert numbers(found) == [("wordy", each) for each in range(1, len(found.messages) + 1)]
 
 
 @pytest.mark.asyncio
