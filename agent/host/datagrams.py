@@ -19,6 +19,9 @@ PER_S: Final = 1000
 _RELAYS_MAX: Final = 256
 """Sockets of all instances at once: each takes two descriptors of this process."""
 
+OF_INSTANCE: Final = 64
+"""Sockets of one instance at once. Its workers keep to fewer each, unless a guest has taken one over."""
+
 _TURN: Final = 16
 """Datagrams that are passed on before other sockets have their turn."""
 
@@ -29,16 +32,20 @@ class Relays:
     def __init__(self) -> None:
         self._open: set[_Relay] = set()
 
-    def start(self, sock: socket.socket) -> socket.socket:
+    def start(self, sock: socket.socket, instance: str) -> socket.socket:
         """Pass a connected socket's datagrams on; return the worker's end. Raises `RefusedError`: too many."""
+        why = ""
         if len(self._open) >= _RELAYS_MAX:
-            sock.close()
             why = f"{_RELAYS_MAX} UDP sockets are open on this device, as many as there may be"
+        elif sum(each.instance == instance for each in self._open) >= OF_INSTANCE:
+            why = f"{OF_INSTANCE} UDP sockets of this instance are open, as many as there may be"
+        if why:
+            sock.close()
             raise RefusedError("connection-limit-reached", why)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         ours.setblocking(False)
         theirs.setblocking(False)
-        relay = _Relay(sock, ours, self._open.discard)
+        relay = _Relay(sock, ours, instance, self._open.discard)
         self._open.add(relay)
         return theirs
 
@@ -59,7 +66,10 @@ class _Pace:
 
 
 class _Relay:
-    def __init__(self, sock: socket.socket, worker: socket.socket, ended: Callable[["_Relay"], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, worker: socket.socket, instance: str, ended: Callable[["_Relay"], None]
+    ) -> None:
+        self.instance = instance
         self._sock, self._worker, self._ended = sock, worker, ended
         self._in, self._out = _Pace(), _Pace()
         loop = asyncio.get_running_loop()

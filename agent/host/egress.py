@@ -82,7 +82,8 @@ class Names:
     one instance must leave some for the others.
     """
 
-    def __init__(self, resolver: Resolve) -> None:
+    def __init__(self, resolver: Resolve, instance: str = "") -> None:
+        self.instance = instance
         self._resolver = resolver
         self._room = asyncio.Semaphore(_NAMES_AT_ONCE)
         self._known: dict[str, dict[str, None]] = {}  # addresses of names that a socket may lead to, the latest last
@@ -296,7 +297,7 @@ class Egress:
             with contextlib.suppress(OSError):  # the worker has ended, or has as many replies unread as fit
                 framing.send_packet(worker, msgspec.json.encode(ConnectReply(id=RESTARTED)))
         grants = Grants(outbound=admitted.outbound, instances=admitted.instances)
-        names = self._names.setdefault(admitted.instance, Names(self._resolve))
+        names = self._names.setdefault(admitted.instance, Names(self._resolve, admitted.instance))
         asyncio.get_running_loop().add_reader(worker, self._asked, worker, grants, asyncio.Semaphore(_AT_ONCE), names)
 
     def _asked(self, worker: socket.socket, grants: Grants, room: asyncio.Semaphore, names: Names) -> None:
@@ -345,7 +346,7 @@ class Egress:
         if ask.scheme == "tcp":
             return ConnectReply(id=ask.id), found
         host, port = found.getsockname()[:2]
-        return ConnectReply(id=ask.id, local=(host, port)), self._relays.start(found)
+        return ConnectReply(id=ask.id, local=(host, port)), self._relays.start(found, names.instance)
 
 
 def _destination(ask: ToEgress) -> str:
