@@ -67,7 +67,9 @@ class Pairs:
                 self._db.execute(setting)
             self._db.execute(_SCHEMA)
             self.used_bytes = self._size()
-            self._version: int = self._db.execute("SELECT coalesce(max(version), 0) FROM pairs").fetchone()[0]
+            newest = self._db.execute("SELECT coalesce(max(version), 0) FROM pairs").fetchone()[0]
+            # Versions that were lost with an earlier process are not given again: guests may still expect them.
+            self._version: int = max(newest, time.time_ns())
         except BaseException:
             self._db.close()
             raise

@@ -50,7 +50,7 @@ class Store:
         theirs.close()
         self._pages = {}
 
-    def admit(self, instance, *, schema=0, before=0, storage=1 << 30, fresh=False, again=False):
+    def admit(self, instance, *, schema=0, before=0, storage=1 << 30, daily=1 << 40, fresh=False, again=False):
         """A worker of an instance."""
         ours, theirs = framing.socket_pair()
         page = self._pages.setdefault(instance, framing.sealed_memfd("written", 4096))
@@ -59,7 +59,7 @@ class Store:
             schema=schema,
             before=before,
             storage_bytes=storage,
-            daily_written_bytes=1 << 40,
+            daily_written_bytes=daily,
             place=1,
             fresh=fresh,
             again=again,
@@ -162,3 +162,20 @@ def test_pairs_that_could_not_be_opened_at_first_are_closed_with_their_last_work
     late.sock.close()
     assert other.ask("get", b"a").problem == "", "by now the store has seen the end of the worker"
     assert pairs_of(path) == {b"a": b"one"}
+
+
+def test_a_swap_fails_where_the_pair_was_lost_with_the_process_and_written_anew(store, tmp_path):
+    seen = store.admit("swaps", daily=20_000)  # so little that a commit is not due soon
+    seen.ask("set", b"a", b"lost")
+    version = seen.ask("look", b"a").number
+    store.process.kill()
+    store.process.wait()
+    again = Store(tmp_path)
+    try:
+        seen, other = again.admit("swaps"), again.admit("swaps")
+        assert seen.ask("get", b"a").value is None
+        other.ask("set", b"a", b"anew")
+        assert seen.ask("swap", b"a", b"over it", version).number == 0
+        assert seen.ask("get", b"a").value == b"anew"
+    finally:
+        again.close()
