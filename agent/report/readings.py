@@ -208,6 +208,7 @@ class ReadingsUplink:
 
     async def _send(self, after: int) -> int:
         """Send the readings after a position, as many as fit; return the bytes sent, 0 for none."""
+        newest = self._spool.newest
         try:
             batch = await self._on_disk(lambda: self._batch(after))
         except OSError:
@@ -215,7 +216,8 @@ class ReadingsUplink:
             await asyncio.sleep(RESEND_FIRST_S)
             return 0
         if not batch:  # damaged on the disk: nobody can read them
-            await self._on_disk(lambda: self._spool.acknowledge(bounds.NUMBER_MAX))
+            await self._on_disk(lambda: self._spool.acknowledge(newest))
+            self._due.set()
             return 0
         payload = wire.encode(Readings(device=self._device, epoch=self._spool.epoch, readings=batch))
         return len(payload) if self._mqtt.publish(Up.READINGS, payload) else 0

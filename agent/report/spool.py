@@ -210,6 +210,11 @@ class Spool:
         return next((each.first for each in self._segments if each.last >= each.first), self._next)
 
     @property
+    def newest(self) -> int:
+        """Position of the newest reading that was kept; 0 for none."""
+        return self._next - 1
+
+    @property
     def waiting(self) -> int:
         """Readings that are not acknowledged."""
         return self._next - 1 - max(self.acknowledged, self.first - 1)

@@ -218,3 +218,22 @@ async def test_what_damage_made_unreadable_keeps_nothing_else_from_the_server(ag
         await ack(device, 0)
         await until(device.line, lambda: device.line.sent)
         assert device.line.sent == [[2]]
+
+
+@pytest.mark.asyncio
+async def test_a_message_that_comes_while_damaged_ones_are_read_is_not_dropped_with_them(agent, monkeypatch):
+    plain, came = Spool.read, []
+
+    def read(spool, after, **bounds):
+        if not came:  # nothing can be read, and meanwhile another message comes
+            came.append(spool.append([Draft(instance="meter", topic="a", session="t", number=1)], now=NOW))
+            return ()
+        return plain(spool, after, **bounds)
+
+    monkeypatch.setattr(Spool, "read", read)
+    host = Host()
+    async with agent(host) as it:
+        await ack(it, 0)
+        host.has(1)
+        await until(it.line, lambda: it.line.sent)
+        assert (came, it.line.sent) == ([(1, "")], [[2]])
