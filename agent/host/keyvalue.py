@@ -211,6 +211,7 @@ class Store:
         self._poll = select.epoll()
         self._users: dict[int, _User] = {}
         self._open: dict[tuple[str, int], _Instance] = {}
+        self._unopened: set[tuple[str, int]] = set()  # of which the log says that they cannot be opened
 
     def run(self) -> None:
         """Serve until the supervisor closes its socket."""
@@ -279,8 +280,11 @@ class Store:
                 pairs = open_pairs(self._directory, about, None if older is None else older.pairs)
                 found = self._open[key] = _Instance(pairs)
             except (OSError, sqlite3.Error) as error:
-                report(f"cannot open the pairs of {about.instance}", error)
+                if key not in self._unopened:
+                    self._unopened.add(key)
+                    report(f"cannot open the pairs of {about.instance}", error)
                 return None
+            self._unopened.discard(key)
         return found
 
     def _leave(self, fd: int) -> None:

@@ -179,3 +179,12 @@ def test_a_swap_fails_where_the_pair_was_lost_with_the_process_and_written_anew(
         assert seen.ask("get", b"a").value == b"anew"
     finally:
         again.close()
+
+
+def test_pairs_that_cannot_be_opened_are_named_once_not_for_each_request(store, tmp_path):
+    (tmp_path / "broken" / "0.db").mkdir(parents=True)
+    worker = store.admit("broken")
+    for _ in range(20):
+        assert worker.ask("get", b"a").problem == "the store cannot be opened"
+    assert store.end() == 0
+    assert store.process.stderr.read().count(b"cannot open the pairs of broken") == 1
