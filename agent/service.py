@@ -229,14 +229,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     if db.store.downgraded:
         problems.set("downgrade", db.store.downgraded)
     state = DeploymentState()
-    readings = ReadingsUplink(
-        device=identity.device,
-        spool=open_spool(places.readings, settings.uplink.readings, reserve_bytes=settings.disk.reserve_bytes),
-        host=links.host,
-        mqtt=links.conversation,
-        problems=problems,
-        clock=reference,
-    )
+    readings = _readings(enrolled, links, problems, reference)
     uplink = Uplink(
         device=device,
         mqtt=links.conversation,
@@ -328,7 +321,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         follower,
         archives,
         uplink,
-        readings,
+        *(() if readings is None else (readings,)),
         problems,
         renewal,
         Watchdog(db=db, state=state, presence=presence),
@@ -342,6 +335,28 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         host=links.host,
         effects=runner,
         db=db,
+    )
+
+
+def _readings(enrolled: Enrolled, links: Links, problems: Problems, reference: ReferenceClock) -> ReadingsUplink | None:
+    """Return the keeper of components' messages; None where the disk has no place for them: all else goes on."""
+    settings = enrolled.settings
+    try:
+        spool = open_spool(
+            enrolled.places.readings, settings.uplink.readings, reserve_bytes=settings.disk.reserve_bytes
+        )
+    except OSError as error:
+        text = f"messages of components cannot be kept: {error}"
+        log.error("%s", text)  # noqa: TRY400 - a sentence for people
+        problems.set("readings", text)
+        return None
+    return ReadingsUplink(
+        device=enrolled.identity.device,
+        spool=spool,
+        host=links.host,
+        mqtt=links.conversation,
+        problems=problems,
+        clock=reference,
     )
 
 

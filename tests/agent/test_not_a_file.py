@@ -84,6 +84,21 @@ def test_a_database_that_is_no_file_is_named_and_made_anew(device, name, kind):
     assert device.answers() == 200
 
 
+def test_an_agent_that_cannot_keep_messages_of_components_does_all_else(device):
+    path = device.state / "readings"
+    if path.exists():
+        path.rename(device.state / "readings.kept")
+    path.touch()
+    try:
+        process = device.start_agent()
+        process.terminate()
+        assert process.wait(60) == 0
+        assert "messages of components cannot be kept" in device.said("agent")
+        assert device.answers() == 200
+    finally:
+        path.unlink()
+
+
 @pytest.mark.parametrize(
     "name",
     [
