@@ -98,10 +98,12 @@ def test_the_page_of_the_first_board_is_true(
                 case "server":
                     assert line == "fleet serve"
                     laptop.serve()
-                case "board":
+                case "device":
                     said.append(board.ok(f'sudo() {{ "$@"; }}; cd /root; {line}', timeout_s=DPKG_S))
                 case "laptop":
                     said.append(typed(laptop, board, line))
+                case other:
+                    raise AssertionError(f"{line}: nobody types on a {other}")
     made = "\n".join(said)
     assert "| ssh DEVICE sudo fleet-agent enroll" in said[0], "fleet init says the one line for the device"
     assert re.search(r"gate-[0-9a-f]{8} has joined the fleet", made)
