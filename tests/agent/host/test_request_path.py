@@ -210,8 +210,9 @@ def test_who_loses_what_when_a_process_is_killed(killable, port, victim, keeps, 
         ]
         pids = {"worker": worker, "router": router, "egress": egress, "zygote": zygote}
         pid = pids.get(victim, killable.process.pid)
-        gone = os.pidfd_open(pid)
+        gone, routed = os.pidfd_open(pid), os.pidfd_open(router)
         stack.callback(os.close, gone)
+        stack.callback(os.close, routed)
         os.kill(pid, signal.SIGKILL)
         assert select.select([gone], [], [], 30)[0]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -222,6 +223,7 @@ def test_who_loses_what_when_a_process_is_killed(killable, port, victim, keeps, 
         else:
             assert read_to_end(kept) == 0
         if victim == "supervisor":
+            assert select.select([routed], [], [], 30)[0], "the router ends with it, and its listeners last of all"
             with pytest.raises(ConnectionRefusedError):
                 ask(own, "/")
             return
