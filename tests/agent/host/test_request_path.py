@@ -223,7 +223,7 @@ def test_who_loses_what_when_a_process_is_killed(killable, port, victim, keeps, 
         else:
             assert read_to_end(kept) == 0
         if victim == "supervisor":
-            assert select.select([routed], [], [], 30)[0], "the router ends with it, and its listeners last of all"
+            assert select.select([routed], [], [], 30)[0], "the router ends with it"
             with pytest.raises(ConnectionRefusedError):
                 ask(own, "/")
             return
