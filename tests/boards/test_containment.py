@@ -11,7 +11,7 @@ from conftest import Boards, Joined, Served
 from stages import budget
 
 SOURCE = Path(__file__).parents[2]
-PARTS = ("tests/conftest.py", "tests/agent/host", "components/guests", "components/adapter")
+PARTS = ("tests/conftest.py", "tests/rotation.py", "tests/agent/host", "components/guests", "components/adapter")
 PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 UNIT = SOURCE / "deploy/systemd/fleet-host.service"
 SHIPPED = re.search(r"^ExecStart=(.*[^\\])$", UNIT.read_text().replace("\\\n", ""), re.MULTILINE)
@@ -101,7 +101,7 @@ def test_an_escaped_guest_is_held_by_the_other_layers(scene: Joined, served: Ser
         "cd /var/tmp/containment && PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1 WASMFLEET_TEST_LACKS=landlock "
         "timeout 600 /usr/lib/wasmfleet/agent/bin/python3 -m pytest --no-header -q -p no:cacheprovider -W ignore "
         "--import-mode=importlib -o faulthandler_timeout=180 --durations=5 "
-        "tests/agent/host/test_escape.py -k 'escaped or table'"
+        "tests/agent/host/test_escape.py -k 'refused_everything or table'"
     )
     with budget("the containment tests, on the board", 240):
         said = scene.board.run(command, timeout_s=660)
