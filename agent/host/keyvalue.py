@@ -263,6 +263,8 @@ class Store:
         sock, quota = socket.socket(fileno=fds[0]), QuotaPage(fds[1])
         os.close(fds[1])
         sock.setblocking(False)
+        if about.fresh and not about.again and about.before != about.schema:
+            self._put_out(about)
         self._users[sock.fileno()] = _User(sock, about, quota)
         self._poll.register(sock, select.EPOLLIN)
         self._instance(about)
@@ -295,6 +297,12 @@ class Store:
         key = user.about.instance, user.about.schema
         if key in self._open and all((each.about.instance, each.about.schema) != key for each in self._users.values()):
             self._open.pop(key).pairs.close()
+
+    def _put_out(self, about: RegisterUser) -> None:
+        """End the use by workers of an aborted attempt at this schema, which are about to end: another one begins."""
+        for fd, user in list(self._users.items()):
+            if (user.about.instance, user.about.schema) == (about.instance, about.schema):
+                self._leave(fd)
 
     def _serve(self, user: _User) -> None:
         try:

@@ -447,14 +447,14 @@ def close_all_but(keep: set[int]) -> None:
 
 
 def probe() -> dict[str, bool]:
-    """Test in child processes which layers hold on this device: around workers, the router and the egress.
+    """Test in child processes which layers hold on this device: around workers and each helper.
 
     Raises:
         SandboxError: no process can be confined here.
     """
     uid = _ROUTER_UID if can_assign_users() else None
     found = _probe_one(worker_spec(uid=uid, memory_bytes=MIB, body_bytes=MIB, storage_bytes=0, data=""))
-    for spec in (router_spec(), egress_spec("/proc")):
+    for spec in (router_spec(), egress_spec("/proc"), keyvalue_spec("/proc")):
         _probe_one(spec)
     return found
 

@@ -71,15 +71,21 @@ class KeyValueHandle(HelperProcess):
         return bool(self._workers)
 
     def admit(self, about: RegisterUser, quota_fd: int) -> KeyValueTicket:
-        """Admit a worker; `quota_fd`: the quota page of its instance."""
+        """Admit a worker; `quota_fd`: the quota page of its instance. Raises `OSError`: there is no room for it."""
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
-        self._workers[number] = _Admitted(ours, os.dup(quota_fd), about)
-        if self._sock is not None:
-            self._admit(number)
-        elif not self.running:
-            self._start()
-        # Otherwise the last process is ending, and its end starts the next.
+        try:
+            self._workers[number] = _Admitted(ours, os.dup(quota_fd), about)
+            if self._sock is not None:
+                self._admit(number)
+            elif not self.running:
+                self._start()
+            # Otherwise the last process is ending, and its end starts the next.
+        except OSError:
+            for end in (ours, theirs):
+                end.close()
+            self.release(number)
+            raise
         return KeyValueTicket(number, theirs)
 
     def _start(self) -> None:
@@ -94,8 +100,7 @@ class KeyValueHandle(HelperProcess):
         worker = self._workers[number]
         message = msgspec.structs.replace(worker.message, again=number in self._known)
         self._known.add(number)
-        with contextlib.suppress(OSError):  # out of descriptors: this worker's requests are not answered
-            self._tell(message, worker.sock.fileno(), worker.quota_fd)
+        self._tell(message, worker.sock.fileno(), worker.quota_fd)
 
     def release(self, number: int) -> None:
         """Remove a worker that has ended; with the last worker, the process ends."""

@@ -249,7 +249,7 @@ class WorkerSet:
             yield _SetupPacket(message, tuple(fds), channel)
 
     def _admit_to_pairs(self, worker: WorkerHandle, generation: Generation) -> socket.socket:
-        """Let a worker use the key-value store; return its end of the socket."""
+        """Let a worker use the key-value store; return its end of the socket. Raises `OSError`: no room for it."""
         place = self._ledger.take()
         run = generation.run
         schema = run.manifest.data_schema
@@ -262,7 +262,11 @@ class WorkerSet:
             place=place,
             fresh=not generation.had_pairs,
         )
-        ticket = self._keyvalue.admit(about, self._ledger.fd)
+        try:
+            ticket = self._keyvalue.admit(about, self._ledger.fd)
+        except OSError:
+            self._ledger.give_back(place)
+            raise
         generation.had_pairs = True
 
         def release(_ended: object) -> None:

@@ -135,12 +135,14 @@ def test_writes_go_on_after_a_commit_that_the_disk_refused(store, tmp_path):
     assert pairs_of(tmp_path / "full" / "0.db") == {b"b": b"y" * 60_000}
 
 
-def test_another_schema_begins_with_the_pairs_as_they_are_now_not_as_an_aborted_attempt_left_them(store):
+@pytest.mark.parametrize("ended", [True, False], ids=["its worker has ended", "its worker ends later"])
+def test_another_schema_begins_with_the_pairs_as_they_are_now_not_as_an_aborted_attempt_left_them(store, ended):
     before = store.admit("twice", schema=1, before=1)
     before.ask("set", b"a", b"first")
     aborted = store.admit("twice", schema=2, before=1, fresh=True)
     assert aborted.ask("set", b"a", b"changed").problem == ""
-    aborted.sock.close()
+    if ended:
+        aborted.sock.close()
     before.ask("set", b"a", b"second")
     again = store.admit("twice", schema=2, before=1, fresh=True)
     assert again.ask("get", b"a").value == b"second"
