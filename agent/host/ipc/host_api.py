@@ -433,15 +433,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Messages(msgspec.Struct, frozen=True, kw_only=True, tag="messages"):
     """Reply to `TakeMessages`: messages that are not kept yet, in order; each comes again until it is.
 
-    Attributes:
-        session: of the host.
-        more: there are others, which did not fit.
+    `session`: of the host. Others, which did not fit, come with the next reply.
     """
 
     id: Count
     session: Word
     messages: tuple[Message, ...] = ()
-    more: bool = False
 
 
 Reply = Welcome | Started | Failed | Done | HostStats | Lines | RouteList | Messages

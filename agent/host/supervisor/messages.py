@@ -172,8 +172,8 @@ class MessageGate:
                 while not self._after(done):
                     self._news.clear()
                     await self._news.wait()
-        messages, more = host_api.page(self._after(done))
-        return host_api.Messages(id=request.id, session=session, messages=messages, more=more)
+        messages, _ = host_api.page(self._after(done))
+        return host_api.Messages(id=request.id, session=session, messages=messages)
 
     def _after(self, done: int) -> list[host_api.Message]:
         return [each.message for each in self._pending if each.message.number > done]
