@@ -124,9 +124,14 @@ static int read_body(uint32_t size) {
     return 1;
 }
 
-// A whole request behind the call in hand: kept with its header, as it came.
+// A whole request behind the call in hand: kept with its header, as it came. As long as one waits at each moment, the
+// place of those that have begun is free only once the others are moved there.
 static int read_ahead(const frame *it) {
-    if (ahead_at == ahead_end) ahead_at = ahead_end = 0;
+    if (it->size + HEADER > sizeof ahead - ahead_end) {
+        __builtin_memmove(ahead, ahead + ahead_at, ahead_end - ahead_at);
+        ahead_end -= ahead_at;
+        ahead_at = 0;
+    }
     if (it->size + HEADER > sizeof ahead - ahead_end) __builtin_trap(); // more than may be written ahead
     char *at = ahead + ahead_end;
     __builtin_memcpy(at, &it->size, 4);

@@ -142,7 +142,13 @@ class Bench:
                     self._guard(absent, name, lambda who, name=name: samples[name].append(self._sample(who, case)))
         measured = {name: found for name, found in samples.items() if name not in absent}
         self._samples |= {(case.title, name): found for name, found in measured.items()}
-        self.failed += [f"{case.title}: {name}: {why}" for name, why in absent.items() if name in OURS]
+        self.failed += [f"not measured: {case.title}: {name}: {why}" for name, why in absent.items() if name in OURS]
+        self.failed += [
+            f"requests without a good answer: {case.title}: {name}: {sample.errors}"
+            for name, found in measured.items()
+            for sample in found
+            if name in OURS and sample.errors
+        ]
         rows = [
             measure.row(entry.name, measured[entry.name], measured.get(entry.peer))
             for entry in entries
@@ -265,8 +271,6 @@ as proxy, in one run. `make bench` writes this page.
 - A remark names errors, a client that was the limit, and work of other processes on the server's core: at real-time
   priority they get only what the server leaves, and the kernel's twentieth.
 
-Requests with a body always get an instance of their own, so "reused" does not reuse there.
-
 """
 
 
@@ -315,7 +319,7 @@ def main() -> int:
     if not chosen.only:
         chosen.output.write_text("".join(page).rstrip("\n") + "\n", encoding="utf-8")
     for line in bench.failed:
-        print(f"not measured: {line}", file=sys.stderr)
+        print(line, file=sys.stderr)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
     return 1 if bench.failed else 0
 

@@ -322,6 +322,6 @@ http {{
         if self._host is None:
             self._host = self._processes.host(self.cores)
             self.welcome = self._host.ask(host_api.Hello)
-            # The one child before there is an instance.
-            (self._router,) = children(self._host.process.pid)
+            processes = children(self._host.process.pid)
+            (self._router,) = (pid for pid in processes if Path(f"/proc/{pid}/comm").read_text("ascii") == "router\n")
         return self._host

@@ -24,8 +24,8 @@ class Empty:
 class Answers:
     """A contestant that breaks in the second round."""
 
-    def __init__(self, wrong=""):
-        self.left, self.wrong = 1, wrong
+    def __init__(self, wrong="", errors=()):
+        self.left, self.wrong, self.errors = 1, wrong, dict(errors)
 
     def check(self, case, upstream):
         if self.wrong:
@@ -35,7 +35,7 @@ class Answers:
         if not self.left:
             raise ConnectionError("it ended")
         self.left -= 1
-        return servers.measure.Sample(100.0, 1, 1, {}, 1.0, None, 0.1, 0.9, 0.0)
+        return servers.measure.Sample(100.0, 1, 1, self.errors, 1.0, None, 0.1, 0.9, 0.0)
 
 
 def lines_of(table, name):
@@ -67,6 +67,19 @@ def test_a_wrong_answer_and_an_end_in_the_middle_are_not_figures():
     assert "answered 500" in lines_of(table, request_path.REUSED)[0]
     assert "it ended" in lines_of(table, request_path.OUR_REUSED)[0]
     assert any("it ended" in line for line in bench.failed)
+
+
+def test_a_request_of_ours_that_got_no_good_answer_fails_the_bench():
+    case = request_path.SMALL[1]
+    stage = Empty()
+    stage.serve = lambda *_: Answers(errors={"status": 1})
+    stage.product = lambda *_, **__: Answers(errors={"read": 4})
+    bench = request_path.Bench(stage, rounds=1, seconds=1)
+    bench.start([case])
+    bench.run(case)
+    lost = [line for line in bench.failed if "read" in line]
+    assert lost
+    assert not any("status" in line or "serve" in line for line in bench.failed)
 
 
 def test_a_command_that_is_missing_is_named_with_its_package():

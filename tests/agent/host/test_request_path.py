@@ -139,6 +139,25 @@ def test_requests_sent_at_once_are_answered_in_their_order(host, port):
         assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", data)] == [400 + n for n in range(20)]
 
 
+def test_requests_that_are_always_written_ahead_find_room_in_the_guest(host, port):
+    """Four clients who ask again at once leave no moment in which no request waits behind the one in hand."""
+    start(host, port=port, requests_per_instance=1000)
+    answers = []
+
+    def client():
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+            fields = f"x-room: {'x' * 3000}\r\n"
+            answers.extend(ask(port, "/large/1", fields=fields, sock=kept)[::2] for _ in range(15))
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(status, len(body)) for status, body in answers] == [(200, 1 << 20)] * 60
+    assert host.health("web").calls == {"ok": 60}
+
+
 @pytest.mark.parametrize("per_instance", [0, 1000])
 def test_swaps_and_reverts_lose_nothing(host, port, per_instance):
     limits = {"requests_per_instance": per_instance, "request_bytes": 2 << 20, "response_bytes": 2 << 20}
