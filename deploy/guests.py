@@ -12,9 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy import debian, toolchain
+from fleet.component.toolchains import TOOLS
 
-NPM_PACKAGES = ("@bytecodealliance/jco@1.34.0", "componentize-qjs@0.4.5")
-PYPI_PACKAGES = ("componentize-py==0.25.1",)
+NPM_PACKAGES = (
+    f"@bytecodealliance/jco@{TOOLS['jco'].version}",
+    f"componentize-qjs@{TOOLS['componentize-qjs'].version}",
+)
+PYPI_PACKAGES = (f"componentize-py=={TOOLS['componentize-py'].version}",)
 # jco carries the adapter that makes components of preview 1 modules; Go's need it
 PREVIEW1_ADAPTER = "node_modules/@bytecodealliance/jco/lib/wasi_snapshot_preview1.reactor.wasm"
 

@@ -46,12 +46,12 @@ def _address(text: str) -> tuple[str, int] | None:
     if text == "none":
         return None
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004
-        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 127.0.0.1:8080, or none")
+    if not colon or not port.isdigit() or not 0 <= int(port) < 65536:  # noqa: PLR2004
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 127.0.0.1:8080 (port 0: any), or none")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-COMMANDS: Final = ("run", "check", "check-component", "processes")
+COMMANDS: Final = ("run", "check", "check-component", "dev", "processes")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +126,20 @@ def _parser() -> argparse.ArgumentParser:
         '{"file": "hello.wasm", "manifest": {...}}. Without a manifest, everything that a device serves is granted.',
     )
     judge.add_argument("file", nargs="*", metavar="FILE", help="component to check")
+    local = commands.add_parser(
+        "dev",
+        help="run one component for its author; requests and events are JSON lines",
+        description="Run one component on a host of its own, as on a device, for 'fleet component run': each line of "
+        "standard input asks for a version, which takes over from the one before; events go to standard output. Ends "
+        "with standard input.",
+    )
+    local.add_argument(
+        "--ingress",
+        type=_address,
+        default=_DEFAULT_INGRESS,
+        metavar="ADDRESS:PORT",
+        help="HTTP port (default: %(default)s)",
+    )
     return parser
 
 
@@ -183,6 +197,8 @@ def _main(arguments: list[str] | None) -> int:
         return check()
     if options.command == "check-component":
         return check_components(options.file)
+    if options.command == "dev":
+        return serve_author(options.ingress)
     if options.command == "processes":
         return show_processes(options.runtime, as_json=options.json)
     leave_first_process()
@@ -260,6 +276,18 @@ def check_components(files: list[str]) -> int:
         sys.stdout.buffer.flush()
         refused = refused or not reply.ok
     return int(refused)
+
+
+def serve_author(ingress: tuple[str, int] | None) -> int:
+    """Run what standard input asks for, until it ends; return the exit status."""
+    from agent.host import dev  # noqa: PLC0415 - a running host has no use for it
+
+    host, port = ingress or ("127.0.0.1", 8080)
+    try:
+        return dev.serve(f"{host}:{port}")
+    except dev.DevError as error:
+        sys.stderr.write(f"fleet-host: {error}\n")
+        return 1
 
 
 def show_processes(runtime: Path, *, as_json: bool) -> int:

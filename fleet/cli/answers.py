@@ -35,6 +35,13 @@ ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "withdraw": ("target", "revoked", "new", "running", "devices", "rollouts"),
     "components": operator_api.Components,
     "sbom show": ("target", "sha256", "evidence", "source", "packages", "provenance"),
+    "component new": ("directory", "files"),
+    "component build": ("file", "size_bytes", "command"),
+    "component run": (
+        *("type", "url?", "generation?", "swapped?", "compile_ms?", "start_ms?", "image_bytes?", "line?", "calls?"),
+        *("p99_us?", "step?", "code?", "problem?", "log?", "message?", "size_bytes?", "elapsed_s?"),
+    ),
+    "component test": ("file", "ok", "tests"),
     "component inspect": {
         "": (
             *("size_bytes", "imports", "exports", "modules", "components", "producers", "custom", "plain"),

@@ -22,7 +22,7 @@ from fleet.cli.base import (
     read_file,
     write_file,
 )
-from fleet.component import component_toml, reader, served, wasi
+from fleet.component import component_toml, project, reader, served, wasi
 from fleet.component import compose as composer
 from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
@@ -34,7 +34,7 @@ from fleet.protocol.printable import printable
 
 @click.group("component", cls=Group)
 def component() -> None:
-    """Inspect or check a component file, or put it into its adapter."""
+    """Make, build, run, test or inspect a component here."""
 
 
 @command(
@@ -53,8 +53,8 @@ def inspect(options: Options, *, file: Path, toml: bool, write: bool, force: boo
     """
     if toml and write:
         raise click.UsageError("--toml prints the manifest, --write writes it: choose one.")
+    file, found = of_project(file)
     data = read_component(file)
-    found = beside(file)
     if found is not None and _is_output(found):
         # '> component.toml': the shell emptied it before this program began
         output.note(f"note: the shell emptied {found} before it was read; --write keeps what stands there")
@@ -172,8 +172,9 @@ def check(options: Options, *, file: Path, manifest_file: Path | None, group: st
     """
     if group and device:
         raise click.UsageError("Name either --group or --device.")
+    file, found = of_project(file)
+    found = manifest_file or found
     data = read_component(file)
-    found = manifest_file or beside(file)
     text = None if found is None else read_file(found, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", "replace")
     try:
         seen = host_check.examine(file, data, text)
@@ -274,6 +275,23 @@ def read_component(file: Path) -> bytes:
             "build it for size",
         )
     return data
+
+
+def of_project(place: Path) -> tuple[Path, Path | None]:
+    """Return a component's file and its manifest, None for none: of a project's directory, or as the file lies there.
+
+    Raises:
+        Fault: a directory without a project, or whose component is not built.
+    """
+    if not place.is_dir():
+        return place, beside(place)
+    try:
+        found = project.load(place)
+    except (project.BadProjectError, BadManifestError) as error:
+        raise Fault(str(error), getattr(error, "advice", "")) from None
+    if not found.output.is_file():
+        raise Fault(f"{place} is not built: there is no {found.output}", "", "run 'fleet component build'")
+    return found.output, place / FILE_NAME
 
 
 def beside(file: Path) -> Path | None:

@@ -41,7 +41,7 @@ SECTIONS: Final[Sections] = {
         "withdraw": Entry("fleet.cli.publish:withdraw", "Revoke a published release for good"),
         "components": Entry("fleet.cli.component:components", "List what is published, and how many devices run it"),
         "sbom": Entry("fleet.cli.evidence:boms", "Show what a published component contains, and who built it"),
-        "component": Entry("fleet.cli.component:component", "Inspect a component file, or put it into its adapter"),
+        "component": Entry("fleet.cli.develop:component", "Make, build, run, test or inspect a component here"),
     },
     "Rollouts": {
         "rollouts": Entry("fleet.cli.rollout:rollouts", "List the rollouts, newest first"),

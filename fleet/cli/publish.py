@@ -18,7 +18,7 @@ from securesystemslib.signer import Signer
 
 from fleet.cli import output
 from fleet.cli.base import Exit, Fault, Options, command, confirm, read_file
-from fleet.cli.component import beside, read_component
+from fleet.cli.component import of_project, read_component
 from fleet.cli.evidence import Attached, attached
 from fleet.cli.operator import Operator, load_operator
 from fleet.cli.signing_event import save_named
@@ -72,7 +72,7 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
     """Read a component and its manifest.
 
     Args:
-        file: the component.
+        file: the component, or the directory of its project.
         manifest_file: its `component.toml`; None for one beside it, or none at all.
         name: replaces the manifest's.
         version: replaces the manifest's.
@@ -80,8 +80,9 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
     Raises:
         Fault: a file cannot be read, is no component, or the manifest is invalid or does not grant an import.
     """
+    file, found = of_project(file)
+    found = manifest_file or found
     data = read_component(file)
-    found = manifest_file or beside(file)
     text = (
         None if found is None else read_file(found, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", errors="replace")
     )

@@ -18,7 +18,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from fleet.component import served, toml_fields, wasi
+from fleet.component import project, served, toml_fields, wasi
 from fleet.component.reader import (
     HTTP_HANDLER,
     HTTP_HEALTH,
@@ -130,6 +130,8 @@ def load(
             "arch", lambda arch: None if arch in names.ARCHES else f"the known ones are {', '.join(names.ARCHES)}"
         ),
     )
+    if table.take("build") is not None:
+        project.read_build(raw["build"])  # the author's own: nothing of it is in the manifest
     table.finish()
     if component is not None:
         _check_known(component, manifest.grants)

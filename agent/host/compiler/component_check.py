@@ -45,7 +45,9 @@ Argv = Callable[[str], list[str]]
 """Makes the command line of a module of ours."""
 
 
-class _Refusal(Exception):  # noqa: N818 - a verdict on a component
+class Refusal(Exception):  # noqa: N818
+    """Verdict on a component that a device would not run: the step, the device's code, and the sentence."""
+
     def __init__(self, step: Step, code: str, problem: str, **more: Any) -> None:
         super().__init__(problem)
         self.step, self.code, self.more = step, code, more
@@ -53,25 +55,42 @@ class _Refusal(Exception):  # noqa: N818 - a verdict on a component
 
 def check(request: ComponentCheckRequest, argv: Argv) -> ComponentCheckReply:
     """Check a component, each step in a process of its own."""
-    name = request.name or Path(request.file).name
     try:
-        engine = _engine(argv)
-        data, shape = _read(Path(request.file), name)
-        _ask_table(shape, request, name, engine)
-        fuel = request.manifest is not None and bool(request.manifest.limits.fuel)
-        image = _compile(data, argv("agent.host.compiler") + (["--fuel"] if fuel else []), engine)
+        image, shape, engine = make_image(request, argv)
         reply = _start(image, request, shape, argv)
         return msgspec.structs.replace(reply, **engine, image_bytes=len(image))
-    except _Refusal as refusal:
+    except Refusal as refusal:
         return ComponentCheckReply(
             file=request.file, ok=False, step=refusal.step, code=refusal.code, problem=str(refusal), **refusal.more
         )
 
 
+def make_image(request: ComponentCheckRequest, argv: Argv) -> tuple[bytes, reader.Component, dict[str, str]]:
+    """Read a component and compile it; return its image, what it is, and `engine` and `machine` of the compiler.
+
+    Raises:
+        Refusal: a device would not have compiled it either.
+    """
+    name = request.name or Path(request.file).name
+    engine = _engine(argv)
+    data, shape = _read(Path(request.file), name)
+    _ask_table(shape, request, name, engine)
+    options = compiler_options(request.manifest)
+    return _compile(data, argv("agent.host.compiler") + options, engine), shape, engine
+
+
+def compiler_options(manifest: Manifest | None) -> list[str]:
+    """Return what the compiler is told of a component's manifest."""
+    if manifest is None:
+        return []
+    wanted = {"--fuel": bool(manifest.limits.fuel), "--sockets": manifest.grants.sockets}
+    return [option for option, holds in wanted.items() if holds]
+
+
 def _engine(argv: Argv) -> dict[str, str]:
     done = _run([*argv("agent.host.compiler"), "--describe"], b"", Step.COMPILE)
     if done.returncode:
-        raise _Refusal(Step.COMPILE, *_words(done))
+        raise Refusal(Step.COMPILE, *_words(done))
     facts = json.loads(done.stdout)
     return {"engine": facts["engine"], "machine": facts["triple"].removesuffix("-linux")}
 
@@ -82,22 +101,22 @@ def _read(path: Path, name: str) -> tuple[bytes, reader.Component]:
             data = file.read(bounds.ARTIFACT_MAX_BYTES + 1)
         return data, reader.read(data, file_name=name)
     except OSError as error:
-        raise _Refusal(Step.READ, RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}") from error
+        raise Refusal(Step.READ, RejectCode.NOT_FOUND, f"cannot read {path}: {error.strerror}") from error
     except reader.NotAComponentError as error:
         code = RejectCode.TOO_LARGE if len(data) > bounds.ARTIFACT_MAX_BYTES else RejectCode.NOT_A_COMPONENT
-        raise _Refusal(Step.READ, code, str(error)) from error
+        raise Refusal(Step.READ, code, str(error)) from error
 
 
 def _ask_table(shape: reader.Component, request: ComponentCheckRequest, name: str, engine: dict[str, str]) -> None:
     """Refuse what the table knows to be served nowhere: its sentence says more than the linker's."""
     if said := served.problems(shape, request.manifest, file_name=name):
-        raise _Refusal(Step.LINK, RejectCode.START_FAILED, said[0], **engine)
+        raise Refusal(Step.LINK, RejectCode.START_FAILED, said[0], **engine)
 
 
 def _compile(data: bytes, command: list[str], engine: dict[str, str]) -> bytes:
     done = _run(command, data, Step.COMPILE)
     if done.returncode:
-        raise _Refusal(Step.COMPILE, *_words(done), **engine)
+        raise Refusal(Step.COMPILE, *_words(done), **engine)
     return done.stdout
 
 
@@ -112,7 +131,7 @@ def _run(command: list[str], data: bytes, step: Step, fd: int = -1) -> subproces
             out, _ = process.communicate(data, timeout=_STEP_S)
         except subprocess.TimeoutExpired as error:
             process.kill()
-            raise _Refusal(step, RejectCode.COMPILE_LIMIT, f"the step took more than {_STEP_S} s") from error
+            raise Refusal(step, RejectCode.COMPILE_LIMIT, f"the step took more than {_STEP_S} s") from error
         return subprocess.CompletedProcess(command, process.returncode, out, said.text())
 
 
@@ -169,7 +188,7 @@ def _start(image: bytes, request: ComponentCheckRequest, shape: reader.Component
     try:
         return msgspec.json.decode(done.stdout, type=ComponentCheckReply)
     except wire.JSON_ERRORS:
-        raise _Refusal(Step.START, *_words(done)) from None
+        raise Refusal(Step.START, *_words(done)) from None
 
 
 def main(fd: int, *, any_trigger: bool) -> NoReturn:

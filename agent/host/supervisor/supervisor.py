@@ -6,6 +6,7 @@ router and the egress without exec, so it must stay single-threaded: no executor
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -66,7 +67,7 @@ class HostSettings:
     """Settings of the host.
 
     Attributes:
-        ingress: address and port of the shared HTTP port; None for no router.
+        ingress: address and port of the shared HTTP port, 0 for any that is free; None for no router.
         require: isolation layers without which no component runs.
         minimum: isolation layers without which the host does not start.
         agent_group: group whose members may command this host, besides root and the host's own user.
@@ -158,7 +159,10 @@ class Supervisor:
         """Serve the shared port as the device's owner configured it. Raises `HostError`."""
         try:
             self._ingress = SharedIngress(self._settings.ingress_config, _listen)
-            self._router = await self._ingress.start(_listen(address, port))
+            listener = _listen(address, port)
+            if not port:
+                self._settings = dataclasses.replace(self._settings, ingress=(address, listener.getsockname()[1]))
+            self._router = await self._ingress.start(listener)
         except IngressError as error:
             raise HostError(f"cannot serve the shared port: {error}") from error
 

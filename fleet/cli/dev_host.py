@@ -1,0 +1,95 @@
+"""Host of this machine for an author: `fleet-host dev` as a child process, its events in a queue."""
+
+import importlib.util
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Final
+
+import msgspec
+
+from fleet.cli.base import Fault
+from fleet.protocol import dev, wire
+
+_HOST: Final = "agent.host.cli"
+_NEEDS: Final = ("agent", "wasmtime", "httptools")
+_END_S: Final = 30
+
+
+class DevHost:
+    """Host of one component at a time."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._events: queue.SimpleQueue[dev.Event | None] = queue.SimpleQueue()
+        assert process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            with suppress(*wire.JSON_ERRORS):  # an event of a version to come
+                self._events.put(dev.EVENTS.decode(line))
+        self._events.put(None)
+
+    def run(self, request: dev.DevRequest) -> None:
+        """Have a component take over."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # an end is read as an event
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+
+    def next(self, timeout_s: float | None = None) -> dev.Event | None:
+        """Return the next event, or None where none comes in time.
+
+        Raises:
+            Fault: the host has ended.
+        """
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if event is None:
+            status = self._process.wait()
+            raise Fault("this machine's host ended", f"exit code {status}", "its last words stand above")
+        return event
+
+    def end(self) -> None:
+        """End the host, and wait for it."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def started(port: int) -> Iterator[DevHost]:
+    """Start this machine's host on a port of the loopback address, 0 for any free one; end it with the block.
+
+    Raises:
+        Fault: it is not installed.
+    """
+    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+        raise Fault(
+            "there is no host on this machine", "it comes with wasmfleet[agent]", "pip install 'wasmfleet[agent,cli]'"
+        )
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", _HOST, "dev", "--ingress", f"127.0.0.1:{port}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        start_new_session=True,  # an interrupt from the terminal is ours to pass on
+    )
+    host = DevHost(process)
+    try:
+        yield host
+    finally:
+        host.end()
