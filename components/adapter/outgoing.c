@@ -11,6 +11,7 @@ IMPORT(ENGINE_STREAMS, "[method]output-stream.blocking-write-and-flush")
 void blocking_write(int32_t stream, const char *data, size_t size, void *result);
 
 IMPORT(HOST, "reset") void host_reset(void);
+IMPORT(HOST, "answered") void host_answered(const char *outcome, size_t size);
 
 #define WRITE_MAX 4096
 #define HOPS_TOO_MANY 99
@@ -22,12 +23,18 @@ static text outcome(void);
 
 // Let the answer's end out once there is one, so that nothing that the guest does from there on delays it.
 static void end_answer(void) {
-    if (!looping || answer_ended || now.state == UNANSWERED) return;
+    if (answer_ended || now.state == UNANSWERED) return;
     if (now.state == ANSWERED) {
         const outgoing_body *body = &now.response->body;
         if (body->taken && !body->finished && !body->dropped) return;
     }
-    channel_answer_ended(outcome());
+    text said = outcome();
+    if (looping) {
+        channel_answer_ended(said);
+    } else {
+        answer_ended = 1;
+        host_answered(said.data, said.size);
+    }
 }
 
 EXPORT(TYPES "#[dtor]outgoing-body") void outgoing_body_dtor(outgoing_body *it) {
@@ -100,7 +107,7 @@ METHOD("outgoing-body.write") handle_or_nothing *outgoing_body_write(outgoing_bo
         it->written = 1;
         return ok_handle(request_stream(it->request));
     }
-    if (it->written || now.streaming || (looping && answer_ended)) return no_handle();
+    if (it->written || now.streaming || answer_ended) return no_handle();
     if (looping) {
         if (now.state == ANSWERED && it != &now.response->body) return no_handle();
         it->written = now.streaming = 1;
@@ -152,11 +159,13 @@ void response_outparam_set(int32_t param, int32_t failed, int32_t response_or_er
     end_answer();
 }
 
+static int is_cut(const outgoing_body *it) { return it->taken && !it->finished; }
+
 static text answer_head(const outgoing_response *it) {
     static const fields none;
     const outgoing_body *body = &it->body;
     const fields *trailers = body->trailers ? body->trailers : &none;
-    text end = body->taken && !body->finished ? TEXT(" cut\r\n") : TEXT(" whole\r\n");
+    text end = is_cut(body) ? TEXT(" cut\r\n") : TEXT(" whole\r\n");
     text head = head_lines(status_line(now.sent ? 0 : it->status, end), now.sent ? &none : &it->headers, TEXT("\r\n"));
     size_t size = head.size + lines_size(trailers);
     char *whole = take_room(size);
@@ -169,35 +178,36 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#flush") void flush(void) {
     blocking_flush(own_stdout(), result);
 }
 
-EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
-    // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
-    if (now.streaming && !looping) flush();
-    text *head = take_room(sizeof *head);
-    switch (now.state) {
-    case ANSWERED: *head = answer_head(now.response); break;
-    case UNANSWERED: *head = TEXT("unanswered"); break;
-    case FAILED: {
-        text number = decimal(now.error);
-        char *data = take_room(6 + number.size);
-        put(put(data, TEXT("error ")), number);
-        *head = (text){data, 6 + number.size};
-    }
-    }
-    return head;
+static text so_far(void) {
+    if (now.state == ANSWERED) return answer_head(now.response);
+    if (now.state == UNANSWERED) return TEXT("unanswered");
+    text number = decimal(now.error);
+    char *data = take_room(6 + number.size);
+    put(put(data, TEXT("error ")), number);
+    return (text){data, 6 + number.size};
 }
 
-// What the frame at the answer's end says; where its trailers are too large for one, that.
+// What is said at the answer's end, in a frame; where its head or trailers are too large for one, that.
 static text outcome(void) {
-    text said = *finish();
+    // A guest may drop its stream unflushed; what the host still holds must not reach the next answer.
+    if (now.streaming && !looping) flush();
+    text said = so_far();
     if (said.size <= FRAME_MAX) return said;
     now.state = FAILED;
     now.error = ERROR_RESPONSE_HEAD_SIZE;
-    return *finish();
+    return so_far();
+}
+
+EXPORT("wasmfleet:adapter/exchange@0.1.0#finish") text *finish(void) {
+    text *head = take_room(sizeof *head);
+    *head = outcome();
+    return head;
 }
 
 EXPORT("cabi_post_wasmfleet:adapter/exchange@0.1.0#finish") void finish_post(text *head) {
     (void)head;
     now = (exchange){0};
+    if (!looping) answer_ended = 0;
     asked_host = 0;
     if (!live) empty_arena();
 }
@@ -273,7 +283,8 @@ EXPORT("wasmfleet:adapter/exchange@0.1.0#next") next_call *next(int32_t exact) {
 
 EXPORT("wasmfleet:adapter/exchange@0.1.0#reply") uint32_t reply(int32_t last) {
     enum turn turn = channel_end(answer_ended ? TEXT("") : outcome(), last);
-    if (now.state != ANSWERED && !last) turn = MISPLACED; // no instance goes on after an answer that failed
+    // No instance goes on after an answer that failed, or was cut off.
+    if ((now.state != ANSWERED || is_cut(&now.response->body)) && !last) turn = MISPLACED;
     if (asked_host) host_reset();
     finish_post(NULL);
     return turn;

@@ -80,6 +80,9 @@ class ResponseSink(Protocol):
     def begun(self) -> bool:
         """True once a part of the answer has gone out, so that no other can replace it."""
 
+    def end_answer(self, said: bytes) -> None:
+        """Take what the adapter says at the end of the answer, if that comes before the end of the call."""
+
     def rest(self) -> bytes:
         """Take what the guest has written and nobody has passed on, once the call is over."""
 
@@ -126,7 +129,7 @@ class Guest:
         self._wrote: Callable[[int], None] | None = None
         self._parts = served.parts
         ours = _Ours(served, config, denials)
-        self._linker, self._wasi = _linker(image, ours, self._outgoing, self._meter)
+        self._linker, self._wasi = _linker(image, ours, self._outgoing, meter=self._meter, answered=self._answered)
         self._start_budget_ms, self._call_budget_ms = limits.start_ms, limits.call_ms
         self._armed: Callable[[], None] = lambda: None
         self.ended = False
@@ -263,6 +266,9 @@ class Guest:
         if self._wrote is not None:
             self._wrote(size)
 
+    def _answered(self, said: str) -> None:
+        """Take the end of an answer whose guest may go on, where that does not go over a channel."""
+
     def await_interrupts(self, armed: Callable[[], None]) -> None:
         """Let the next epoch end a request, or the start of a next instance: none comes but to interrupt it.
 
@@ -377,7 +383,7 @@ _OUTGOING: Final = (
     *("begin", "room", "write", "send", "start", "finish", "abort", "head", "read", "poll", "close", "reset"),
 )
 """Functions of the adapter's interface `host` that are methods of `Requests`."""
-ADAPTERS_OWN: Final = (*_OUTGOING, "cancelled", "wrote")
+ADAPTERS_OWN: Final = (*_OUTGOING, "answered", "cancelled", "wrote")
 """Names of every function of the adapter's interface `host`."""
 
 
@@ -398,7 +404,9 @@ class _Ours(NamedTuple):
             instance.add_func(function, functions[function])
 
 
-def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int], None]) -> tuple[wc.Linker, bool]:
+def _linker(
+    image: Image, ours: _Ours, outgoing: Requests, *, meter: Callable[[int], None], answered: Callable[[str], None]
+) -> tuple[wc.Linker, bool]:
     """Return a linker with what the component imports, and nothing else; and whether WASI is in it."""
     linker = wc.Linker(image.engine.raw)
     names = [name for name, functions in image.imports.items() if functions]
@@ -418,7 +426,8 @@ def _linker(image: Image, ours: _Ours, outgoing: Requests, wrote: Callable[[int]
                     for function in _OUTGOING:
                         instance.add_func(function, _asking(getattr(outgoing, function)))
                     instance.add_func("cancelled", _cancelled)
-                    instance.add_func("wrote", _asking(wrote))
+                    instance.add_func("answered", _asking(answered))
+                    instance.add_func("wrote", _asking(meter))
                 else:
                     ours.define(instance, name)
     return linker, wasi
@@ -471,6 +480,9 @@ class WholeResponse:
     def __init__(self) -> None:
         self.problem, self.failed, self.said = "", False, b""
 
+    def end_answer(self, said: bytes) -> None:
+        """See `ResponseSink.end_answer`."""
+
     def rest(self) -> bytes:
         """See `ResponseSink.rest`."""
         return adapter_abi.drain_stdout()
@@ -496,6 +508,7 @@ class WasiHttpGuest(Guest):
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((BRIDGE, "handle"), (BRIDGE, "flush"))
     _left = 0  # number of requests that this instance may answer
+    _way: ResponseSink | None = None  # of the exchange in hand
     # False while an earlier store that ended in a trap may have left something unwritten, whoever's store it was.
     _clean: ClassVar[bool] = False
 
@@ -513,6 +526,10 @@ class WasiHttpGuest(Guest):
             adapter_abi.drain_stdout()
             WasiHttpGuest._clean = True
 
+    def _answered(self, said: str) -> None:
+        if self._way is not None:
+            self._way.end_answer(said.encode())
+
     def handle(
         self, method: bytes, target: bytes, headers: bytes, body: bytes, way: ResponseSink | None = None
     ) -> Answer:
@@ -524,9 +541,11 @@ class WasiHttpGuest(Guest):
         else:
             self._flush()
         left, self._left, WasiHttpGuest._clean = self._left - 1, 0, False
+        self._way = way
         try:
             said = way.said = self.exchange(adapter_abi.request_head(method, target, headers, way.request_trailers))
         finally:
+            self._way = None
             answer = way.rest()
             self._outgoing.reset()
             if self._sockets and not left:

@@ -108,7 +108,8 @@ class Channel:
         self._told = 0  # number of the call that was reported last
         self._started = 0  # number of the call of which a shared worker said that it begins
         self._began_behind = 0  # number of the call that was written behind a reported one
-        self._is_prompt = calls.limits.concurrency > 1  # the worker says by itself when a guest has returned
+        # The worker says by itself when a guest has returned.
+        self._is_prompt = terms.shared or calls.limits.concurrency > 1
         self._asked = 0  # number of the call of which was asked last whether its guest has returned
         self._suspect: tuple[Call, CallOutcome] | None = None  # the call that has failed, unless the one before it has
         sock.setblocking(False)
@@ -476,9 +477,10 @@ class Channel:
         self._return()
         if not outcome:
             return None
-        if behind is not answered and (answered.number == returned or (behind and not behind.can_be_sent_again)):
+        knows = self._is_prompt or behind is answered  # that the answered one has failed
+        if not knows and (answered.number == returned or (behind and not behind.can_be_sent_again)):
             return behind
-        if behind is answered or not self._calls.reuses or self._asked == answered.number:
+        if knows or not self._calls.reuses or self._asked == answered.number:
             self.page.fail_later(CallOutcome(outcome.decode()))
         else:
             assert behind is not None

@@ -105,7 +105,7 @@ class AddChannel(msgspec.Struct, frozen=True, tag="add-channel"):
 
     Attributes:
         worker: number of the worker in every message between supervisor and router.
-        reuses: whether the worker's store answers several calls.
+        reuses: whether the worker's store reads several calls from the channel.
         whole: whether the worker keeps a request's body until it is whole, so that it should not wait for one.
         shared: whether calls of other instances may run before one of this; the worker says with a credit of 0 that
             one begins.

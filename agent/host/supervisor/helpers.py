@@ -349,7 +349,7 @@ class RouterHandle(HelperProcess):
     async def attach(self, instance: str, worker: WorkerHandle, limits: Limits, *, reuses: bool) -> ChannelHandle:
         """Give the router a worker's channel, of which this process keeps nothing; it gets no calls until it serves.
 
-        `reuses` as in `AddChannel`.
+        `reuses`: whether the worker's store answers several calls.
 
         Raises:
             RouterRefusedError: the router has no room for it.
@@ -361,7 +361,8 @@ class RouterHandle(HelperProcess):
         with contextlib.closing(channel):
             whole = worker.ready is not None and worker.ready.whole
             shared = worker.process.is_shared
-            message = helper_api.AddChannel(instance, number, limits, reuses, whole, shared, told)
+            reads = reuses and not whole  # where the worker itself reads frames, it never loses its place in them
+            message = helper_api.AddChannel(instance, number, limits, reads, whole, shared, told)
             # The numbers of calls in a slot's page are those of its process, which watches them itself.
             repeated_fd = channel.page_fd if shared else channel.worker_page_fd
             self._tell(message, channel.sock.fileno(), channel.page_fd, repeated_fd)

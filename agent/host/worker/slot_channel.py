@@ -2,7 +2,8 @@
 
 A slot has no loop in its guest, as all slots have one thread. A request's body is whole before its guest begins. The
 answer of a wasi:http guest goes out while it is written, by the watchdog's thread, as far as the router gives credit;
-what is left after the call waits for credit while other slots have their turn.
+what is left after the call waits for credit while other slots have their turn. A guest may go on after its answer has
+ended (`Kind.ANSWERED`); a slot always says when it has returned.
 """
 
 import os
@@ -10,11 +11,13 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from agent.host.engine.adapter_abi import READ_BYTES, drain_stdout, stdout_pipe
 from agent.host.ipc import frames, framing, heads
 from agent.host.ipc.frames import INITIAL_CREDIT_BYTES, TO_GUEST, Frame, FrameDecoder, FrameError, Kind
+from fleet.protocol.codes import CallOutcome
 
 _READ_BYTES: Final = 256 * 1024
 _CREDIT_STEP_BYTES: Final = INITIAL_CREDIT_BYTES // 4
@@ -90,8 +93,15 @@ class SlotResponse:
         """Why the guest is to end, or empty."""
         self.problem, self.failed = "", False
         self.said = b""
-        """Words of the adapter at the call's end, for the frame that ends the answer."""
+        """Words of the adapter at the answer's end, for the frame that ends it."""
+        self.has_ended = False
+        """True once the guest has finished its answer, of which there may still be something to send."""
+        self.failure: tuple[CallOutcome, str] | None = None
+        """What ended the guest after its answer."""
+        self._said: bytes | None = None
         self._stream = stream
+        self._frames = bytearray()
+        self._answered = False
         self._credit = INITIAL_CREDIT_BYTES
         self._taken = bytearray()
 
@@ -132,11 +142,11 @@ class SlotResponse:
         """Take credit for this call, and note that its client has gone; requests behind it stay."""
         kept = []
         for frame in self._stream.frames:
-            if frame.kind is Kind.WHOLE_REQUEST or frame.kind is Kind.YIELD:
+            if frame.call != self.call:
                 kept.append(frame)
-            elif frame.call == self.call and frame.kind is Kind.CREDIT:
+            elif frame.kind is Kind.CREDIT:
                 self._credit += int.from_bytes(frame.payload, "little")
-            elif frame.call == self.call and frame.kind is Kind.CANCEL:
+            elif frame.kind is Kind.CANCEL and not self._answered:
                 self.end("gone")
         self._stream.frames = deque(kept)
         if not self._stream.is_open:
@@ -144,7 +154,7 @@ class SlotResponse:
 
     def _take(self, data: bytes) -> None:
         self.read_bytes += len(data)
-        if self.ended or self.problem:
+        if self.ended or self.problem or self.has_ended:
             return
         if self.begun:
             self.out += data
@@ -161,20 +171,40 @@ class SlotResponse:
         if len(head) > frames.PAYLOAD_MAX_BYTES:
             self.problem = "its head is too large"
             return
-        self._stream.write(frames.encode(Frame(Kind.RESPONSE, self.call, head)))
+        self._frames += frames.encode(Frame(Kind.RESPONSE, self.call, head))
         self.begun = True
         self.out += self._taken[at:]
         self._taken.clear()
 
     def send(self) -> None:
-        """Send as much as there is credit for."""
+        """Send as much as there is credit for, and the answer's end while the guest goes on."""
         size = min(len(self.out), self._credit)
         if size:
             self._credit -= size
-            self._stream.write(frames.encode_body(self.call, bytes(self.out[:size])))
+            self._frames += frames.encode_body(self.call, bytes(self.out[:size]))
             del self.out[:size]
+        if self.has_ended and not (self.out or self.ended or self._answered):
+            self._answered = True
+            self._frames += frames.encode(Frame(Kind.ANSWERED, self.call, self._last))
+        if self._frames:
+            self._stream.write(bytes(self._frames))
+            self._frames.clear()
 
-    # On the main thread, after the call.
+    # On the main thread.
+
+    def end_answer(self, said: bytes) -> None:
+        """Take the end of the answer, said by a guest that may go on; a second one counts for nothing."""
+        with self.lock:
+            if self.has_ended:
+                return
+            self._take(drain_stdout())
+            head = heads.answer_head(said)
+            if head.problem is not None:
+                self.problem, self.failed = self.problem or head.problem, True
+            elif not (self.begun or head.status):
+                self.problem = self.problem or "no head"
+            self._said, self.has_ended = said, True
+            self.send()
 
     def rest(self) -> bytes:
         """Take what the guest wrote and nobody has sent."""
@@ -190,11 +220,19 @@ class SlotResponse:
         self.said = heads.WHOLE
 
     @property
-    def last(self) -> bytes:
-        """Payload of the frame that ends the answer."""
+    def end_of_call(self) -> bytes:
+        """Payload of the frame that ends the call, and the answer if nothing has."""
+        return b"" if self._answered else self._last
+
+    @property
+    def _last(self) -> bytes:
         if self.ended:
             return heads.CUT
-        return heads.HEADLESS if self.problem and not self.begun and not self.failed else self.said
+        if self.problem and not self.begun and not self.failed:
+            return heads.HEADLESS
+        said = self.said if self._said is None else self._said
+        # A guest may stand in the adapter's place.
+        return said if len(said) <= frames.PAYLOAD_MAX_BYTES else heads.HEAD_TOO_LARGE
 
 
 class SlotRequest:
@@ -211,9 +249,11 @@ class SlotRequest:
 class SlotChannel:
     """Calls of one slot: which of its frames begin a call, and what is left of the last answer."""
 
-    def __init__(self, sock: socket.socket, request_max: int) -> None:
+    def __init__(self, sock: socket.socket, request_max: int, fail: Callable[[CallOutcome, str], str]) -> None:
+        """`fail`: tells the router that a store has ended early, and returns the token behind which to read on."""
         self.stream = SlotStream(sock)
         self._request_max = request_max
+        self._fail = fail
         self._request: SlotRequest | None = None
         self._answer: SlotResponse | None = None
 
@@ -278,7 +318,7 @@ class SlotChannel:
         self.stream.write(frames.encode(Frame(Kind.END, call, said)))
 
     def answer(self, response: SlotResponse) -> None:
-        """Send an answer, and its end, or keep what there is no credit for yet."""
+        """Send an answer, its end and what ended the guest behind it, or keep what there is no credit for yet."""
         self._answer = response
         self._go_on(response)
 
@@ -288,10 +328,13 @@ class SlotChannel:
         if response.out and not response.ended:
             return False
         self._answer = None
-        self.end(response.call, response.last)
+        if response.failure is None:
+            self.end(response.call, response.end_of_call)
+        else:
+            self.fail(*response.failure)
         return True
 
-    def fail(self, token: str) -> None:
-        """Read on behind this token."""
+    def fail(self, outcome: CallOutcome, why: str) -> None:
+        """Say that the guest has ended, and read on behind what the router had sent to it."""
         self._request = self._answer = None
-        self.stream.align(token)
+        self.stream.align(self._fail(outcome, why))

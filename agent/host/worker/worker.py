@@ -199,8 +199,8 @@ class Worker:
         except GuestError as error:
             return self._refuse(setup, RejectCode.START_FAILED, error)
         if slot is not None:
-            self._slot = SlotChannel(slot, setup.limits.request_bytes)
             self._output = _ChannelOutput(slot)
+            self._slot = SlotChannel(slot, setup.limits.request_bytes, self._output.failed)
             self._poll.register(slot, select.EPOLLIN)
         ready = worker_api.Ready(
             kinds=tuple(sorted(kinds)),
@@ -299,10 +299,13 @@ class Worker:
             answer = self._caller.handle(head, bytes(request.body), response if streams else None)
         except GuestError as error:
             outcome = CallOutcome.GUEST_TRAP if response.ended else error.outcome
-            slot.fail(self._output.failed(outcome, str(error)))
-            return
-        if not streams:
-            response.native(*answer)
+            if not response.has_ended:
+                slot.fail(outcome, str(error))
+                return
+            response.failure = (outcome, str(error))
+        else:
+            if not streams:
+                response.native(*answer)
         slot.answer(response)
 
     def turn(self) -> None:

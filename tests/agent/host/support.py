@@ -31,10 +31,10 @@ SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_S
 
 IN_PLACE_OF_THE_ADAPTER = """(component
   (core module $guest
-    (memory (export "memory") 1)
+    (memory (export "memory") 4)
     (data (i32.const 64) "\\00\\01\\00\\00{length}")
     (data (i32.const 256) "{said}")
-    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 32768))
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 196608))
     (func (export "handle") (param i32 i32) (result i32) (i32.const 64))
     (func (export "flush")))
   (core instance $guest (instantiate $guest))
