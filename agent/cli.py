@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +33,7 @@ from fleet.protocol.names import BadNameError, readable
 from fleet.protocol.printable import json_text, printable
 
 TOKEN_MAX_BYTES: Final = 8192
+TOKEN_WAIT_S: Final = 10.0
 HOST_WAIT_S: Final = 30.0
 APPLY_LOOK_S: Final = 0.1
 _LISTS_ROUTES: Final = 2
@@ -208,8 +211,7 @@ def _enroll(options: argparse.Namespace) -> int:
         return _first_boot(options, settings)
     if options.token_file is not None:
         try:
-            with options.token_file.open("rb") as file:
-                read = file.read(TOKEN_MAX_BYTES)
+            read = _token_in(options.token_file)
         except OSError as error:
             raise UsageError(f"cannot read {options.token_file}: {error.strerror}; check the path") from error
     else:
@@ -219,6 +221,15 @@ def _enroll(options: argparse.Namespace) -> int:
     text = read.decode("ascii", errors="replace")
     _join(options, enrolment.device_name(options.name or settings.name), text)
     return 0
+
+
+def _token_in(path: Path) -> bytes:
+    """Read a file with a token, or what somebody writes to a pipe within a while. Raises `OSError`."""
+    descriptor = files.open_descriptor(path, os.O_RDONLY, special=True)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        if not select.select([file], [], [], TOKEN_WAIT_S)[0]:
+            raise OSError(errno.ETIMEDOUT, f"nobody wrote to this pipe within {TOKEN_WAIT_S:.0f} s", str(path))
+        return file.read(TOKEN_MAX_BYTES) or b""
 
 
 def _same_device(options: argparse.Namespace) -> int:
@@ -339,7 +350,8 @@ def _run(options: argparse.Namespace) -> int:
 
     leave_first_process()
     places, settings = _places(options), options.settings
-    who = _identity(places)
+    read_only = is_read_only(places.state)  # what runs goes on, and nothing is recorded
+    who = _identity(places, reads=read_only)
     if identity.is_copied_disk(who):
         raise UsageError(
             f"this disk was copied from device {who.device}, and two devices must not share an identity: "
@@ -355,7 +367,10 @@ def _run(options: argparse.Namespace) -> int:
         )
     for problem in identity.damaged_files(places.identity):
         logging.getLogger("agent").error("%s", problem)
-    root = files.read(places.identity / "root.json")
+    try:
+        root = files.read(places.identity / "root.json")
+    except OSError:  # named above: what runs goes on, and nothing is accepted
+        root = b""
     mac_key = images.load_key(places.identity / "mac.key")
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # keys must not get into core files
@@ -384,7 +399,7 @@ def _apply(options: argparse.Namespace) -> int:
     from agent.link import bundle  # noqa: PLC0415 - only this command needs TUF
 
     places = _places(options)
-    with options.file.open("rb") as file:  # opened as root: only root may be able to read the medium
+    with files.open_to_read(options.file) as file:  # opened as root: only root may be able to read the medium
         who = _identity(places)
         try:
             bundle.stage(file, places.bundle, device=who.device)
@@ -442,7 +457,11 @@ def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int =
     """Read the status; `rows`: of the history, by default as many as people read."""
     places = _places(options)
     who = _identity(places, reads=True)
-    return status.read_device(places, who, instance, rows=rows or status.TIMELINE_ROWS)
+
+    def warn(fault: str) -> None:
+        print(printable(f"fleet-agent {options.command}: {fault}"), file=sys.stderr)
+
+    return status.read_device(places, who, instance, rows=rows or status.TIMELINE_ROWS, warn=warn)
 
 
 def _print_json(value: object) -> None:

@@ -7,6 +7,7 @@ have a row for each name: a new write without a row fails.
 Files of the kernel (control groups, user namespaces) and of the runtime directory, which a boot empties, are no writes.
 """
 
+import logging
 import os
 import shutil
 import stat
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from fleet.protocol import files
+
+log = logging.getLogger("agent.disk")
 
 
 class Write(StrEnum):
@@ -125,8 +128,15 @@ def write(what: Write, path: Path, data: bytes | str, *, mode: int) -> None:
     """Replace a file (see `files.atomic_write`). Raises `OSError`."""
     content = data.encode() if isinstance(data, str) else data
     reached(what, Point.BEFORE, path, content)
+    _make_way(path)
     files.atomic_write(path, content, mode=mode)
     reached(what, Point.AFTER, path, content)
+
+
+def _make_way(path: Path) -> None:
+    """Set a directory aside that has the name of a file: a file does not replace it. Raises `OSError`."""
+    if path.is_dir() and not path.is_symlink():
+        log.warning("%s: it is a directory, not a file: moved to %s", path, files.set_aside(path))
 
 
 def create(what: Write, path: Path, data: bytes, *, mode: int) -> None:
@@ -139,6 +149,8 @@ def create(what: Write, path: Path, data: bytes, *, mode: int) -> None:
 def move(what: Write, source: Path, target: Path) -> None:
     """Give a finished file or tree its name (see `files.move_into_place`). Raises `OSError`."""
     reached(what, Point.BEFORE, source, b"")
+    if not source.is_dir():
+        _make_way(target)
     files.move_into_place(source, target)
     reached(what, Point.AFTER, target, b"")
 
@@ -194,7 +206,8 @@ def make_fifo(what: Write, path: Path, *, mode: int) -> None:
 def open_file(what: Write, path: Path, *, begin: bool) -> IO[bytes]:
     """Open a file that is written part by part: a new one, or to continue; the caller syncs it. Raises `OSError`."""
     reached(what, Point.BEFORE, path, b"")
-    file = path.open("wb" if begin else "r+b")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if begin else os.O_RDWR
+    file = os.fdopen(files.open_descriptor(path, flags, 0o666), "wb" if begin else "r+b")
     reached(what, Point.MIDDLE, path, b"")
     return file
 
@@ -202,7 +215,8 @@ def open_file(what: Write, path: Path, *, begin: bool) -> IO[bytes]:
 def open_descriptor(what: Write, path: Path, flags: int, mode: int = 0o600) -> int:
     """Open a file of which only the end matters, or nothing: a log, a lock, an archive. Raises `OSError`."""
     reached(what, Point.BEFORE, path, b"")
-    descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, mode)
+    # an owner may send an archive through a pipe
+    descriptor = files.open_descriptor(path, flags | os.O_CREAT, mode, special=what is Write.ARCHIVE)
     reached(what, Point.AFTER, path, b"")
     return descriptor
 
@@ -210,8 +224,8 @@ def open_descriptor(what: Write, path: Path, flags: int, mode: int = 0o600) -> i
 def append(what: Write, path: Path, data: bytes, *, begin: bool) -> int:
     """Append to a log, or begin it anew, without waiting for the disk; return the bytes written. Raises `OSError`."""
     reached(what, Point.BEFORE, path, data)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags | (os.O_TRUNC if begin else 0), 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = files.open_descriptor(path, flags | (os.O_TRUNC if begin else 0))
     try:
         written = os.write(descriptor, data)
     finally:
@@ -226,8 +240,8 @@ def append_synced(what: Write, path: Path, data: bytes, *, begin: bool) -> None:
     After an error, or a power cut, the file may have some of the bytes at its end.
     """
     reached(what, Point.BEFORE, path, data)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags | (os.O_TRUNC if begin else 0), 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = files.open_descriptor(path, flags | (os.O_TRUNC if begin else 0))
     try:
         left = memoryview(data)
         while left:

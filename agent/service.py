@@ -224,8 +224,8 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
     problems = Problems(db)
     if question := doubt(identity):
         problems.set("machine", question)
-    if db.store.replaced:
-        problems.set("store", db.store.replaced)
+    if text := db.store.waits or db.store.replaced:
+        problems.set("store", text)
     if db.store.downgraded:
         problems.set("downgrade", db.store.downgraded)
     state = DeploymentState()
@@ -312,6 +312,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         restorer,
         DamagedImages(images, reconciler),
         StoreGuard(db),
+        StoreHealer(db, problems, receiver, sink),
         eviction,
         BundleListener(places.wake, receiver),
         links.conversation,
@@ -413,6 +414,38 @@ class StoreGuard:
         """Wait until the database is found damaged; then raise `DamagedStoreError`."""
         await self._db.damaged.wait()
         raise DamagedStoreError("the database is damaged: the agent ends, and its next start rebuilds it")
+
+
+HEAL_FIRST_S: Final = 2.0
+HEAL_MAX_S: Final = 60.0
+"""Pauses between attempts to write to a disk that was full or read-only when the agent started: a look at its room."""
+
+
+class StoreHealer:
+    """Goes on with the database's file once its disk can be written again; until then what is known is in memory."""
+
+    name = "store healer"
+
+    def __init__(self, db: Database, problems: Problems, receiver: AssignmentReceiver, sink: ReportSink) -> None:
+        self._db = db
+        self._problems = problems
+        self._receiver = receiver
+        self._sink = sink
+
+    async def run(self) -> None:
+        """Try until the file is used; return at once where it is."""
+        if not self._db.store.waits:
+            return
+        pause_s = HEAL_FIRST_S
+        while not await self._db(Store.heal):
+            await asyncio.sleep(pause_s)
+            pause_s = min(HEAL_MAX_S, 2 * pause_s)
+        if self._db.store.replaced:
+            self._problems.set("store", self._db.store.replaced)
+        else:
+            self._problems.clear("store")
+        self._receiver.refresh()  # what came meanwhile could not be accepted
+        self._sink.changed()
 
 
 class Eviction:

@@ -27,6 +27,7 @@ from agent.identity import enrolment, identity
 from agent.link import dialer
 from agent.link.https import DeviceTls, FetchError, HttpsClient, why
 from agent.proxy import Proxy, ProxyError, authority
+from agent.report.status import store_fault
 from agent.update.images import compiler
 from fleet.protocol import bounds
 from fleet.protocol.codes import RejectCode
@@ -292,6 +293,20 @@ def _host(places: Paths) -> str:
 
 
 def _disk(places: Paths, settings: Settings) -> str:
+    """Check the room on the disk and the database there; name both where both fail."""
+    failed: _FailedError | None = None
+    try:
+        text = _room(places, settings)
+    except _FailedError as error:
+        text, failed = str(error), error
+    if fault := store_fault(places):
+        raise _FailedError(f"{text}; {fault}" if failed else fault) from failed
+    if failed:
+        raise failed
+    return text
+
+
+def _room(places: Paths, settings: Settings) -> str:
     if not places.state.is_dir():
         raise _FailedError(f"{places.state} does not exist: install the package, or run 'fleet-agent enroll' first")
     if is_read_only(places.state):

@@ -1,6 +1,7 @@
 """Status of the device, read from its store without network or running agent: what runs, what changes, and why."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Final
 
@@ -10,12 +11,22 @@ from agent.config import Paths
 from agent.host.ipc import host_api
 from agent.identity.identity import Identity, IdentityError, damaged_files
 from agent.update.problems import NOT_STARTED
+from agent.update.restore import RunsetError, read_runset
 from agent.update.state import Violation
-from agent.update.store import BESIDE_BYTES, Store, StoreError
+from agent.update.store import (
+    BESIDE_BYTES,
+    DamagedStoreError,
+    Store,
+    StoreError,
+    holds_something,
+    lost_and_not_replaced,
+)
 from fleet.component.toml_fields import format_size
+from fleet.protocol import files
 from fleet.protocol.codes import Phase, RejectCode, remediation
 from fleet.protocol.files import is_full, is_read_only
 from fleet.protocol.messages import Report
+from signing.state import VerifierState
 
 TIMELINE_ROWS: Final = 20
 _FULL: Final = "{} is on a full file system: nothing can be updated until there is space"
@@ -88,17 +99,66 @@ def unknown(problem: str) -> StatusReport:
     )
 
 
-def read_device(places: Paths, who: Identity, instance: str = "", *, rows: int = TIMELINE_ROWS) -> StatusReport:
-    """Read the status from the device's files, with what the device itself lacks. Raises `StoreError`."""
+def read_device(
+    places: Paths,
+    who: Identity,
+    instance: str = "",
+    *,
+    rows: int = TIMELINE_ROWS,
+    warn: Callable[[str], None] = lambda _fault: None,
+) -> StatusReport:
+    """Read the status from the device's files, with what the device itself lacks.
+
+    What a damaged database held is read from the run set; `warn` takes how it is damaged.
+
+    Raises:
+        StoreError: the database cannot be read for another reason.
+    """
     try:
-        store = Store(places.database, read_only=True) if places.database.exists() else Store.empty()
+        store = Store(places.database, read_only=True) if holds_something(places.database) else Store.empty()
+        try:
+            found = read_status(who, store, instance, rows=rows)
+        finally:
+            store.close()
+        more = found.problems
+    except DamagedStoreError as error:
+        warn(str(error))
+        found, more = _read_run_set(places, who, instance), (_store_fault(places),)
     except StoreError as error:
         if is_full(places.state, BESIDE_BYTES):
             raise StoreError(f"{error}; {_FULL.format(places.state)}") from error
         raise
+    return msgspec.structs.replace(found, problems=(*_problems(places), *more))
+
+
+def _store_fault(places: Paths) -> str:
+    return lost_and_not_replaced(places.database) or (
+        f"{places.database} is damaged: the agent makes a new one from runset.json when it starts; instances go on"
+    )
+
+
+def store_fault(places: Paths) -> str:
+    """Return a sentence on a database that is damaged; empty for one that can be read, and for none."""
+    if not holds_something(places.database):
+        return ""
     try:
-        found = read_status(who, store, instance, rows=rows)
-        return msgspec.structs.replace(found, problems=(*_problems(places), *found.problems))
+        with contextlib.closing(Store(places.database, read_only=True)) as store:
+            store.checked("")
+    except DamagedStoreError:
+        return _store_fault(places)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def _read_run_set(places: Paths, who: Identity, instance: str) -> StatusReport:
+    """Read the status of a device whose database is damaged, as far as the second record of what runs goes."""
+    store = Store.lost(places.database, "damaged")
+    try:
+        with contextlib.suppress(OSError, RunsetError):
+            items = read_runset(places.runset, files.read(places.identity / "mac.key"))
+            store.fill(items, VerifierState(), sequence=0)
+        return read_status(who, store, instance)
     finally:
         store.close()
 
@@ -112,7 +172,7 @@ def _problems(places: Paths) -> list[str]:
         problems.append(f"{places.state} is on a read-only file system: nothing can be updated until it is writable")
     elif is_full(places.state, BESIDE_BYTES):
         problems.append(_FULL.format(places.state))
-    if places.runset.exists() and not places.database.exists():
+    if places.runset.exists() and not holds_something(places.database):
         problems.append(f"{places.database} is lost: the agent makes a new one from runset.json when it starts")
     try:
         problems += damaged_files(places.identity)

@@ -190,7 +190,7 @@ def take_over(store: Store, runset: Path, key: bytes, *, now: datetime | None = 
     try:
         found = _read(runset, key)
     except RunsetError:
-        if not store.replaced:
+        if not (store.replaced or store.waits):
             return 0
         found = _Runset()
     # Nobody knows how many reports there were, but a device makes fewer than one a second.

@@ -10,6 +10,7 @@ The lock admits one agent to a state directory: a second would displace the firs
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -64,8 +65,10 @@ BESIDE_BYTES: Final = 64 * 1024
 NEW_BYTES: Final = 256 * 1024
 """Room for a new database with what `runset.json` and the first reports bring, its log and its index."""
 
+_MEMORY: Final = Path(":memory:")
 _BESIDE: Final = ("-wal", "-shm")
 _HEADER_BYTES: Final = 100
+_IN_MEMORY_MAX_BYTES: Final = 256 * bounds.MIB
 _VERSIONS: Final = slice(18, 20)
 """Bytes of the header with the versions needed to write and to read the file: SQLite, Database File Format."""
 
@@ -84,8 +87,8 @@ class DamagedStoreError(StoreError):
     """Not a database, or a damaged one: `Store.renewed` sets it aside."""
 
 
-class FullDiskError(StoreError):
-    """Nothing can be written until there is space."""
+class CannotWriteError(StoreError):
+    """Nothing can be written for now: the disk is full, read-only or failing."""
 
 
 class NewerStoreError(StoreError):
@@ -119,6 +122,29 @@ def _is_damage(error: BaseException) -> bool:
     return type(error) is sqlite3.DatabaseError or isinstance(error, UnicodeDecodeError)
 
 
+_NO_WRITES: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+_SQLITE_NO_WRITES: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
+
+
+def _why_not_written(directory: Path, room_bytes: int, error: BaseException | None = None) -> str:
+    """Return why nothing new can be written to a disk for now, and until when; empty where it should be possible.
+
+    Args:
+        directory: on the disk.
+        room_bytes: needed there.
+        error: of the attempt, for quotas and failing disks, which can be told by nothing else.
+    """
+    if is_read_only(directory):
+        return "the disk is read-only: nothing is recorded until it is writable"
+    is_quota = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if is_full(directory, room_bytes) or is_quota or code == sqlite3.SQLITE_FULL:
+        return "the disk is full: nothing is recorded until there is space"
+    if (isinstance(error, OSError) and error.errno in _NO_WRITES) or code in _SQLITE_NO_WRITES:
+        return f"the disk fails ({getattr(error, 'strerror', None) or error}): nothing is recorded until it works again"
+    return ""
+
+
 def _is_newer(version: str, than: str) -> bool:
     """Compare two versions such as 0.2.0; one that cannot be read is not newer."""
     try:
@@ -129,6 +155,26 @@ def _is_newer(version: str, than: str) -> bool:
 
 def _connect(address: Path | str, *, uri: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(address, uri=uri, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
+
+
+def holds_something(path: Path) -> bool:
+    """Return whether there is a database, or something in its place: an attempt on a full disk leaves an empty file."""
+    return bool(irregular(path)) or (path.exists() and path.stat().st_size > 0)
+
+
+def lost_and_not_replaced(path: Path, error: BaseException | None = None) -> str:
+    """Return a sentence on a damaged database that cannot be replaced for now; empty where nothing is in the way."""
+    directory = path.parent
+    fault = "is damaged" if holds_something(path) else "is lost"
+    if is_read_only(directory):
+        why = "its file system is read-only: make it writable"
+    elif is_full(directory, NEW_BYTES):
+        why = f"its disk is too full for a new one: free {NEW_BYTES // 1024} KiB"
+    elif error is not None:
+        why = f"no new one can be made ({getattr(error, 'strerror', None) or error}): repair its disk"
+    else:
+        return ""
+    return f"{path} {fault}, and {why}, and the agent rebuilds it by itself; instances go on meanwhile"
 
 
 @contextmanager
@@ -199,7 +245,7 @@ def _reading_apart(path: Path) -> Iterator[sqlite3.Connection]:
 
     A database in memory has no log: its versions are set to those of one without.
     """
-    content = bytearray(files.read(path))
+    content = bytearray(files.read(path, max_bytes=_IN_MEMORY_MAX_BYTES))
     if content[_VERSIONS] == b"\2\2":
         content[_VERSIONS] = b"\1\1"
     with contextlib.closing(_connect(":memory:")) as db:
@@ -210,7 +256,7 @@ def _reading_apart(path: Path) -> Iterator[sqlite3.Connection]:
 def _header(path: Path) -> bytes:
     """Return the first bytes of a database. Raises `StoreError`."""
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             return file.read(_HEADER_BYTES)
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}; check its disk") from error
@@ -239,11 +285,13 @@ class Store:
     Attributes:
         nonce: of the newest hello, named in the reports after it.
         replaced: sentence on the damaged database that was set aside for this one; empty for none.
+        waits: why nothing is recorded for now, and what is there is in memory; empty while the file itself is used.
         downgraded: sentence on a newer agent that used the database last; empty for none.
     """
 
     nonce = ""
     replaced = ""
+    waits = ""
     downgraded = ""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -253,10 +301,13 @@ class Store:
             StoreError: of another owner, of a newer version, damaged, or not writable.
         """
         self._path = path
-        self._copied = False  # in memory, until the file can be written
+        self._is_lost = False  # while it waits: no database is left that could be gone on with
+        self._filled: tuple[tuple[Committed, ...], VerifierState, int] | None = None
+        self._version = ""
         try:
-            _check_owner(path.parent)
-            _check_files(path)
+            if path != _MEMORY:
+                _check_owner(path.parent)
+                _check_files(path)
             if read_only:
                 self._db = _connect_to_read(path)
                 self._db.execute("PRAGMA temp_store=MEMORY")
@@ -271,20 +322,30 @@ class Store:
     @classmethod
     def empty(cls) -> "Store":
         """Return a store in memory, for reading what a device without a database has."""
-        return cls(Path(":memory:"))
+        return cls(_MEMORY)
 
     @classmethod
-    def copied(cls, path: Path) -> "Store":
+    def lost(cls, path: Path, reason: str) -> "Store":
+        """Return a store in memory for a database that is damaged or lost, and cannot be made anew for this `reason`.
+
+        Empty until `fill`. Nothing else can be written to it: each attempt first tries to make the file anew.
+        """
+        store = cls(_MEMORY)
+        store._path, store._is_lost, store.waits = path, True, reason
+        return store
+
+    @classmethod
+    def copied(cls, path: Path, reason: str) -> "Store":
         """Return a store in memory with the content of a database that cannot be opened on its own disk now.
 
-        Nothing can be written to it: each attempt first tries to go on with the database itself.
+        Nothing can be written to it for this `reason`: each attempt first tries to go on with the database itself.
 
         Raises:
             DamagedStoreError: its content is damaged.
             StoreError: the file cannot be read, or is of a newer agent.
         """
-        store = cls(Path(":memory:"))
-        store._path, store._copied = path, True
+        store = cls(_MEMORY)
+        store._path, store.waits = path, reason
         try:
             try:
                 with contextlib.closing(_connect_without_index(path)) as found:
@@ -309,7 +370,8 @@ class Store:
     def renewed(cls, path: Path, *, version: str = "") -> "Store":
         """Open the database; move a damaged one (as after a power cut on a worn disk) aside, and make a new one.
 
-        On a full disk, what the database holds is read into memory, see `copied`; a damaged one stays where it is.
+        While nothing can be written to the disk, what the database holds is read into memory, see `copied`; a damaged
+        one stays where it is, see `lost`.
 
         Args:
             path: of the database.
@@ -317,35 +379,68 @@ class Store:
 
         Raises:
             StoreError: see the constructor; or rows of a newer agent, which this one cannot read.
-            FullDiskError: the database is damaged, and there is no room for a new one.
         """
         try:
             store = cls._checked(path, version)
         except DamagedStoreError as error:
-            if is_full(path.parent, NEW_BYTES):
-                raise FullDiskError(
-                    f"{path} is damaged, and its disk is too full for a new one: free {NEW_BYTES // 1024} KiB, and the "
-                    "agent rebuilds it when it starts; instances go on meanwhile"
-                ) from error
+            log.error("%s", error)  # noqa: TRY400 - a sentence for people
+            store = cls._in_place_of(path)
+        return store.used_by(version) if version else store
+
+    def used_by(self, version: str) -> "Store":
+        """Note the version of the agent that uses this store, for an earlier one that cannot read it; return this."""
+        self._version = version
+        writer = (self._meta("agent_version") or b"").decode(errors="replace")
+        if _is_newer(writer, version):
+            self.downgraded = (
+                f"this agent, version {version}, is older than the last one here, {writer}: what only that one "
+                "knows is kept, and has no effect until it is installed again"
+            )
+            log.warning("%s", self.downgraded)
+        with contextlib.suppress(CannotWriteError):  # noted once there is space, or at a later start
+            self._set_meta("agent_version", version.encode())
+        return self
+
+    def detach(self) -> sqlite3.Connection:
+        """Give away the connection to the file: this store is not used any more."""
+        return self._db
+
+    @classmethod
+    def _in_place_of(cls, path: Path) -> "Store":
+        """Return a new store for a damaged one: on the disk, or in memory while nothing can be written there."""
+        try:
+            return cls._made_anew(path)
+        except (OSError, StoreError) as error:
+            log.error("%s", error)  # noqa: TRY400 - a sentence for people
+            return cls.lost(path, str(error))
+
+    @classmethod
+    def _made_anew(cls, path: Path) -> "Store":
+        """Move a damaged database aside, and make a new one.
+
+        Raises:
+            CannotWriteError: nothing can be written for now.
+        """
+        if fault := lost_and_not_replaced(path):
+            raise CannotWriteError(fault)
+        try:
             for each in (path.with_name(path.name + suffix) for suffix in _BESIDE):  # of the damaged one
                 if irregular(each):
                     disk.set_aside(Write.STORE_DAMAGED, each)
                 else:
                     disk.remove(Write.STORE_DAMAGED, each, missing_ok=True)
-            aside = disk.set_aside(Write.STORE_DAMAGED, path) if os.path.lexists(path) else path
-            log.error("%s: moved to %s", error, aside)  # noqa: TRY400 - a sentence for people
-            store = cls(path)
-            store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
-        if version:
-            writer = (store._meta("agent_version") or b"").decode(errors="replace")
-            if _is_newer(writer, version):
-                store.downgraded = (
-                    f"this agent, version {version}, is older than the last one here, {writer}: what only that one "
-                    "knows is kept, and has no effect until it is installed again"
-                )
-                log.warning("%s", store.downgraded)
-            with contextlib.suppress(FullDiskError):  # noted at a later start
-                store._set_meta("agent_version", version.encode())
+            aside = path.with_name(f"{path.name}.damaged")
+            if holds_something(path):
+                aside = disk.set_aside(Write.STORE_DAMAGED, path)
+                log.error("%s: moved to %s", path, aside)
+            try:
+                store = cls(path)
+            except StoreError:
+                disk.remove(Write.STORE_DAMAGED, path, missing_ok=True)  # nothing of it is of use
+                raise
+        except (OSError, StoreError) as error:
+            raise CannotWriteError(lost_and_not_replaced(path, error)) from error
+        store.replaced = f"{path} was damaged and is rebuilt; the damaged file is {aside.name} beside it"
         return store
 
     @classmethod
@@ -358,17 +453,24 @@ class Store:
                 which there is no disk, decides.
             StoreError: for another reason.
         """
+        was_there = holds_something(path)
         try:
             try:
                 return cls(path).checked(version)
             except StoreError as error:
-                if not isinstance(error.__cause__, sqlite3.OperationalError) or not path.exists():
+                if not isinstance(error.__cause__, sqlite3.OperationalError | OSError):
                     raise
-                store = cls.copied(path).checked(version)
-                if not is_full(path.parent, BESIDE_BYTES):
+                reason = _why_not_written(path.parent, BESIDE_BYTES, error.__cause__)
+                if not was_there:  # SQLite may have made an empty file
+                    if reason:
+                        log.error("%s: %s", path, reason)  # noqa: TRY400 - a sentence for people
+                        return cls.lost(path, f"{path} is lost, and {reason}")
+                    raise
+                store = cls.copied(path, f"{path}: {reason}").checked(version)
+                if not reason:
                     store.close()
                     raise
-                log.error("%s: the disk is full: nothing is recorded until there is space", path)  # noqa: TRY400
+                log.error("%s", store.waits)  # noqa: TRY400
                 return store
         except NewerStoreError as error:
             if _is_newer(error.writer, version):
@@ -440,7 +542,7 @@ class Store:
 
     @contextmanager
     def _transaction(self, what: Write) -> Iterator[sqlite3.Connection]:
-        if self._copied:
+        if self.waits:
             self._go_on_with_the_file()
         try:
             with _transaction(what, self._db, self._path) as db:
@@ -450,21 +552,50 @@ class Store:
                 raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
             if isinstance(error, sqlite3.Error):
                 full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-                kind = FullDiskError if full else StoreError
+                kind = CannotWriteError if full else StoreError
                 raise kind(
                     f"cannot write {self._path}: {error}; free space on this device, or repair its disk"
                 ) from error
             raise
 
+    def heal(self) -> bool:
+        """Go on with the file where it can be written again; return whether it is used now.
+
+        Raises:
+            DamagedStoreError: the file was damaged meanwhile.
+        """
+        if self.waits:
+            with contextlib.suppress(CannotWriteError):
+                self._go_on_with_the_file()
+        return not self.waits
+
     def _go_on_with_the_file(self) -> None:
-        """Replace the copy in memory, which nothing has changed, by the file. Raises `FullDiskError`."""
-        try:
-            db = _connect_to_write(self._path)
-        except sqlite3.Error as error:
-            raise FullDiskError(f"cannot write {self._path}: its disk is full; free space on this device") from error
+        """Replace what is in memory, which nothing has changed, by the file. Raises `CannotWriteError`."""
+        if self._is_lost:
+            store = Store._made_anew(self._path)
+            if self._filled is not None:
+                committed, facts, sequence = self._filled
+                try:
+                    store.fill(committed, facts, sequence=sequence)
+                except StoreError:
+                    store.close()
+                    disk.remove(Write.STORE_DAMAGED, self._path, missing_ok=True)  # the next attempt begins anew
+                    raise
+            db, self.replaced = store.detach(), store.replaced
+        else:
+            try:
+                db = _connect_to_write(self._path)
+            except (sqlite3.Error, OSError) as error:
+                reason = _why_not_written(self._path.parent, BESIDE_BYTES, error)
+                what = "its disk is read-only" if reason.startswith("the disk is read-only") else "its disk is full"
+                raise CannotWriteError(
+                    f"cannot write {self._path}: {what}; free space on this device, or repair its disk"
+                ) from error
         self._db.close()
-        self._db, self._copied = db, False
+        self._db, self._is_lost, self.waits = db, False, ""
         log.info("%s: there is space again, and it is written again", self._path)
+        if self._version:
+            self._set_meta("agent_version", self._version.encode())
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._reading():
@@ -477,7 +608,7 @@ class Store:
         except sqlite3.ProgrammingError:  # a bug in the agent, such as the use of a closed store
             raise
         except (*_ERRORS, *wire.JSON_ERRORS) as error:
-            if isinstance(error, sqlite3.Error) and not _is_damage(error) and not self._copied:
+            if isinstance(error, sqlite3.Error) and not _is_damage(error) and not self.waits:
                 raise StoreError(f"cannot read {self._path}: {error}; check its file system") from error
             raise DamagedStoreError(f"{self._path} is damaged: {error}") from error
 
@@ -546,7 +677,12 @@ class Store:
             facts: what the verifier remembers.
             sequence: reports go on after this one, as the server drops those whose sequence it has.
         """
-        with self._transaction(Write.STORE_FILLED) as db:
+        if self.waits:  # in memory now, and in the file once there is one
+            self._filled = (committed, facts, sequence)
+            transaction = _transaction(Write.STORE_FILLED, self._db, self._path)
+        else:
+            transaction = self._transaction(Write.STORE_FILLED)
+        with transaction as db:
             for each in committed:
                 self._commit(db, each)
             self._set_facts(db, facts)
@@ -848,7 +984,13 @@ def alone(lock: Path) -> Iterator[None]:
         NotAloneError: another process holds it.
         OSError: the lock file cannot be written.
     """
-    descriptor = disk.open_descriptor(Write.LOCK, lock, os.O_RDWR)
+    try:
+        descriptor = disk.open_descriptor(Write.LOCK, lock, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in _NO_WRITES:
+            raise
+        # a lock needs no writable file, and nobody else makes the file either
+        descriptor = os.open(lock if lock.exists() else lock.parent, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

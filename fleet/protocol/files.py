@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,9 @@ RESTORE: Final = (
 _TEMPORARY: Final = ".new-"
 _ENDS: Final = {".json": b"}", ".pem": b"-----", ".key": b"-----", ".crl": b"-----"}
 """End of a whole text file of ours, by suffix."""
+
+READ_MAX_BYTES: Final = 64 << 20
+"""Largest file that is read whole where nothing else is said: the largest component."""
 
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NO_SYNC: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -244,16 +248,57 @@ def irregular(path: Path) -> str:
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "")
 
 
-def read(path: Path) -> bytes:
-    """Read a file whole. Raises `OSError`, also for what is no file, without waiting for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_descriptor(path: Path, flags: int, mode: int = 0o600, *, special: bool = False) -> int:
+    """Open a file, and refuse what is none, without waiting for it: `open` waits for the other end of a named pipe.
+
+    Args:
+        path: of the file.
+        flags: of `open`.
+        mode: permissions of a new file.
+        special: take pipes and devices too, as for what a user names to write to.
+
+    Raises:
+        OSError: it cannot be opened; with EINVAL, it is no file.
+    """
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, f"it is {irregular(path) or 'no file'}, not a file", str(path))
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        # sockets, and pipes that nobody reads, have errors that do not name them
+        if error.errno in {errno.ENXIO, errno.EISDIR, errno.ENODEV} and (what := irregular(path)):
+            raise _no_file(path, what) from error
+        raise
+    try:
+        if not special and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _no_file(path, irregular(path) or "no file")  # noqa: TRY301 - closed like after other errors
+        os.set_blocking(descriptor, True)
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _no_file(path: Path, what: str) -> OSError:
+    return OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
+
+
+def open_to_read(path: Path, *, flags: int = 0) -> BufferedReader:
+    """Open a file to read parts of it. Raises `OSError`, also for what is no file, without waiting for it."""
+    return os.fdopen(open_descriptor(path, os.O_RDONLY | flags), "rb")
+
+
+def read(path: Path, *, max_bytes: int = READ_MAX_BYTES) -> bytes:
+    """Read a file whole. Raises `OSError`, also for what is no file, or larger, without waiting for it."""
+    with open_to_read(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > max_bytes else file.read(max_bytes + 1)
+    if max(size, len(data)) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes} bytes", str(path))
+    return data
+
+
+def read_text(path: Path, *, max_bytes: int = READ_MAX_BYTES) -> str:
+    """Read a file of text whole. Raises `UnicodeDecodeError`, and `OSError` as `read` does."""
+    return read(path, max_bytes=max_bytes).decode()
 
 
 def set_aside(path: Path) -> Path:

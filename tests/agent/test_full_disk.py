@@ -12,6 +12,7 @@ import pytest
 from agent.update.store import NEW_BYTES
 from tests.agent.read_only_places import unshare
 from tests.agent.running_device import RunningDevice
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.skipif(not unshare(), reason="no mount namespaces for this user")
 
@@ -30,6 +31,7 @@ class SmallDisk:
 
     def __init__(self, directory, kept):
         kept.mkdir()
+        self._directory = directory
         self._holder = subprocess.Popen(
             [*unshare(), "sh", "-c", MOUNTED, "sh", str(directory), str(kept)],
             stdin=subprocess.PIPE,
@@ -52,6 +54,10 @@ class SmallDisk:
         """Leave this many bytes."""
         filler = self.place / "filler"
         os.truncate(filler, filler.stat().st_size - room)
+
+    def remount(self, mode):
+        """Make it read-only (`ro`), as a kernel does after errors, or writable again (`rw`)."""
+        subprocess.run([*self.prefix, "mount", "-o", f"remount,{mode}", str(self._directory)], check=True)
 
     def close(self):
         self._holder.communicate(timeout=60)
@@ -119,27 +125,94 @@ def test_the_agent_starts_and_records_nothing(device):
     assert not (device.disk.place / "store.db.damaged").exists()
 
 
-def test_a_damaged_store_stays_until_there_is_room_for_a_new_one(device):
+HARM = {
+    "its first page": lambda path: path.write_bytes(bytes(100) + path.read_bytes()[100:]),
+    "a page inside": lambda path: path.write_bytes(path.read_bytes()[:4096] + os.urandom(8 * 4096)),
+    "lost": os.unlink,
+}
+
+
+def says_what_is_wrong(device, *texts):
+    """What runs is told, and what is wrong, by status, why and check."""
+    status, why = device.agent("status"), device.agent("why", "--json")
+    assert (status.returncode, why.returncode) == (0, 0), status.stderr + why.stderr
+    assert "web: runs main/hello@1.0.0" in status.stdout
+    assert json.loads(why.stdout)["running"][0]["instance"] == "web"
+    results = {each["name"]: each for each in json.loads(device.agent("check", "--json").stdout)}
+    assert not results["disk"]["ok"]
+    for text in texts:
+        assert text in status.stdout
+        assert text in results["disk"]["text"]
+
+
+def started(device):
+    """Start the agent with a pipe on which its log is read."""
+    said = len(device.said("agent"))
+    process = device.start_agent()
+    return process, lambda: device.said("agent")[said:]
+
+
+@pytest.mark.parametrize(
+    "harm", [pytest.param(each, marks=[pytest.mark.nightly] if each != "a page inside" else []) for each in HARM]
+)
+def test_an_agent_whose_store_is_damaged_on_a_full_disk_serves_and_rebuilds_it(device, harm):
     device.start_host()
     assert device.agent("restore").returncode == 0
     stopped(device.start_agent())
-    with (device.disk.place / "store.db").open("r+b") as file:
-        file.write(bytes(100))
+    database = device.disk.place / "store.db"
+    for suffix in ("-wal", "-shm"):
+        database.with_name(f"store.db{suffix}").unlink(missing_ok=True)
+    HARM[harm](database)
+    damaged = database.read_bytes() if database.exists() else None
     device.disk.fill()
-    for _ in range(2):  # each start says it, and changes nothing
-        run = device.agent("run")
-        assert run.returncode == 1
-        assert "store.db is damaged, and its disk is too full for a new one: free 256 KiB" in run.stderr
-        assert "Traceback" not in run.stderr
-        status = device.agent("status")
-        assert "not a database" in status.stderr
-        assert "is on a full file system" in status.stderr
+    device.ask_host_to_stop("web")
+    process, said = started(device)
+    too_full = "its disk is too full for a new one: free 256 KiB"
+    device.comes_to_answer()  # started by the agent, from the run set
+    if damaged is not None:
+        assert too_full in said()
+        says_what_is_wrong(device, too_full)
+        assert database.read_bytes() == damaged
     assert not (device.disk.place / "store.db.damaged").exists()
     device.disk.free(NEW_BYTES)
-    stopped(device.start_agent())
-    assert "took over 1 instances" in device.said("agent")
-    assert "web: runs main/hello@1.0.0" in device.agent("status").stdout
+    eventually(lambda: "there is space again" in said(), "the store is rebuilt")
+    eventually(lambda: "is on a full" not in device.agent("status").stdout, "status says so")
+    status = device.agent("status")
+    assert "web: runs main/hello@1.0.0" in status.stdout
+    assert process.poll() is None
     assert device.answers() == 200
+    stopped(process)
+    assert "Traceback" not in said()
+    stopped(device.start_agent())
+    assert "web: runs main/hello@1.0.0" in device.agent("status").stdout
+
+
+@pytest.mark.parametrize("harm", [None, *(pytest.param(each, marks=pytest.mark.nightly) for each in HARM)])
+def test_an_agent_on_a_read_only_disk_serves_and_goes_on_once_it_is_writable(device, harm):
+    device.start_host()
+    assert device.agent("restore").returncode == 0
+    stopped(device.start_agent())
+    database = device.disk.place / "store.db"
+    if harm is not None:
+        for suffix in ("-wal", "-shm"):
+            database.with_name(f"store.db{suffix}").unlink(missing_ok=True)
+        HARM[harm](database)
+    device.disk.remount("ro")
+    device.ask_host_to_stop("web")
+    process, said = started(device)
+    device.comes_to_answer()
+    assert "read-only" in said()
+    if harm != "lost":  # of which status says that, and nothing else
+        says_what_is_wrong(device, "is on a read-only file system")
+    refused = device.agent("run")
+    assert "another agent runs" in refused.stderr
+    device.disk.remount("rw")
+    eventually(lambda: "there is space again" in said(), "the store is used again")
+    assert process.poll() is None
+    assert device.answers() == 200
+    stopped(process)
+    assert "Traceback" not in said()
+    assert "web: runs main/hello@1.0.0" in device.agent("status").stdout
 
 
 GOES_ON = """
