@@ -18,7 +18,7 @@ import msgspec
 
 from agent.proxy import Proxy, ProxyError
 from fleet.component import toml_fields
-from fleet.protocol import bounds, message_topics, outbound
+from fleet.protocol import bounds, files, message_topics, outbound
 from fleet.protocol.files import irregular
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import in_words, line_of, path_of
@@ -373,7 +373,7 @@ def load(file: Path, *, required: bool = False) -> Settings:
         raise ConfigError(f"cannot read {file}: no such file; check the path, or leave out --config")
     for path in fragments(file):
         try:
-            texts[str(path)] = path.read_text(encoding="utf-8")
+            texts[str(path)] = "" if irregular(path) else files.read_text(path, max_bytes=bounds.MIB)
             parts[str(path)] = tomllib.loads(texts[str(path)])
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error

@@ -74,7 +74,7 @@ class DirectoryCache:
     def load(self, name: str) -> bytes | None:
         """See `Cache`; an unreadable file counts as none."""
         try:
-            with self._path(name).open("rb") as file:
+            with files.open_to_read(self._path(name)) as file:
                 return file.read(bounds.TARGETS_MAX_BYTES + 1)
         except OSError:
             return None

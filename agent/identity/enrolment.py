@@ -143,7 +143,7 @@ def _keys(fresh: Path, token_sha256: str) -> tuple[ec.EllipticCurvePrivateKey, X
     A device that did not receive the server's answer asks again with the same key, which the server recognises.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):
-        if (fresh / "token.sha256").read_text() == token_sha256:
+        if files.read_text(fresh / "token.sha256") == token_sha256:
             key = load_pem_private_key(files.read(fresh / "device.key"), password=None)
             sealing = load_pem_private_key(files.read(fresh / "sealing.key"), password=None)
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(sealing, X25519PrivateKey):

@@ -25,7 +25,7 @@ import msgspec
 from agent import disk
 from agent.disk import Write
 from fleet.protocol import files, wire
-from fleet.protocol.files import damage
+from fleet.protocol.files import damage, irregular
 
 log = logging.getLogger("agent.identity.identity")
 
@@ -166,11 +166,20 @@ def damaged_files(directory: Path) -> list[str]:
         IdentityError: the device key is damaged, without which the device must enrol again.
     """
     key = directory / "device.key"
-    if key.exists() and (fault := damage(key)):
+    if fault := _damage(key):
         raise IdentityError(f"{key} is damaged ({fault}): {_ENROL_AGAIN}")
-    paths = [path for name in _NEEDED if (path := directory / name).exists()]
-    found = [(path, fault) for path in paths if (fault := damage(path))]
+    found = [(path, fault) for name in _NEEDED if (fault := _damage(path := directory / name))]
     return [f"{path} is damaged ({fault}): {_NEEDED[path.name]}; {_ENROL_AGAIN}" for path, fault in found]
+
+
+def _damage(path: Path) -> str:
+    """Return how a file is damaged, or what has its name; empty for a whole file, and for none."""
+    try:
+        return damage(path)
+    except FileNotFoundError:
+        return irregular(path)
+    except OSError as error:
+        return error.strerror or "unreadable"
 
 
 def name_of(host: str, machine: str) -> str:
@@ -266,7 +275,7 @@ def find_token(
 
 
 def _read(path: Path) -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError), path.open("rb") as file:
+    with contextlib.suppress(OSError, UnicodeDecodeError), files.open_to_read(path) as file:
         return file.read(TOKEN_MAX_BYTES).decode().strip(f"\0{string.whitespace}")  # zeros: erased, up to a power cut
     return ""
 
@@ -287,7 +296,7 @@ def erase(found: Found) -> bool:
         if found.file.name == NAME:
             disk.erase(Write.BOOT_TOKEN, found.file)
         else:
-            words = [word for word in found.file.read_text().split() if word != f"{NAME}={found.text}"]
+            words = [word for word in files.read_text(found.file).split() if word != f"{NAME}={found.text}"]
             disk.write_over(Write.BOOT_COMMAND, found.file, " ".join(words) + "\n")
     except (OSError, UnicodeDecodeError):
         return False

@@ -182,7 +182,7 @@ class Bundle:
         if not names.max_bytes(name):
             return None
         try:
-            with (self.directory / name).open("rb") as file:
+            with files.open_to_read(self.directory / name) as file:
                 data = file.read(max_bytes + 1)
         except OSError:
             return None
@@ -259,6 +259,8 @@ class BundleSource:
 
 def listen(path: Path) -> int:
     """Create the FIFO that wakes the agent, and return the descriptor to read from. Raises `OSError`."""
+    if os.path.lexists(path) and not path.is_fifo():
+        disk.set_aside(Write.WAKE, path)
     with contextlib.suppress(FileExistsError):
         disk.make_fifo(Write.WAKE, path, mode=0o600)
     return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -266,6 +268,8 @@ def listen(path: Path) -> int:
 
 def wake(path: Path) -> bool:
     """Notify the agent of a bundle; return False if no agent runs."""
+    if not path.is_fifo():
+        return False
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -37,7 +37,7 @@ from agent.happy_eyeballs import NoAnswerError
 from agent.link import dialer
 from agent.link.partial_file import PartialFile
 from agent.proxy import authority
-from fleet.protocol import bounds, wire
+from fleet.protocol import bounds, files, wire
 from fleet.protocol.codes import RejectCode
 
 log = logging.getLogger("agent.link.https")
@@ -533,9 +533,9 @@ def spread(window_s: float, at_least_s: float = 0.0) -> float:
 
 def finish(part: Path, into: Path, length: int, sha256: str) -> None:
     """Check a file's length and hash and give it its final name, or remove it. Raises `FetchError`, `OSError`."""
-    with part.open("rb") as file:
+    with files.open_to_read(part) as file:
         size = os.fstat(file.fileno()).st_size
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest() if size == length else "of another length"
         PartialFile(part).forget()
         if size != length or found != sha256:
             disk.remove(Write.PART_DROPPED, part)
@@ -548,6 +548,8 @@ def finish(part: Path, into: Path, length: int, sha256: str) -> None:
     disk.move(Write.ARTIFACT, part, into)
 
 
+PEM_MAX_BYTES: Final = bounds.MIB
+"""Bound of a file with certificates or a key."""
 NO_CHECK_TIME: Final = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name."""
 
@@ -614,7 +616,10 @@ class DeviceTls:
             changed = (self._identity / "device.pem").stat().st_mtime_ns
             kept = self._contexts.get(clock_behind)
             if kept is None or kept[0] != changed:
-                made = context((self._identity / "ca.pem").read_text(), clock_behind=clock_behind)
-                made.load_cert_chain(self._identity / "device.pem", self._identity / "device.key")
+                ca, pem, key = (self._identity / name for name in ("ca.pem", "device.pem", "device.key"))
+                made = context(files.read_text(ca, max_bytes=PEM_MAX_BYTES), clock_behind=clock_behind)
+                for each in (pem, key):
+                    files.read(each, max_bytes=PEM_MAX_BYTES)  # OpenSSL would wait for a named pipe
+                made.load_cert_chain(pem, key)
                 self._contexts[clock_behind] = kept = (changed, made)
             return kept[1]

@@ -46,7 +46,7 @@ class PartialFile:
         try:
             known = msgspec.json.decode(files.read(self._mark), type=Checkpoint)
         except (OSError, *wire.JSON_ERRORS):
-            return self.path.stat().st_size if self.path.exists() else 0
+            return self.path.stat().st_size if self.path.is_file() else 0
         try:
             with disk.open_file(Write.PART, self.path, begin=False) as file:
                 if _digest(file, known.bytes).hexdigest() == known.sha256:
@@ -54,6 +54,10 @@ class PartialFile:
                     return known.bytes
         except FileNotFoundError:
             pass
+        except OSError:
+            if not files.irregular(self.path):
+                raise
+            return 0
         self.remove()
         return 0
 
@@ -70,6 +74,8 @@ class PartialFile:
         """Open the file to continue it after `have` bytes. Raises `OSError`."""
         if not have:
             self.forget()
+            if files.irregular(self.path):
+                disk.set_aside(Write.PART_DROPPED, self.path)
         return Writer(self.path, self._mark, have)
 
 

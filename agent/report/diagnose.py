@@ -257,7 +257,7 @@ def _values(places: Paths) -> Iterator[bytes]:
 def _keys(places: Paths) -> Iterator[bytes]:
     for name in _KEY_FILES:
         with contextlib.suppress(OSError):
-            key = (places.identity / name).read_bytes()
+            key = files.read(places.identity / name)
             lines = [line for line in key.splitlines() if not line.startswith(b"-----")]
             yield from lines
             yield from (key, b"".join(lines))

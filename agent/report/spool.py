@@ -26,7 +26,7 @@ import msgspec
 
 from agent import disk
 from agent.disk import Write
-from fleet.protocol import bounds
+from fleet.protocol import bounds, files
 from fleet.protocol.bounds import KIB, MIB, Count, MessageData, MessageTopic, MessageType, Metadata, Word
 from fleet.protocol.messages import Reading
 
@@ -431,7 +431,7 @@ def _framed(record: msgspec.Struct) -> bytes:
 
 def _scan(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
     """Yield each whole record from an offset on, with the offset behind it, up to a torn end. Raises `OSError`."""
-    with path.open("rb") as file:
+    with files.open_to_read(path) as file:
         file.seek(offset)
         while True:
             head = file.read(_RECORD.size)

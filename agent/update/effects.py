@@ -56,8 +56,9 @@ def _delayed(code: RejectCode, message: str) -> EffectResult:
 def _sound(path: Path, length: int, sha256: str) -> bool:
     """Return whether an artifact on disk is as signed; remove one that was changed."""
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        with files.open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            found = size, hashlib.file_digest(file, "sha256").hexdigest() if size == length else ""
     except OSError:
         return False
     if found == (length, sha256):

@@ -30,6 +30,7 @@ from agent.disk import Write
 from agent.host.ipc import framing
 from fleet.protocol import bounds, files, wire
 from fleet.protocol.codes import RejectCode
+from fleet.protocol.files import irregular
 
 log = logging.getLogger("agent.update.images")
 KEY_BYTES: Final = 32
@@ -116,6 +117,9 @@ class Engine:
         return str(self.facts.get("engine", ""))
 
 
+_KEY_MAX_BYTES: Final = bounds.KIB
+
+
 def load_key(path: Path) -> bytes:
     """Load the device's MAC key, or make one if there is none or it is damaged.
 
@@ -123,7 +127,7 @@ def load_key(path: Path) -> bytes:
         ImageError: the file cannot be read or written, or is damaged.
     """
     try:
-        if path.exists() and not _is_key(files.read(path)):
+        if os.path.lexists(path) and not _holds_key(path):
             log.warning(
                 "%s was damaged: all images are compiled again under a new key",
                 disk.set_aside(Write.MAC_KEY_DAMAGED, path),
@@ -134,6 +138,11 @@ def load_key(path: Path) -> bytes:
         return files.read(path)
     except OSError as error:
         raise ImageError(RejectCode.INTERNAL, f"cannot use {path}: {error.strerror}") from error
+
+
+def _holds_key(path: Path) -> bool:
+    """Return whether a file holds a key; whatever else has its name does not. Raises `OSError`: it cannot be read."""
+    return not irregular(path) and path.stat().st_size <= _KEY_MAX_BYTES and _is_key(files.read(path))
 
 
 def _is_key(data: bytes) -> bool:
@@ -277,7 +286,7 @@ class ImageStore:
             os.close(found.descriptor)
             return
         try:
-            data = await asyncio.to_thread(artifact.read_bytes)
+            data = await asyncio.to_thread(files.read, artifact)
         except OSError as error:
             lost = isinstance(error, FileNotFoundError)
             reason = RejectCode.NOT_FOUND if lost else RejectCode.INTERNAL
@@ -394,7 +403,7 @@ def _seal(image: Path, length: int) -> OpenImage:
     """Copy the image into a memfd, seal it, and hash the copy."""
 
     def copy(descriptor: int) -> None:
-        with image.open("rb") as file:
+        with files.open_to_read(image) as file:
             offset = 0
             while offset <= length and (sent := os.sendfile(descriptor, file.fileno(), offset, CHUNK_BYTES)):
                 offset += sent

@@ -108,7 +108,7 @@ class SecretStore:
     def _read(self, ref: SecretRef) -> bytes | None:
         """Read a box; None if it is missing, or was changed on disk."""
         try:
-            with self._path(ref).open("rb") as file:
+            with files.open_to_read(self._path(ref)) as file:
                 box = file.read(bounds.SECRET_BOX_MAX_BYTES + 1)
         except OSError:
             return None

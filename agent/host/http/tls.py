@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,7 @@ from agent.host.http.routing import plain_address
 from agent.host.ipc import framing
 from agent.host.ipc.helper_api import TlsClient
 from agent.host.sandbox import sandbox
+from fleet.protocol import bounds, files
 
 _CLIENTS_MAX: Final = 1024
 _HANDSHAKE_S: Final = 10
@@ -70,6 +72,8 @@ def _context(certificate: Certificate) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     where = f"certificate {certificate.certificate} with key {certificate.key}"
     try:
+        for each in (certificate.certificate, certificate.key):
+            files.read(Path(each), max_bytes=bounds.MIB)  # OpenSSL would wait for a named pipe
         context.load_cert_chain(certificate.certificate, certificate.key, password=_no_password)
     except _EncryptedError:
         why = "the key is encrypted, and the host can ask nobody for its passphrase; decrypt it with 'openssl pkey'"

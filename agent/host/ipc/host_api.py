@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from agent.host.ipc import framing
-from fleet.protocol import wire
+from fleet.protocol import files, wire
 from fleet.protocol.bounds import Count, MessageData, MessageTopic, MessageType, Metadata, Port, Seconds, Text, Word
 from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
@@ -452,7 +452,8 @@ _from_host: Final[msgspec.json.Decoder[FromHost]] = msgspec.json.Decoder(FromHos
 def why_not(runtime: Path) -> str:
     """Return why the host did not start, in its own words; empty if it has not written a reason."""
     try:
-        text = (runtime / WHY_NOT).read_text(encoding="utf-8", errors="replace")
+        with files.open_to_read(runtime / WHY_NOT) as file:
+            text = file.read(4 * _WHY_NOT_MAX_CHARS).decode(errors="replace")
     except OSError:
         return ""
     return " ".join(text[:_WHY_NOT_MAX_CHARS].split())

@@ -23,6 +23,7 @@ from typing import Final
 from agent import disk
 from agent.disk import Write
 from agent.host.ipc.framing import sealed_memfd
+from fleet.protocol import files
 from fleet.protocol.bounds import MIB
 
 DAY_S: Final = 86_400
@@ -37,7 +38,7 @@ class QuotaStore:
         self._written: dict[str, int] = {}
         self._unsaved = 0
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(files.read_text(path))
             if int(kept["day"]) == self._day:
                 self._written = {str(name): int(count) for name, count in kept["written"].items()}
         self.written_bytes = 0

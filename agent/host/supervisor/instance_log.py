@@ -15,7 +15,7 @@ from typing import Final
 from agent import disk
 from agent.disk import Write
 from agent.host.ipc.host_api import plain
-from fleet.protocol import bounds
+from fleet.protocol import bounds, files
 from fleet.protocol.bounds import KIB, MIB
 
 _LINE_MAX_CHARS: Final = 1100
@@ -62,12 +62,10 @@ def tail_of(path: Path, most: int) -> tuple[str, ...]:
     """Return the newest lines of both files of an instance, at most `most` bytes; what cannot be read is lost."""
     data = b""
     for each in sorted([path, path.with_name(path.name + OLDER)], key=_written_at, reverse=True):
-        with contextlib.suppress(OSError):
-            fd = os.open(each, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            with os.fdopen(fd, "rb") as file:
-                size, wanted = os.fstat(fd).st_size, most + 1 - len(data)
-                file.seek(max(0, size - wanted))
-                data = file.read(wanted) + data
+        with contextlib.suppress(OSError), files.open_to_read(each, flags=os.O_NOFOLLOW) as file:
+            size, wanted = os.fstat(file.fileno()).st_size, most + 1 - len(data)
+            file.seek(max(0, size - wanted))
+            data = file.read(wanted) + data
     if len(data) > most:  # the first line is not whole
         data = data.partition(b"\n")[2]
     return tuple(data.decode(errors="replace").splitlines())

@@ -39,7 +39,7 @@ from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
 from agent.host.supervisor.instance_log import LogFiles
 from agent.host.supervisor.messages import MessageGate
-from fleet.protocol import bounds
+from fleet.protocol import bounds, files
 from fleet.protocol.codes import RejectCode
 
 BACKLOG: Final = 1024
@@ -183,7 +183,7 @@ class UidAllocator:
         self._first = first_of(path.parent)
         self._given: dict[str, int] = {}
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(files.read_text(path))
             self._given = {str(name): int(uid) for name, uid in kept.items() if FIRST <= int(uid) < _END}
         except FileNotFoundError:
             pass
@@ -229,7 +229,7 @@ class CrashCounter:
         self._path = path
         self._counts: dict[str, int] = {}
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(files.read_text(path))
             self._counts = {str(key): int(count) for key, count in kept.items()}
         except (OSError, ValueError, AttributeError):
             self._counts = {}  # no file yet, or not ours: every count starts at zero

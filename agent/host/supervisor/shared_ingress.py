@@ -16,6 +16,7 @@ from agent.host.http import ingress_config
 from agent.host.http.ingress_config import READY, IngressConfig, IngressError, Tls
 from agent.host.ipc import framing, host_api
 from agent.host.supervisor.helpers import HelperProcess, RouterHandle, fork_child
+from fleet.protocol import bounds, files
 
 _READY_S: Final = 10.0
 _DRAIN_S: Final = 5.0
@@ -31,7 +32,7 @@ def load(path: Path | None) -> IngressConfig:
         if not path.exists():
             return IngressConfig()
     try:
-        return ingress_config.read(path.read_text(encoding="utf-8"), file=str(path))
+        return ingress_config.read(files.read_text(path, max_bytes=bounds.MIB), file=str(path))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise IngressError(f"cannot read {path}: {why}") from error
