@@ -15,7 +15,8 @@ SEED: Final = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrang
 SECONDS: Final = float(os.environ.get("SOAK", "300"))
 
 PUSH, UNDO, PUSH_AND_UNDO, NOTHING = "push", "undo", "push and undo", "nothing"
-CHANGES: Final = {PUSH: 6, UNDO: 2, PUSH_AND_UNDO: 2, NOTHING: 1}
+RETRY = "push and retry"
+CHANGES: Final = {PUSH: 6, UNDO: 2, PUSH_AND_UNDO: 2, RETRY: 2, NOTHING: 1}
 
 CUT, AGENT, AGENT_STOPPED, HOST, HELPER = "power cut", "agent killed", "agent stopped", "host killed", "helper killed"
 SILENT, REFUSED, SERVER = "network silent", "network refused", "server killed"
@@ -30,9 +31,11 @@ FAULTS: Final = {
     REFUSED: 2,
     SERVER: 1,
     FULL: 2,
-    FORWARD: 1,
-    BACK: 1,
+    FORWARD: 2,
+    BACK: 2,
 }
+JUMPS_S: Final = (60, 3_600, 5 * 3_600, 36 * 3_600, 20 * 86_400, 400 * 86_400, 9 * 365 * 86_400)
+"""How far a clock jumps, forward or back: beyond time zones, probations, certificates and metadata."""
 DOWN: Final = frozenset({CUT, HOST, HELPER})
 """Faults in which what answers is itself killed: the only ones in which it may be down, until it is back."""
 
@@ -51,6 +54,12 @@ class Fault:
     after_s: float
     lasts_s: float
     choice: int
+
+    @property
+    def jump_s(self) -> int:
+        """How far a clock jumps; negative for back."""
+        seconds = JUMPS_S[self.choice % len(JUMPS_S)]
+        return seconds if self.kind == FORWARD else -seconds
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from conftest import Joined
 from stages import budget
 
+from fleet.demo.environment import DemoError
 from fleet.protocol.codes import Phase, RolloutState
 from tests import soak
 
@@ -37,7 +38,7 @@ class Soak:
 
     def play(self, this: soak.Round) -> None:
         self.change(this.change)
-        undo = this.change == soak.PUSH_AND_UNDO
+        undo, retry = this.change == soak.PUSH_AND_UNDO, this.change == soak.RETRY
         for fault in this.faults:
             time.sleep(fault.after_s)  # the moment is the point
             self.faults[fault.kind] += 1
@@ -47,6 +48,12 @@ class Soak:
                 undo = False
         if undo:
             self.change(soak.UNDO)
+        if retry:  # refused where nothing has failed: said so, and everything stays
+            try:
+                self.operator.fleet("retry", self.running.device, "hello")
+                self.states["retried"] += 1
+            except DemoError:
+                self.states["retry refused"] += 1
         self.settled(this)
 
     def change(self, what: str) -> None:
@@ -92,8 +99,7 @@ class Soak:
                 time.sleep(fault.lasts_s)
                 board.ok("rm -f /fill && sync")
             case soak.FORWARD | soak.BACK:
-                sign = "+" if fault.kind == soak.FORWARD else "-"
-                board.ok(f'date --utc --set "$(date --utc) {sign} {1 + fault.choice % 72} hours" >/dev/null')
+                board.ok(f"date --utc --set @$(($(date +%s) + {fault.jump_s})) >/dev/null")
                 time.sleep(fault.lasts_s)
                 board.set_clock()
 
