@@ -1,15 +1,20 @@
 """Base of the commands on a device: their arguments, their end at a closed pipe, their place in a container."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 _FORWARDED: Final = frozenset(
     {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 )
+
+
+_NOT_WRITTEN: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 def parse(
@@ -27,7 +32,10 @@ def parse(
 
 
 def until_closed(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code; as after SIGPIPE where its output was closed, as by `| head`."""
+    """Run a command and return its exit code; as after SIGPIPE where its output was closed, as by `| head`.
+
+    An output that cannot be written, as on a full disk, is an error in a sentence.
+    """
     try:
         try:
             return command()
@@ -35,10 +43,22 @@ def until_closed(command: Callable[[], int]) -> int:
             if sys.stdout is not None:  # closed before the start
                 sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # Python writes the rest when it ends
-        os.close(nowhere)
+        _drop_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NOT_WRITTEN:
+            raise
+        _drop_output()
+        if sys.stderr is not None:
+            sys.stderr.write(f"{Path(sys.argv[0]).stem}: cannot write the output: {error.strerror or error}\n")
+        return 1
+
+
+def _drop_output() -> None:
+    """Lose what is left of the output: Python writes it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def leave_first_process() -> None:

@@ -214,6 +214,8 @@ def _enroll(options: argparse.Namespace) -> int:
             read = _token_in(options.token_file)
         except OSError as error:
             raise UsageError(f"cannot read {options.token_file}: {error.strerror}; check the path") from error
+    elif sys.stdin is None:  # closed before the start
+        raise UsageError("standard input is closed: give the token there, or in a file with --token-file")
     else:
         if sys.stdin.isatty():
             print("paste the enrolment token (fleet enroll-token makes one), then Enter:", file=sys.stderr)

@@ -569,7 +569,10 @@ class HostRestorer:
                     )
 
     async def _stop_unknown(self, welcome: host_api.Welcome, items: Iterable[Committed]) -> None:
-        """Stop instances that are neither committed nor being changed."""
+        """Stop instances that are neither committed nor being changed; none while no record tells which those are."""
+        if await self._db(Store.knows_nothing):
+            log.warning("no record tells what is to run: what runs stays until the fleet says so")
+            return
         changing = {each.instance for each in await self._db(Store.changes)}
         known = {each.item.instance for each in items} | changing
         for running in welcome.running:

@@ -662,6 +662,11 @@ class Store:
                 sequence = self._post(db, report)
         return sequence
 
+    def knows_nothing(self) -> bool:
+        """Return whether both this database and the record beside it were lost, and nothing was accepted since."""
+        made_anew = self.counter("generation") >= LOST_GENERATIONS
+        return made_anew and not self.committed() and self.envelope() is None
+
     def is_new(self) -> bool:
         """Return whether nothing was accepted, committed or begun with this database."""
         return not self.counter("generation") and not self.committed() and self.facts() == VerifierState()

@@ -1,6 +1,7 @@
 """Damaged store.db of a device whose component runs: the agent rebuilds it by itself, and the component goes on."""
 
 import os
+import re
 import sqlite3
 
 import pytest
@@ -12,6 +13,7 @@ from agent.update.store import Store
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import Report
 from tests.agent.running_device import RunningDevice, committed_demo
+from tests.eventually import eventually
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,31 @@ def test_a_database_that_is_damaged_while_the_agent_runs(device):
     assert "Traceback" not in new
     assert "its next start rebuilds it" in new
     rebuilds(device)
+
+
+JUDGED = re.compile("what runs stays|neither committed nor being changed")
+
+
+def test_a_database_that_is_lost_with_its_second_record_stops_nothing(device):
+    """What runs stays until the fleet says what should: the agent knows of nothing that should not run."""
+    fill(device)
+    runset, before = device.places.runset.read_bytes(), facts_of(device)
+    harm(device, "committed", bytes)
+    device.places.runset.write_bytes(b"{}")
+    for _ in range(2):  # nor does the next start, which finds a whole database
+        said = len(device.said("agent"))
+        process = device.start_agent()
+        eventually(lambda at=said: JUDGED.search(device.said("agent")[at:]), "the host is looked at")
+        process.terminate()
+        process.wait(60)
+        assert facts_of(device) == before
+        assert device.answers() == 200
+    device.places.database.unlink()
+    device.places.runset.write_bytes(runset)
+    rebuilt = device.start_agent()
+    rebuilt.terminate()
+    rebuilt.wait(60)
+    assert "web: runs main/hello@1.0.0" in device.agent("status").stdout
 
 
 def test_reports_and_generations_go_on_beyond_those_that_were_lost(device):

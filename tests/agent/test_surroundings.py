@@ -121,6 +121,52 @@ def test_a_command_without_any_output_works(module):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
+@pytest.mark.parametrize("command", [each for each in COMMANDS if "--help" not in each], ids=" ".join)
+def test_a_command_whose_output_cannot_be_written_says_so(tmp_path, command):
+    """As where the output goes to a file on a full disk."""
+    module, *words = command
+    with RunningDevice(tmp_path, "web") as device, Path("/dev/full").open("w") as full:
+        if module == "agent.cli" and words != ["--help"]:
+            words += device._options()
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; from {module} import main; sys.exit(main())", *words],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.returncode == 1
+
+
+def test_a_token_is_not_read_from_an_input_that_is_closed(tmp_path):
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            'exec "$@" <&-',
+            "sh",
+            sys.executable,
+            "-m",
+            "agent.cli",
+            "enroll",
+            "--state",
+            str(tmp_path / "s"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "standard input is closed" in done.stderr
+
+
 HOMELESS = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
 
 

@@ -188,7 +188,10 @@ class UidAllocator:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError):
-            disk.remove(Write.UIDS_DAMAGED, path, missing_ok=True)  # written atomically, so the file is not ours
+            if files.irregular(path):
+                disk.set_aside(Write.UIDS_DAMAGED, path)
+            else:
+                disk.remove(Write.UIDS_DAMAGED, path, missing_ok=True)  # written atomically, so the file is not ours
 
     def allocate(self, instance: str) -> int | None:
         """Return the uid of an instance, assigned if needed; None if this host cannot assign users.
