@@ -26,6 +26,7 @@ from agent.host.supervisor.supervisor import VERSION, HostError, HostSettings, I
 from fleet.protocol import wire
 from fleet.protocol.bounds import MIB
 from fleet.protocol.component_check import ComponentCheckRequest
+from fleet.protocol.files import is_read_only
 
 _DEFAULT_STATE: Final = "/var/lib/wasmfleet-host"
 _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
@@ -178,6 +179,10 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
         raise HostError(
             f"cannot use {path} as the {what} directory: {error.strerror}; give another with --{what}"
         ) from error
+    if what == "state" and is_read_only(path):
+        # what ran runs again: nothing of a start needs a write
+        sys.stderr.write(f"host: {path} is on a read-only file system: nothing is kept over a restart\n")
+        return
     if owner == os.geteuid() and not os.access(path, os.W_OK | os.X_OK):
         raise HostError(f"the {what} directory {path} is not writable: check its mode and its file system")
     if owner not in {os.geteuid(), 0} or not os.access(path, os.W_OK | os.X_OK):

@@ -1,11 +1,15 @@
 """Device whose disk has become read-only, as a worn card does: diagnosis works, and says what is wrong."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
 from tests.agent.read_only_places import read_only, unshare
 from tests.agent.running_device import RunningDevice
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.skipif(not unshare(), reason="no mount namespaces for this user")
 
@@ -75,3 +79,38 @@ def test_components_start_from_a_read_only_disk(device):
     restored = device.agent("restore")
     assert (restored.returncode, restored.stdout) == (0, "web: runs\n"), restored.stderr
     assert device.answers() == 200
+
+
+def test_components_start_after_a_boot_with_a_read_only_card(device):
+    """Neither the agent nor the host can write anywhere but to memory; what ran runs again, and answers."""
+    host = device.start_host()
+    assert device.agent("restore").returncode == 0
+    device.comes_to_answer()
+    host.terminate()
+    assert host.wait(60) == 0
+    before = contents(device.directory / "host")
+    device.prefix = read_only(device.state, device.directory / "host")
+    host = device.start_host()
+    assert "is on a read-only file system" in device.said("host")
+    restored = device.agent("restore")
+    assert (restored.returncode, restored.stdout) == (0, "web: runs\n"), restored.stderr
+    device.comes_to_answer()
+    os.kill(worker_of(device), signal.SIGKILL)
+    eventually(lambda: device.answers() == 200, "a worker that has ended is replaced")
+    assert "Traceback" not in device.said("host")
+    assert contents(device.directory / "host") == before
+
+
+def worker_of(device):
+    """The process that runs the component."""
+    host = device._processes[-1].pid
+    (zygote,) = [each for each in children(host) if b"worker.zygote" in command(each) and children(each)]
+    return children(zygote)[0]
+
+
+def children(pid):
+    return [int(each) for task in Path(f"/proc/{pid}/task").glob("*/children") for each in task.read_text().split()]
+
+
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
