@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.host.ipc import host_api
 from tests.agent.read_only_places import unshare
 from tests.agent.running_device import ROOT, RunningDevice
 from tests.eventually import eventually
@@ -71,6 +72,23 @@ def test_an_agent_that_is_the_first_process_ends_as_its_work_does(tmp_path, end)
         agent = device.start_agent(prefix=AS_FIRST)
         agent.terminate()
         assert agent.wait(60) == 0
+
+
+def test_a_hangup_of_the_whole_group_touches_no_instance(tmp_path):
+    """As when the terminal closes in which somebody started the host, or with `systemctl kill --signal=HUP`."""
+    with RunningDevice(tmp_path, "web") as device:
+        host = device.start_host(prefix=["setsid"])
+        assert device.agent("restore").returncode == 0
+        device.comes_to_answer()
+        before = device.ask_host(host_api.Status).instances[0]
+        os.killpg(host.pid, signal.SIGHUP)
+        eventually(lambda: "the ingress was read again" in device.said("host"), "the host has read its file again")
+        after = device.ask_host(host_api.Status).instances[0]
+        assert (after.since, after.restarts) == (before.since, before.restarts)
+        assert "router ended" not in device.said("host")
+        assert device.answers() == 200
+        after = device.ask_host(host_api.Status).instances[0]
+        assert (after.since, after.restarts) == (before.since, before.restarts)
 
 
 COMMANDS = (

@@ -8,7 +8,6 @@ with its last client: no request is cut.
 """
 
 import asyncio
-import signal
 import socket
 import ssl
 from collections.abc import Sequence
@@ -98,7 +97,6 @@ def run_terminator(
     listener: socket.socket, sock: socket.socket, to_router: socket.socket, certificates: Sequence[Certificate]
 ) -> None:
     """Run the terminator in a process just forked from the supervisor, which it tells `READY`, or why it cannot."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor decides
     sandbox.begin_helper({each.fileno() for each in (listener, sock, to_router)})
     try:
         context = contexts(certificates)

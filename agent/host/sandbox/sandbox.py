@@ -431,7 +431,7 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
 def begin_helper(keep: set[int]) -> None:
     """Make a process just forked from the supervisor one of its own: with standard streams and these descriptors."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.freeze()

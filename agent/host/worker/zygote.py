@@ -51,6 +51,7 @@ def main(fd: int, *, fuel: bool, shared: bool) -> NoReturn:
     sock = socket.socket(fileno=fd)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the supervisor decides, and closes the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ready, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
