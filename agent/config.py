@@ -353,6 +353,19 @@ def _choices(key: str) -> str:
     return f"; give one of {', '.join(listed)}" if listed else ""
 
 
+def _parsed(path: Path) -> tuple[str, Mapping[str, Any]]:
+    """Return a file's text and what it says. Raises `ConfigError`."""
+    try:
+        text = "" if irregular(path) else files.read_text(path, max_bytes=bounds.MIB)
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8; save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: it is not TOML: {error}") from error
+
+
 def load(file: Path, *, required: bool = False) -> Settings:
     """Read, merge and validate the configuration.
 
@@ -372,11 +385,7 @@ def load(file: Path, *, required: bool = False) -> Settings:
     if required and not file.is_file():
         raise ConfigError(f"cannot read {file}: no such file; check the path, or leave out --config")
     for path in fragments(file):
-        try:
-            texts[str(path)] = "" if irregular(path) else files.read_text(path, max_bytes=bounds.MIB)
-            parts[str(path)] = tomllib.loads(texts[str(path)])
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
+        texts[str(path)], parts[str(path)] = _parsed(path)
     try:
         return validate(merge(parts))
     except ConfigError as merged:

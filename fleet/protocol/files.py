@@ -297,8 +297,11 @@ def read(path: Path, *, max_bytes: int = READ_MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, *, max_bytes: int = READ_MAX_BYTES) -> str:
-    """Read a file of text whole. Raises `UnicodeDecodeError`, and `OSError` as `read` does."""
-    return read(path, max_bytes=max_bytes).decode()
+    """Read a file of UTF-8 whole, without the mark that editors of Windows put first.
+
+    Raises `UnicodeDecodeError`, and `OSError` as `read` does.
+    """
+    return read(path, max_bytes=max_bytes).decode("utf-8-sig")
 
 
 def set_aside(path: Path) -> Path:

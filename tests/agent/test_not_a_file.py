@@ -47,6 +47,28 @@ def test_what_is_no_file_is_told_and_read_by_nobody(tmp_path, kind):
     assert files.set_aside(path).exists(), "beside what was set aside before"
 
 
+UNREADABLE = {
+    "not UTF-8": "[disk]\nreserve_bytes = 1000000\n".encode("utf-16"),
+    "not TOML": b"name = " + b"[" * 5000 + b"]" * 5000,
+    "not TOML: Exceeds the limit": b"health_s = " + b"9" * 5000,
+}
+
+
+@pytest.mark.parametrize("said", UNREADABLE)
+def test_a_policy_that_cannot_be_read_is_refused_in_a_sentence(tmp_path, said):
+    with RunningDevice(tmp_path, "web") as bare:
+        (tmp_path / "agent.toml").write_bytes(UNREADABLE[said])
+        done = bare.agent("status")
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert f"agent.toml: it is {said}" in done.stderr
+
+
+def test_a_policy_that_was_saved_on_windows_is_read(tmp_path):
+    with RunningDevice(tmp_path, "web") as bare:
+        (tmp_path / "agent.toml").write_bytes(b"\xef\xbb\xbf[disk]\r\nreserve_bytes = 1000000\r\n")
+        assert bare.agent("status").returncode == 0
+
+
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
     with RunningDevice(tmp_path_factory.mktemp("device"), "web") as made:
