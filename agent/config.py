@@ -18,7 +18,7 @@ import msgspec
 
 from agent.proxy import Proxy, ProxyError
 from fleet.component import toml_fields
-from fleet.protocol import bounds, files, message_topics, outbound
+from fleet.protocol import bounds, directories, files, message_topics, outbound
 from fleet.protocol.files import irregular
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import in_words, line_of, path_of
@@ -37,6 +37,12 @@ CAPPED: Final = (
 
 UNPRIVILEGED_PORT: Final = 1024
 """First port that needs no privilege, as `ip_unprivileged_port_start` of the kernel."""
+
+_PRIVATE: Final = (
+    *map(str, (STATE_DIR, HOST_STATE_DIR, RUNTIME_DIR, CONFIG_FILE.parent)),
+    *("/dev", "/proc", "/sys"),
+)
+"""Directories that no policy lets components read, nor what they are in."""
 
 _PORT_MAX: Final = 65535
 _READINGS_MAX_BYTES: Final = 1 << 40
@@ -67,6 +73,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         interfaces: interfaces or packages that components may import; None for all.
         outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
         publish: filters of topics on which components may publish; None for all that their grants allow.
+        directories: directories of this device that components may be granted to read: path by name.
         ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
         share_workers: let components of one publisher share a process where the director says so.
         logs: log lines that may leave the device when an operator follows logs, and with the report of a failure, to
@@ -88,6 +95,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     interfaces: tuple[str, ...] | None = None
     outbound: tuple[str, ...] | None = None
     publish: tuple[str, ...] | None = None
+    directories: dict[str, str] = {}
     ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
     share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
@@ -119,6 +127,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             limits, **{name: min(getattr(limits, name), getattr(self, name)) for name in CAPPED}
         )
 
+    def mounts(self, grants: Grants) -> dict[str, str]:
+        """Return the paths of the directories that are granted, by the path at which the component sees each."""
+        offered = self.directories
+        return {place: offered[name] for place, name in grants.mounts.items() if name in offered}
+
     def excerpt(self, lines: tuple[str, ...]) -> tuple[str, ...]:
         """Return the lines of an instance's log that the report of its failure may carry."""
         if self.logs == "off":
@@ -138,6 +151,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             beyond += [
                 f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, self.publish)
             ]
+        beyond += [f"directory {each}" for each in sorted({*grants.mounts.values()} - self.directories.keys())]
         if port is not None and not any(port in port_range(each) for each in self.ports):
             beyond.append(f"port {port}")
         return tuple(beyond)
@@ -296,6 +310,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
             raise ConfigError(f"network.proxy: {error}", "network.proxy") from None
     _check_readings(settings.uplink.readings)
     _check_publish(settings.policy)
+    _check_directories(settings.policy)
     _check_names(settings.policy)
     return settings
 
@@ -327,6 +342,29 @@ def _check_publish(policy: Policy) -> None:
             message_topics.check_filter(each)
     except message_topics.BadMessageTopicError as error:
         raise ConfigError(f"policy.publish: {error}", "policy.publish") from None
+
+
+def _check_directories(policy: Policy) -> None:
+    """Refuse what is no name or no path, and directories that no component is to read. Raises `ConfigError`."""
+    key = "policy.directories"
+    if len(policy.directories) > directories.OFFERED_MAX:
+        raise ConfigError(f"{key} has {len(policy.directories)} directories, at most {directories.OFFERED_MAX}", key)
+    for name, path in policy.directories.items():
+        try:
+            directories.check_name(name)
+        except directories.BadDirectoryError as error:
+            raise ConfigError(f"{key}: {error}", key) from None
+        at = f"{key}.{name}"
+        if not path.startswith("/") or os.path.normpath(path) != path or path.startswith("//"):
+            raise ConfigError(f"{at} is {path[:80]!r}, but must be an absolute path, such as /srv/maps", at)
+        private = next((each for each in _PRIVATE if _overlap(path, each)), None)
+        if private is not None:
+            raise ConfigError(f"{at} is {path[:80]!r}: components may not read {private}", at)
+
+
+def _overlap(path: str, other: str) -> bool:
+    """Tell whether one of two paths is, or is in, the other."""
+    return os.path.commonpath([path, other]) in {path, other}
 
 
 def _check_readings(settings: ReadingsSettings) -> None:

@@ -234,7 +234,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         device=device,
         mqtt=links.conversation,
         db=db,
-        sources=HealthSources(links.host, state, problems, readings),
+        sources=HealthSources(links.host, state, problems, readings, sorted(settings.policy.directories)),
         signer=DeviceSigner(files.read(places.identity / "device.key")),
         health_s=settings.health_s,
     )

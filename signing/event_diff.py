@@ -178,6 +178,7 @@ def _reach(grants: Grants) -> list[str]:
         *map(outbound.describe, grants.outbound),
         *(f"{each}.internal" for each in grants.instances),
         *(f"messages on {each}" for each in grants.publishes),
+        *grants.directories_beyond(Grants()),
     ]
 
 

@@ -213,6 +213,7 @@ def _beyond(grants: Grants, limit: Grants) -> list[str]:
         *(each for each in grants.outbound if not outbound.covered(each, limit.outbound)),
         *(each for each in grants.instances if each not in limit.instances),
         *(f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, limit.publishes)),
+        *grants.directories_beyond(limit),
     ]
 
 
@@ -248,4 +249,5 @@ def _describe_grants(grants: Grants, *, beyond: Grants | None = None) -> list[st
         *(outbound.describe(each) for each in grants.outbound if not outbound.covered(each, had.outbound)),
         *(f"{each}.internal" for each in grants.instances if each not in had.instances),
         *(f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, had.publishes)),
+        *grants.directories_beyond(had),
     ]

@@ -7,6 +7,7 @@ acknowledged. The server recognises a report by its sequence, so that none count
 import asyncio
 import contextlib
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -19,6 +20,7 @@ from agent.report import device_info
 from agent.update.problems import Problems
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
+from fleet.component import wasi
 from fleet.protocol import wire
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Health, InstanceHealth, ReadingsHealth, Report, Versions
@@ -56,12 +58,13 @@ class Kept(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HealthSources:
-    """Objects that health is read from, without changing them."""
+    """Objects that health and versions are read from, without changing them; `directories`: that the owner offers."""
 
     host: HostClient
     state: DeploymentState
     problems: Problems
     readings: Kept | None = None
+    directories: Collection[str] = ()
 
 
 class Uplink:
@@ -87,6 +90,7 @@ class Uplink:
         self._state = sources.state
         self._problems = sources.problems
         self._readings = sources.readings
+        self._offered = tuple(map(wasi.offered_directory, sources.directories))
         self._signer = signer
         self._health_s = health_s
         self._health_due = asyncio.Event()
@@ -179,7 +183,8 @@ class Uplink:
         welcome = self._host.welcome
         if welcome is None:
             return device_info.versions()
-        return device_info.versions(host=welcome.version, engine=welcome.engine, interfaces=welcome.interfaces)
+        interfaces = (*welcome.interfaces, *self._offered) if welcome.interfaces else ()
+        return device_info.versions(host=welcome.version, engine=welcome.engine, interfaces=interfaces)
 
     async def health(self) -> Health:
         """Return the health of device and instances as it is now."""

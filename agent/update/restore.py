@@ -159,17 +159,19 @@ def committed(database: Path, runset: Path, key: bytes) -> tuple[Committed, ...]
 def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> host_api.Run:
     """Make the host's request for an item: its manifest, narrowed by the operator and the device owner's policy."""
     defaults = {name: key.default for name, key in manifest.config.items() if key.default is not None}
+    grants = manifest.grants if item.grants is None else item.grants
     return host_api.Run(
         instance=item.instance,
         generation=generation,
         target=item.target,
         manifest=manifest,
-        grants=manifest.grants if item.grants is None else item.grants,
+        grants=grants,
         limits=policy.limit(manifest.limits),
         config={**defaults, **item.config},
         port=item.port,
         share_worker=item.share_worker and policy.share_workers,
         secrets=tuple(ref.name for ref in item.secrets),
+        directories=policy.mounts(grants),
     )
 
 

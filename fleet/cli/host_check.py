@@ -175,6 +175,7 @@ def unfit(device: DeviceRow, component: Component | None, manifest: Manifest) ->
         uncalled = served.uncalled(component, manifest, reported)
         said = f"its host does not serve {lacking[0].name}: upgrade its agent" if lacking else ""
         said = said or (f"its host is too old, {uncalled}: upgrade its agent" if uncalled else "")
+        said = said or served.not_offered(manifest.grants, reported)
     said = said or served.too_large(manifest, device.memory_bytes)
     return Excluded(device=device.id, reason=said) if said else None
 

@@ -613,6 +613,7 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
         ),
         *(f"instance {name}" for name in wanted.instances if name not in known.instances),
         *(f"messages on {each}" for each in wanted.publishes if not message_topics.covered(each, known.publishes)),
+        *wanted.directories_beyond(known),
     )
 
 

@@ -27,7 +27,7 @@ from fleet.component.reader import (
     bare,
 )
 from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
-from fleet.protocol import bounds, manifest, message_topics, names, outbound, wire
+from fleet.protocol import bounds, directories, manifest, message_topics, names, outbound, wire
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
@@ -400,9 +400,21 @@ def _grants(table: Table) -> Grants:
         outbound=tuple(str(outbound.parse(each)) for each in table.texts("outbound", _check_outbound)),
         instances=table.texts("instances", _check_instance),
         publish=table.texts("publish", _check_filter),
+        directories=_directories(table.table("directories")),
     )
     table.finish()
     return grants
+
+
+def _directories(table: Table) -> dict[str, str]:
+    found = {place: table.text(place, "") for place in table.raw}
+    for place, name in found.items():
+        checked(directories.check_place, place, table.path)
+        checked(directories.check_name, name, table.at(text(place)))
+    if len(found) > directories.DIRECTORIES_MAX:
+        most = directories.DIRECTORIES_MAX
+        raise BadManifestError(f"{FILE_NAME}: {table.path}: {len(found)} directories, at most {most} are allowed")
+    return found
 
 
 def _check_interface(text: str) -> str | None:
@@ -608,7 +620,9 @@ def _args_line(args: tuple[str, ...]) -> list[str]:
 def _grant_lines(grants: Grants) -> list[str]:
     named = {"interfaces": grants.interfaces, "outbound": grants.outbound, "instances": grants.instances}
     named["publish"] = grants.publishes
-    return [f"{key} = {texts(values)}" for key, values in named.items() if values]
+    lines = [f"{key} = {texts(values)}" for key, values in named.items() if values]
+    mounts = [f"{text(place)} = {text(name)}" for place, name in grants.mounts.items()]
+    return [*lines, f"directories = {_inline(*mounts)}"] if mounts else lines
 
 
 def _numbers(value: Limits | Health, default: Limits | Health) -> list[str]:

@@ -87,6 +87,7 @@ _NO_TOPICS: Final = (
     'such as "plant/#"'
 )
 _NO_SOCKETS: Final = "grants.outbound names where sockets may lead, and the component does not import wasi:sockets"
+_NO_FILES: Final = "grants.directories names directories, and the component does not import wasi:filesystem"
 _NOT_ADAPTED: Final = (
     f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"
 )
@@ -220,7 +221,17 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
         return "it knows manifests with one trigger only"
     if manifest.grants.sockets and wasi.SOCKETS_BY_GRANT not in device:
         return "it denies every socket, whatever grants.outbound names"
+    if manifest.grants.mounts and wasi.DIRECTORIES not in device:
+        return "it gives components no directories but their own"
     return ""
+
+
+def not_offered(grants: Grants, device: Collection[str]) -> str:
+    """Say which directories the owner of a device does not offer, by what it reported; empty where it offers all."""
+    missing = sorted({name for name in grants.mounts.values() if wasi.offered_directory(name) not in device})
+    if not missing:
+        return ""
+    return f"its owner offers no directory {', '.join(missing)} ([policy.directories] in its agent.toml)"
 
 
 def problems(component: Component, manifest: Manifest | None, *, file_name: str = "component.wasm") -> tuple[str, ...]:
@@ -252,6 +263,10 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
         found.append(_NO_TOPICS)
     if grants.sockets and not sockets:
         found.append(_NO_SOCKETS)
+    if grants.mounts:
+        found = [note for note in found if note != _NOTES[wasi.PREOPENS]]
+        if wasi.PREOPENS not in map(bare, names):
+            found.append(_NO_FILES)
     return tuple(found)
 
 

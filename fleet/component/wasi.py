@@ -73,5 +73,12 @@ REPLACES: Final = "wasmfleet:swap-by-replacement@1"
 
 SOCKETS_BY_GRANT: Final = "wasmfleet:sockets@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT)
+DIRECTORIES: Final = "wasmfleet:directories@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""
+
+
+def offered_directory(name: str) -> str:
+    """Return how a device reports that its owner offers a directory of this name."""
+    return f"wasmfleet:directory/{name}@1"

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
-from fleet.protocol import bounds, message_topics, names, outbound, pattern, wire
+from fleet.protocol import bounds, directories, message_topics, names, outbound, pattern, wire
 from fleet.protocol.bounds import MIB, Count, Whole
 
 CYCLONEDX: Final = "cyclonedx"
@@ -253,26 +253,37 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         instances: neighbours on the device it may call over `http://<instance>.internal/`.
         publish: filters of the topics on which it may publish (`fleet.protocol.message_topics`); unset for none, and
             then left out, since earlier hosts and agents refuse the field.
+        directories: directories of the device that it may read, by the path at which it sees each; their names are the
+            device owner's (`fleet.protocol.directories`). Unset for none, as `publish`.
     """
 
     interfaces: tuple[str, ...] = ()
     outbound: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
     publish: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    directories: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        """Refuse what are no filters. Raises `ValueError`."""
+        """Refuse what are no filters, and no directories. Raises `ValueError`."""
         for each in self.publishes:
             message_topics.check_filter(each)
         if len(self.publishes) > message_topics.FILTERS_MAX:
             raise ValueError(f"publish has more than {message_topics.FILTERS_MAX} filters")
         if self.publish == ():
             msgspec.structs.force_setattr(self, "publish", msgspec.UNSET)
+        directories.check_grant(self.mounts)
+        if self.directories == {}:
+            msgspec.structs.force_setattr(self, "directories", msgspec.UNSET)
 
     @property
     def publishes(self) -> tuple[str, ...]:
         """Filters of the topics on which it may publish."""
         return () if isinstance(self.publish, msgspec.UnsetType) else self.publish
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """Names of the device's directories that it may read, by the path at which it sees each."""
+        return {} if isinstance(self.directories, msgspec.UnsetType) else self.directories
 
     def allows(self, interface: str) -> bool:
         """Tell whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
@@ -297,7 +308,12 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
             and set(self.instances) <= set(ceiling.instances)
             and all(message_topics.covered(each, ceiling.publishes) for each in self.publishes)
+            and set(self.mounts.values()) <= set(ceiling.mounts.values())
         )
+
+    def directories_beyond(self, known: "Grants") -> tuple[str, ...]:
+        """Return the names of the directories granted here and not in `known`, for people."""
+        return tuple(f"directory {name}" for name in sorted(set(self.mounts.values()) - set(known.mounts.values())))
 
 
 NATIVE_ANSWER_MAX_BYTES: Final = 128 * bounds.MIB // 48

@@ -835,6 +835,7 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         outbound=tuple(name for name in narrowed.outbound if outbound.covered(name, ceiling.outbound)),
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
         publish=tuple(each for each in narrowed.publishes if message_topics.covered(each, ceiling.publishes)),
+        directories={at: name for at, name in narrowed.mounts.items() if name in ceiling.mounts.values()},
     )
     return wire.canonical(still).decode()
 
@@ -853,4 +854,5 @@ def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
         ),
         *(f"instance {name}" for name in new.instances if name not in before.instances),
         *(f"messages on {each}" for each in new.publishes if not message_topics.covered(each, before.publishes)),
+        *new.directories_beyond(before),
     )

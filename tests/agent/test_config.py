@@ -204,6 +204,35 @@ def test_bounds_of_readings_that_cannot_be_are_refused_by_name(table, key):
     assert caught.value.key.startswith(key)
 
 
+def test_the_owner_names_the_directories_that_components_may_read():
+    wanted = Grants(directories={"/maps": "maps", "/b": "books"})
+    policy = config.validate({"policy": {"directories": {"maps": "/srv/maps"}}}).policy
+    assert policy.denied(wanted, None) == ("directory books",)
+    assert policy.mounts(wanted) == {"/maps": "/srv/maps"}
+    assert Policy().denied(wanted, None) == ("directory books", "directory maps")
+
+
+@pytest.mark.parametrize(
+    ("directories", "said"),
+    [
+        ({"Maps": "/srv/maps"}, "directory 'Maps' is not a name"),
+        ({"maps": "srv/maps"}, "but must be an absolute path, such as /srv/maps"),
+        ({"maps": "/srv/../etc"}, "must be an absolute path"),
+        ({"maps": "//srv"}, "must be an absolute path"),
+        ({"maps": "/"}, "components may not read /"),
+        ({"maps": "/var/lib"}, "components may not read /var/lib/wasmfleet-agent"),
+        ({"maps": "/var/lib/wasmfleet-agent/identity"}, "components may not read /var/lib/wasmfleet-agent"),
+        ({"maps": "/etc"}, "components may not read /etc/wasmfleet"),
+        ({"maps": "/proc/self"}, "components may not read /proc"),
+        ({f"m{number}": "/srv/maps" for number in range(17)}, "has 17 directories, at most 16"),
+    ],
+)
+def test_a_directory_that_no_component_is_to_read_is_refused_by_name(directories, said):
+    with pytest.raises(config.ConfigError, match=re.escape(said)) as caught:
+        config.validate({"policy": {"directories": directories}})
+    assert caught.value.key.startswith("policy.directories")
+
+
 def test_the_owner_bounds_topics():
     policy = Policy(publish=("plant/#",))
     assert policy.denied(Grants(publish=("plant/+/t",)), None) == ()

@@ -110,8 +110,14 @@ def _made(info: Any, name: str, *, every: bool) -> Any:  # noqa: PLR0911 - a cas
             return _scalar(info, name)
 
 
+_TEXTS = {"directories": "maps", "directories-key": "/maps"}
+"""Texts of fields whose form is checked."""
+
+
 def _scalar(info: Any, name: str) -> Any:  # noqa: PLR0911 - a case for each kind of type
     match info:
+        case shape.StrType() if name in _TEXTS:
+            return _TEXTS[name]
         case shape.StrType():
             text = f"a {name}"
             return text[: info.max_length].ljust(info.min_length or 0, "-")

@@ -119,6 +119,7 @@ class Guest:
         self._image = image
         self._limits = limits
         self._data = data
+        self._readable = served.readable
         self._config = config
         self._log = log
         denials = log if isinstance(log, Denials) else Denials(log)
@@ -197,11 +198,13 @@ class Guest:
         return wasi
 
     def _give(self, wasi: WasiConfig) -> None:
-        """Put in what is granted: configuration as variables, the data directory."""
+        """Put in what is granted: configuration as variables, the data directory, those that may be read."""
         if self._environment:
             wasi.env = list(self._config.items())
         if self._data:
             wasi.preopen_dir(self._data, DATA)
+        for place, path in self._readable.items():
+            wasi.preopen_dir(path, place, fs_mutable=False)
 
     def _function(self, interface: str, name: str) -> Func | None:
         index = self._image.export(interface, name)

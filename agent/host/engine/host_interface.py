@@ -93,17 +93,19 @@ NO_INTERFACES: Final[Interfaces] = {}
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Functions of the host's own for one guest.
+    """Functions of the host's own for one guest, and the directories that it may read.
 
     Attributes:
         interfaces: those that a component may import.
         parts: as `Surroundings` has them.
         outgoing: sends the requests of a guest of wasi:http; None to deny them.
+        readable: directories that it may read, by the path at which it sees each.
     """
 
     interfaces: Interfaces = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     outgoing: Requests | None = None
+    readable: Mapping[str, str] = field(default_factory=dict)
 
 
 NOTHING_SERVED: Final = Served()

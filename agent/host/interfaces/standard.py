@@ -32,8 +32,9 @@ PACKAGES: Final[tuple[Package, ...]] = (
     _standard(
         "wasi:filesystem",
         "The instance's own directory, `/data`: kept across restarts, swaps and rollbacks. Another `data_schema` gets "
-        "a copy of its own ([component.toml](component-toml.md)).",
-        '`interfaces = ["wasi:filesystem"]`. Without it there are no directories.',
+        "a copy of its own ([component.toml](component-toml.md)). Beside it, directories of the device to be read.",
+        '`interfaces = ["wasi:filesystem"]` for `/data`; `directories` for those of the device, which its owner names '
+        "in `policy.directories`. Without either there are none.",
         limits={
             "size": "`limits.storage`",
             "bytes written a day": "`limits.daily_written`, of all workers of the instance together",

@@ -96,6 +96,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         share_lane: earlier name of `share_worker`, from agents before 0.2.0: only read.
         secrets: names of its secrets, whose values came with `PutSecrets` before.
         image_sha256: of the image that comes along; empty where the agent does not say, and the host hashes it.
+        directories: directories of the device that it may read, by the path at which it sees each.
     """
 
     instance: str
@@ -111,6 +112,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     share_lane: bool | msgspec.UnsetType = msgspec.UNSET
     secrets: tuple[str, ...] = ()
     image_sha256: str = ""
+    directories: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

@@ -96,6 +96,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         service: whether it is to run a service, whose standard input ends with a `Drain`.
         messages: whether the socket for what the component publishes comes along.
         keyvalue: whether the socket to the key-value store comes along.
+        directories: directories of the device that it may read, by the path at which the guest sees each.
     """
 
     instance: str
@@ -112,6 +113,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     service: bool = False
     messages: bool = False
     keyvalue: bool = False
+    directories: dict[str, str] = {}
     id: Count = 0
 
 

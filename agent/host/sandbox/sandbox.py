@@ -24,8 +24,8 @@ import importlib
 import os
 import resource
 import signal
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -75,10 +75,19 @@ _RESOLVER: Final = ("/etc", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/run/sy
 _NAMES: Final = ("encodings.idna",)  # a host's name, given to TLS or to the resolver
 _RESOLVING: Final = ("concurrent.futures.thread",)  # asyncio resolves names on a thread
 _READ_RIGHTS: Final = 0b1101  # Landlock: execute (libraries are mapped so), read files and directories
+_LOOK_RIGHTS: Final = 0b1100  # read files and directories
 
 
 class SandboxError(Exception):
     """A layer failed halfway: the process must not continue."""
+
+
+class UnreadableError(Exception):
+    """A directory that a process is to read is not there, or not for its user: the device's fault."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(why)
+        self.path = path
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,7 @@ class SandboxSpec:
         data_bytes: private memory beyond the current amount; None for no limit.
         file_bytes: size of the largest file that it may write.
         data: data directory, empty for none; mounted at `DATA` if the mount layer holds.
+        directories: others that it may read; if the mount layer holds, each is mounted at its `directory_place`.
         filter: makes the seccomp filter.
         threads: limit for all processes of `uid` together.
         descriptors: limit of open descriptors.
@@ -104,6 +114,7 @@ class SandboxSpec:
     data_bytes: int | None = None
     file_bytes: int = 0
     data: str = ""
+    directories: tuple[str, ...] = ()
     threads: int = _THREADS_PER_WORKER
     descriptors: int = _FILES_MAX
     network: bool = False
@@ -147,6 +158,13 @@ def worker_spec(
         threads=2 * workers * _THREADS_PER_WORKER,  # two generations at a swap
         modules=_NAMES if connects else (),
     )
+
+
+def reading(spec: SandboxSpec, directories: tuple[str, ...]) -> SandboxSpec:
+    """Return the sandbox of a worker that may also read these directories of the device."""
+    if not directories:
+        return spec
+    return replace(spec, directories=directories, filter=lambda: seccomp.worker(files=True))
 
 
 def shared_worker_spec(*, uid: int | None, slots: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
@@ -299,6 +317,7 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
 
     Raises:
         SandboxError: a layer failed halfway.
+        UnreadableError: one of the spec's `directories` cannot be read by the process's user.
     """
     holds: dict[str, bool] = {}
     for module in spec.modules:
@@ -308,8 +327,9 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
     used = _data_bytes()
     own = _namespaces(network=spec.network, user=spec.uid is None)
     holds["network"] = own.network
+    opened = _open_directories(spec)
     try:
-        holds["mount"] = own.mount and _holds(lambda: _new_root(spec))
+        holds["mount"] = own.mount and _holds(lambda: _new_root(spec, opened))
         if not holds["mount"] and (directory := spec.data or spec.neighbours):
             os.chdir(directory)
         if spec.uid is not None:
@@ -322,11 +342,55 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
         kernel.undumpable()
         die_with_parent(parent)  # a change of user forgets it
         holds["privileges"] = _holds(kernel.no_new_privileges)
-        holds["landlock"] = _holds(lambda: _landlock(spec, mounted=holds["mount"]))
+        holds["landlock"] = _holds(lambda: _landlock(spec, opened, mounted=holds["mount"]))
         holds["seccomp"] = program is not None and _holds(lambda: kernel.filter_calls(program))
     except OSError as error:
         raise SandboxError(f"cannot close the sandbox: {error}") from error
+    finally:
+        for fd in opened:
+            os.close(fd)
     return {layer: holds[layer] for layer in LAYERS}
+
+
+def directory_place(number: int, path: str, *, mounted: bool) -> str:
+    """Return where the process finds a directory of its spec after `apply`, by its place there."""
+    return f"/{number}" if mounted else path
+
+
+def _open_directories(spec: SandboxSpec) -> list[int]:
+    """Open the spec's directories in this mount namespace, as the user that the process becomes.
+
+    So nothing comes within reach but what any user of the device may read, whoever named it. Raises `UnreadableError`.
+    """
+    opened: list[int] = []
+    if not spec.directories:
+        return opened
+    path = ""
+    try:
+        with _as_user(spec.uid):
+            for path in spec.directories:
+                opened.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        for fd in opened:
+            os.close(fd)
+        raise UnreadableError(path, os.strerror(error.errno or 0)) from error
+    return opened
+
+
+@contextlib.contextmanager
+def _as_user(uid: int | None) -> Iterator[None]:
+    """Open files as another user, without groups; None as this one."""
+    before = os.getegid(), os.geteuid()
+    if uid is not None:
+        os.setgroups([])
+        os.setegid(uid)
+        os.seteuid(uid)
+    try:
+        yield
+    finally:
+        if uid is not None:
+            os.seteuid(before[1])
+            os.setegid(before[0])
 
 
 def _holds(apply_layer: Callable[[], None]) -> bool:
@@ -358,8 +422,8 @@ def _namespaces(*, network: bool, user: bool) -> _Namespaces:
     return _Namespaces(user=False, network=network, mount=_holds(lambda: kernel.unshare(kernel.CLONE_NEWNS)))
 
 
-def _new_root(spec: SandboxSpec) -> None:
-    """Mount an empty root, and the data directory in it if there is one."""
+def _new_root(spec: SandboxSpec, directories: list[int]) -> None:
+    """Mount an empty root, and in it the data directory, if there is one, and the directories that may be read."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     if spec.neighbours:
         kernel.mount(spec.neighbours, NEIGHBOURS, None, kernel.MS_BIND)
@@ -367,11 +431,20 @@ def _new_root(spec: SandboxSpec) -> None:
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Opened in this namespace, before the empty root hides the path.
     data_fd = os.open(spec.data, os.O_PATH | os.O_CLOEXEC) if spec.data else -1
-    kernel.mount("none", _ROOT, "tmpfs", plain, "size=64k,nr_inodes=8,mode=0755")
+    inodes = 8 + len(directories)
+    kernel.mount("none", _ROOT, "tmpfs", plain, f"size=64k,nr_inodes={inodes},mode=0755")
     if spec.data:
         os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as few imports as possible from here on
         kernel.mount(f"/proc/self/fd/{data_fd}", _ROOT + DATA, None, kernel.MS_BIND)
         os.close(data_fd)
+    for number, (path, fd) in enumerate(zip(spec.directories, directories, strict=True)):
+        at = f"{_ROOT}/{number}"
+        os.mkdir(at, 0o755)  # noqa: PTH102
+        try:
+            kernel.mount(f"/proc/self/fd/{fd}", at, None, kernel.MS_BIND)
+            kernel.mount("none", at, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
+        except OSError as error:  # not a process without this layer: it has begun, and the layer holds without these
+            raise UnreadableError(path, f"it cannot be mounted: {os.strerror(error.errno or 0)}") from error
     os.chdir(_ROOT)
     kernel.pivot_here()
     kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
@@ -409,7 +482,7 @@ def _lower(kind: int, most: int) -> None:
     resource.setrlimit(kind, (limit, limit))
 
 
-def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
+def _landlock(spec: SandboxSpec, directories: list[int], *, mounted: bool) -> None:
     allowed: dict[int, int] = {}
     opened = []
     try:
@@ -418,6 +491,10 @@ def _landlock(spec: SandboxSpec, *, mounted: bool) -> None:
                 here = os.open(inside if mounted else ".", os.O_PATH | os.O_CLOEXEC)
                 opened.append(here)
                 allowed[here] = _ALL_RIGHTS
+        for number, fd in enumerate(directories):
+            here = os.open(f"/{number}", os.O_PATH | os.O_CLOEXEC) if mounted else os.dup(fd)
+            opened.append(here)
+            allowed[here] = _LOOK_RIGHTS
         for path in spec.readable:
             with contextlib.suppress(OSError):  # some devices lack some of them
                 opened.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

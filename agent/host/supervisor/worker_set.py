@@ -22,7 +22,7 @@ from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefu
 from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.keyvalue_handle import KeyValueHandle, needs_keyvalue
 from agent.host.supervisor.messages import may_publish
-from agent.host.supervisor.resources import HostResources, no_room
+from agent.host.supervisor.resources import HostResources, NoRoomError, no_room
 from agent.host.supervisor.worker_handle import (
     WorkerChannel,
     WorkerEvents,
@@ -120,7 +120,7 @@ class WorkerSet:
                 run.grants,
                 run.limits,
                 generation.image_bytes,
-                files=bool(generation.data),
+                files=bool(generation.data or run.directories),
                 secrets=generation.secrets_fd >= 0,
                 service=generation.service is not None,
             )
@@ -145,7 +145,8 @@ class WorkerSet:
             worker.set_ready(ready, log_lines_a_minute=limits.log_lines_per_minute, channel=channel)
             await self._attach(generation, worker)
         except WorkerRefusedError as error:
-            raise StartError(error.refusal.code, f"{self._name}: {error}") from error
+            said, code = f"{self._name}: {error}", error.refusal.code
+            raise (NoRoomError if code is RejectCode.INTERNAL else StartError)(code, said) from error
         except WorkerGoneError as error:
             raise StartError(RejectCode.START_FAILED, str(error)) from error
         except TimeoutError as error:
@@ -245,6 +246,7 @@ class WorkerSet:
                 service=generation.service is not None,
                 messages=messages,
                 keyvalue=pairs,
+                directories=run.directories,
             )
             yield _SetupPacket(message, tuple(fds), channel)
 

@@ -67,6 +67,7 @@ class GuestRunner:
         page: StatsPage,
         say: SendToSupervisor,
         data: str = "",
+        readable: Mapping[str, str] = NO_PARTS,
         ticker: CallWatchdog | None = None,
         scheduling_fd: int | None = None,
         redact: Callable[[str], str] = str,
@@ -83,6 +84,8 @@ class GuestRunner:
 
         `parts`: what is set up for one interface alone (`Surroundings`).
 
+        `readable`: directories that it may read, by the path at which the guest sees each.
+
         `redact` takes what is secret out of a text.
         """
         self._image = image
@@ -95,6 +98,7 @@ class GuestRunner:
         self._config = config
         self._page = page
         self._data = data
+        self._readable = readable
         self._channel = channel
         self.say = say
         self._lines = TokenBucket(limits.log_lines_per_minute)
@@ -140,7 +144,7 @@ class GuestRunner:
             config=self._config,
             log=self._denials,
             data=self._data,
-            served=Served(registry.INTERFACES, self._parts, outgoing=self._outgoing),
+            served=Served(registry.INTERFACES, self._parts, outgoing=self._outgoing, readable=self._readable),
         )
         if self._meter is not None:
             guest.meter(self._wrote)

@@ -29,7 +29,7 @@ import select
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NoReturn
 
@@ -47,7 +47,7 @@ from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
 from agent.host.sandbox import sandbox
 from agent.host.worker.control_thread import ControlThread
 from agent.host.worker.native_channel import NativeChannel
-from agent.host.worker.runner import GuestRunner
+from agent.host.worker.runner import NO_PARTS, GuestRunner
 from agent.host.worker.service import ServiceControl, StdinPipe
 from agent.host.worker.slot_channel import SlotChannel, SlotRequest, SlotResponse
 from agent.host.worker.watchdog import LINE_MAX_CHARS, CallWatchdog
@@ -106,8 +106,7 @@ class Worker:
         self._tick = engine.tick
         if setup.egress:
             self._outgoing = _outgoing(setup, ask_fd)
-        if setup.keyvalue:
-            self._pairs = socket.socket(fileno=pairs_fd)
+        self._pairs = socket.socket(fileno=pairs_fd) if setup.keyvalue else None
         try:
             image = engine.load(f"/proc/self/fd/{image_fd}")
             self._channel = setup.channel and (image.loops or not image.adapted)
@@ -120,21 +119,22 @@ class Worker:
             memory_in_use.watch(setup.limits.memory_bytes, engine.plan.reservation_bytes)
             figures_fd, scheduling_fd = sandbox.memory_figures(), sandbox.scheduling()
             counter_fd = open_counter() if setup.data else None
-            layers = sandbox.apply(
-                sandbox.worker_spec(
-                    uid=setup.uid,
-                    memory_bytes=setup.limits.memory_bytes * (2 if image.commands else 1),  # a run has its own
-                    body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
-                    storage_bytes=setup.limits.storage_bytes,
-                    data=setup.data,
-                    workers=setup.limits.concurrency,
-                    connects=setup.egress,
-                )
+            spec = sandbox.worker_spec(
+                uid=setup.uid,
+                memory_bytes=setup.limits.memory_bytes * (2 if image.commands else 1),  # a run has its own
+                body_bytes=setup.limits.request_bytes + min(setup.limits.response_bytes, NATIVE_ANSWER_MAX_BYTES),
+                storage_bytes=setup.limits.storage_bytes,
+                data=setup.data,
+                workers=setup.limits.concurrency,
+                connects=setup.egress,
             )
+            layers = sandbox.apply(sandbox.reading(spec, tuple(setup.directories.values())))
         except EngineError as error:
             return self._refuse(setup, error.code, error)
         except sandbox.SandboxError as error:
             return self._refuse(setup, RejectCode.CONTAINMENT, error)
+        except sandbox.UnreadableError as error:
+            return self._refuse(setup, RejectCode.INTERNAL, _unreadable(setup, error))
         os.close(image_fd)
         where = "" if not setup.data else sandbox.DATA if layers["mount"] else "."
         writes = None
@@ -149,6 +149,7 @@ class Worker:
             layers=layers,
             figures_fd=figures_fd,
             data=where,
+            readable=_readable(setup, mounted=layers["mount"]),
             scheduling_fd=scheduling_fd,
             writes=writes,
             slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
@@ -164,6 +165,7 @@ class Worker:
         layers: dict[str, bool],
         figures_fd: int | None = None,
         data: str = "",
+        readable: Mapping[str, str] = NO_PARTS,
         ticker: CallWatchdog | None = None,
         scheduling_fd: int | None = None,
         writes: WriteMeter | None = None,
@@ -171,6 +173,8 @@ class Worker:
         messages: socket.socket | None = None,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
+
+        `readable`: directories that it may read, by the path at which the guest sees each.
 
         `slot`: channel of a slot in a shared worker, or of an image whose adapter has no loop.
         """
@@ -185,6 +189,7 @@ class Worker:
             page=page,
             say=self.say,
             data=data,
+            readable=readable,
             redact=self._redactor.text,
             ticker=ticker,
             scheduling_fd=scheduling_fd,
@@ -425,6 +430,19 @@ class Worker:
                 self.say(worker_api.StateLoaded(problem=self._caller.load_state(state), id=number))
             case worker_api.Resume():
                 self._holding = False
+
+
+def _readable(setup: worker_api.Setup, *, mounted: bool) -> dict[str, str]:
+    """Return where this process finds the directories that it may read, by the path at which the guest sees each."""
+    paths = enumerate(setup.directories.items())
+    return {at: sandbox.directory_place(number, path, mounted=mounted) for number, (at, path) in paths}
+
+
+def _unreadable(setup: worker_api.Setup, error: sandbox.UnreadableError) -> Exception:
+    """Say which of the device's directories cannot be read, by the name that its grant has."""
+    at = next(at for at, path in setup.directories.items() if path == error.path)
+    name = setup.grants.mounts.get(at, at)
+    return RuntimeError(f"its directory {name} ([policy.directories] of the device) cannot be read: {error}")
 
 
 def _plug_in(channel_fd: int) -> None:

@@ -154,6 +154,39 @@ def test_sockets_of_an_escaped_guest_lead_where_its_grants_say_and_nowhere_else(
     assert len(said["tried"]) > 10
 
 
+def test_an_escaped_guest_reads_the_directory_it_was_granted_and_nothing_more(escaped):
+    host = escaped
+    maps, books = host.directory / "maps", host.directory / "books"
+    for made in (maps, books):
+        made.mkdir()
+        (made / "site.json").write_text(f"a file of {made.name}")
+    (host.directory / "secret").write_text("beside the maps")
+    (maps / "out").symlink_to("../secret")
+    for path in (host.directory, maps, books):
+        path.chmod(0o755)
+    limits = support.Limits(start_ms=60_000)
+    for name, directory in (("bad", maps), ("good", books)):
+        run = support.a_run(
+            name,
+            1,
+            limits=limits,
+            grants=support.Grants(directories={"/here": directory.name}),
+            directories={"/here": str(directory)},
+        )
+        assert isinstance(host.start("hello", run), host_api.Started)
+    body = json.dumps({"secret": str(host.directory / "secret"), "other": str(books / "site.json")}).encode()
+    head = b"POST /bad/directories HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    status, _, answer = support.http(host.port, head + body)
+    assert status == 200, answer
+    said = json.loads(answer)
+    assert said["read"] == "a file of maps"
+    refused = {"EPERM", "EACCES", "EROFS", "ENOENT", "EXDEV"}
+    assert {what: result for what, result in said["tried"].items() if result not in refused} == {}
+    assert len(said["tried"]) > 10
+    assert sorted(path.name for path in maps.iterdir()) == ["out", "site.json"]
+    assert (maps / "site.json").read_text() == "a file of maps"
+
+
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):
     """Over the channel, its limits hold from outside: the router records the call where the worker cannot write."""
     host = escaped

@@ -497,6 +497,31 @@ def test_whatever_the_text_only_its_own_error_comes_out(text):
         component_toml.load(text, component=V1)
 
 
+def test_directories_are_read_and_written_by_place():
+    text = 'name = "a"\ntrigger = "http"\n[grants.directories]\n"/maps" = "maps"\n"/b/c" = "books"\n'
+    manifest = component_toml.load(text)
+    assert manifest.grants.mounts == {"/maps": "maps", "/b/c": "books"}
+    assert component_toml.load(component_toml.render(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            '"maps" = "maps"',
+            "grants.directories: 'maps' is no path for a directory: write an absolute one, such as /maps",
+        ),
+        ('"/data/maps" = "maps"', "/data has the component's own files"),
+        ('"/maps" = "/srv/maps"', "directory '/srv/maps' is not a name"),
+        ('"/maps" = 3', "grants.directories./maps: expected a text"),
+    ],
+)
+def test_a_directory_that_is_none_is_refused_by_its_field(line, said):
+    with pytest.raises(BadManifestError) as caught:
+        component_toml.load(f'name = "a"\ntrigger = "http"\n[grants.directories]\n{line}\n')
+    assert said in str(caught.value)
+
+
 # Documentation
 
 WRITTEN_AS = {"more_triggers": "triggers"}

@@ -187,3 +187,18 @@ def test_messages_without_topics_are_told():
     assert served.notes(made(asks), Grants(interfaces=("wasi:messaging",), publish=("plant/#",))) == ()
     assert served.is_served(asks)
     assert not served.is_served("wasi:messaging/request-reply@0.2.0-draft")
+
+
+def test_directories_need_a_host_that_has_them_and_an_owner_who_offers_them():
+    wanted = manifest(grants=Grants(directories={"/maps": "maps", "/b": "books"}))
+    assert served.uncalled(None, wanted, wasi.SERVED) == "it gives components no directories but their own"
+    device = (*wasi.SERVED, *wasi.CALLED, wasi.offered_directory("maps"))
+    assert served.uncalled(None, wanted, device) == ""
+    assert served.not_offered(wanted.grants, device) == (
+        "its owner offers no directory books ([policy.directories] in its agent.toml)"
+    )
+    assert served.not_offered(wanted.grants, (*device, wasi.offered_directory("books"))) == ""
+    assert served.not_offered(Grants(), wasi.SERVED) == ""
+    (note,) = served.notes(made(), wanted.grants)
+    assert note == "grants.directories names directories, and the component does not import wasi:filesystem"
+    assert served.notes(made("wasi:filesystem/preopens@0.2.0"), wanted.grants) == ()

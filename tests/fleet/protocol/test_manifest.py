@@ -180,6 +180,41 @@ def test_filters_that_are_none_or_too_many_are_refused(publish):
         manifest.convert(value)
 
 
+@pytest.mark.parametrize(
+    "directories",
+    [
+        {"maps": "maps"},
+        {"/": "maps"},
+        {"/maps/": "maps"},
+        {"/../etc": "maps"},
+        {"/a/.hidden": "maps"},
+        {"/data": "maps"},
+        {"/data/maps": "maps"},
+        {"/a/b/c/d/e": "maps"},
+        {"/maps\n": "maps"},
+        {"/maps": "Maps"},
+        {"/maps": "../maps"},
+        {"/maps": ""},
+        {f"/m{number}": "maps" for number in range(9)},
+    ],
+)
+def test_directories_that_are_none_or_too_many_are_refused(directories):
+    value = {**Manifest(name="a", version="1.0.0", trigger=Http()).plain()}
+    value["grants"] = {**value["grants"], "directories": directories}
+    with pytest.raises(BadManifestError):
+        manifest.convert(value)
+
+
+def test_directories_are_left_out_where_there_are_none_and_bound_by_a_ceiling_whatever_their_place():
+    plain = Manifest(name="a", version="1.0.0", trigger=Http(), grants=Grants(directories={})).plain()
+    assert "directories" not in plain["grants"]
+    grants = Grants(directories={"/maps": "maps"})
+    assert grants.within(Grants(directories={"/other": "maps", "/more": "more"}))
+    assert not grants.within(Grants(directories={"/maps": "more"}))
+    assert not grants.within(Grants())
+    assert grants.directories_beyond(Grants()) == ("directory maps",)
+
+
 def test_topics_are_left_out_where_there_are_none_and_bound_by_a_ceiling():
     plain = Manifest(name="a", version="1.0.0", trigger=Http(), grants=Grants(publish=())).plain()
     assert "publish" not in plain["grants"]

@@ -13,6 +13,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
     import json
     import mmap
     import os
+    import pathlib
     import socket
     import stat
 
@@ -174,7 +175,31 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         }
         return {"tried": results, "families": [stream.family.name, datagrams.family.name]}
 
+    def read_elsewhere(caller, facts):
+        """Try to get more of the device's directory than to read what is in it."""
+        (place,) = caller._readable.values()
+        handle = os.open(place, os.O_RDONLY)
+        tried = {
+            "write a file that is there": attempt(os.open, f"{place}/site.json", os.O_WRONLY),
+            "truncate it": attempt(os.open, f"{place}/site.json", os.O_RDONLY | os.O_TRUNC),
+            "make a file": attempt(os.open, f"{place}/new", os.O_WRONLY | os.O_CREAT),
+            "make a directory": attempt(os.mkdir, f"{place}/made"),
+            "make a link": attempt(os.symlink, "/etc", f"{place}/link"),
+            "remove a file": attempt(os.unlink, f"{place}/site.json"),
+            "rename a file": attempt(os.rename, f"{place}/site.json", f"{place}/other"),
+            "link it elsewhere": attempt(os.link, f"{place}/site.json", f"{place}/hard"),
+            "follow a link out": attempt(os.open, f"{place}/out", os.O_RDONLY),
+            "go up by a handle": attempt(lambda: os.open("../secret", os.O_RDONLY, dir_fd=handle)),
+            "go up by a path": attempt(os.open, f"{place}/../secret", os.O_RDONLY),
+            "read beside it": attempt(os.open, facts["secret"], os.O_RDONLY),
+            "read what another reads": attempt(os.open, facts["other"], os.O_RDONLY),
+            "mount it anew": call("mount", b"none", place.encode(), None, 32, None),
+        }
+        return {"tried": tried, "read": pathlib.Path(f"{place}/site.json").read_text(), "descriptors": descriptors()}
+
     def attack(caller, target, body):
+        if target == b"/directories":
+            return 200, b"", json.dumps(read_elsewhere(caller, json.loads(body))).encode()
         if target == b"/sockets":
             return 200, b"", json.dumps(lead_elsewhere(caller, json.loads(body))).encode()
         if target == b"/hang":
