@@ -8,6 +8,7 @@ repeated from its start, as happens after a power cut.
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,8 @@ from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from fleet.protocol.manifest import Manifest, Service
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
+
+log = logging.getLogger("agent.update.effects")
 
 WATCH_S: Final = 1.0
 PROGRESS_BYTES: Final = 1 << 20
@@ -476,6 +479,25 @@ class EffectRunner:
                 await self._back_off(change)
             return lost(f"the previous version could not be started again: {error}")
         return DONE
+
+    async def keep_data(self, instances: tuple[str, ...]) -> bool:
+        """Have the host remove the data of all other instances; return whether it has: an earlier one cannot."""
+        if len(instances) > host_api.KEPT_MAX:
+            log.warning("data of removed instances stays: more than %d are to be kept", host_api.KEPT_MAX)
+            return False
+        while True:
+            try:
+                await self._host.wait()
+                if self._host.welcome is None or self._host.welcome.protocol < host_api.KEEPS_DATA:
+                    return False
+                await self._host.ask(host_api.KeepData, host_api.Done, instances=instances)
+            except HostGoneError:
+                await self._settle()
+            except HostRefusedError as error:
+                log.warning("data of removed instances stays for now: %s", error)
+                return False
+            else:
+                return True
 
     async def _running(self, instance: str) -> host_api.Running | None:
         welcome = await self._host.hello()

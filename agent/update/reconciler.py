@@ -144,6 +144,13 @@ class Configured:
 
 
 @dataclass(frozen=True, slots=True)
+class DataRemoved:
+    """The host has removed the data of instances that an assignment neither lists nor keeps."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class TimerFired:
     """Time to settle again: a failed item may be tried again, or the disk may have room."""
 
@@ -157,6 +164,7 @@ Input = (
     | ImageDamaged
     | HostInspected
     | Configured
+    | DataRemoved
     | TimerFired
 )
 
@@ -209,6 +217,8 @@ class Reconciler:
         self._adopting: set[str] = set()
         self._configuring: dict[str, asyncio.Task[bool]] = {}
         self._needs_change: set[tuple[str, str]] = set()
+        self._kept_version = 0
+        self._keeping: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._delayed: set[asyncio.TimerHandle] = set()
 
@@ -234,7 +244,7 @@ class Reconciler:
     @property
     def is_idle(self) -> bool:
         """True if no input waits, no change is under way, and neither a stop nor a question to the host."""
-        asked = self._inspection is not None or self._configuring
+        asked = self._inspection is not None or self._configuring or (self._keeping and not self._keeping.done())
         return self.inbox.empty() and not (self._is_handling or self.state.active or self._stops or asked)
 
     # Life
@@ -274,7 +284,12 @@ class Reconciler:
         for timer in [*self._delayed, *filter(None, [self._timer])]:
             timer.cancel()
         active = [each.task for each in self.state.active.values() if each.task is not None]
-        tasks = [*active, *self._stops.values(), *self._configuring.values(), *filter(None, [self._inspection])]
+        tasks = [
+            *active,
+            *self._stops.values(),
+            *self._configuring.values(),
+            *filter(None, [self._inspection, self._keeping]),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -304,7 +319,7 @@ class Reconciler:
                 await self._renew(committed, answer)
             case ImageDamaged(artifact, message):
                 await self._report_damage(artifact, message)
-            case HostInspected() | Configured():
+            case HostInspected() | Configured() | DataRemoved():
                 await self._answered(item)
             case TimerFired():
                 self._ask_again()
@@ -504,6 +519,7 @@ class Reconciler:
                 await self._carry_out_plan(now)
                 await self._open_gates()
             await self._note_committed()
+            await self._forget_data()
         except StoreError as error:
             log.error("cannot begin a change now, retry in %.0f s: %s", STORE_AGAIN_S, error)  # noqa: TRY400 - the message contains the error
             self._settle_later(STORE_AGAIN_S)
@@ -537,6 +553,28 @@ class Reconciler:
             if is_news and not self._is_told(desired.version):
                 report = reports.about(self._device, assignment=desired.version, phase=Phase.COMMITTED)
                 await self._apply(Transition(report=report))
+
+    async def _forget_data(self) -> None:
+        """Have the host remove what the assignment neither lists nor keeps, once no such instance is left.
+
+        Asked again after a start, unless it has been done: a power cut in between leaves nothing behind.
+        """
+        desired = self.state.desired
+        if desired is None or desired.version == self._kept_version:
+            return
+        listed = {item.instance for item in desired.items}
+        if (self.state.committed.keys() | self.state.active.keys()) - listed:
+            return
+        version = self._kept_version = desired.version
+        if self._keeping is not None:
+            self._keeping.cancel()
+        if await self._db(self._store.counter, "kept") < version:
+            kept = tuple(sorted({*listed, *desired.keep_data}))
+            self._keeping = asyncio.get_running_loop().create_task(self._remove_data(version, kept))
+
+    async def _remove_data(self, version: int, kept: tuple[str, ...]) -> None:
+        if await self._effects.keep_data(kept):
+            self.post(DataRemoved(version))
 
     def _is_told(self, version: int) -> bool:
         """Tell whether a step of a change has told of this assignment, before a restart too, or will do so."""
@@ -640,10 +678,12 @@ class Reconciler:
         if not task.cancelled():
             self.post(HostInspected(task.result()))
 
-    async def _answered(self, item: HostInspected | Configured) -> None:
+    async def _answered(self, item: HostInspected | Configured | DataRemoved) -> None:
         """Take an answer of the host."""
         if isinstance(item, Configured):
             await self._configured(item)
+        elif isinstance(item, DataRemoved):
+            await self._db(self._store.set_counter, "kept", item.version)
         else:
             await self._inspected(item.figures)
 

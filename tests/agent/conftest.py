@@ -79,6 +79,7 @@ class SimHost:
         self.engine = "50.0.1"
         self.kept_log = ("a line",)  # on its disk
         self.page = 64  # instances that fit in one packet
+        self.kept_data = []  # by each request to remove the data of others
         self._peers = []
         self._listener = None
 
@@ -175,8 +176,9 @@ class SimHost:
             case host_api.Revert():
                 self.running[request.instance] = self.warm.pop(request.instance)
                 return host_api.Done(id=request.id)
-            case host_api.Stop():
-                self.running.pop(request.instance, None)
+            case host_api.Stop() | host_api.KeepData():
+                self.running.pop(getattr(request, "instance", ""), None)
+                self.kept_data += [request.instances] if isinstance(request, host_api.KeepData) else []
                 return host_api.Done(id=request.id)
             case host_api.Status():
                 self._ask_health(request.check)

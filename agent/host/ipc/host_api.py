@@ -31,11 +31,11 @@ from fleet.protocol.codes import InstanceState, RejectCode
 from fleet.protocol.manifest import Grants, Limits, Manifest
 from fleet.protocol.messages import InstanceHealth
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Version of this protocol.
 
 2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`;
-4 knows `TakeMessages`.
+4 knows `TakeMessages`; 5 knows `KeepData`.
 """
 
 CONFIGURES: Final = 3
@@ -43,6 +43,12 @@ CONFIGURES: Final = 3
 
 TAKES_MESSAGES: Final = 4
 """Version from which on `TakeMessages` is known."""
+
+KEEPS_DATA: Final = 5
+"""Version from which on `KeepData` is known."""
+
+KEPT_MAX: Final = 2000
+"""Instances that one `KeepData` names: as many as fit in a packet."""
 
 OLDEST_PROTOCOL: Final = 1
 """Oldest version of a peer that is understood: two before are promised, and the first still is."""
@@ -259,7 +265,17 @@ class TakeMessages(msgspec.Struct, frozen=True, kw_only=True, tag="take-messages
     wait_s: Seconds = 0
 
 
-_Change = PutSecrets | Start | Commit | Revert | Stop | Restart | Configure
+class KeepData(msgspec.Struct, frozen=True, kw_only=True, tag="keep-data"):
+    """Remove the data of every instance that is neither named here nor runs: files and pairs. Answered with `Done`.
+
+    Hosts before `KEEPS_DATA` do not know it.
+    """
+
+    id: Count
+    instances: Annotated[tuple[str, ...], Meta(max_length=KEPT_MAX)]
+
+
+_Change = PutSecrets | Start | Commit | Revert | Stop | Restart | Configure | KeepData
 Request = Hello | _Change | Status | Logs | ListRoutes | TakeMessages
 
 

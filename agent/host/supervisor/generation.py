@@ -44,9 +44,9 @@ async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: 
     try:
         if old is not None and old.data and old.run.manifest.data_schema != schema:
             if path.exists():  # from an aborted attempt
-                await _remove(path)
+                await remove_tree(path)
             unfinished = path.with_name(_UNFINISHED)
-            await _remove(unfinished)
+            await remove_tree(unfinished)
             await _copy(old.data, unfinished)
             await _sync(unfinished)
             disk.take_name(Write.DATA_COPIED, unfinished, path)
@@ -64,7 +64,7 @@ async def _copy(old: str, new: Path) -> None:
     process = await asyncio.create_subprocess_exec("cp", "-a", "--", old, str(new), stderr=subprocess.PIPE, env=plain)
     _, errors = await process.communicate()
     if process.returncode != 0:
-        await _remove(new)
+        await remove_tree(new)
         said = errors.decode(errors="replace").strip()[-300:]
         is_full = any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT))
         raise OSError(errno.ENOSPC if is_full else errno.EIO, f"its data cannot be copied for another schema: {said}")
@@ -76,7 +76,7 @@ async def _sync(path: Path) -> None:
     await process.wait()
 
 
-async def _remove(path: Path) -> None:
+async def remove_tree(path: Path) -> None:
     """Remove a tree with `rm` (it is copied with `cp`): guests can nest directories deeper than Python can follow."""
     disk.reached(Write.DATA_REMOVED, Point.BEFORE, path, b"")
     process = await asyncio.create_subprocess_exec("rm", "-rf", "--", str(path), stderr=subprocess.DEVNULL)
@@ -89,7 +89,22 @@ async def forget_other_schemas(data: str) -> None:
     if data:
         for other in Path(data).parent.iterdir():
             if other.name != Path(data).name:
-                await _remove(other)
+                await remove_tree(other)
+
+
+async def forget_other_pairs(home: Path, schema: int) -> None:
+    """Remove the key-value pairs of other schemas, of an instance whose databases are in `home`."""
+    for name in names_in(home):
+        if name.partition(".")[0] != str(schema):
+            await remove_tree(home / name)
+
+
+def names_in(directory: Path) -> list[str]:
+    """Return the names in a directory; none where there is no such directory."""
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - their names
+    except FileNotFoundError:
+        return []
 
 
 def storage_problem(directory: str, max_bytes: int) -> str:

@@ -24,10 +24,16 @@ from agent.host.supervisor import swap
 from agent.host.supervisor.agent_server import EventQueue
 from agent.host.supervisor.call_watch import CallWatch
 from agent.host.supervisor.crash_policy import CrashPolicy, Quarantine, Replace, Restart
-from agent.host.supervisor.generation import Generation, forget_other_schemas, storage_problem
+from agent.host.supervisor.generation import (
+    Generation,
+    forget_other_pairs,
+    forget_other_schemas,
+    remove_tree,
+    storage_problem,
+)
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance_log import InstanceLog
-from agent.host.supervisor.keyvalue_handle import KeyValueHandle
+from agent.host.supervisor.keyvalue_handle import KeyValueHandle, needs_keyvalue
 from agent.host.supervisor.resources import HostResources, NoRoomError, check_room
 from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
@@ -150,6 +156,9 @@ class Instance:
             warm, self.previous = self.previous, None
             self._workers.drop(warm)
             await forget_other_schemas(self.current.data)
+            if needs_keyvalue(self.current.run.grants):
+                home = self._resources.pairs / self.name
+                await forget_other_pairs(home, self.current.run.manifest.data_schema)
 
     async def revert(self, number: int) -> int:
         """Roll back to the generation kept warm; `number` names the generation to leave or the one to return to.
@@ -243,6 +252,13 @@ class Instance:
         self._workers.bytes_today()
         self._log.flush()
         self.state = InstanceState.STOPPED
+
+    async def forget_data(self) -> None:
+        """Remove the files and pairs of an instance that does not run."""
+        if self.current is None:
+            await self._workers.wait_ended()
+            for parent in (self._resources.data, self._resources.pairs):
+                await remove_tree(parent / self.name)
 
     # Figures.
 

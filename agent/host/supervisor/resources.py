@@ -413,10 +413,12 @@ class HostResources:
 
     Attributes:
         data: parent of the instances' data directories.
+        pairs: parent of the directories with their key-value pairs.
         messages: what components publish, until the agent has it.
     """
 
     data: Path
+    pairs: Path
     listeners: Listeners
     uids: UidAllocator
     crashes: CrashCounter
@@ -432,6 +434,7 @@ class HostResources:
         disk.remove_leftovers(state, recursive=False)  # instances' own files are below it
         return cls(
             data=state / "data",
+            pairs=state / "keyvalue",
             listeners=Listeners(sockets, address),
             uids=UidAllocator(state / "uids.json"),
             crashes=CrashCounter(_renamed(state / "deaths.json", state / "crashes.json")),

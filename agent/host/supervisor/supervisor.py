@@ -30,6 +30,7 @@ from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import agent_server, worker_pool
 from agent.host.supervisor.agent_server import AgentServer, EventQueue
+from agent.host.supervisor.generation import names_in
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
 from agent.host.supervisor.keyvalue_handle import KeyValueHandle
@@ -101,7 +102,7 @@ class Supervisor:
         self._ingress: SharedIngress | None = None
         self._router: RouterHandle | None = None  # of the shared port, or without one for workers that get frames
         self._egress = EgressHandle(sockets)
-        self._keyvalue = KeyValueHandle(settings.state / "keyvalue")
+        self._keyvalue = KeyValueHandle(self._resources.pairs)
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.events: EventQueue = asyncio.Queue()
@@ -263,9 +264,22 @@ class Supervisor:
                 return await self._resources.messages.take(request, self._session)
             case host_api.PutSecrets():
                 self._resources.secrets.hold(request, fd)
+            case host_api.KeepData():
+                await self._keep_data(frozenset(request.instances))
             case host_api.Commit() | host_api.Stop() | host_api.Restart() | host_api.Configure():
                 await self._change(request)
         return host_api.Done(id=request.id)
+
+    async def _keep_data(self, kept: frozenset[str]) -> None:
+        """Remove the data of instances that are neither named nor run."""
+        found = {*names_in(self._resources.data), *names_in(self._resources.pairs)}
+        for name in sorted(found - kept):
+            async with self._locked(name) as instance:
+                if instance.current is None:
+                    sys.stderr.write(f"host: removes the data of {name}, which is no longer to be kept\n")
+                    sys.stderr.flush()
+                await instance.forget_data()
+            self._forget_stopped(name)
 
     def _told(self, request: host_api.Hello | host_api.ListRoutes | host_api.Logs) -> host_api.Reply:
         """Answer what changes nothing and waits for nobody."""
