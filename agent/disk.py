@@ -106,6 +106,7 @@ class Write(StrEnum):
     KEYVALUE = "keyvalue/*/"
     KEYVALUE_SAVED = "keyvalue/*/*.db"
     KEYVALUE_COPIED = "keyvalue/*/*.db of another schema"
+    KEYVALUE_DAMAGED = "keyvalue/*/*.db set aside"
 
 
 class Point(Enum):

@@ -7,10 +7,11 @@ worker needs no file for that, and both generations of a swap use one database, 
 Each instance has a SQLite database for each `data_schema`. Writes are committed in groups: as often as the day's
 write quota allows, between `_OFTEN_S` and `_RARELY_S`, and when the last worker of the instance ends. A power cut, a
 full disk, or a crash of this process undoes the writes since then, as a whole. Guests see every write at once.
+
+A database that is found damaged is set aside, and a new one begun, so that its instance goes on; both logs say so.
 """
 
 import contextlib
-import os
 import re
 import select
 import socket
@@ -20,18 +21,28 @@ import time
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from agent import disk
 from agent.disk import Point, Write
 from agent.host.ipc import framing, keyvalue_api
 from agent.host.ipc.keyvalue_api import PAIR_BYTES, RegisterUser, Reply, Request
-from agent.host.ipc.write_quota import DAY_S, QuotaPage, day
+from agent.host.ipc.write_quota import DAY_S, QuotaPage, day, open_counter, read_counter
 from agent.host.sandbox import sandbox
 from fleet.protocol import wire
 
 _OFTEN_S: Final = 1.0
 _RARELY_S: Final = 60.0
 _COMMIT_BYTES: Final = 8192
-"""Counted for each commit, beside keys and values: a page of the table, one of the index, and their headers."""
+"""Counted beside keys and values for a commit that is to come: a page of the table, one of the index, and headers.
+
+What it writes beyond that is counted when it has.
+"""
+
+_CURSORS_MAX: Final = 64
+"""Pages by number whose next key is remembered, for each database."""
+
+_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 _NUMBER: Final = re.compile(rb"-?[0-9]{1,19}")
 _INTEGER: Final = range(-(2**63), 2**63)
@@ -56,10 +67,16 @@ class RefusedError(Exception):
 
 
 class Pairs:
-    """Database of an instance, and the transaction that is open in it."""
+    """Database of an instance, and the transaction that is open in it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Attributes:
+        note: for its instance's log, of what was damaged; empty for nothing.
+    """
+
+    def __init__(self, path: Path, note: str = "") -> None:
+        self.path = path
+        self.note = note
+        self._cursors: dict[tuple[str, int], bytes] = {}
         disk.reached(Write.KEYVALUE, Point.BEFORE, path, b"")
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -97,10 +114,18 @@ class Pairs:
         return None if row is None else (bytes(row[0]), row[1])
 
     def keys(self, bucket: str, after: bytes | None, skip: int) -> tuple[list[bytes], bool]:
-        """Return the keys that follow, in their order, as many as one answer has, and whether others follow."""
-        query = "SELECT key FROM pairs WHERE bucket = ? AND (? IS NULL OR key > ?) ORDER BY key LIMIT ? OFFSET ?"
+        """Return the keys that follow, in their order, as many as one answer has, and whether others follow.
+
+        `skip`: how many came before. After a page that was asked for in this way, the next one is found by its key.
+        """
+        number = max(0, skip)
+        if after is None and (known := self._cursors.pop((bucket, number), None)) is not None:
+            after, skip = known, 0
+        # From the first key on every key follows: the index finds the begin of a page, whichever that is.
+        query = "SELECT key FROM pairs WHERE bucket = ? AND key {} ? ORDER BY key LIMIT ? OFFSET ?"
+        since = query.format(">=" if after is None else ">")
         most = keyvalue_api.PAGE_KEYS + 1
-        rows = self._db.execute(query, (bucket, after, after, most, max(0, skip))).fetchall()
+        rows = self._db.execute(since, (bucket, after or b"", most, max(0, skip))).fetchall()
         found: list[bytes] = []
         size = 0
         for (key,) in rows[: keyvalue_api.PAGE_KEYS]:
@@ -108,7 +133,11 @@ class Pairs:
             if found and size > keyvalue_api.PAGE_BYTES:
                 break
             found.append(bytes(key))
-        return found, len(found) < len(rows)
+        if (more := len(found) < len(rows)) and (number or after is None):
+            self._cursors[bucket, number + len(found)] = found[-1]
+            if len(self._cursors) > _CURSORS_MAX:
+                del self._cursors[next(iter(self._cursors))]
+        return found, more
 
     def set(self, bucket: str, key: bytes, value: bytes, most_bytes: int) -> None:
         """Set a pair. Raises `RefusedError`: the database would have more than `most_bytes`."""
@@ -142,10 +171,10 @@ class Pairs:
     def commit(self) -> None:
         """Bring what was written onto the medium."""
         if self.dirty:
-            disk.reached(Write.KEYVALUE_SAVED, Point.BEFORE, self._path, b"")
+            disk.reached(Write.KEYVALUE_SAVED, Point.BEFORE, self.path, b"")
             self._db.execute("COMMIT")
             self.dirty = False
-            disk.reached(Write.KEYVALUE_SAVED, Point.AFTER, self._path, b"")
+            disk.reached(Write.KEYVALUE_SAVED, Point.AFTER, self.path, b"")
 
     def close(self) -> None:
         """Commit and close."""
@@ -155,10 +184,41 @@ class Pairs:
         finally:
             self._db.close()
 
+    def abandon(self) -> None:
+        """Close without a commit, as of a damaged database."""
+        self._db.close()
+
     def copy(self, target: Path) -> None:
         """Write a whole copy to a file that does not exist."""
         self.commit()
         self._db.execute("VACUUM INTO ?", (str(target),))
+
+
+def is_damage(error: BaseException) -> bool:
+    """Tell whether an error says that a database is damaged."""
+    return isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def set_aside(path: Path, error: BaseException) -> str:
+    """Set a damaged database aside, in place of an earlier one; return a sentence that says so."""
+    place = path.with_suffix(".damaged")
+    for suffix in ("-wal", ""):
+        source, target = (each.with_name(each.name + suffix) for each in (path, place))
+        disk.remove(Write.KEYVALUE_DAMAGED, target, missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            disk.move(Write.KEYVALUE_DAMAGED, source, target)
+    where = f"{place.parent.name}/{place.name}"
+    return f"its key-value pairs were damaged ({error}) and begin anew; {where} has the old ones"
+
+
+def opened(path: Path) -> Pairs:
+    """Open a database; one that is damaged is set aside. Raises `OSError` and `sqlite3.Error`."""
+    try:
+        return Pairs(path)
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return Pairs(path, set_aside(path, error))
 
 
 def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None) -> Pairs:
@@ -169,29 +229,59 @@ def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None)
     home = directory / about.instance
     path, before = home / f"{about.schema}.db", home / f"{about.before}.db"
     disk.make_directory(Write.KEYVALUE, home, mode=0o700)
+    note = ""
     is_fresh = about.fresh and not about.again  # not after this process has died: the pairs have changed since
     if before != path and before.exists() and (is_fresh or not path.exists()):
         unfinished = home / ".copy"
         disk.remove(Write.KEYVALUE_COPIED, unfinished, missing_ok=True)
-        source = older or Pairs(before)
+        source = older or opened(before)
+        note = source.note
         try:
             source.copy(unfinished)
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            disk.remove(Write.KEYVALUE_COPIED, unfinished, missing_ok=True)
+            note = f"its key-value pairs of data schema {about.before} are damaged ({error}): the new ones begin empty"
         finally:
             if older is None:
                 source.close()
         for left in (path, path.with_name(f"{path.name}-wal")):  # by an aborted attempt
             disk.remove(Write.KEYVALUE_COPIED, left, missing_ok=True)
-        disk.move(Write.KEYVALUE_COPIED, unfinished, path)
-    return Pairs(path)
+        if unfinished.exists():
+            disk.move(Write.KEYVALUE_COPIED, unfinished, path)
+    pairs = opened(path)
+    pairs.note = pairs.note or note
+    return pairs
 
 
 class _User:
-    """A worker that may use the store."""
+    """A worker that may use the store.
 
-    def __init__(self, sock: socket.socket, about: RegisterUser, quota: QuotaPage) -> None:
+    Its instance's bytes of the day are in two pages: workers with files share the one, and could write anything there.
+    """
+
+    def __init__(self, sock: socket.socket, about: RegisterUser, shared: QuotaPage, own: QuotaPage) -> None:
         self.sock = sock
         self.about = about
-        self.quota = quota
+        self._shared, self._own = shared, own
+
+    def bytes_today(self, today: int) -> int:
+        """Return what the instance has written today."""
+        return max(self._shared.sum(today), self._own.sum(today))
+
+    def count(self, size: int) -> None:
+        """Count bytes that it has written."""
+        today, place = day(), self.about.place
+        written = self._own.at(place, today) + size
+        self._own.put(place, written, today)
+        self._shared.put(place, written, today)
+
+    def close(self) -> None:
+        """Close what it has."""
+        self.sock.close()
+        self._shared.close()
+        self._own.close()
 
 
 class _Instance:
@@ -200,12 +290,16 @@ class _Instance:
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.due_s = 0.0  # time of the next commit, once something was written
+        self.writer: _User | None = None  # of the transaction that is open
+        self.counted = 0  # bytes that were counted for it
 
 
 class Store:
     """Key-value store: the supervisor's socket, a socket for each worker, the databases below one directory."""
 
-    def __init__(self, sock: socket.socket, directory: str) -> None:
+    def __init__(self, sock: socket.socket, directory: str, counter: int | None = None) -> None:
+        """`counter`: of the bytes that this process writes (`open_counter`); None to open it here."""
+        self._counter = open_counter() if counter is None else counter
         self._sock = sock
         self._directory = Path(directory)
         self._poll = select.epoll()
@@ -235,19 +329,53 @@ class Store:
         for key in list(self._open):
             self._open.pop(key).pairs.close()
 
+    def _wrote(self) -> int:
+        return 0 if self._counter is None else read_counter(self._counter) or 0
+
+    def _commit(self, found: _Instance, *, close: bool = False) -> None:
+        """Commit what was written, and count what that has written beyond what was counted. Raises as `Pairs`."""
+        before = self._wrote()
+        try:
+            if close:
+                found.pairs.close()
+            else:
+                found.pairs.commit()
+        finally:
+            if found.writer is not None and (more := self._wrote() - before - found.counted) > 0:
+                found.writer.count(more)
+            found.writer, found.counted = None, 0
+
     def _wait_s(self) -> float:
         due = [each.due_s for each in self._open.values() if each.pairs.dirty]
         return max(0.0, min(due) - time.monotonic()) if due else -1.0
 
     def _commit_due(self) -> None:
         now_s = time.monotonic()
-        for each in self._open.values():
+        for key, each in list(self._open.items()):
             if each.pairs.dirty and each.due_s <= now_s:
                 try:
-                    each.pairs.commit()
+                    self._commit(each)
                 except sqlite3.Error as error:
                     each.due_s = now_s + _RARELY_S
-                    report_failure("cannot commit", each.pairs, error)
+                    self._failed(key, "cannot commit", error)
+
+    def _failed(self, key: tuple[str, int], what: str, error: BaseException) -> None:
+        """Report an error of a database; one that is damaged is set aside, and another begun."""
+        found = self._open.get(key)
+        if found is None:
+            return
+        if not is_damage(error):
+            report_failure(what, found.pairs, error)
+            return
+        report(what, error)
+        del self._open[key]
+        with contextlib.suppress(sqlite3.Error):
+            found.pairs.abandon()
+        try:
+            note = set_aside(found.pairs.path, error)
+            self._open[key] = _Instance(Pairs(found.pairs.path, note))
+        except (OSError, sqlite3.Error) as again:
+            report(f"cannot begin the pairs of {key[0]} anew", again)
 
     def _obey(self) -> bool:
         try:
@@ -260,12 +388,13 @@ class Store:
         except framing.GoneError:
             return False
         about = keyvalue_api.register_user.decode(data)
-        sock, quota = socket.socket(fileno=fds[0]), QuotaPage(fds[1])
-        os.close(fds[1])
+        sock = socket.socket(fileno=fds[0])
+        user = _User(sock, about, QuotaPage(fds[1]), QuotaPage(fds[-1]))
+        framing.close_all(fds[1:])
         sock.setblocking(False)
         if about.fresh and not about.again and about.before != about.schema:
             self._put_out(about)
-        self._users[sock.fileno()] = _User(sock, about, quota)
+        self._users[sock.fileno()] = user
         self._poll.register(sock, select.EPOLLIN)
         self._instance(about)
         if about.again:
@@ -281,6 +410,8 @@ class Store:
                 older = self._open.get((about.instance, about.before))
                 pairs = open_pairs(self._directory, about, None if older is None else older.pairs)
                 found = self._open[key] = _Instance(pairs)
+                if pairs.note:
+                    report(f"pairs of {about.instance}", RefusedError(pairs.note))
             except (OSError, sqlite3.Error) as error:
                 if key not in self._unopened:
                     self._unopened.add(key)
@@ -292,11 +423,16 @@ class Store:
     def _leave(self, fd: int) -> None:
         user = self._users.pop(fd)
         self._poll.unregister(fd)
-        user.sock.close()
-        user.quota.close()
         key = user.about.instance, user.about.schema
-        if key in self._open and all((each.about.instance, each.about.schema) != key for each in self._users.values()):
-            self._open.pop(key).pairs.close()
+        found = self._open.get(key)
+        if found is not None:
+            others = [each for each in self._users.values() if (each.about.instance, each.about.schema) == key]
+            if not others:
+                found.writer = user
+                self._commit(self._open.pop(key), close=True)
+            elif found.writer is user:
+                found.writer = others[0]
+        user.close()
 
     def _put_out(self, about: RegisterUser) -> None:
         """End the use by workers of an aborted attempt at this schema, which are about to end: another one begins."""
@@ -317,9 +453,11 @@ class Store:
         except RefusedError as error:
             reply = Reply(request.id, str(error))
         except (sqlite3.Error, OSError) as error:
-            if (found := self._open.get((user.about.instance, user.about.schema))) is not None:
-                report_failure(f"{request.op} of {user.about.instance}", found.pairs, error)
+            self._failed((user.about.instance, user.about.schema), f"{request.op} of {user.about.instance}", error)
             reply = Reply(request.id, f"the store failed: {error}")
+        found = self._open.get((user.about.instance, user.about.schema))
+        if found is not None and found.pairs.note:
+            reply, found.pairs.note = msgspec.structs.replace(reply, note=found.pairs.note), ""
         self._reply(user.sock, reply)
 
     def _reply(self, sock: socket.socket, reply: Reply) -> None:
@@ -352,7 +490,7 @@ class Store:
 
     def _write(self, user: _User, found: _Instance, request: Request) -> Reply:
         pairs, bucket, key, most = found.pairs, request.bucket, request.key, user.about.storage_bytes
-        today, most_today = user.quota.sum(day()), user.about.daily_written_bytes
+        today, most_today = user.bytes_today(day()), user.about.daily_written_bytes
         if today >= most_today:
             raise RefusedError(f"{today} bytes are written today, {most_today} are allowed: no more until 00:00 UTC")
         reply, value, was_dirty = Reply(request.id, number=1), request.value, pairs.dirty
@@ -378,11 +516,13 @@ class Store:
 
     def _count(self, user: _User, found: _Instance, size: int, *, first: bool) -> None:
         """Count what was written, and plan the commit: as often as the rest of the day's quota allows."""
-        today, place, most = day(), user.about.place, user.about.daily_written_bytes
-        written = user.quota.at(place, today) + size + (_COMMIT_BYTES if first else 0)
-        user.quota.put(place, written, today)
+        written = size + (_COMMIT_BYTES if first else 0)
+        user.count(written)
+        found.writer = user
+        found.counted += written
         if first:
-            rest_s, left = DAY_S - time.time() % DAY_S, max(most - user.quota.sum(today), 1)
+            most = user.about.daily_written_bytes
+            rest_s, left = DAY_S - time.time() % DAY_S, max(most - user.bytes_today(day()), 1)
             found.due_s = time.monotonic() + min(_RARELY_S, max(_OFTEN_S, rest_s * _COMMIT_BYTES / left))
 
 
@@ -400,8 +540,9 @@ def _added(at: tuple[bytes, int] | None, delta: int) -> int:
 def run_keyvalue(sock: socket.socket, directory: Path, keep: tuple[int, ...] = ()) -> None:
     """Run the store in a process just forked from the supervisor, sandboxed before it reads a request."""
     sandbox.begin_helper({sock.fileno(), *keep})
+    counter = open_counter()
     layers = sandbox.apply(sandbox.keyvalue_spec(str(directory)))
-    Store(sock, sandbox.DATA if layers["mount"] else ".").run()
+    Store(sock, sandbox.DATA if layers["mount"] else ".", counter).run()
 
 
 def report_failure(what: str, pairs: Pairs, error: BaseException) -> None:

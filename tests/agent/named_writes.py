@@ -11,6 +11,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -547,6 +548,12 @@ def paired(directory):
     pairs.close()
 
 
+def damaged_pairs(directory):
+    """A database of pairs that is none any more."""
+    paired(directory)
+    (host_state(directory) / "keyvalue" / "web" / "1.db").write_bytes(b"\xff" * 8192)
+
+
 def of_another_pair(directory):
     pairs_of(directory, schema=2).close()
 
@@ -565,6 +572,15 @@ def pair(schema):
             pairs.close()
 
     return see
+
+
+def pair_if_sound(directory):
+    """As `pair`, without opening the database as the store does: None where it is damaged, too."""
+    try:
+        with contextlib.closing(sqlite3.connect(host_state(directory) / "keyvalue" / "web" / "1.db")) as db:
+            return next((row[0] for row in db.execute("SELECT value FROM pairs WHERE key = ?", (b"a",))), None)
+    except sqlite3.DatabaseError:
+        return None
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -704,4 +720,5 @@ ROWS = {
     "KEYVALUE": Row(paired, pair(1)),
     "KEYVALUE_SAVED": Row(paired, pair(1)),
     "KEYVALUE_COPIED": Row(of_another_pair, pair(2), paired),
+    "KEYVALUE_DAMAGED": Row(paired, pair_if_sound, damaged_pairs),
 }

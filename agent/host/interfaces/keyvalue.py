@@ -75,6 +75,7 @@ class KeyValueClient:
         self._sock = sock
         self._count = count
         self._last = RESTARTED
+        self.note = ""  # of the store, for the instance's log
         self._open = 0
         self._cas: dict[int, _Cas] = {}
         self._next = 0
@@ -99,6 +100,7 @@ class KeyValueClient:
             raise _FailedError("other", f"the store cannot be reached: {error}") from None
         if reply.id == RESTARTED:
             raise _FailedError("other", "the store was restarted, and may have done this: read the pair, then retry")
+        self.note = reply.note or self.note
         if reply.problem:
             raise _FailedError("other", reply.problem)
         is_read = op in _READS
@@ -180,6 +182,16 @@ class _Calls:
             raise _FailedError("other", "the key-value store is not available to this worker")
         return self._client
 
+    def ask(self, op: str, bucket: str, key: bytes, value: bytes = b"", number: int = 0) -> Reply:
+        """Ask the store, and log what it has to say to people. Raises `_FailedError`."""
+        client = self.client
+        try:
+            return client.ask(op, bucket, key, value, number)
+        finally:
+            if client.note:
+                self._log(f"host: {client.note}")
+                client.note = ""
+
     def bucket(self, store: Any, handle: Any) -> str:
         """Return the name of the bucket of a handle."""
         return _BUCKETS[_number(store, handle)]
@@ -201,31 +213,31 @@ class _Calls:
 
     def get(self, store: Any, bucket: Any, key: str) -> bytes | None:
         """Return a value; None without a pair."""
-        return self.client.ask("get", self.bucket(store, bucket), _bytes_of(key)).value
+        return self.ask("get", self.bucket(store, bucket), _bytes_of(key)).value
 
     def set(self, store: Any, bucket: Any, key: str, value: bytes) -> None:
         """Set a pair."""
-        self.client.ask("set", self.bucket(store, bucket), _bytes_of(key), _fits(value))
+        self.ask("set", self.bucket(store, bucket), _bytes_of(key), _fits(value))
 
     def delete(self, store: Any, bucket: Any, key: str) -> None:
         """Delete a pair."""
-        self.client.ask("delete", self.bucket(store, bucket), _bytes_of(key))
+        self.ask("delete", self.bucket(store, bucket), _bytes_of(key))
 
     def exists(self, store: Any, bucket: Any, key: str) -> bool:
         """Tell whether there is a pair."""
-        return bool(self.client.ask("exists", self.bucket(store, bucket), _bytes_of(key)).number)
+        return bool(self.ask("exists", self.bucket(store, bucket), _bytes_of(key)).number)
 
     def list_keys(self, store: Any, bucket: Any, cursor: Any) -> Any:
         """List a page of keys, in their order; a cursor is the last key of the page before."""
         if self.is_draft:
             return self._list_by_number(self.bucket(store, bucket), cursor or 0)
-        found = self.client.ask("list", self.bucket(store, bucket), b"" if cursor is None else _bytes_of(cursor))
+        found = self.ask("list", self.bucket(store, bucket), b"" if cursor is None else _bytes_of(cursor))
         keys = [key.decode() for key in found.keys]
         return record(keys=keys, cursor=keys[-1] if found.more else None)
 
     def _list_by_number(self, bucket: str, skip: int) -> Any:
         """List a page for the draft whose cursor is a number: of keys that came before."""
-        found = self.client.ask("skip", bucket, b"", number=min(skip, _S64 - 1))
+        found = self.ask("skip", bucket, b"", number=min(skip, _S64 - 1))
         keys = [key.decode() for key in found.keys]
         return record(keys=keys, cursor=skip + len(keys) if found.more else None)
 
@@ -234,7 +246,7 @@ class _Calls:
         name = self.bucket(store, bucket)
         if delta >= _S64:
             raise _FailedError("other", "the sum would be beyond 64 bits")
-        found = self.client.ask("increment", name, _bytes_of(key), number=delta).number
+        found = self.ask("increment", name, _bytes_of(key), number=delta).number
         if self.is_draft and found < 0:
             raise _FailedError("other", f"the sum is {found}, and this draft has no negative numbers")
         return found
@@ -242,21 +254,21 @@ class _Calls:
     def new_cas(self, store: Any, bucket: Any, key: str) -> Any:
         """Return a handle of a pair as it is now."""
         name, data = self.bucket(store, bucket), _bytes_of(key)
-        number = self.client.keep(_Cas(name, data, self.client.ask("look", name, data).number))
+        number = self.client.keep(_Cas(name, data, self.ask("look", name, data).number))
         return own(number, _CAS)
 
     def current(self, store: Any, handle: Any) -> bytes | None:
         """Return the value that a pair has now."""
         kept = self.client.kept(_number(store, handle))
-        return self.client.ask("get", kept.bucket, kept.key).value
+        return self.ask("get", kept.bucket, kept.key).value
 
     def swap(self, store: Any, handle: Any, value: bytes) -> Any:
         """Set a pair if it is still as it was; the handle is used up, and a failure has the next one."""
         kept = self.client.kept(number := _number(store, handle))
         self.client.dropped(number)
-        if self.client.ask("swap", kept.bucket, kept.key, _fits(value), kept.version).number:
+        if self.ask("swap", kept.bucket, kept.key, _fits(value), kept.version).number:
             return None
-        found = self.client.ask("look", kept.bucket, kept.key).number
+        found = self.ask("look", kept.bucket, kept.key).number
         return Failure(own(self.client.keep(kept._replace(version=found)), _CAS))
 
     def drop_cas(self, _store: Any, number: int) -> None:
@@ -268,7 +280,7 @@ class _Calls:
         """Return the values of several pairs."""
         name, found, size = self.bucket(store, bucket), [], 0
         for key in _few(keys):
-            value = self.client.ask("get", name, _bytes_of(key)).value
+            value = self.ask("get", name, _bytes_of(key)).value
             size += len(key) + len(value or b"")
             if size > _BATCH_MAX_BYTES:
                 raise _FailedError("other", f"the values have more than {_BATCH_MAX_BYTES} bytes: ask for fewer")
@@ -279,13 +291,13 @@ class _Calls:
         """Set several pairs."""
         name = self.bucket(store, bucket)
         for key, value in _few(pairs):
-            self.client.ask("set", name, _bytes_of(key), _fits(value))
+            self.ask("set", name, _bytes_of(key), _fits(value))
 
     def delete_many(self, store: Any, bucket: Any, keys: list[str]) -> None:
         """Delete several pairs."""
         name = self.bucket(store, bucket)
         for key in _few(keys):
-            self.client.ask("delete", name, _bytes_of(key))
+            self.ask("delete", name, _bytes_of(key))
 
 
 def _few(items: list[Any]) -> list[Any]:
@@ -395,7 +407,8 @@ of `default`, or of the empty name, gives the bucket of the instance; no other i
 A write is seen at once, by every worker of the instance. Writes are committed in groups, as often as the rest of the
 day's write quota allows: every second to every minute, about every ten seconds with the default quota, and when the
 instance stops. A power cut, or a full disk, undoes the writes since the last commit, all of them together. `increment`
-keeps decimal numbers as text (`42`). Keys are listed in the order of their bytes.
+keeps decimal numbers as text (`42`). Keys are listed in the order of their bytes. Pairs whose database is found damaged
+are set aside and begin anew; the instance's log says so.
 
 The host implements `0.2.0-draft2`. `0.2.0-draft` is translated: the cursor of its `list-keys` is a number, so that keys
 written or deleted between two pages shift them, and its `increment` has no sums below zero.""",
@@ -404,7 +417,8 @@ written or deleted between two pages shift them, and its `increment` has no sums
         "key": f"{KEY_MAX_BYTES:,} bytes",
         "value": f"{VALUE_MAX_BYTES:,} bytes",
         "all pairs": f"`limits.storage`, beside files; {PAIR_BYTES} bytes count for each pair beside key and value",
-        "bytes written a day": "`limits.daily_written`, together with files; keys, values, and 8 KiB for each commit",
+        "bytes written a day": "`limits.daily_written`, together with files; keys, values, and all that commits write, "
+        "which is 8 KiB or more for each: small writes spread over many keys cost a page of 4 KiB or two each",
         "handles open at once": f"{HANDLES_MAX}",
         "pairs of one batch": f"{BATCH_MAX}, and 256 KiB of `get-many`; each pair is set or deleted by itself",
         "one answer": "5 s, then `other`",

@@ -28,7 +28,9 @@ RESTARTED: Final = 0
 
 
 class RegisterUser(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that may use the store; its socket and the quota page of its instance come along.
+    """A worker that may use the store; its socket and two quota pages of its instance come along.
+
+    The instance's workers share the first page; the second one is the supervisor's and the store's alone.
 
     Attributes:
         schema: of its data; `before`: of the generation that it replaces, whose pairs a new schema begins with.
@@ -75,6 +77,7 @@ class Reply(msgspec.Struct, frozen=True):
         value: of `get` and `look`; None without a pair.
         number: of `increment`; version of `look`; 1 of `exists` and `swap` for yes.
         keys: of `list` and `skip`; `more` tells whether others follow.
+        note: for the instance's log, once: what was damaged.
     """
 
     id: int
@@ -83,6 +86,7 @@ class Reply(msgspec.Struct, frozen=True):
     number: int = 0
     keys: tuple[bytes, ...] = ()
     more: bool = False
+    note: str = ""
 
 
 class Figures(NamedTuple):

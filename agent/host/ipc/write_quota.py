@@ -5,6 +5,9 @@
 the places is the instance's, so that all workers of all generations share a single quota. The first place is the
 supervisor's: bytes written before, and by workers that have ended. Places of another day are ignored.
 
+A compromised worker can write anywhere in it. So a second page, which no worker has, holds what the key-value store
+counts, and the supervisor puts the first one right where its sum has fallen below what was known.
+
 `WriteMeter` is the worker's side. The kernel counts what the process writes (`/proc/self/io`, opened before the sandbox
 is closed); sockets and shared memory are not included. Beyond the quota, files can neither grow nor be written
 (`RLIMIT_FSIZE`) until the day is over. Only workers with data have a meter.
@@ -114,34 +117,50 @@ class QuotaLedger:
         self._name = name
         self._daily = daily
         self._free = list(range(1, _PLACES))
-        self._tally: QuotaPage | None = None
-        self.fd = -1
+        self._pages: tuple[QuotaPage, ...] = ()
+        self.fds: tuple[int, ...] = ()
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the page that workers share; -1 without one."""
+        return self.fds[0] if self.fds else -1
 
     def take(self) -> int:
-        """Allocate a place for a worker; the page exists while a place is allocated."""
-        if self._tally is None:
-            self.fd = sealed_memfd(f"written-{self._name}", _SIZE)
-            self._tally = QuotaPage(self.fd)
-            self._tally.put(0, self._daily.bytes_today(self._name), day())
+        """Allocate a place for a worker; the pages exist while a place is allocated."""
+        if not self._pages:
+            self.fds = tuple(sealed_memfd(f"written-{self._name}", _SIZE) for _ in range(2))
+            self._pages = tuple(map(QuotaPage, self.fds))
+            for page in self._pages:
+                page.put(0, self._daily.bytes_today(self._name), day())
         return self._free.pop(0)
 
     def give_back(self, place: int) -> None:
         """Release the place of a worker that has ended; its bytes stay counted."""
-        if self._tally is not None:
+        if self._pages:
             today = day()
-            self._tally.put(0, self._tally.at(0, today) + self._tally.at(place, today), today)
-            self._tally.put(place, 0, 0)
+            count = max(page.at(place, today) for page in self._pages)
+            for page in self._pages:
+                page.put(0, page.at(0, today) + count, today)
+                page.put(place, 0, 0)
             self.bytes_today()
         self._free.append(place)
-        if self._tally is not None and len(self._free) == _PLACES - 1:
-            self._tally.close()
-            os.close(self.fd)
-            self._tally, self.fd = None, -1
+        if self._pages and len(self._free) == _PLACES - 1:
+            for page in self._pages:
+                page.close()
+            for fd in self.fds:
+                os.close(fd)
+            self._pages, self.fds = (), ()
 
     def bytes_today(self) -> int:
-        """Return the bytes that the instance has written today, after adding new ones to the store."""
-        known = self._daily.bytes_today(self._name)
-        total = known if self._tally is None else self._tally.sum(day())
+        """Return the bytes that the instance has written today, after adding new ones to the store.
+
+        A sum that has fallen was written by a compromised worker: it is put right, so that what is known stays counted.
+        """
+        known, today = self._daily.bytes_today(self._name), day()
+        for page in self._pages:
+            if (lost := known - page.sum(today)) > 0 and page is self._pages[0]:
+                page.put(0, page.at(0, today) + lost, today)
+        total = max((page.sum(today) for page in self._pages), default=known)
         if total > known:
             self._daily.add(self._name, total - known)
         return max(total, known)
@@ -153,6 +172,15 @@ def open_counter() -> int | None:
         return os.open("/proc/self/io", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def read_counter(fd: int) -> int | None:
+    """Return the bytes that this process has written, from `open_counter`; None where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in os.pread(fd, 1024, 0).splitlines():
+            if line.startswith(b"wchar:"):
+                return int(line.split()[1])
+    return None
 
 
 class WriteMeter:
@@ -181,11 +209,8 @@ class WriteMeter:
     def _read(self) -> int:
         if self._fd is None:
             return 0
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            for line in os.pread(self._fd, 1024, 0).splitlines():
-                if line.startswith(b"wchar:"):
-                    return int(line.split()[1])
-        return self._seen
+        found = read_counter(self._fd)
+        return self._seen if found is None else found
 
     def look(self, *, answered: int = 0) -> bool:
         """Count the bytes written since the last call, except `answered` bytes, which went to a client.

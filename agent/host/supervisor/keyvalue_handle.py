@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -38,9 +39,20 @@ class KeyValueTicket(NamedTuple):
     worker_end: socket.socket
 
 
+def _duplicates(fds: Iterable[int]) -> tuple[int, ...]:
+    """Return a descriptor of one's own for each. Raises `OSError`: there is no room for all of them."""
+    made: list[int] = []
+    try:
+        made.extend(map(os.dup, fds))
+    except OSError:
+        framing.close_all(made)
+        raise
+    return tuple(made)
+
+
 class _Admitted(NamedTuple):
     sock: socket.socket
-    quota_fd: int
+    quota_fds: tuple[int, ...]
     message: RegisterUser
 
 
@@ -70,12 +82,12 @@ class KeyValueHandle(HelperProcess):
     def _is_needed(self) -> bool:
         return bool(self._workers)
 
-    def admit(self, about: RegisterUser, quota_fd: int) -> KeyValueTicket:
-        """Admit a worker; `quota_fd`: the quota page of its instance. Raises `OSError`: there is no room for it."""
+    def admit(self, about: RegisterUser, *quota_fds: int) -> KeyValueTicket:
+        """Admit a worker; `quota_fds`: the quota pages of its instance. Raises `OSError`: there is no room for it."""
         ours, theirs = framing.socket_pair()
         number = next(self._numbers)
         try:
-            self._workers[number] = _Admitted(ours, os.dup(quota_fd), about)
+            self._workers[number] = _Admitted(ours, _duplicates(quota_fds), about)
             if self._sock is not None:
                 self._admit(number)
             elif not self.running:
@@ -100,7 +112,7 @@ class KeyValueHandle(HelperProcess):
         worker = self._workers[number]
         message = msgspec.structs.replace(worker.message, again=number in self._known)
         self._known.add(number)
-        self._tell(message, worker.sock.fileno(), worker.quota_fd)
+        self._tell(message, worker.sock.fileno(), *worker.quota_fds)
 
     def release(self, number: int) -> None:
         """Remove a worker that has ended; with the last worker, the process ends."""
@@ -108,7 +120,7 @@ class KeyValueHandle(HelperProcess):
         self._known.discard(number)
         if worker is not None:
             worker.sock.close()
-            os.close(worker.quota_fd)
+            framing.close_all(worker.quota_fds)
         if not self._workers:
             self._is_leaving = True
             self._hang_up()

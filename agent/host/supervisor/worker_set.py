@@ -265,7 +265,7 @@ class WorkerSet:
             fresh=not generation.had_pairs,
         )
         try:
-            ticket = self._keyvalue.admit(about, self._ledger.fd)
+            ticket = self._keyvalue.admit(about, *self._ledger.fds)
         except OSError:
             self._ledger.give_back(place)
             raise

@@ -1,16 +1,18 @@
 """The key-value store's own process, asked by a guest that has taken over its worker, and by a disk that fails."""
 
-import os
 import resource
+import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from agent.host.ipc import framing, keyvalue_api
 from agent.host.ipc.keyvalue_api import OWN, RegisterUser, Request
+from agent.host.ipc.write_quota import QuotaPage, day
 from agent.host.keyvalue import Pairs
 
 KIB = 1024
@@ -48,12 +50,13 @@ class Store:
         command = [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(directory)]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
         theirs.close()
-        self._pages = {}
+        self.pages = {}  # of the day's bytes, by instance: that of its workers, and that of the supervisor's
 
     def admit(self, instance, *, schema=0, before=0, storage=1 << 30, daily=1 << 40, fresh=False, again=False):
         """A worker of an instance."""
         ours, theirs = framing.socket_pair()
-        page = self._pages.setdefault(instance, framing.sealed_memfd("written", 4096))
+        if instance not in self.pages:
+            self.pages[instance] = tuple(framing.sealed_memfd("written", 4096) for _ in range(2))
         about = RegisterUser(
             instance=instance,
             schema=schema,
@@ -64,7 +67,7 @@ class Store:
             fresh=fresh,
             again=again,
         )
-        framing.send_packet(self.sock, msgspec.json.encode(about), (theirs.fileno(), page))
+        framing.send_packet(self.sock, msgspec.json.encode(about), (theirs.fileno(), *self.pages[instance]))
         theirs.close()
         ours.settimeout(20)
         return Worker(ours)
@@ -87,8 +90,18 @@ class Store:
         self.process.kill()
         self.process.wait()
         self.process.stderr.close()
-        for page in self._pages.values():
-            os.close(page)
+        for page in self.pages.values():
+            framing.close_all(page)
+
+    def bytes_today(self, instance):
+        """What it has counted."""
+        with closing(QuotaPage(self.pages[instance][1])) as page:
+            return page.sum(day())
+
+    def wrote(self):
+        """What the kernel has counted."""
+        lines = Path(f"/proc/{self.process.pid}/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("wchar:")))
 
 
 def pairs_of(path):
@@ -190,3 +203,110 @@ def test_pairs_that_cannot_be_opened_are_named_once_not_for_each_request(store, 
         assert worker.ask("get", b"a").problem == "the store cannot be opened"
     assert store.end() == 0
     assert store.process.stderr.read().count(b"cannot open the pairs of broken") == 1
+
+
+def damage(path, at=0, size=4096):
+    """Overwrite a part of a database that nobody has open."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * size)
+
+
+def many(worker, count, size=16):
+    """Set so many pairs."""
+    for number in range(count):
+        assert worker.ask("set", b"%06d" % number, b"x" * size).problem == ""
+
+
+def test_a_damaged_database_is_set_aside_and_named_once_and_the_instance_goes_on(store, tmp_path):
+    first = store.admit("hurt")
+    many(first, 10)
+    first.sock.close()
+    assert store.admit("other").ask("get", b"a").problem == ""
+    path = tmp_path / "hurt" / "0.db"
+    damage(path)
+    worker = store.admit("hurt")
+    reply = worker.ask("get", b"000001")
+    assert (reply.problem, reply.value) == ("", None)
+    assert "its key-value pairs were damaged" in reply.note
+    assert "hurt/0.damaged has the old ones" in reply.note
+    assert worker.ask("set", b"a", b"anew").note == ""
+    assert path.with_suffix(".damaged").read_bytes()[:4] == b"\xff" * 4
+    assert store.end() == 0
+    assert pairs_of(path) == {b"a": b"anew"}
+    assert b"pairs of hurt" in store.process.stderr.read()
+
+
+def test_damage_that_a_request_meets_is_no_dead_end(store, tmp_path):
+    first = store.admit("hurt")
+    many(first, 200, 1000)
+    first.sock.close()
+    assert store.admit("other").ask("get", b"a").problem == ""
+    path = tmp_path / "hurt" / "0.db"
+    with closing(sqlite3.connect(path)) as db:  # a page of the index, which nothing reads at the start
+        root = db.execute("SELECT rootpage FROM sqlite_schema WHERE type = 'index'").fetchone()[0]
+    damage(path, 4096 * (root - 1))
+    worker = store.admit("hurt")
+    met = worker.ask("get", b"000001")
+    assert "malformed" in met.problem
+    assert "its key-value pairs were damaged" in met.note
+    assert worker.ask("set", b"a", b"anew").problem == ""
+    assert worker.ask("get", b"a").value == b"anew"
+
+
+@pytest.mark.parametrize("open_still", [True, False], ids=["in use", "closed"])
+def test_another_schema_begins_empty_where_the_pairs_before_are_damaged(store, tmp_path, open_still):
+    first = store.admit("hurt", schema=1, before=1)
+    many(first, 800, 1000)  # more than is kept in memory
+    first.sock.close()
+    assert store.admit("other").ask("get", b"a").problem == ""
+    users = [store.admit("hurt", schema=1, before=1)] if open_still else []
+    assert all(each.ask("exists", b"none").problem == "" for each in users)
+    damage(tmp_path / "hurt" / "1.db", 4096 * 20 if open_still else 0)
+    worker = store.admit("hurt", schema=2, before=1, fresh=True)
+    reply = worker.ask("set", b"a", b"anew")
+    assert (reply.problem, "damaged" in reply.note) == ("", True)
+    assert worker.ask("get", b"a").value == b"anew"
+
+
+def test_what_small_writes_spread_over_a_large_database_wear_is_counted(store):
+    other, before = store.admit("other"), 0
+    for step in range(4):
+        worker = store.admit("spread", daily=1 << 30)
+        if not step:
+            many(worker, 3000, 500)
+        for number in range(step, 3000, 60):
+            assert worker.ask("set", b"%06d" % number, b"y").problem == ""
+        worker.sock.close()
+        assert other.ask("get", b"a").problem == "", "by now the store has seen the end of the worker, and committed"
+        if not step:
+            before = store.wrote() - store.bytes_today("spread")
+    wrote = store.wrote() - before
+    assert wrote > 150 * 4096
+    assert store.bytes_today("spread") >= wrote * 0.95, "but for what a database takes to be opened"
+
+
+def test_listing_by_number_reads_each_key_once(tmp_path):
+    with closing(Pairs(tmp_path / "0.db")) as pairs:
+        for number in range(20_000):
+            pairs.set(OWN, b"%06d" % number, b"", 1 << 30)
+        steps = []
+        pairs._db.set_progress_handler(lambda: steps.append(1), 1000)  # by thousands of the engine's steps
+        found, more = [], True
+        while more:
+            keys, more = pairs.keys(OWN, None, len(found))
+            found += keys
+        pairs._db.set_progress_handler(None, 0)
+        assert found == [b"%06d" % number for number in range(20_000)]
+        assert len(steps) < 400, "steps grow with the keys, not with their square"
+        assert pairs.keys(OWN, None, 19_990)[0] == found[19_990:], "any number is a page, too"
+
+
+def test_an_escaped_guest_that_has_files_too_resets_no_count(store):
+    worker = store.admit("resets", daily=60_000)
+    many(worker, 20, 2000)
+    with closing(QuotaPage(store.pages["resets"][0])) as shared:
+        for place in range(256):
+            shared.put(place, 0, 0)
+    assert worker.ask("set", b"a", b"x" * 20_000).problem == ""
+    assert "no more until 00:00 UTC" in worker.ask("set", b"b", b"").problem

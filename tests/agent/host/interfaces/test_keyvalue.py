@@ -236,3 +236,19 @@ def test_the_store_is_started_anew_when_it_dies(host):
 def test_workers_of_the_store_do_not_share_a_process_with_others(host):
     begun(host, "alone", share_worker=True)
     assert host.health("alone").shared_worker == ""
+
+
+def test_damaged_pairs_are_named_in_the_instances_log_and_it_goes_on_with_new_ones(host):
+    pairs = begun(host, "hurt")
+    assert pairs.set(b"a", b"one") is None
+    host.ask(host_api.Stop, instance="hurt")
+    path = host.state / "keyvalue" / "hurt" / "0.db"
+    begun(host, "other")  # by then the store has closed the database
+    assert begun(host, "more").get(b"a") is None
+    path.write_bytes(b"\xff" * 8192)
+    pairs = begun(host, "hurt", 2)
+    assert pairs.get(b"a") is None
+    assert pairs.set(b"a", b"anew") is None
+    assert pairs.get(b"a") == b"anew"
+    (line,) = [line for line in host.lines_of("hurt") if "were damaged" in line]
+    assert "begin anew; hurt/0.damaged has the old ones" in line

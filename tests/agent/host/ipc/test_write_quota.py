@@ -1,5 +1,6 @@
 """Daily write quota of an instance: shared by all its workers, however often they are replaced."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -138,3 +139,18 @@ def test_a_page_full_of_nonsense_adds_up_to_a_number_that_can_be_kept(account):
         page._map[place * 16 : place * 16 + 8] = b"\xff" * 8
         page._map[place * 16 + 8 : place * 16 + 16] = write_quota.day().to_bytes(8, sys.byteorder)
     assert account.bytes_today() < 1 << 62
+
+
+def test_a_count_that_a_worker_resets_is_put_right(account):
+    place = account.take()
+    with contextlib.closing(QuotaPage(account.fd)) as page:
+        page.put(place, 40 * KIB, write_quota.day())
+        assert account.bytes_today() == 40 * KIB
+        for each in range(256):
+            page.put(each, 0, 0)
+        assert account.bytes_today() == 40 * KIB
+        assert page.sum(write_quota.day()) == 40 * KIB, "its other workers count from there"
+        page.put(place, 2 * KIB, write_quota.day())
+        assert account.bytes_today() == 42 * KIB
+    account.give_back(place)
+    assert account.bytes_today() == 42 * KIB
