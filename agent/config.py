@@ -31,7 +31,7 @@ CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 CAPPED: Final = (
     *("memory_bytes", "call_ms", "start_ms", "idle_ms", "total_ms", "concurrency", "request_bytes", "response_bytes"),
     *("log_lines_per_minute", "fuel", "storage_bytes", "daily_written_bytes", "state_bytes"),
-    *("table_elements", "core_instances"),
+    *("table_elements", "core_instances", "queue_bytes", "queue_messages"),
 )
 """Names of the limits that both a manifest and the device's policy set."""
 
@@ -72,7 +72,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         interfaces: interfaces or packages that components may import; None for all.
         outbound: destinations of components' requests, as `https://host:443`; None for all that their grants allow.
-        publish: filters of topics on which components may publish; None for all that their grants allow.
+        publish: filters of topics on which components may publish, to the operator or within the device; None for all
+            that their grants allow.
+        subscribe: the same of topics that they may receive from other components.
         directories: directories of this device that components may be granted to read: path by name.
         ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
         share_workers: let components of one publisher share a process where the director says so.
@@ -86,8 +88,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         late_bundles: accept bundles even after timestamp and snapshot have expired, until root or targets expires.
         on_revoked: action on a running component that is revoked, denied its grants, or below the security epoch.
         memory_bytes, call_ms, start_ms, idle_ms, total_ms, concurrency, request_bytes, response_bytes,
-            log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes, table_elements, core_instances: upper
-            bounds of the limits of the same names in manifests.
+            log_lines_per_minute, storage_bytes, daily_written_bytes, state_bytes, table_elements, core_instances,
+            queue_bytes, queue_messages: upper bounds of the limits of the same names in manifests.
         fuel: upper bound of a manifest's fuel, for manifests that set fuel at all.
         compile_memory_bytes, compile_s: limits of the compiler's memory and time.
     """
@@ -96,6 +98,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     outbound: tuple[str, ...] | None = None
     publish: tuple[str, ...] | None = None
     directories: dict[str, str] = {}
+    subscribe: tuple[str, ...] | None = None
     ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
     share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
@@ -118,6 +121,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     state_bytes: int = 2 * bounds.MIB
     table_elements: int = TABLE_ELEMENTS_MAX
     core_instances: int = CORE_INSTANCES_MAX
+    queue_bytes: int = 4 * bounds.MIB
+    queue_messages: int = 10_000
     compile_memory_bytes: int = 1024 * bounds.MIB
     compile_s: int = 300
 
@@ -147,10 +152,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             beyond += [each for each in grants.interfaces if not ceiling.allows(each)]
         if self.outbound is not None:
             beyond += [each for each in grants.outbound if not outbound.covered(each, self.outbound)]
-        if self.publish is not None:
-            beyond += [
-                f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, self.publish)
-            ]
+        most = Grants(
+            publish=grants.publishes if self.publish is None else self.publish,
+            publish_local=grants.publishes_locally if self.publish is None else self.publish,
+            subscribe=grants.subscribes if self.subscribe is None else self.subscribe,
+        )
+        beyond += grants.messages_beyond(most)
         beyond += [f"directory {each}" for each in sorted({*grants.mounts.values()} - self.directories.keys())]
         if port is not None and not any(port in port_range(each) for each in self.ports):
             beyond.append(f"port {port}")
@@ -337,11 +344,12 @@ def _check_names(policy: Policy) -> None:
 
 def _check_publish(policy: Policy) -> None:
     """Refuse what is no filter of topics. Raises `ConfigError`."""
-    try:
-        for each in policy.publish or ():
-            message_topics.check_filter(each)
-    except message_topics.BadMessageTopicError as error:
-        raise ConfigError(f"policy.publish: {error}", "policy.publish") from None
+    for name, filters in (("publish", policy.publish), ("subscribe", policy.subscribe)):
+        try:
+            for each in filters or ():
+                message_topics.check_filter(each)
+        except message_topics.BadMessageTopicError as error:
+            raise ConfigError(f"policy.{name}: {error}", f"policy.{name}") from None
 
 
 def _check_directories(policy: Policy) -> None:

@@ -177,7 +177,7 @@ def _reach(grants: Grants) -> list[str]:
         *grants.interfaces,
         *map(outbound.describe, grants.outbound),
         *(f"{each}.internal" for each in grants.instances),
-        *(f"messages on {each}" for each in grants.publishes),
+        *grants.messages_beyond(Grants()),
         *grants.directories_beyond(Grants()),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tuf.api.metadata import TargetFile
 
-from fleet.protocol import bounds, manifest, message_topics, names, outbound
+from fleet.protocol import bounds, manifest, names, outbound
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Evidence, Grants, Manifest, describe_trigger
@@ -212,7 +212,7 @@ def _beyond(grants: Grants, limit: Grants) -> list[str]:
         *(each for each in grants.interfaces if not limit.allows(each)),
         *(each for each in grants.outbound if not outbound.covered(each, limit.outbound)),
         *(each for each in grants.instances if each not in limit.instances),
-        *(f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, limit.publishes)),
+        *grants.messages_beyond(limit),
         *grants.directories_beyond(limit),
     ]
 
@@ -248,6 +248,6 @@ def _describe_grants(grants: Grants, *, beyond: Grants | None = None) -> list[st
         *(each for each in grants.interfaces if each not in had.interfaces),
         *(outbound.describe(each) for each in grants.outbound if not outbound.covered(each, had.outbound)),
         *(f"{each}.internal" for each in grants.instances if each not in had.instances),
-        *(f"messages on {each}" for each in grants.publishes if not message_topics.covered(each, had.publishes)),
+        *grants.messages_beyond(had),
         *grants.directories_beyond(had),
     ]

@@ -91,6 +91,7 @@ class Uplink:
         self._problems = sources.problems
         self._readings = sources.readings
         self._offered = tuple(map(wasi.offered_directory, sources.directories))
+        self._lossy: dict[str, str] = {}
         self._signer = signer
         self._health_s = health_s
         self._health_due = asyncio.Event()
@@ -189,15 +190,17 @@ class Uplink:
     async def health(self) -> Health:
         """Return the health of device and instances as it is now."""
         figures: tuple[InstanceHealth, ...] = ()
-        problems = [*self._problems.texts(), *self._state.problems]
+        without_host: list[str] = []
         written = 0
         try:
             answer = await self._host.stats()
             figures, written = answer.instances, answer.written_bytes
+            self._note_queues(figures)
         except (HostGoneError, HostRefusedError):
             why = await asyncio.to_thread(host_api.why_not, self._device.places.runtime)
             reason = f"; it did not start: {why}" if why else ""
-            problems.insert(0, self._host.mismatch or f"the host does not run, so no instance answers{reason}")
+            without_host = [self._host.mismatch or f"the host does not run, so no instance answers{reason}"]
+        problems = [*without_host, *self._problems.texts(), *self._state.problems]
         resources = await asyncio.to_thread(
             device_info.device_resources, self._device.places.state, host_written_bytes=written
         )
@@ -217,6 +220,19 @@ class Uplink:
             readings=None if self._readings is None else self._readings.health(),
         )
 
+    def _note_queues(self, figures: tuple[InstanceHealth, ...]) -> None:
+        """Keep a problem for each instance that has lost messages since the host started."""
+        said = {each.instance: _lost(each) for each in figures}
+        for instance in self._lossy.keys() | said.keys():
+            if (text := said.get(instance, "")) == self._lossy.get(instance, ""):
+                continue
+            self._lossy[instance] = text
+            if text:
+                self._problems.set(f"messages for {instance}", text)
+            else:
+                self._problems.clear(f"messages for {instance}")
+                del self._lossy[instance]
+
     def _with_phase(self, figure: InstanceHealth) -> InstanceHealth:
         """Add to the host's figures the instance's phase and manifest, which only the agent knows."""
         active = self._state.active.get(figure.instance)
@@ -228,3 +244,14 @@ class Uplink:
             if active.change.item is not None and active.change.generation == figure.generation:
                 manifest = active.change.item.manifest_sha256
         return msgspec.structs.replace(figure, phase=phase, manifest_sha256=manifest)
+
+
+def _lost(figures: InstanceHealth) -> str:
+    """Say that messages of the device's bus for an instance were lost; empty for none."""
+    queue = figures.messages
+    if queue is None or not (queue.dropped or queue.dead_letters):
+        return ""
+    return (
+        f"{figures.instance}: {queue.dead_letters} messages from other components are dead letters, {queue.dropped} "
+        f"were dropped; its log names them (fleet-agent logs {figures.instance})"
+    )

@@ -28,7 +28,7 @@ from fleet.cli.secret import check_needed
 from fleet.cli.trust_store import TrustStore
 from fleet.client import Client
 from fleet.component import reader, served
-from fleet.protocol import bounds, message_topics, operator_api, outbound
+from fleet.protocol import bounds, operator_api, outbound
 from fleet.protocol.codes import OnBreach
 from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import Grants, Manifest, trigger_name
@@ -612,7 +612,7 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
             if not outbound.covered(each, known.outbound)
         ),
         *(f"instance {name}" for name in wanted.instances if name not in known.instances),
-        *(f"messages on {each}" for each in wanted.publishes if not message_topics.covered(each, known.publishes)),
+        *wanted.messages_beyond(known),
         *wanted.directories_beyond(known),
     )
 

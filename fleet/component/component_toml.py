@@ -33,6 +33,7 @@ from fleet.protocol.manifest import (
     STOP_MS,
     BadManifestError,
     ConfigKey,
+    Full,
     Grants,
     Health,
     Http,
@@ -160,8 +161,9 @@ def infer(file_name: str, component: Component, *, version: str = DEV_VERSION) -
     example = Manifest(name=name_of(file_name), version=version, trigger=Http(), world=world, health=health)
     if kind in {Schedule, OnMessage}:
         trigger: Trigger = Schedule(every_ms=60_000) if kind is Schedule else OnMessage(topics=("topic",))
+        subscribe = ("topic",) if kind is OnMessage else ()
         what = "when it runs" if kind is Schedule else "which topics it receives"
-        example = msgspec.structs.replace(example, trigger=trigger)
+        example = msgspec.structs.replace(example, trigger=trigger, grants=Grants(subscribe=subscribe))
         raise NeedsTomlError(
             f"{file_name} exports {entry[0]}, so a {FILE_NAME} beside it must say {what}",
             suggest_toml(component, example),
@@ -300,13 +302,25 @@ def _trigger(path: str, raw: object) -> Trigger:
         case "schedule":
             trigger = _schedule(inner)
         case "message":
-            trigger = OnMessage(topics=inner.texts("topics", lambda topic: None if topic else "a topic has a name"))
-            if not trigger.topics:
-                raise BadManifestError(f"{FILE_NAME}: {path}.topics is missing: list the topics that it receives")
+            trigger = _on_message(path, inner)
         case _:
             raise BadManifestError(f"{FILE_NAME}: {path}.type {kind!r}: one of http, schedule, message, service")
     inner.finish()
     return trigger
+
+
+def _on_message(path: str, table: Table) -> OnMessage:
+    topics = table.texts("topics", _check_filter)
+    if not topics:
+        raise BadManifestError(f"{FILE_NAME}: {path}.topics is missing: list the topics that it receives")
+    if len(topics) > message_topics.FILTERS_MAX:
+        most = message_topics.FILTERS_MAX
+        raise BadManifestError(f"{FILE_NAME}: {path}.topics: {len(topics)} filters, at most {most} are allowed")
+    match table.text("full", "refuse"):
+        case "refuse" | "drop-oldest" as full:
+            return OnMessage(topics=topics, full=full)
+        case other:
+            raise BadManifestError(f"{FILE_NAME}: {path}.full {other[:40]!r}: one of {', '.join(get_args(Full))}")
 
 
 def _arguments(table: Table) -> tuple[str, ...]:
@@ -399,7 +413,9 @@ def _grants(table: Table) -> Grants:
         interfaces=table.texts("interfaces", _check_interface),
         outbound=tuple(str(outbound.parse(each)) for each in table.texts("outbound", _check_outbound)),
         instances=table.texts("instances", _check_instance),
-        publish=table.texts("publish", _check_filter),
+        publish=_filters(table, "publish"),
+        publish_local=_filters(table, "publish_local"),
+        subscribe=_filters(table, "subscribe"),
         directories=_directories(table.table("directories")),
     )
     table.finish()
@@ -414,6 +430,13 @@ def _directories(table: Table) -> dict[str, str]:
     if len(found) > directories.DIRECTORIES_MAX:
         most = directories.DIRECTORIES_MAX
         raise BadManifestError(f"{FILE_NAME}: {table.path}: {len(found)} directories, at most {most} are allowed")
+    return found
+
+
+def _filters(table: Table, name: str) -> tuple[str, ...]:
+    found, most = table.texts(name, _check_filter), message_topics.FILTERS_MAX
+    if len(found) > most:
+        raise BadManifestError(f"{FILE_NAME}: {table.at(name)}: {len(found)} filters, at most {most} are allowed")
     return found
 
 
@@ -606,7 +629,8 @@ def _trigger_lines(trigger: Trigger) -> str:
         case Schedule():
             return _inline('type = "schedule"', f"cron = {text(trigger.cron or '')}", *_args_line(trigger.args))
         case OnMessage():
-            return f'{{ type = "message", topics = {texts(trigger.topics)} }}'
+            full = [f"full = {text(trigger.full)}"] * (trigger.full != "refuse")
+            return _inline('type = "message"', f"topics = {texts(trigger.topics)}", *full)
 
 
 def _inline(*fields: str) -> str:
@@ -619,7 +643,7 @@ def _args_line(args: tuple[str, ...]) -> list[str]:
 
 def _grant_lines(grants: Grants) -> list[str]:
     named = {"interfaces": grants.interfaces, "outbound": grants.outbound, "instances": grants.instances}
-    named["publish"] = grants.publishes
+    named |= {"publish": grants.publishes, "publish_local": grants.publishes_locally, "subscribe": grants.subscribes}
     lines = [f"{key} = {texts(values)}" for key, values in named.items() if values]
     mounts = [f"{text(place)} = {text(name)}" for place, name in grants.mounts.items()]
     return [*lines, f"directories = {_inline(*mounts)}"] if mounts else lines

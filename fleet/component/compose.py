@@ -10,7 +10,8 @@ followed by sections that connect it with a guest:
     next component   the guest, byte for byte
     instances        0 with the engine's part; the guest with 0 for wasi:io, the standard streams and wasi:http; 1 with
                      0 and the guest
-    exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces, and its `wasi:cli/run`
+    exports          the adapter's bridge; the guest's own `wasmfleet:` interfaces, its `wasi:cli/run` and its
+                     `wasi:messaging/incoming-handler`
 
 A guest that may have sockets gets `wasi:sockets` from the adapter too: the file ends in two other forms of component 0,
 which define it, one for guests of wasi:http and one for all others, which need no component 1. They are cut off where
@@ -47,6 +48,8 @@ HOST: Final = "wasmfleet:adapter/host"
 SOCKETS_HOST: Final = "wasmfleet:adapter/sockets"
 HOST_INTERFACES: Final = frozenset({HOST, SOCKETS_HOST})
 """Imports of the adapter itself, which comes with wasi:http, or with sockets; they need no grant."""
+
+_EXPORTS_KEPT: Final = frozenset({wasi.RUN, wasi.MESSAGING_HANDLER})
 
 PARTS: Final = 2
 """Components that the adapter's file nests before its shims."""
@@ -184,7 +187,7 @@ def _join(
     for name in driver_part.exports:
         out.export(name, out.export_of(last, name))
     for name in inner.exports:
-        if name.startswith("wasmfleet:") or reader.bare(name) == wasi.RUN:
+        if name.startswith("wasmfleet:") or reader.bare(name) in _EXPORTS_KEPT:
             out.export(name, out.export_of(middle, name))
     return bytes(out.data)
 

@@ -12,8 +12,8 @@ from fleet.component import wasi
 from fleet.component.compose import BRIDGE, HOST, needs_adapter
 from fleet.component.reader import HTTP_HANDLER, SCHEDULE_TASK, Component, bare, package
 from fleet.component.toml_fields import format_size
-from fleet.protocol import bounds
-from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service, Trigger
+from fleet.protocol import bounds, message_topics
+from fleet.protocol.manifest import Grants, Http, Manifest, OnMessage, Schedule, Service
 
 ANY: Final = "*"
 """Stands for every version of an interface that the host serves by functions of its own: their types decide."""
@@ -59,7 +59,7 @@ _INSTEAD: Final = {
     "wasi:blobstore": _FILES,
     "wasi:keyvalue": "use wasi:keyvalue/store, atomics or batch",
     "wasi:sql": "ask a database over HTTP (wasi:http/outgoing-handler)",
-    "wasi:messaging": "publish with wasi:messaging/producer, and be called over HTTP (wasi:http)",
+    "wasi:messaging": "publish with wasi:messaging/producer, receive with wasi:messaging/incoming-handler",
     "wasi:nn": "build the model into the component, or ask for it over HTTP (wasi:http/outgoing-handler)",
     "wasi:tls": "send requests with wasi:http/outgoing-handler, which speaks TLS",
     "wasi:observe": "write to wasi:logging/logging",
@@ -84,7 +84,7 @@ _SOCKETS: Final = (
 )
 _NO_TOPICS: Final = (
     f"{wasi.MESSAGING_PRODUCER} denies each message (permission-denied): name topics in grants.publish, "
-    'such as "plant/#"'
+    'such as "plant/#", or in grants.publish_local'
 )
 _NO_SOCKETS: Final = "grants.outbound names where sockets may lead, and the component does not import wasi:sockets"
 _NO_FILES: Final = "grants.directories names directories, and the component does not import wasi:filesystem"
@@ -197,15 +197,6 @@ def _plug(file_name: str) -> str:
     return f"wac plug {file_name} --plug OTHER.wasm -o {stem}.whole.wasm"
 
 
-def uncallable(trigger: Trigger) -> str:
-    """Say which trigger no device has; empty for those that devices have."""
-    match trigger:
-        case Http() | Schedule() | Service():
-            return ""
-        case OnMessage():
-            return f"no device hands messages to components: export {wasi.HTTP_HANDLER}, and be called over HTTP"
-
-
 def uncalled(component: Component | None, manifest: Manifest, device: Collection[str]) -> str:
     """Say what of the manifest a device does not have, by what it reported: triggers, swaps, sockets; empty for none.
 
@@ -213,17 +204,17 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
     """
     tasks = component is None or component.exported(SCHEDULE_TASK)
     runs = any(isinstance(each, Service) or (isinstance(each, Schedule) and not tasks) for each in manifest.triggers)
-    if runs and wasi.RUNS not in device:
-        return f"it does not run {wasi.RUN}"
-    if manifest.swap == "replace" and wasi.REPLACES not in device:
-        return "it does not swap by replacement"
-    if len(manifest.triggers) > 1 and wasi.SEVERAL_TRIGGERS not in device:
-        return "it knows manifests with one trigger only"
-    if manifest.grants.sockets and wasi.SOCKETS_BY_GRANT not in device:
-        return "it denies every socket, whatever grants.outbound names"
-    if manifest.grants.mounts and wasi.DIRECTORIES not in device:
-        return "it gives components no directories but their own"
-    return ""
+    grants = manifest.grants
+    bus = bool(manifest.triggers_of(OnMessage)) or bool(grants.subscribes or grants.publishes_locally)
+    needs = (
+        (runs, wasi.RUNS, f"it does not run {wasi.RUN}"),
+        (manifest.swap == "replace", wasi.REPLACES, "it does not swap by replacement"),
+        (len(manifest.triggers) > 1, wasi.SEVERAL_TRIGGERS, "it knows manifests with one trigger only"),
+        (grants.sockets, wasi.SOCKETS_BY_GRANT, "it denies every socket, whatever grants.outbound names"),
+        (bool(grants.mounts), wasi.DIRECTORIES, "it gives components no directories but their own"),
+        (bus, wasi.BUS, "it has no bus for messages between components"),
+    )
+    return next((sentence for needed, way, sentence in needs if needed and way not in device), "")
 
 
 def not_offered(grants: Grants, device: Collection[str]) -> str:
@@ -242,7 +233,13 @@ def problems(component: Component, manifest: Manifest | None, *, file_name: str 
     found = [each.why for each in unserved(component, file_name=file_name)]
     if manifest is None:
         return tuple(found)
-    found += filter(None, map(uncallable, manifest.triggers))
+    found += [
+        f"grants.subscribe does not cover {each!r}, so that none of its messages would come: "
+        f'write subscribe = ["{each}"] under [grants]'
+        for trigger in manifest.triggers_of(OnMessage)
+        for each in trigger.topics
+        if not message_topics.covered(each, manifest.grants.subscribes)
+    ]
     if manifest.limits.memory_bytes > _MEMORY_MAX_BYTES:
         most = format_size(manifest.limits.memory_bytes)
         found.append(f"limits.memory is {most}: a component addresses at most {format_size(_MEMORY_MAX_BYTES)}")
@@ -259,7 +256,8 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
     sockets = any(package(name) == wasi.SOCKETS for name in names)
     if sockets and not grants.sockets:
         found.append(_SOCKETS)
-    if any(bare(name) == wasi.MESSAGING_PRODUCER for name in names) and not grants.publishes:
+    topics = (*grants.publishes, *grants.publishes_locally)
+    if any(bare(name) == wasi.MESSAGING_PRODUCER for name in names) and not topics:
         found.append(_NO_TOPICS)
     if grants.sockets and not sockets:
         found.append(_NO_SOCKETS)

@@ -75,7 +75,9 @@ SOCKETS_BY_GRANT: Final = "wasmfleet:sockets@1"
 
 DIRECTORIES: Final = "wasmfleet:directories@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES)
+BUS: Final = "wasmfleet:bus@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""
 
 

@@ -167,10 +167,32 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     args: tuple[str, ...] = ()
 
 
-class OnMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="message"):
-    """Called for each message on the device's bus."""
+Full = Literal["refuse", "drop-oldest"]
+
+
+class OnMessage(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, tag="message"
+):
+    """Called for each message on the device's bus: `wasi:messaging/incoming-handler`.
+
+    Attributes:
+        topics: filters of the topics that it gets (`fleet.protocol.message_topics`), within `grants.subscribe`.
+        full: what happens once its queue is full: senders wait, and are refused in the end, or the oldest is dropped.
+    """
 
     topics: tuple[str, ...] = ()
+    full: Full = "refuse"
+
+    def __post_init__(self) -> None:
+        """Refuse what are no filters. Raises `ValueError`."""
+        _check_filters("topics", self.topics)
+
+
+def _check_filters(name: str, filters: tuple[str, ...]) -> None:
+    for each in filters:
+        message_topics.check_filter(each)
+    if len(filters) > message_topics.FILTERS_MAX:
+        raise ValueError(f"{name} has more than {message_topics.FILTERS_MAX} filters")
 
 
 STOP_MS: Final = 10_000
@@ -251,8 +273,10 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         outbound: where it may send requests, as `https://api.example.com:443`, and where sockets may lead, as
             `tcp://10.1.0.5:502` (`fleet.protocol.outbound`).
         instances: neighbours on the device it may call over `http://<instance>.internal/`.
-        publish: filters of the topics on which it may publish (`fleet.protocol.message_topics`); unset for none, and
-            then left out, since earlier hosts and agents refuse the field.
+        publish: filters of the topics on which it may publish (`fleet.protocol.message_topics`): to the device's bus,
+            and to the operator; unset for none, and then left out, since earlier hosts and agents refuse the field.
+        publish_local: the same, to the device's bus alone.
+        subscribe: filters of the topics that it may receive from the device's bus, left out likewise.
         directories: directories of the device that it may read, by the path at which it sees each; their names are the
             device owner's (`fleet.protocol.directories`). Unset for none, as `publish`.
     """
@@ -262,28 +286,66 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     instances: tuple[str, ...] = ()
     publish: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     directories: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    publish_local: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    subscribe: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Refuse what are no filters, and no directories. Raises `ValueError`."""
-        for each in self.publishes:
-            message_topics.check_filter(each)
-        if len(self.publishes) > message_topics.FILTERS_MAX:
-            raise ValueError(f"publish has more than {message_topics.FILTERS_MAX} filters")
-        if self.publish == ():
-            msgspec.structs.force_setattr(self, "publish", msgspec.UNSET)
+        for name in ("publish", "publish_local", "subscribe"):
+            filters = getattr(self, name)
+            if filters == ():
+                msgspec.structs.force_setattr(self, name, msgspec.UNSET)
+            elif filters is not msgspec.UNSET:
+                _check_filters(name, filters)
         directories.check_grant(self.mounts)
         if self.directories == {}:
             msgspec.structs.force_setattr(self, "directories", msgspec.UNSET)
 
     @property
     def publishes(self) -> tuple[str, ...]:
-        """Filters of the topics on which it may publish."""
+        """Filters of the topics on which it may publish, to the operator too."""
         return () if isinstance(self.publish, msgspec.UnsetType) else self.publish
 
     @property
     def mounts(self) -> dict[str, str]:
         """Names of the device's directories that it may read, by the path at which it sees each."""
         return {} if isinstance(self.directories, msgspec.UnsetType) else self.directories
+
+    @property
+    def publishes_locally(self) -> tuple[str, ...]:
+        """Filters of the topics on which it may publish to the device's bus alone."""
+        return () if isinstance(self.publish_local, msgspec.UnsetType) else self.publish_local
+
+    @property
+    def subscribes(self) -> tuple[str, ...]:
+        """Filters of the topics that it may receive."""
+        return () if isinstance(self.subscribe, msgspec.UnsetType) else self.subscribe
+
+    def messages_beyond(self, ceiling: "Grants") -> tuple[str, ...]:
+        """Describe what of these grants of messages `ceiling` does not cover, for people."""
+        anywhere = (*ceiling.publishes, *ceiling.publishes_locally)
+        return tuple(
+            f"{what} {each}"
+            for what, filters, most in (
+                ("messages on", self.publishes, ceiling.publishes),
+                ("messages within the device on", self.publishes_locally, anywhere),
+                ("receiving messages on", self.subscribes, ceiling.subscribes),
+            )
+            for each in filters
+            if not message_topics.covered(each, most)
+        )
+
+    def messages_within(self, ceiling: "Grants") -> dict[str, tuple[str, ...]]:
+        """Return these grants of messages, as arguments, without those that `ceiling` does not cover."""
+        anywhere = (*ceiling.publishes, *ceiling.publishes_locally)
+        return {
+            name: tuple(each for each in filters if message_topics.covered(each, most))
+            for name, filters, most in (
+                ("publish", self.publishes, ceiling.publishes),
+                ("publish_local", self.publishes_locally, anywhere),
+                ("subscribe", self.subscribes, ceiling.subscribes),
+            )
+        }
 
     def allows(self, interface: str) -> bool:
         """Tell whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
@@ -307,7 +369,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             all(ceiling.allows(interface) for interface in self.interfaces)
             and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
             and set(self.instances) <= set(ceiling.instances)
-            and all(message_topics.covered(each, ceiling.publishes) for each in self.publishes)
+            and not self.messages_beyond(ceiling)
             and set(self.mounts.values()) <= set(ceiling.mounts.values())
         )
 
@@ -353,6 +415,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             of its world: one in `wasi:http`, else any number.
         table_elements: elements of each of its tables (functions that are called through a table, references).
         core_instances: core modules that may be instantiated in one instance, and its memories and tables, each.
+        queue_bytes, queue_messages: messages that wait for the instance, with all that belongs to them.
     """
 
     memory_bytes: Count = 16 * bounds.MIB
@@ -371,6 +434,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     requests_per_instance: Count = 0
     table_elements: Count = TABLE_ELEMENTS_MAX
     core_instances: Count = CORE_INSTANCES_MAX
+    queue_bytes: Count = 256 * bounds.KIB
+    queue_messages: Count = 256
 
     def __post_init__(self) -> None:
         """Refuse values below their minimum: the engine takes a negative number for no limit. Raises `ValueError`."""
@@ -549,7 +614,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return wire.digest(self.plain())
 
 
-LATER: Final = ("secrets", "limits.table_elements", "limits.core_instances", "more_triggers", "swap")
+LATER: Final = (
+    *("secrets", "limits.table_elements", "limits.core_instances", "more_triggers", "swap"),
+    *("limits.queue_bytes", "limits.queue_messages"),
+)
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
 

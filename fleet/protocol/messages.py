@@ -129,6 +129,27 @@ class HealthChecks(msgspec.Struct, frozen=True, kw_only=True):
     well: bool = True
 
 
+class QueueHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Messages on the device's bus for an instance, since the host started.
+
+    Attributes:
+        waiting, waiting_bytes: that it has not handled yet, with what belongs to them.
+        oldest_s: age of the oldest of these; 0 for none.
+        delivered: that its handler has handled.
+        failed: runs of the handler that failed; each message has several.
+        dropped: for want of room, or as it may not have them any more.
+        dead_letters: given up after as many runs as a message gets.
+    """
+
+    waiting: Count = 0
+    waiting_bytes: Count = 0
+    oldest_s: Count = 0
+    delivered: Count = 0
+    failed: Count = 0
+    dropped: Count = 0
+    dead_letters: Count = 0
+
+
 class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of an instance since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
 
@@ -146,6 +167,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         shared_worker: the worker that it shares with other instances, which say the same; empty for workers of its own.
         `lanes`, `shared_lane`: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
         checks: None where the manifest has no health check, or the host does not count them.
+        messages: for it, on the device's bus; None where it receives none.
     """
 
     instance: str
@@ -176,6 +198,7 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     manifest_sha256: str = ""
     error: str = ""
     checks: HealthChecks | None = None
+    messages: QueueHealth | None = None
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

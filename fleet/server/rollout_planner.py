@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fleet.protocol import bounds, message_topics, names, outbound, wire
+from fleet.protocol import bounds, names, outbound, wire
 from fleet.protocol.codes import OPEN_STATES, Outcome, PauseCause, RolloutState
 from fleet.protocol.manifest import Grants
 from fleet.protocol.operator_api import (
@@ -834,7 +834,7 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         interfaces=tuple(name for name in narrowed.interfaces if ceiling.allows(name)),
         outbound=tuple(name for name in narrowed.outbound if outbound.covered(name, ceiling.outbound)),
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
-        publish=tuple(each for each in narrowed.publishes if message_topics.covered(each, ceiling.publishes)),
+        **narrowed.messages_within(ceiling),
         directories={at: name for at, name in narrowed.mounts.items() if name in ceiling.mounts.values()},
     )
     return wire.canonical(still).decode()
@@ -853,6 +853,6 @@ def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
             if not outbound.covered(name, before.outbound)
         ),
         *(f"instance {name}" for name in new.instances if name not in before.instances),
-        *(f"messages on {each}" for each in new.publishes if not message_topics.covered(each, before.publishes)),
+        *new.messages_beyond(before),
         *new.directories_beyond(before),
     )

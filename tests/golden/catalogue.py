@@ -92,6 +92,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "figures-of-an-instance": messages.InstanceHealth,
         "health-checks-of-an-instance": messages.HealthChecks,
         "readings-kept-by-a-device": messages.ReadingsHealth,
+        "queue-of-an-instance": messages.QueueHealth,
         "readings": messages.Readings,
         "reading": messages.Reading,
         "readings-ack": messages.ReadingsAck,

@@ -89,6 +89,10 @@ SERVE: Final = Signature(
 CHECK: Final = Signature((), _OUTCOME)
 RUN: Final = Signature((("scheduled-ms", "u64"),), _OUTCOME)
 COMMAND: Final = Signature((), "result<_, _>")
+RECEIVE: Final = Signature(
+    (("message", "own"),),
+    "result<_, variant { timeout, connection(string), permission-denied(string), other(string) }>",
+)
 SAVE_STATE: Final = Signature((), "result<list<u8>, string>")
 LOAD_STATE: Final = Signature((("state", "list<u8>"),), _OUTCOME)
 

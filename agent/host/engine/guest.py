@@ -28,6 +28,7 @@ from agent.host.engine.runtime import (
     HANDLER,
     HEALTH,
     OPTIONAL,
+    RECEIVER,
     STATE,
     TASK,
     TICK_MS,
@@ -155,6 +156,7 @@ class Guest:
         self._run = self._function(TASK, "run")
         self._save = self._function(STATE, "save-state")
         self._load = self._function(STATE, "load-state")
+        self._receive = self._function(RECEIVER, "handle")
 
     def _new_store(self, streams: Callable[[], WasiConfig]) -> Store:
         store = Store(self._image.engine.raw)
@@ -226,9 +228,15 @@ class Guest:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Exports of the guest among HANDLER, HEALTH, TASK, STATE and COMMAND."""
+        """Exports of the guest among HANDLER, HEALTH, TASK, STATE, RECEIVER and COMMAND."""
         state = self._save if self._load is not None else None
-        found = ((HANDLER, self._handle), (HEALTH, self._check), (TASK, self._run), (STATE, state))
+        found = (
+            (HANDLER, self._handle),
+            (HEALTH, self._check),
+            (TASK, self._run),
+            (STATE, state),
+            (RECEIVER, self._receive),
+        )
         command = {COMMAND} if self._image.export(COMMAND, "run") is not None else set()
         return frozenset(command | {name for name, function in found if function is not None})
 
@@ -301,6 +309,23 @@ class Guest:
         """Run its task: None for done, else its sentence. Raises `GuestError`."""
         assert self._run is not None
         return self._call(self._run, scheduled_ms)
+
+    def receive(self, message: Any) -> str | None:
+        """Run its message handler with a message that the host has: None for handled, else why not.
+
+        Raises:
+            GuestError: it trapped or took too long.
+        """
+        assert self._receive is not None
+        self._arm(self._limits.call_ms)
+        try:
+            result = self._receive(self._store, message)
+        except WasmtimeError as error:
+            raise guest_error(str(error)) from error
+        if result is None:
+            return None
+        tag, payload = getattr(result, "tag", result), getattr(result, "payload", None)
+        return str(tag) if payload is None else f"{tag}: {payload}"
 
     def command(self, arguments: Sequence[str], begins: Callable[[], None] | None = None) -> int:
         """Run `wasi:cli/run` in an instance of its own, and return the exit code.

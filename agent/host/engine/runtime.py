@@ -96,6 +96,7 @@ HEALTH: Final = "wasmfleet:http/health"
 TASK: Final = "wasmfleet:schedule/task"
 STATE: Final = "wasmfleet:state/state"
 COMMAND: Final = wasi.RUN
+RECEIVER: Final = wasi.MESSAGING_HANDLER
 
 # Exports that the host calls: `agent.host.engine.codec` lays values out by these types.
 SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
@@ -105,6 +106,7 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
     (STATE, "save-state"): codec.SAVE_STATE,
     (STATE, "load-state"): codec.LOAD_STATE,
     (COMMAND, "run"): codec.COMMAND,
+    (RECEIVER, "handle"): codec.RECEIVE,
     (compose.BRIDGE, "handle"): codec.EXCHANGE,
     (compose.BRIDGE, "flush"): codec.FLUSH,
     (compose.BRIDGE, "serve"): codec.SERVE,
@@ -112,6 +114,7 @@ SIGNATURES: Final[dict[tuple[str, str], Signature]] = {
 OPTIONAL: Final = (
     *((HEALTH, "check"), (TASK, "run"), (STATE, "save-state"), (STATE, "load-state")),
     (COMMAND, "run"),
+    (RECEIVER, "handle"),
 )
 
 Log = Callable[[str], None]

@@ -24,6 +24,7 @@ from agent.host.ipc import framing, message_api
 from agent.host.ipc.message_api import SEND_S, Publish, Published
 from fleet.component import wasi
 from fleet.protocol import bounds, wire
+from fleet.protocol.bounds import Metadata
 from fleet.protocol.manifest import Grants, Limits
 
 NAME: Final = "wasi:messaging"
@@ -44,6 +45,7 @@ class _Message:
     data: bytes
     content_type: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    topic: str | None = None
 
     def flaw(self) -> str:
         """Say why it cannot be sent; empty where it can."""
@@ -59,15 +61,23 @@ class Publisher:
 
     def __init__(self, sock: socket.socket | None, grants: Grants, limits: Limits) -> None:
         self._sock = sock
-        self._granted = grants.publishes
+        self._granted = (*grants.publishes, *grants.publishes_locally)
         self._wait_s = min(SEND_S, limits.idle_ms / 1000 * _MARGIN)
         self._messages: dict[int, _Message] = {}
+        self._received: dict[int, _Message] = {}
         self._handles = itertools.count(1)
         self._numbers = itertools.count(1)
 
     def reset(self) -> None:
         """Forget the messages of an instance that has ended."""
         self._messages.clear()
+        self._received.clear()
+
+    def received(self, topic: str, data: bytes, content_type: str, metadata: Metadata) -> Any:
+        """Keep a message that comes from the device's bus, until the next one, and return it for the guest."""
+        handle = next(self._handles)
+        self._received = {handle: _Message(data, content_type or None, dict(metadata), topic)}
+        return resource(handle, _MESSAGE_NUMBER)
 
     def add(self, data: bytes) -> int:
         """Keep a new message, and return its handle."""
@@ -79,15 +89,18 @@ class Publisher:
 
     def get(self, handle: int) -> _Message:
         """Return a message. Raises `KeyError` once others have taken its place, which ends the call in a trap."""
-        return self._messages[handle]
+        return self._received[handle] if handle in self._received else self._messages[handle]
 
     def drop(self, handle: int) -> None:
         """Forget a message."""
-        self._messages.pop(handle, None)
+        self._take(handle)
+
+    def _take(self, handle: int) -> _Message | None:
+        return self._received.pop(handle, None) or self._messages.pop(handle, None)
 
     def send(self, denials: Denials, topic: str, handle: int) -> Any:
         """Publish a message, and wait until the device keeps it; None, or the error."""
-        message = self._messages.pop(handle, None)
+        message = self._take(handle)
         if error := message_api.denied(topic, self._granted):
             denials.deny(f"{wasi.MESSAGING_PRODUCER}.send", f"{wasi.MESSAGING_PRODUCER}.send is denied: {error}")
             return case("permission-denied", error)
@@ -169,7 +182,7 @@ def _types(around: Surroundings) -> Mapping[str, Function]:
         "[static]client.connect": lambda _store, _name: resource(_THE_CLIENT, _CLIENT_NUMBER),
         "[method]client.disconnect": lambda store, client: client.drop(store),
         "[constructor]message": create,
-        "[method]message.topic": lambda store, handle: handle.drop(store),
+        "[method]message.topic": lambda store, handle: message(store, handle).topic,
         "[method]message.content-type": lambda store, handle: message(store, handle).content_type,
         "[method]message.set-content-type": set_content_type,
         "[method]message.data": lambda store, handle: message(store, handle).data,
@@ -222,27 +235,50 @@ _VERSIONS: Final = ("0.2.0-draft",)
 PACKAGE: Final = Package(
     name=NAME,
     about="""\
-Messages to the operator ([messages](messages.md)): `send` returns once the device keeps the message on its disk, from
-where it reaches the server, also after days without a network. The draft is the one in which `send` takes the topic;
-`request-reply` is not served.""",
-    grant='`interfaces = ["wasi:messaging"]`, and topics in `publish`, such as `publish = ["plant/#"]`',
+Messages to the operator and between components ([messages](messages.md)): `send` returns once every component that
+subscribes to the topic has the message in its queue and, on topics of `publish`, once the device keeps it on its disk,
+from where it reaches the server, also after days without a network. A component with a trigger of type `message`
+exports `wasi:messaging/incoming-handler`, version `0.2.0-draft`, which is called for each message. The draft is the one
+in which `send` takes the topic; `request-reply` is not served.""",
+    grant='`interfaces = ["wasi:messaging"]`, and topics: `publish = ["plant/#"]` to the operator and to components of '
+    "the device, `publish_local` to components alone, `subscribe` to receive",
     limits={
         "size of a message": "16 KiB; topic 256 bytes; 16 entries of metadata, together 4 KiB, a word 1,024 characters",
-        "messages a minute": "600, and 1 MiB, of all workers of the instance together",
+        "messages a minute": "600, and 1 MiB, of all workers of the instance together; of those that stay on the "
+        "device 6,000, and 16 MiB",
+        "messages that wait for the handler": "`limits.queue` and `limits.queue_messages`",
+        "attempts": "5 for each message, then it is a dead letter",
         "messages at once": "32 that are made and not sent",
         "wait in `send`": "10 seconds, or 0.8 of `limits.idle` if that is less: then `timeout`",
     },
-    counters={"denials": "messages on a topic that no grant covers"},
+    counters={
+        "denials": "messages on a topic that no grant covers",
+        "messages": "how many wait, their size, age of the oldest; delivered, failed, dropped, dead letters",
+    },
     rust="""\
 use wasi::messaging::{producer, types::{Client, Message}};
 
 let client = Client::connect("")?;
-producer::send(&client, "plant/boiler/temperature", Message::new(b"21.5"))?;""",
+producer::send(&client, "plant/boiler/temperature", Message::new(b"21.5"))?;
+
+// A component that receives: an error has the message come again.
+impl exports::wasi::messaging::incoming_handler::Guest for Alarm {
+    fn handle(message: Message) -> Result<(), Error> {
+        let text = String::from_utf8(message.data()).map_err(|_| Error::Other("no text".into()))?;
+        println!("{} is {text}", message.topic().unwrap_or_default());
+        Ok(())
+    }
+}""",
     python="""\
 from wit_world.imports import producer
 from wit_world.imports.wasi_messaging_types import Client, Message
 
-producer.send(Client.connect(""), "plant/boiler/temperature", Message(b"21.5"))""",
+producer.send(Client.connect(""), "plant/boiler/temperature", Message(b"21.5"))
+
+
+class IncomingHandler:  # of a component that receives: an error that is raised has the message come again
+    def handle(self, message: Message) -> None:
+        print(message.topic(), "is", message.data().decode())""",
     interfaces=(
         HostInterface(
             wasi.MESSAGING_TYPES,

@@ -30,6 +30,14 @@ BYTES_A_MINUTE: Final = 1024 * 1024
 """Bytes of an instance's messages in a minute, and at once."""
 
 
+BLOCKED_S: Final = 5.0
+"""Longest wait of a sender for room in the queue of an instance that gets its message."""
+
+LOCAL_MESSAGES_A_MINUTE: Final = 6000
+LOCAL_BYTES_A_MINUTE: Final = 16 * 1024 * 1024
+"""The same of messages that stay on the device."""
+
+
 class Publish(msgspec.Struct, frozen=True, kw_only=True):
     """Publish a message. Answered with `Published`."""
 

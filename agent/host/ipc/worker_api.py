@@ -17,10 +17,11 @@ from typing import Final, NamedTuple
 import msgspec
 
 from agent.host.ipc.framing import DescriptorsLostError, GoneError, close_all, receive_packet, send_packet
+from fleet.component.wasi import MESSAGING_HANDLER
 from fleet.protocol import wire
-from fleet.protocol.bounds import Count
+from fleet.protocol.bounds import Count, MessageData, MessageTopic, MessageType, Metadata
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import Grants, Http, Limits, Schedule, Service, Trigger
+from fleet.protocol.manifest import Grants, Http, Limits, OnMessage, Schedule, Service, Trigger
 
 FAULTS_A_MINUTE: Final = 300
 """Faults that a worker reports one by one; all are counted."""
@@ -167,6 +168,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
     id: Count = 0
 
 
+class Deliver(msgspec.Struct, frozen=True, kw_only=True, tag="deliver"):
+    """Run the guest's handler with a message. Answered with `Delivered`."""
+
+    topic: MessageTopic
+    data: MessageData = b""
+    content_type: MessageType = ""
+    metadata: Metadata = ()
+    id: Count = 0
+
+
 class RunService(msgspec.Struct, frozen=True, kw_only=True, tag="run-service"):
     """Run `wasi:cli/run` until it ends. Followed by a `ServiceEnded`, and then the worker ends."""
 
@@ -230,7 +241,7 @@ class EarlierAddSlot(AddSlot, frozen=True, kw_only=True, tag="seat"):
     """`AddSlot` of supervisors before 0.2.0."""
 
 
-Request = Setup | OpenShared | Check | Task | Probe | SaveState | LoadState | Configure
+Request = Setup | OpenShared | Check | Task | Deliver | Probe | SaveState | LoadState | Configure
 ToWorker = Request | AddSlot | Serve | Resume | Interrupt | RunService | Drain
 Earlier = EarlierOpenShared | EarlierAddSlot
 
@@ -274,6 +285,13 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
     """The task has ended: None for done."""
+
+    id: Count = 0
+    problem: str | None = None
+
+
+class Delivered(msgspec.Struct, frozen=True, kw_only=True, tag="delivered"):
+    """The handler has ended: None for handled."""
 
     id: Count = 0
     problem: str | None = None
@@ -347,7 +365,7 @@ class Overdue(msgspec.Struct, frozen=True, kw_only=True, tag="overdue"):
     why: str
 
 
-Reply = Ready | Opened | Refused | Checked | Ran | Probed | StateSaved | StateLoaded | Configured
+Reply = Ready | Opened | Refused | Checked | Ran | Delivered | Probed | StateSaved | StateLoaded | Configured
 FromWorker = Reply | Line | Fault | Busy | Overdue | ServiceEnded
 
 _to_worker: Final[msgspec.json.Decoder[ToWorker]] = msgspec.json.Decoder(ToWorker | Earlier)
@@ -417,6 +435,7 @@ _EXPORTS: Final[dict[type[Trigger], tuple[str, ...]]] = {
     Http: ("wasmfleet:http/handler",),
     Schedule: ("wasmfleet:schedule/task", "wasi:cli/run"),
     Service: ("wasi:cli/run",),
+    OnMessage: (MESSAGING_HANDLER,),
 }
 
 

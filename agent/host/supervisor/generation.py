@@ -185,6 +185,7 @@ class Generation:
         image_sha256, image_bytes: hash and size of its image, if it may share a worker.
         checks_asked, checks_missed, checks_failing: number of health checks, of failed ones, and of the latest
             consecutive failures.
+        started: set each time that a worker of it has become ready.
     """
 
     run: host_api.Run
@@ -212,6 +213,7 @@ class Generation:
     checks_asked: int = 0
     checks_missed: int = 0
     checks_failing: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         """Hash the image if it may be shared with other instances."""
@@ -243,6 +245,12 @@ class Generation:
     def alive(self) -> list[WorkerHandle]:
         """Workers that are ready and have not ended."""
         return [worker for worker in self.workers if worker.alive and worker.ready is not None]
+
+    async def until_alive(self) -> None:
+        """Wait until it has a worker."""
+        while not self.alive:
+            self.started.clear()
+            await self.started.wait()
 
     def count_check(self, *, well: bool) -> None:
         """Count a result of its health check."""

@@ -110,7 +110,7 @@ class Instance:
         self._log = InstanceLog(resources.logs.open(name))
         self._crashes = CrashPolicy()
         self._workers = WorkerSet(name, resources, pool, egress=egress, keyvalue=keyvalue, router=router, events=self)
-        self._timers = InstanceTimers(self._log, self)
+        self._timers = InstanceTimers(self._log, resources.messages.bus, self)
         self._autoscaler = Autoscaler(self._workers, self.lock, self._log)
         self._parts = swap.SwapParts(name, self._workers, self._timers, resources.listeners, self._log)
         self._reverted: _Reverted | None = None
@@ -248,6 +248,7 @@ class Instance:
         self._workers.stop_listening()
         self._workers.tasks.cancel()
         self._resources.listeners.close(self.name)
+        self._resources.messages.bus.unsubscribe(self.name)
         await self._workers.wait_ended()
         self._workers.bytes_today()
         self._log.flush()
@@ -313,6 +314,7 @@ class Instance:
             manifest_sha256=self.current.run.manifest.digest(),
             error=plain(self.error, _REASON_MAX_CHARS * 2),
             checks=self.current.checks(),
+            messages=self._resources.messages.bus.health(self.name),
         )
 
     async def ask_health(self, wait_s: float) -> None:
@@ -538,6 +540,7 @@ class Instance:
         for worker in list(generation.workers):
             self._workers.retire(generation, worker)
         self._timers.stop()
+        self._resources.messages.bus.stall(self.name)
         if generation.listener is not None and generation.listener.port is not None:
             self._workers.stop_listening()
             generation.listener.sock.close()  # clients must not wait there; behind the router, they get 503

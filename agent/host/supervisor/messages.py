@@ -1,8 +1,9 @@
-"""Messages of components on their way from workers to the agent.
+"""Messages of components on their way from workers to the device's bus, and to the agent.
 
 Each worker that may publish has a socket here, and waits for the reply to each of its messages: so no more messages
-wait than there are workers. The agent asks for them, keeps them, and says so with its next question; only then does
-`send` return in the component. An agent that is started again gets those that it has not said to keep.
+wait than there are workers. One goes to the bus first (`agent.host.supervisor.bus`), once every instance that gets it
+has room; where it is for the operator too, the agent asks for it, keeps it, and says so with its next question. Only
+then does `send` return in the component. An agent that is started again gets those that it has not said to keep.
 
 Nothing that a worker says is believed further than its instance's grants reach.
 """
@@ -15,16 +16,27 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from agent.host.ipc import framing, host_api, message_api
-from agent.host.ipc.message_api import BYTES_A_MINUTE, MESSAGES_A_MINUTE, SEND_S, Publish, Published
+from agent.host.ipc.message_api import (
+    BLOCKED_S,
+    BYTES_A_MINUTE,
+    LOCAL_BYTES_A_MINUTE,
+    LOCAL_MESSAGES_A_MINUTE,
+    MESSAGES_A_MINUTE,
+    SEND_S,
+    Publish,
+    Published,
+)
 from agent.host.ipc.worker_api import TokenBucket
+from agent.host.supervisor.bus import Bus, BusMessage
 from fleet.component.wasi import MESSAGING_PRODUCER
 from fleet.protocol import wire
 from fleet.protocol.manifest import Grants
+from fleet.protocol.message_topics import any_matches
 
 _OTHER_MAX: Final = 8  # packets of one worker without a reply; an intact one waits for each
 _publish: Final[msgspec.json.Decoder[Publish]] = msgspec.json.Decoder(Publish)
@@ -32,15 +44,39 @@ _publish: Final[msgspec.json.Decoder[Publish]] = msgspec.json.Decoder(Publish)
 
 def may_publish(grants: Grants) -> bool:
     """Return whether an instance with these grants may publish anything."""
-    return grants.allows(MESSAGING_PRODUCER) and bool(grants.publishes)
+    return grants.allows(MESSAGING_PRODUCER) and bool(grants.publishes or grants.publishes_locally)
 
 
 @dataclass(slots=True)
 class _Rate:
-    """Budget of an instance, shared by its workers."""
+    """Budget of an instance, shared by its workers: of messages, and of their bytes."""
 
-    messages: TokenBucket = field(default_factory=lambda: TokenBucket(MESSAGES_A_MINUTE))
-    size: TokenBucket = field(default_factory=lambda: TokenBucket(BYTES_A_MINUTE))
+    most_messages: int
+    most_bytes: int
+    messages: TokenBucket = field(init=False)
+    size: TokenBucket = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.messages, self.size = TokenBucket(self.most_messages), TokenBucket(self.most_bytes)
+
+    def refused(self, size: int) -> str:
+        """Take a message of this size; say why it is one too many, or empty."""
+        if not self.messages.take():
+            return f"{self.most_messages} messages a minute are allowed"
+        if not self.size.take(max(1, size)):
+            return f"{self.most_bytes // 1024} KiB of messages a minute are allowed"
+        return ""
+
+
+class _Rates(NamedTuple):
+    """Budgets of an instance: of what goes to the operator, and of what stays on the device."""
+
+    uplink: _Rate
+    local: _Rate
+
+    @classmethod
+    def fresh(cls) -> "_Rates":
+        return cls(_Rate(MESSAGES_A_MINUTE, BYTES_A_MINUTE), _Rate(LOCAL_MESSAGES_A_MINUTE, LOCAL_BYTES_A_MINUTE))
 
 
 @dataclass(slots=True)
@@ -52,9 +88,25 @@ class _Worker:
     """
 
     instance: str
-    publish: tuple[str, ...]
+    uplink: tuple[str, ...]
+    local: tuple[str, ...]
     sock: socket.socket
     kill: Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Blocked:
+    """Message that waits for room; `full`: the instance in whose queue there was none."""
+
+    worker: _Worker
+    message: BusMessage
+    asked: int
+    until_s: float
+    full: str
+
+    def is_before(self, message: BusMessage) -> bool:
+        """Tell whether a message has to wait for this one, for their order."""
+        return (self.message.sender, self.message.topic) == (message.sender, message.topic)
 
 
 @dataclass(slots=True)
@@ -68,15 +120,22 @@ class _Pending:
 
 
 class MessageGate:
-    """Messages that wait to be kept. Everything here belongs to the supervisor's event loop."""
+    """Messages that wait to be kept, or for room. Everything here belongs to the supervisor's event loop.
+
+    Attributes:
+        bus: takes what instances of the device are to get.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.bus = Bus(clock)
+        self.bus.has_changed = self._try_again
+        self._blocked: list[_Blocked] = []
         self._workers: dict[int, _Worker] = {}
         self._worker_numbers = itertools.count(1)
         self._numbers = itertools.count(1)
         self._pending: deque[_Pending] = deque()
-        self._rates: dict[str, _Rate] = {}
+        self._rates: dict[str, _Rates] = {}
         self._news = asyncio.Event()
 
     def admit(self, instance: str, grants: Grants, kill: Callable[[str], None]) -> tuple[int, socket.socket]:
@@ -84,7 +143,7 @@ class MessageGate:
         ours, theirs = framing.socket_pair()
         ours.setblocking(False)
         number = next(self._worker_numbers)
-        worker = self._workers[number] = _Worker(instance, grants.publishes, ours, kill)
+        worker = self._workers[number] = _Worker(instance, grants.publishes, grants.publishes_locally, ours, kill)
         asyncio.get_running_loop().add_reader(ours, self._readable, number, worker)
         return number, theirs
 
@@ -116,37 +175,70 @@ class MessageGate:
             self.release(number)
             worker.kill("it sent a message that its host cannot read")
             return
-        if sum(each.worker is worker for each in self._pending) >= _OTHER_MAX:
+        without_reply = [each.worker is worker for each in self._pending]
+        without_reply += [each.worker is worker for each in self._blocked]
+        if sum(without_reply) >= _OTHER_MAX:
             self.release(number)
             worker.kill("it sent messages without waiting for the replies")
             return
         if error := self._refused(worker, said):
             self._reply(worker, Published(number=said.number, error=error))
             return
-        message = host_api.Message(
+        message = BusMessage(worker.instance, said.topic, said.data, said.content_type, said.metadata)
+        before = next((each for each in self._blocked if each.is_before(message)), None)
+        full = self.bus.put(message) if before is None else before.full
+        if not full:
+            self._hand_on(worker, message, said.number)
+        elif full == message.sender:  # a handler that sends to itself would wait for its own end
+            self._reply(worker, Published(number=said.number, error="its own queue of messages is full"))
+        else:
+            self._blocked.append(_Blocked(worker, message, said.number, self._clock() + BLOCKED_S, full))
+            asyncio.get_running_loop().call_later(BLOCKED_S, self.expire)
+
+    def _hand_on(self, worker: _Worker, message: BusMessage, asked: int) -> None:
+        """Go on with a message that the bus has: to the agent, or back to its sender, who may send the next."""
+        if not any_matches(worker.uplink, message.topic):
+            self._reply(worker, Published(number=asked))
+            return
+        kept = host_api.Message(
             number=next(self._numbers),
-            instance=worker.instance,
-            topic=said.topic,
-            data=said.data,
-            content_type=said.content_type,
-            metadata=said.metadata,
+            instance=message.sender,
+            topic=message.topic,
+            data=message.data,
+            content_type=message.content_type,
+            metadata=message.metadata,
         )
-        self._pending.append(_Pending(worker, message, said.number, self._clock() + SEND_S))
+        self._pending.append(_Pending(worker, kept, asked, self._clock() + SEND_S))
         asyncio.get_running_loop().call_later(SEND_S, self.expire)
         self._news.set()
 
+    def _try_again(self) -> None:
+        """Put what waits for room into the queues, in order; of one sender and topic none passes another."""
+        if not self._blocked:
+            return
+        waiting, self._blocked = self._blocked, []
+        held: set[tuple[str, str]] = set()
+        for each in waiting:
+            if each.worker.sock.fileno() < 0:
+                continue  # the sender has ended, and was told nothing
+            key = each.message.sender, each.message.topic
+            full = each.full if key in held else self.bus.put(each.message)
+            if full:
+                held.add(key)
+                each.full = full
+                self._blocked.append(each)
+            else:
+                self._hand_on(each.worker, each.message, each.asked)
+
     def _refused(self, worker: _Worker, said: Publish) -> str:
         """Say why a message is not taken; empty where it is."""
-        if error := message_api.denied(said.topic, worker.publish):
+        if error := message_api.denied(said.topic, (*worker.uplink, *worker.local)):
             return error
         if flaw := message_api.metadata_flaw(said.metadata):
             return flaw
-        rate = self._rates.setdefault(worker.instance, _Rate())
-        if not rate.messages.take():
-            return f"{MESSAGES_A_MINUTE} messages a minute are allowed"
-        if not rate.size.take(max(1, len(said.data))):
-            return f"{BYTES_A_MINUTE // 1024} KiB of messages a minute are allowed"
-        return ""
+        rates = self._rates.setdefault(worker.instance, _Rates.fresh())
+        rate = rates.uplink if any_matches(worker.uplink, said.topic) else rates.local
+        return rate.refused(len(said.data))
 
     def _reply(self, worker: _Worker, reply: Published) -> None:
         if worker.sock.fileno() < 0:
@@ -160,6 +252,11 @@ class MessageGate:
         while self._pending and self._pending[0].until_s <= now:
             pending = self._pending.popleft()
             self._reply(pending.worker, Published(number=pending.asked, late=True))
+        over = [each for each in self._blocked if each.until_s <= now]
+        self._blocked = [each for each in self._blocked if each.until_s > now]
+        for each in over:
+            said = f"the queue of {each.full}, which gets this message, is full"
+            self._reply(each.worker, Published(number=each.asked, error=said))
 
     # The agent's side
 

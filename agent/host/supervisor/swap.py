@@ -31,7 +31,7 @@ from agent.host.supervisor.timers import InstanceTimers, ScheduleTimer, ask_heal
 from agent.host.supervisor.worker_handle import R, WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import WorkerSet
 from fleet.protocol.codes import RejectCode
-from fleet.protocol.manifest import BadCronError, Http, Schedule
+from fleet.protocol.manifest import BadCronError, Http, OnMessage, Schedule
 
 STATE: Final = "wasmfleet:state/state"
 
@@ -299,8 +299,9 @@ async def listen(parts: SwapParts, new: Generation, old: Generation | None, undo
 
 
 async def finish_task(parts: SwapParts, generation: Generation) -> None:
-    """Stop a generation's timers, and wait for a scheduled task in flight: two generations never run a task at once."""
-    if generation.run.manifest.triggers_of(Schedule):
+    """Wait for a scheduled task or a message in flight: two generations never run one at once."""
+    triggers = generation.run.manifest.triggers
+    if any(isinstance(each, Schedule | OnMessage) for each in triggers):
         await parts.workers.finish_task(generation)
 
 

@@ -1,4 +1,4 @@
-"""Timers of an instance: its scheduled task and its health check.
+"""Calls of an instance beside requests: its scheduled task, its health check, and messages of the bus.
 
 A task is due `every_ms` after its last start, or by a cron line in the device's time zone (`wall_clock`).
 """
@@ -9,13 +9,14 @@ from typing import Final, Protocol
 
 from agent.host.ipc import worker_api
 from agent.host.ipc.host_api import plain
+from agent.host.supervisor.bus import Bus, BusMessage, Queue
 from agent.host.supervisor.generation import Generation
 from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.wall_clock import CronTimer
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_set import GRACE_S
 from fleet.protocol import manifest
-from fleet.protocol.manifest import Health, Http, Schedule
+from fleet.protocol.manifest import Health, Http, OnMessage, Schedule
 
 MIN_EVERY_MS: Final = 100
 
@@ -65,8 +66,9 @@ class HealthEvents(Protocol):
 class InstanceTimers:
     """Timers of the serving generation."""
 
-    def __init__(self, log: InstanceLog, events: HealthEvents) -> None:
+    def __init__(self, log: InstanceLog, bus: Bus, events: HealthEvents) -> None:
         self._log = log
+        self._bus = bus
         self._events = events
         self._generation: Generation | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,6 +83,8 @@ class InstanceTimers:
         for schedule in manifest.triggers_of(Schedule):
             work = self._run_tasks(generation, ScheduleTimer(schedule), schedule.args, in_turn)
             self._tasks.append(asyncio.ensure_future(work))
+        if (queue := self._bus.subscribe(generation.run, self._log.note)) is not None:
+            self._tasks.append(asyncio.ensure_future(self._hand_over_messages(generation, queue)))
         if manifest.health.check:
             self._tasks.append(asyncio.ensure_future(self._check_health(generation)))
 
@@ -117,11 +121,8 @@ class InstanceTimers:
         if not generation.alive:
             return
         worker = generation.alive[0]
-        # a request that the worker has begun is answered first
-        waits = 2 if generation.run.manifest.triggers_of(Http) else 1
-        timeout_s = waits * generation.run.limits.total_ms / 1000 + GRACE_S
         try:
-            ran = await worker.request(task, reply=worker_api.Ran, timeout_s=timeout_s)
+            ran = await worker.request(task, reply=worker_api.Ran, timeout_s=_turn_s(generation))
         except WorkerGoneError:
             return
         except TimeoutError:
@@ -130,11 +131,41 @@ class InstanceTimers:
         if ran.problem is not None:
             self._log.note(f"host: its task failed: {ran.problem}")
 
+    async def _hand_over_messages(self, generation: Generation, queue: Queue) -> None:
+        while True:
+            await queue.due()
+            await generation.until_alive()
+            await queue.attempt(lambda message: _deliver(generation, message))
+
     async def _check_health(self, generation: Generation) -> None:
         # Evaluated each time: a commit ends the shorter interval.
         while pause_s := pace_s(generation.run.manifest.health, probation=generation.probation):
             await asyncio.sleep(pause_s)
             await self.ask()
+
+
+def _turn_s(generation: Generation) -> float:
+    """Return the longest time of a call whose worker may have begun one of each other trigger, which ends first."""
+    kinds = {type(each) for each in generation.run.manifest.triggers} & {Http, Schedule, OnMessage}
+    return max(1, len(kinds)) * generation.run.limits.total_ms / 1000 + GRACE_S
+
+
+async def _deliver(generation: Generation, message: BusMessage) -> str | None:
+    """Run the handler of a generation with a message; None for handled, else why not."""
+    if not (alive := generation.alive):
+        return generation.lost or "its worker has ended"
+    worker = next((each for each in alive if each.is_idle), alive[0])
+    order = worker_api.Deliver(
+        topic=message.topic, data=message.data, content_type=message.content_type, metadata=message.metadata
+    )
+    try:
+        answer = await worker.request(order, reply=worker_api.Delivered, timeout_s=_turn_s(generation))
+    except WorkerGoneError as error:
+        return str(error)
+    except TimeoutError:
+        worker.kill(why := "its message handler did not end in time")
+        return why
+    return answer.problem
 
 
 async def ask_health(generation: Generation, worker: WorkerHandle) -> str | None:

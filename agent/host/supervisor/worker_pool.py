@@ -51,7 +51,11 @@ def why_not_shared(
         (grants.allows(wasi.KEYVALUE_STORE), "it has key-value pairs, which no other instance may reach"),
         (secrets, "it has secrets, which no other instance may reach"),
         (grants.outbound or grants.instances, "it may open connections, which no other instance may do in its name"),
-        (grants.publishes, "it may publish messages, which no other instance may do in its name"),
+        (
+            grants.publishes or grants.publishes_locally,
+            "it may publish messages, which no other instance may do in its name",
+        ),
+        (grants.subscribes, "it may receive messages, which no other instance may read"),
         (service, "it is a service, whose run does not end, but a shared worker runs one call at a time"),
         (limits.concurrency > 1, f"it may have {limits.concurrency} calls at once, but a shared worker runs one"),
         (

@@ -164,6 +164,7 @@ class WorkerSet:
                 worker.end("it did not start")
                 self._close_when_ended(worker)
         generation.kinds, generation.layers = frozenset(ready.kinds), ready.layers
+        generation.started.set()
         if serve:
             await self._serve_at_once(generation, worker)
         return worker

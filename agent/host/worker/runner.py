@@ -22,8 +22,8 @@ from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests
 from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.host_interface import Served
-from agent.host.engine.runtime import COMMAND, STATE, TASK, EngineError, GuestError, Image
-from agent.host.interfaces import registry
+from agent.host.engine.runtime import COMMAND, RECEIVER, STATE, TASK, EngineError, GuestError, Image
+from agent.host.interfaces import messaging, registry
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
@@ -278,6 +278,27 @@ class GuestRunner:
             self.count(error.outcome, began_ns, error=True)
             return str(error).splitlines()[0]
         self.count(CallOutcome.OK, began_ns, error=problem is not None)
+        return problem
+
+    def receive(self, message: worker_api.Deliver) -> str | None:
+        """Run the handler with a message, counted; None for handled, else a sentence, which is a fault of the guest."""
+        if (lacking := self._lacks(RECEIVER)) is not None:
+            return lacking
+        messages = self._parts[messaging.NAME]
+        began_ns = time.monotonic_ns()
+        try:
+            problem = self._call(
+                lambda guest: guest.receive(
+                    messages.received(message.topic, message.data, message.content_type, message.metadata)
+                )
+            )
+        except GuestError as error:
+            self.count(error.outcome, began_ns, error=True)
+            return str(error).splitlines()[0]
+        if problem is not None:
+            problem = _sentence(f"its message handler failed: {problem}")
+            self._report(problem or "")  # first: whoever sees the count has its reason
+        self.count(CallOutcome.OK if problem is None else CallOutcome.GUEST_TRAP, began_ns, error=problem is not None)
         return problem
 
     def _run_command(self, arguments: Sequence[str]) -> str | None:

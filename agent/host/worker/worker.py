@@ -394,6 +394,8 @@ class Worker:
             case worker_api.Task(id=number, scheduled_ms=scheduled_ms, args=args):
                 problem = self._caller.run(scheduled_ms or int(time.time() * 1000), args)
                 self.say(worker_api.Ran(id=number, problem=problem))
+            case worker_api.Deliver(id=number):
+                self.say(worker_api.Delivered(id=number, problem=self._caller.receive(message)))
             case worker_api.RunService():
                 self._service = message
             case worker_api.Probe(id=number):
@@ -664,6 +666,7 @@ class Redactor:
             case (
                 worker_api.Checked(problem=str(text))
                 | worker_api.Ran(problem=str(text))
+                | worker_api.Delivered(problem=str(text))
                 | worker_api.StateSaved(problem=str(text))
                 | worker_api.StateLoaded(problem=str(text))
             ):

@@ -419,7 +419,13 @@ a_trigger = st.one_of(
     st.builds(Service, args=arguments, stop_ms=st.integers(1, 600_000)),
     st.builds(Schedule, every_ms=st.integers(100, 10**9), args=arguments),
     st.builds(Schedule, cron=st.sampled_from(["*/5 * * * *", "0 3 * * 1-5"]), args=arguments),
-    st.builds(OnMessage, topics=st.lists(texts.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)),
+    st.builds(
+        OnMessage,
+        topics=st.lists(st.sampled_from(["a", "plant/#", "é/+/\\x", "+"]), min_size=1, max_size=3, unique=True).map(
+            tuple
+        ),
+        full=st.sampled_from(["refuse", "drop-oldest"]),
+    ),
 )
 small = st.integers(1, 10**9)
 manifests = st.builds(
@@ -551,7 +557,7 @@ def test_the_docs_list_every_field_with_its_default():
 
 
 def test_the_docs_list_no_field_that_is_not_there():
-    known = {f"trigger.{name}" for name in ("every", "cron", "topics", "type", "args", "stop")}
+    known = {f"trigger.{name}" for name in ("every", "cron", "topics", "full", "type", "args", "stop")}
     known |= {WRITTEN_AS.get(field.name, field.name) for field in msgspec.structs.fields(Manifest)}
     known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}

@@ -116,7 +116,7 @@ def test_a_device_is_judged_by_what_it_reported():
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"trigger": OnMessage(topics=("a",))}, "no device hands messages to components"),
+        ({"trigger": OnMessage(topics=("a",))}, "grants.subscribe does not cover 'a'"),
         ({"limits": Limits(memory_bytes=5 << 30)}, "limits.memory is 5GiB: a component addresses at most 4GiB"),
     ],
 )
