@@ -253,5 +253,5 @@ def _lost(figures: InstanceHealth) -> str:
         return ""
     return (
         f"{figures.instance}: {queue.dead_letters} messages from other components are dead letters, {queue.dropped} "
-        f"were dropped; its log names them (fleet-agent logs {figures.instance})"
+        "were dropped; its log names them"
     )

@@ -8,6 +8,7 @@ import pytest
 
 from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants, Http, Limits, OnMessage
+from tests import odd_components
 from tests.agent.host import host_processes, support
 from tests.eventually import eventually
 
@@ -145,6 +146,21 @@ def test_a_message_that_no_run_handles_is_a_dead_letter_and_those_behind_it_are_
         (line,) = [line for line in host.lines_of(name) if "dead letter" in line]
         assert f"a message on plant/{name} from web is a dead letter: it was handed over 5 times" in line
         assert why in line
+
+
+def test_requests_and_messages_of_a_guest_of_wasi_http_share_its_instance(host, web):
+    inner = SOURCE[SOURCE.index("(component") + len("(component") : SOURCE.rindex(")")]
+    guest = odd_components.server(inner.replace("$types", "$of-messages").replace("$handle", "$take"))
+    port = support.free_port()
+    receives(host, guest=guest, trigger=Http(), more_triggers=(ALL,), port=port)
+    assert post(web, "plant/x", b"1") == (200, "")
+    support.http(port)
+    assert post(web, "plant/x", b"T") == (200, "")
+    support.http(port)
+    assert post(web, "plant/x", b"2") == (200, "")
+    eventually(lambda: queue(host).delivered == 2, "both are handled")
+    assert [line for line in got(host) if line != "plant/x: T"] == ["plant/x: 1", "plant/x: 2"]
+    assert (queue(host).dead_letters, host.health("log").restarts, host.health("log").workers) == (1, 0, 1)
 
 
 def test_content_may_be_any_bytes(host, web):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from agent.config import Paths
+from agent.host.ipc import host_api
 from agent.link.host_client import HostClient
 from agent.report import uplink as outbox_module
 from agent.report.uplink import HealthSources, Uplink
@@ -15,7 +16,8 @@ from agent.update.problems import Problems
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
 from fleet.protocol import wire
-from fleet.protocol.messages import Report
+from fleet.protocol.codes import InstanceState
+from fleet.protocol.messages import InstanceHealth, QueueHealth, Report
 from fleet.protocol.topics import Up
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -97,3 +99,40 @@ async def test_unacknowledged_reports_are_sent_again(tmp_path, monkeypatch):
         await until([1, 2, 1, 2])
         await box.acknowledge(1)
         await until([1, 2, 1, 2, 2])
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_has_lost_messages_is_named_until_it_is_gone(tmp_path):
+    store = Store(tmp_path / "store.db")
+    problems = Problems(Database(store))
+    figures = []
+
+    async def stats():
+        return host_api.HostStats(id=1, instances=tuple(figures))
+
+    box = Uplink(
+        device=DeviceContext(
+            device="b-01234567", boot_id="x", places=Paths(tmp_path, tmp_path), mac_key=b"", clock=lambda: 0.0
+        ),
+        mqtt=None,
+        db=Database(store),
+        sources=HealthSources(SimpleNamespace(stats=stats, welcome=None), DeploymentState(), problems),
+        signer=None,
+        health_s=3600,
+    )
+
+    async def said(**lost):
+        queue = QueueHealth(delivered=7, **lost)
+        figures[:] = [
+            InstanceHealth(instance="log", target="t", generation=1, state=InstanceState.RUNNING, messages=queue)
+        ]
+        return (await box.health()).problems
+
+    assert await said() == ()
+    assert await said(dead_letters=2, dropped=3) == (
+        "log: 2 messages from other components are dead letters, 3 were dropped; its log names them",
+    )
+    assert problems.texts() == list(await said(dead_letters=2, dropped=3))
+    figures.clear()
+    assert (await box.health()).problems == ()
+    assert problems.texts() == []

@@ -241,6 +241,15 @@ def test_a_health_check_beside_the_handler_is_exported_by_the_whole():
     assert reader.read(whole).exported(reader.HTTP_HEALTH)
 
 
+def test_a_message_handler_beside_the_handler_is_exported_by_the_whole():
+    receives = (ROOT / "components" / "guests" / "receives.wat").read_text()
+    receives = receives[receives.index("(component") + len("(component") : receives.rindex(")")]
+    receives = receives.replace("$types", "$of-messages").replace("$handle", "$take")
+    whole = compose.compose(compose.load_adapter(), wat(receives))
+    assert "wasi:messaging/incoming-handler@0.2.0-draft" in reader.read(whole).exports
+    compiles(whole)
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_guests_end_in_a_refusal_and_nothing_else(data):

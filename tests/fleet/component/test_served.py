@@ -136,6 +136,10 @@ RUN = "wasi:cli/run@0.2.3"
         (("wasmfleet:schedule/task@0.1.0",), {"trigger": Schedule(every_ms=1000)}, ""),
         ((HTTP,), {"trigger": Http()}, ""),
         ((HTTP,), {"swap": "replace"}, "it does not swap by replacement"),
+        ((HTTP,), {"trigger": OnMessage(topics=("a",))}, "it has no bus for messages between components"),
+        ((HTTP,), {"grants": Grants(publish_local=("a",))}, "it has no bus for messages between components"),
+        ((HTTP,), {"grants": Grants(subscribe=("a",))}, "it has no bus for messages between components"),
+        ((HTTP,), {"grants": Grants(publish=("a",))}, ""),
         ((HTTP,), {"more_triggers": (OnMessage(topics=("a",)),)}, "it knows manifests with one trigger only"),
     ],
 )
