@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from fleet.cli.base import (
     read_file,
     write_file,
 )
-from fleet.component import component_toml, project, reader, served, wasi
+from fleet.component import component_toml, preview1, project, reader, served, wasi
 from fleet.component import compose as composer
 from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
@@ -54,14 +55,14 @@ def inspect(options: Options, *, file: Path, toml: bool, write: bool, force: boo
     if toml and write:
         raise click.UsageError("--toml prints the manifest, --write writes it: choose one.")
     file, found = of_project(file)
-    data = read_component(file)
+    source = read_component(file)
     if found is not None and _is_output(found):
         # '> component.toml': the shell emptied it before this program began
         output.note(f"note: the shell emptied {found} before it was read; --write keeps what stands there")
         found = None
-    shape, manifest, suggestion, problem = _described(file, data, found, shown=not (toml or write))
+    shape, manifest, suggestion, problem = _described(file, source.data, found, shown=not (toml or write))
     unserved = tuple(each.name for each in served.unserved(shape, file_name=file.name))
-    notes = served.notes(shape, Grants() if manifest is None else manifest.grants)
+    notes = source.notes + served.notes(shape, Grants() if manifest is None else manifest.grants)
     if manifest is not None and (waits := served.serial(manifest)):
         notes = (*notes, waits)
     if toml:
@@ -174,18 +175,18 @@ def check(options: Options, *, file: Path, manifest_file: Path | None, group: st
         raise click.UsageError("Name either --group or --device.")
     file, found = of_project(file)
     found = manifest_file or found
-    data = read_component(file)
+    source = read_component(file)
     text = None if found is None else read_file(found, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", "replace")
     try:
-        seen = host_check.examine(file, data, text)
+        seen = host_check.examine(file, source.data, text, adapted=bool(source.adapted))
     except BadManifestError as error:
         raise Fault(str(error).replace(FILE_NAME, str(found), 1)) from None
     rows = _devices(options, group, device) if group or device else []
-    seen = host_check.on_devices(seen, rows)
+    seen = replace(host_check.on_devices(seen, rows), notes=source.notes + seen.notes)
     if options.json:
         output.show_json({"file": str(file), "ok": not seen.problems, **msgspec.to_builtins(seen.view())})
     else:
-        _show_check(file, data, found, seen, devices=len(rows), quiet=options.quiet)
+        _show_check(file, source.data, found, seen, devices=len(rows), quiet=options.quiet)
     return Exit.FAILED if seen.problems else Exit.OK
 
 
@@ -235,37 +236,56 @@ def _devices(options: Options, group: str, device: str) -> list[DeviceRow]:
 )
 @FORCE_OPTION
 def compose(options: Options, *, file: Path, target: Path) -> Exit:
-    """Put FILE, a guest of wasi:http, into the adapter that devices run it in.
+    """Put FILE into its adapter: a guest of wasi:http as devices do, a command of WASI Preview 1 as push does.
 
-    Devices do this themselves when they compile: push FILE itself, not the result.
+    Devices and push do this themselves: push FILE itself, not the result.
     """
-    data = read_component(file)
+    source = read_component(file)
+    digest = preview1.ADAPTER_SHA256 if source.adapted else composer.adapter_digest()
     try:
-        shape = reader.read(data, file_name=file.name)
-        if not composer.needs_adapter(shape):
+        shape = reader.read(source.data, file_name=file.name)
+        if composer.needs_adapter(shape):
+            whole = composer.compose(composer.load_adapter(), source.data)
+        elif source.adapted:
+            whole = source.data
+        else:
             raise Fault(f"{file.name} needs no adapter", f"it does not export {wasi.HTTP_HANDLER}", "push it as it is")
-        whole = composer.compose(composer.load_adapter(), data)
     except (reader.NotAComponentError, composer.ComposeError) as error:
         raise Fault(str(error)) from None
     write_file(target, whole)
     names = reader.read(whole).imports
     if options.json:
-        output.show_json(
-            {"output": str(target), "size_bytes": len(whole), "adapter": composer.adapter_digest(), "imports": names}
-        )
+        output.show_json({"output": str(target), "size_bytes": len(whole), "adapter": digest, "imports": names})
         return Exit.OK
     output.facts(
         [
             ("written", f"{target}, {output.size(len(whole))}"),
-            ("adapter", f"sha256 {composer.adapter_digest()}"),
+            ("adapter", ", ".join(filter(None, (source.adapted, f"sha256 {digest}")))),
             ("imports", names),
         ]
     )
     return Exit.OK
 
 
-def read_component(file: Path) -> bytes:
-    """Read a component's bytes. Raises `Fault`."""
+class Source(NamedTuple):
+    """File of a component as read.
+
+    Attributes:
+        data: the component's bytes; of a command of WASI Preview 1 the adapted component's.
+        adapted: with which adapter, for people; empty for a file that is a component itself.
+    """
+
+    data: bytes
+    adapted: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for its author."""
+        return (f"a command of WASI Preview 1, adapted with {self.adapted}",) if self.adapted else ()
+
+
+def read_component(file: Path) -> Source:
+    """Read a component's bytes, and adapt a command of WASI Preview 1. Raises `Fault`."""
     data = read_file(file, bounds.ARTIFACT_MAX_BYTES)
     if len(data) > bounds.ARTIFACT_MAX_BYTES:
         most = bounds.ARTIFACT_MAX_BYTES // bounds.MIB
@@ -274,7 +294,11 @@ def read_component(file: Path) -> bytes:
             f"it has {output.size(file.stat().st_size)}, and at most {most} MiB are accepted",
             "build it for size",
         )
-    return data
+    try:
+        component = preview1.adapted(data, file_name=file.name)
+    except reader.NotAComponentError as error:
+        raise Fault(str(error)) from None
+    return Source(data) if component is None else Source(component, preview1.ADAPTER)
 
 
 def of_project(place: Path) -> tuple[Path, Path | None]:

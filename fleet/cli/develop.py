@@ -1,5 +1,6 @@
 """`fleet component new`, `build`, `run` and `test`: an author's loop on this machine, without a fleet."""
 
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -105,9 +106,9 @@ def run(options: Options, *, place: Path, port: int, watch: bool, pairs: Sequenc
     found = _project(place)
     values, hidden = config_values(pairs) or {}, _secret_values(secrets)
     _built(options, found)
-    request = _request(found, values, hidden)
-    with dev_host.started(port) as host:
-        host.run(request)
+    with tempfile.TemporaryDirectory() as directory, dev_host.started(port) as host:
+        scratch = Path(directory)
+        host.run(_request(found, scratch, values, hidden))
         seen = project.stamp(found)
         serves = False
         try:
@@ -120,18 +121,23 @@ def run(options: Options, *, place: Path, port: int, watch: bool, pairs: Sequenc
                         return Exit.FAILED
                 elif (now := project.stamp(found)) != seen:
                     seen = now
-                    _again(options, host, found, values, hidden)
+                    _again(options, host, found, scratch, values, hidden)
         except KeyboardInterrupt:
             return Exit.OK
 
 
 def _again(
-    options: Options, host: dev_host.DevHost, found: Project, values: dict[str, str], hidden: dict[str, str]
+    options: Options,
+    host: dev_host.DevHost,
+    found: Project,
+    scratch: Path,
+    values: dict[str, str],
+    hidden: dict[str, str],
 ) -> None:
     """Build and swap after a change; what fails is said, and the version before goes on."""
     try:
         _built(options, found)
-        host.run(_request(found, values, hidden))
+        host.run(_request(found, scratch, values, hidden))
     except Fault as error:
         output.note(f"error: {error}\nthe version before goes on")
 
@@ -162,11 +168,9 @@ def test(
         raise Fault(str(error)) from None
     values, hidden = config_values(pairs) or {}, _secret_values(secrets)
     _built(options, found)
-    request = _request(found, values, hidden)
-    if any(isinstance(each, RequestTest) for each in tests) and not request.manifest.triggers_of(Http):
-        raise Fault(f"{file} has requests", f"{request.manifest.name} is not called by http", "write [[log]] instead")
-    with dev_host.started(0) as host:
-        results = _Tester(options, host).run(request, tests)
+    with tempfile.TemporaryDirectory() as directory:
+        request = _request(found, Path(directory), values, hidden)
+        results = _tested(options, file, request, tests)
     failed = sum(1 for each in results if each.problem)
     if options.json:
         output.show_json(
@@ -179,6 +183,15 @@ def test(
                 click.echo(printable(f"        {each.problem}"))
         output.say(options, f"{len(results) - failed} of {len(results)} passed.")
     return Exit.FAILED if failed else Exit.OK
+
+
+def _tested(
+    options: Options, file: Path, request: dev.DevRequest, tests: Sequence[RequestTest | LogTest]
+) -> list["_Result"]:
+    if any(isinstance(each, RequestTest) for each in tests) and not request.manifest.triggers_of(Http):
+        raise Fault(f"{file} has requests", f"{request.manifest.name} is not called by http", "write [[log]] instead")
+    with dev_host.started(0) as host:
+        return _Tester(options, host).run(request, tests)
 
 
 class _Result(msgspec.Struct, frozen=True):
@@ -266,15 +279,18 @@ def _built(options: Options, found: Project) -> int:
         raise Fault(str(error), error.advice, code=Exit.FAILED) from None
 
 
-def _request(found: Project, values: dict[str, str], secrets: dict[str, str]) -> dev.DevRequest:
-    """Read component and manifest as a push does."""
+def _request(found: Project, scratch: Path, values: dict[str, str], secrets: dict[str, str]) -> dev.DevRequest:
+    """Read component and manifest as a push does; a module of Preview 1 is adapted into `scratch`."""
     file, manifest_file = of_project(found.directory if found.command else found.output)
-    data = read_component(file)
+    source = read_component(file)
+    if source.adapted:
+        file = scratch / file.name
+        file.write_bytes(source.data)
     text = None
     if manifest_file is not None:
         text = read_file(manifest_file, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", errors="replace")
     try:
-        shape = reader.read(data, file_name=file.name)
+        shape = reader.read(source.data, file_name=file.name)
         manifest = component_toml.describe(shape, text, file_name=file.name)
     except component_toml.NeedsTomlError as error:
         raise Fault(str(error), extra=error.suggestion) from None

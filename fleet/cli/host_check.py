@@ -5,11 +5,13 @@ without it the table of interfaces that devices serve is asked, which knows neit
 another architecture or version are judged by what they reported.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,6 +23,7 @@ from fleet.component.reader import Component
 from fleet.protocol import wire
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.component_check import ComponentCheckReply, ComponentCheckRequest
+from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import BadManifestError, Grants, Manifest
 from fleet.protocol.operator_api import DeviceRow, Excluded
 
@@ -60,13 +63,14 @@ class Examined:
         return {name: getattr(self, name) for name in names} | {"component_toml": self.suggestion}
 
 
-def examine(file: Path, data: bytes, text: str | None) -> Examined:
+def examine(file: Path, data: bytes, text: str | None, *, adapted: bool = False) -> Examined:
     """Judge a component file and its manifest.
 
     Args:
         file: the component's.
         data: its bytes.
         text: of its `component.toml`; None where there is none.
+        adapted: the file has other bytes, which were adapted.
 
     Raises:
         BadManifestError: the text is not a manifest, or contradicts the component.
@@ -87,22 +91,27 @@ def examine(file: Path, data: bytes, text: str | None) -> Examined:
             raise
         problem = str(error)  # nothing to call, or no name
     else:
-        return judge(file, component, manifest)
-    judged = judge(file, component, None)
+        return judge(file, component, manifest, adapted=data if adapted else None)
+    judged = judge(file, component, None, adapted=data if adapted else None)
     same = judged.problems if suggestion else ()  # otherwise they would say the same again
     return replace(judged, problems=(problem, *same), suggestion=suggestion)
 
 
-def judge(file: Path, component: Component, manifest: Manifest | None) -> Examined:
+def judge(file: Path, component: Component, manifest: Manifest | None, *, adapted: bytes | None = None) -> Examined:
     """Judge a component by this machine's host, else by the table.
 
-    `manifest`: None where it has none that is complete, so that everything that devices serve is granted.
+    Args:
+        file: the component's.
+        component: as read.
+        manifest: None where it has none that is complete, so that everything that devices serve is granted.
+        adapted: the component, where the file is what it was adapted from.
     """
     problems = served.problems(component, manifest, file_name=file.name)
     notes = served.notes(component, Grants() if manifest is None else manifest.grants)
     if manifest is not None and (waits := served.serial(manifest)):
         notes = (*notes, waits)
-    reply, why = _ask_host(file, manifest)
+    with _as_file(file, adapted) as path:
+        reply, why = _ask_host(path, file.name, manifest)
     seen = Examined(
         checked_by=f"{TABLE}: {why}", problems=problems, notes=notes, component=component, manifest=manifest
     )
@@ -117,12 +126,24 @@ def judge(file: Path, component: Component, manifest: Manifest | None) -> Examin
     )
 
 
-def _ask_host(file: Path, manifest: Manifest | None) -> tuple[ComponentCheckReply | None, str]:
+@contextlib.contextmanager
+def _as_file(file: Path, adapted: bytes | None) -> Iterator[Path]:
+    """Return a file with the component's bytes: its own, or one for as long as it is asked about."""
+    if adapted is None:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        other = Path(directory, "component.wasm")
+        create_exclusive(other, adapted, mode=0o600)
+        yield other
+
+
+def _ask_host(file: Path, name: str, manifest: Manifest | None) -> tuple[ComponentCheckReply | None, str]:
     """Return what this machine's host says, or None and why it cannot be asked."""
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         return None, "wasmfleet[agent] is not installed here, so types, memory and start were not tried"
-    request = ComponentCheckRequest(file=str(file.resolve()), manifest=manifest, name=file.name)
+    request = ComponentCheckRequest(file=str(file.resolve()), manifest=manifest, name=name)
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", _HOST, "check-component"],

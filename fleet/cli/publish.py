@@ -53,6 +53,7 @@ class Prepared:
         manifest: as written or inferred; the version is `author.DEV_VERSION` when none was given.
         manifest_file: its file, None for an inferred manifest.
         attached: evidence to publish with it.
+        adapted: with which adapter, where the file is a command of WASI Preview 1.
     """
 
     file: Path
@@ -61,6 +62,7 @@ class Prepared:
     manifest: Manifest
     manifest_file: Path | None
     attached: tuple[Attached, ...] = ()
+    adapted: str = ""
 
     @property
     def sha256(self) -> str:
@@ -82,12 +84,12 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
     """
     file, found = of_project(file)
     found = manifest_file or found
-    data = read_component(file)
+    source = read_component(file)
     text = (
         None if found is None else read_file(found, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", errors="replace")
     )
     try:
-        shape = reader.read(data, file_name=file.name)
+        shape = reader.read(source.data, file_name=file.name)
         if version:
             names.check_version(version)
         manifest = component_toml.describe(shape, text, file_name=file.name)
@@ -100,7 +102,8 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
         raise Fault(_named(str(error), found)) from None
     except (reader.NotAComponentError, names.BadNameError) as error:
         raise Fault(str(error)) from None
-    return Prepared(file, data, shape, msgspec.structs.replace(manifest, **changes), found)
+    manifest = msgspec.structs.replace(manifest, **changes)
+    return Prepared(file, source.data, shape, manifest, found, adapted=source.adapted)
 
 
 def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:

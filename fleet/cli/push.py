@@ -408,7 +408,8 @@ def _publish(who: Operator, client: Client, prepared: Prepared, options: Options
     size = output.size(done.release.length)
     if done.new:
         source = prepared.manifest_file.name if prepared.manifest_file else "no component.toml, so no grants"
-        said = ", ".join([size, source, *(each.said for each in prepared.attached)])
+        adapted = [f"adapted with {prepared.adapted}"] if prepared.adapted else []
+        said = ", ".join([size, source, *adapted, *(each.said for each in prepared.attached)])
         output.say(options, f"Published {done.target} ({said}).")
     else:
         output.say(options, f"{done.target} is published already, with these bytes ({size}).")
@@ -531,7 +532,8 @@ def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutR
     known = next((release for release in trust.releases if release.name == target), None)
     if known is not None and (known.sha256, known.manifest) == (prepared.sha256, manifest):
         return _foresee(who, client, [target], msgspec.structs.replace(request, target=target.path), options)
-    seen = host_check.judge(prepared.file, prepared.component, manifest)
+    adapted = prepared.data if prepared.adapted else None
+    seen = host_check.judge(prepared.file, prepared.component, manifest, adapted=adapted)
     devices = _offered_devices(client, request)
     previous = _previous(client, devices, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
@@ -641,6 +643,7 @@ def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, prefl
         ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
         ("imports", ", ".join(shape.imports) or "nothing"),
         ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
+        *((("adapted with", prepared.adapted),) if prepared.adapted else ()),
         *_check_lines(preflight),
         ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
     ]

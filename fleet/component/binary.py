@@ -9,7 +9,7 @@ modules: `how_to_componentize` names the command that makes a component of one.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 MAGIC: Final = b"\0asm"
 MODULE: Final = MAGIC + b"\x01\x00\x00\x00"
@@ -255,7 +255,7 @@ _IMPORT: Final = 2
 _EXPORT: Final = 7
 
 
-_PREVIEW1: Final = "wasi_snapshot_preview1"
+PREVIEW1: Final = "wasi_snapshot_preview1"
 _WASM_BINDGEN: Final = re.compile(r"__wbindgen_|wbg$|\./.*_bg\.js$")
 _FOR_COMPONENTS: Final = re.compile(r"wasi_snapshot_preview1$|\$root$|__main_module__$|\[export\]|[^:]+:")
 """Modules that `wasm-tools component new` resolves: the adapter, the world itself, exported resources, interfaces."""
@@ -266,19 +266,19 @@ def how_to_componentize(data: bytes, file_name: str) -> str:
     stem = file_name.removesuffix(".wasm")
     out = f"-o {stem}.component.wasm"
     try:
-        modules, exports, custom = _core_names(data)
+        found = core_names(data)
     except DamagedError as error:
         return f"{file_name} is a core module, not a component, and damaged: {error}; build it again"
     head = f"{file_name} is a core module, not a component"
-    if foreign := _foreign_host(modules):
+    if foreign := _foreign_host(found.modules):
         return f"{head}, {foreign}"
-    if _PREVIEW1 in modules:
-        kind = "command" if "_start" in exports else "reactor"
+    if PREVIEW1 in found.modules:
+        kind = "command" if "_start" in found.exports else "reactor"
         return (
             f"{head} (WASI preview 1): build it for WASI 0.2 (target wasm32-wasip2), or wasm-tools component new "
-            f"{file_name} --adapt {_PREVIEW1}.{kind}.wasm {out}, with the adapter from a release of Wasmtime"
+            f"{file_name} --adapt {PREVIEW1}.{kind}.wasm {out}, with the adapter from a release of Wasmtime"
         )
-    if any(section.startswith("component-type") for section in custom):
+    if found.is_embedded():
         return f"{head}: wasm-tools component new {file_name} {out}"
     return (
         f"{head}: wasm-tools component embed --world WORLD WIT-DIRECTORY {file_name} -o {stem}.embed.wasm, "
@@ -306,9 +306,27 @@ def _foreign_host(modules: set[str]) -> str:
     return ""
 
 
-def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:
-    """Return what a core module imports from, its exports and custom sections; Core Spec, section 5.5."""
+class CoreNames(NamedTuple):
+    """Names in a core module: the modules and the fields of its imports, its exports, its custom sections."""
+
+    modules: set[str]
+    imports: frozenset[str]
+    exports: set[str]
+    custom: set[str]
+
+    def is_embedded(self) -> bool:
+        """Tell whether a world is embedded, which says what component it is to become."""
+        return any(section.startswith("component-type") for section in self.custom)
+
+
+def core_names(data: bytes) -> CoreNames:
+    """Return what a core module imports and exports, and its custom sections; Core Specification 5.5.
+
+    Raises:
+        DamagedError: no such module.
+    """
     modules: set[str] = set()
+    imports: set[str] = set()
     exports: set[str] = set()
     custom: set[str] = set()
     budget = Budget()
@@ -319,14 +337,44 @@ def _core_names(data: bytes) -> tuple[set[str], set[str], set[str]]:
         elif section.id == _IMPORT:
             for _ in range(cursor.count()):
                 modules.add(cursor.name())
-                cursor.name()
+                imports.add(cursor.name())
                 _core_import_type(cursor)
         elif section.id == _EXPORT:
             for _ in range(cursor.count()):
                 exports.add(cursor.name())
                 cursor.byte()
                 cursor.u32()
-    return modules, exports, custom
+    return CoreNames(modules, frozenset(imports), exports, custom)
+
+
+def unique_imports(data: bytes) -> bytes:
+    """Return a core module in which an import that stood before has a number, as wasm-tools gives it: `fd_write [v2]`.
+
+    Go's linker repeats imports, which a module in a component may not.
+
+    Raises:
+        DamagedError: no such module.
+    """
+    budget = Budget()
+    start = PREAMBLE_BYTES
+    for section in sections(data, 0, len(data)):
+        if section.id == _IMPORT:
+            return data[:start] + _unique(data, section.cursor(data, budget)) + data[section.end :]
+        start = section.end
+    return data
+
+
+def _unique(data: bytes, cursor: Cursor) -> bytes:
+    seen: dict[tuple[str, str], int] = {}
+    count = cursor.count()
+    contents = u32(count)
+    for _ in range(count):
+        module, field = cursor.name(), cursor.name()
+        at = cursor.at
+        _core_import_type(cursor)
+        number = seen[module, field] = seen.get((module, field), 0) + 1
+        contents += name(module) + name(field if number == 1 else f"{field} [v{number}]") + data[at : cursor.at]
+    return section(_IMPORT, contents)
 
 
 def _core_import_type(cursor: Cursor) -> None:

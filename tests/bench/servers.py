@@ -18,11 +18,12 @@ from pathlib import Path
 from agent.host.ipc import host_api
 from deploy import wasmtime_cli
 from fleet.protocol.manifest import Grants, Limits
+from tests import packed
 from tests.agent.host import support
 from tests.agent.host.host_processes import children
 from tests.bench import measure
 
-PROBE = support.ADAPTER / "probe.wasm"
+PROBE = packed.guest_file("probe")
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 FOREVER = 1_000_000_000  # more requests than any run sends
 TICKS_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")

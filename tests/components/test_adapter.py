@@ -20,9 +20,10 @@ from agent.host.engine.runtime import HANDLER, HEALTH, Engine, EngineError, Gues
 from fleet.component import compose
 from fleet.protocol.codes import CallOutcome, RejectCode
 from fleet.protocol.manifest import Grants, Limits
+from tests import packed
 
 ADAPTER = Path(__file__).resolve().parents[2] / "components" / "adapter"
-PROBE = (ADAPTER / "probe.wasm").read_bytes()
+PROBE = packed.guest("probe")
 GRANTS = Grants(interfaces=("wasi:http/outgoing-handler",))
 
 

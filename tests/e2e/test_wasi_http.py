@@ -8,12 +8,13 @@ import pytest
 
 from fleet.demo.load import Load
 from fleet.protocol.codes import Phase
+from tests import packed
 from tests.e2e.stage import GROUP, HELLO
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 COMPONENTS = Path(__file__).resolve().parents[2] / "components"
-PROBE = COMPONENTS / "adapter" / "probe.wasm"
+PROBE = packed.guest_file("probe")
 TICKER = COMPONENTS / "demo" / "ticker.wasm"
 
 

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import json
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -365,7 +366,7 @@ def _components() -> Iterator[bytes]:
         yield file.read_bytes()
     crates = zlib.compress(b'{"packages":[{"name":"a","version":"1.0.0"}]}')
     yield binary.COMPONENT + binary.section(1, binary.MODULE + binary.section(0, binary.name(".dep-v0") + crates))
-    yield (ROOT / "components/adapter/probe.wasm").read_bytes()
+    yield lzma.decompress((ROOT / "components/adapter/probe.wasm.xz").read_bytes())
 
 
 def _metadata() -> Iterator[bytes]:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[3]
 GUESTS = ROOT / "components" / "guests"
 DEMO = ROOT / "components" / "demo"
 ADAPTER = ROOT / "components" / "adapter"
+PREVIEW1 = ROOT / "components" / "preview1"
 BUILD = ROOT / "components" / "examples" / "wasi-http" / "build.py"
 CACHE = Path(os.environ.get("WASMFLEET_TEST_CACHE", f"/tmp/wasmfleet-test-images-{os.getuid()}"))
 
@@ -55,9 +56,9 @@ def wasm(guest):
     for path in (GUESTS / f"{guest}.wat", DEMO / f"{guest}.wasm", ADAPTER / f"{guest}.wasm"):
         if path.exists():
             return path.read_bytes()
-    packed = ADAPTER / f"{guest}.wasm.xz"
-    if packed.exists():
-        return lzma.decompress(packed.read_bytes())
+    for packed in (ADAPTER / f"{guest}.wasm.xz", PREVIEW1 / f"{guest}.wasm.xz"):
+        if packed.exists():
+            return lzma.decompress(packed.read_bytes())
     raise FileNotFoundError(guest)
 
 

@@ -14,9 +14,10 @@ from serve import serving
 from agent.host.engine import adapter_abi
 from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants, Limits
+from tests import packed
 from tests.rotation import rotated
 
-PROBE = support.ADAPTER / "probe.wasm"
+PROBE = packed.guest_file("probe")
 HEAD = b"HTTP/1.1 200 OK\r\n"
 EMPTY = b"content-length: 0\r\n\r\n"
 

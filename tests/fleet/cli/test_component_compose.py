@@ -12,10 +12,11 @@ from wasmtime import wat2wasm
 
 from fleet.cli.main import main
 from fleet.component import compose, reader
+from tests import packed
 
 ROOT = Path(__file__).resolve().parents[3]
 COMPONENTS = ROOT / "components"
-PROBE = COMPONENTS / "adapter" / "probe.wasm"
+PROBE = packed.guest_file("probe")
 
 
 def run(*arguments):

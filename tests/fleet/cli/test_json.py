@@ -13,6 +13,7 @@ import pytest
 from fleet.cli.answers import ANSWERS, fits
 from fleet.protocol import operator_api, trust_api
 from fleet.protocol.messages import LogView
+from tests import packed
 from tests.fleet.cli.conftest import problem
 from tests.fleet.cli.shown import DEVICE, SHOWN, answers
 from tests.fleet.cli.walk import COMMANDS
@@ -92,7 +93,7 @@ def work(tmp_path, monkeypatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     shutil.copy(COMPONENTS / "demo" / "v1.wasm", "hello.wasm")
-    shutil.copy(COMPONENTS / "adapter" / "probe.wasm", "probe.wasm")
+    shutil.copy(packed.guest_file("probe"), "probe.wasm")
     return tmp_path / "work"
 
 

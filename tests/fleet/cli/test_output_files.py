@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.cli.main import main
+from tests import packed
 from tests.fleet.cli.walk import COMMANDS
 
 DEMO = Path(__file__).resolve().parents[3] / "components" / "demo"
@@ -63,7 +64,7 @@ def test_a_file_that_exists_is_kept_without_force(name, option, tmp_path, monkey
 
 @pytest.mark.parametrize("place", ["file", "dangling link", "pipe"])
 def test_compose_writes_with_force_and_into_what_is_no_file(place, tmp_path) -> None:
-    guest = Path(shutil.copy(DEMO.parent / "adapter" / "probe.wasm", tmp_path / "guest.wasm"))
+    guest = Path(shutil.copy(packed.guest_file("probe"), tmp_path / "guest.wasm"))
     target = tmp_path / "whole.wasm"
     if place == "file":
         target.write_text(OURS)

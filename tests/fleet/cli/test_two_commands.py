@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fleet.cli.trust_store import load_devices
+from tests import packed
 
-PROBE = Path(__file__).resolve().parents[3] / "components" / "adapter" / "probe.wasm"
+PROBE = packed.guest_file("probe")
 
 # Each process stops before its file gets its name, until all are there: the order in which they would collide.
 WAIT = """

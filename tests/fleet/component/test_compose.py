@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from wasmtime import component as wc
 
 from fleet.component import binary, compose, reader, types
+from tests import packed
 
 ROOT = Path(__file__).resolve().parents[3]
-PROBE = (ROOT / "components" / "adapter" / "probe.wasm").read_bytes()
+PROBE = packed.guest("probe")
 DEMO = (ROOT / "components" / "demo" / "v1.wasm").read_bytes()
 
 

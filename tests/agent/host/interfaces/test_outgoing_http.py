@@ -11,7 +11,6 @@ import os
 import socket
 import ssl
 import threading
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,8 +23,9 @@ from agent.host.interfaces.outgoing_http import HOPS_MAX, OutgoingHttp
 from agent.host.ipc import framing, helper_api
 from agent.host.ipc.helper_api import ConnectRequest, RefusedError, check_grant, filter_addresses
 from fleet.protocol.manifest import Grants, Limits
+from tests import packed
 
-PROBE = (Path(__file__).resolve().parents[4] / "components" / "adapter" / "probe.wasm").read_bytes()
+PROBE = packed.guest("probe")
 
 
 # What the egress decides, without a connection
