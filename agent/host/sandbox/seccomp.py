@@ -51,6 +51,7 @@ _ACCEPT: Final = ("accept accept4",)
 _FILES: Final = (
     "openat openat2 statx mkdirat unlinkat renameat renameat2 linkat symlinkat readlinkat getdents64 fsync fdatasync",
     "faccessat faccessat2 utimensat fallocate fadvise64 fstatfs statfs flock futimesat copy_file_range sync_file_range",
+    "preadv2 pwritev pwritev2",  # the engine appends to files by the last
 )
 _OLDER_FILES: Final = (
     "open stat lstat access unlink rename mkdir rmdir readlink getcwd fchmod fchown fchmodat fchownat fstat64 lstat64",

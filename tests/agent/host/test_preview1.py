@@ -78,6 +78,12 @@ def test_a_command_has_arguments_variables_and_files_by_grant(host, granted):
     lines_with(host, "told", f"info ok {shown}", *found, "warn careful", "info ok of this time")
 
 
+def test_a_file_is_appended_to(host):
+    steps = ("open 3 0 1 1 66 kept", "write 4 one", "pwrite 4 0 two", "seek 4 0 0", "read 4 20")
+    run(host, support.wasm("probe1"), "appends", *steps)
+    lines_with(host, "appends", "info ok 6 onetwo")
+
+
 @pytest.mark.parametrize(("step", "outcome"), [("exit 0", "ok"), ("exit 3", "guest-trap"), ("trap", "guest-trap")])
 def test_an_exit_code_or_a_trap_of_a_command_is_that_of_its_run(host, step, outcome):
     run(host, support.wasm("probe1"), "ends", "say before", step)
@@ -93,7 +99,7 @@ def test_a_program_of_a_toolchain_for_preview_1_runs_unchanged(host, tmp_path, l
     target = {"GOOS": "wasip1", "GOARCH": "wasm"} if language == "go" else {}
     subprocess.run([*map(str, BUILDS[language](out))], check=True, cwd=tmp_path, env={**os.environ, **target})
     run(host, out.read_bytes(), language, "-x", "a b", config={"unit": "kelvin"})
-    told = ("info argument -x", "info argument a b", "info unit kelvin", "info time now")
+    told = ("info argument -x", "info argument a b", "info unit kelvin", "info lines 2", "info time now")
     lines_with(host, language, *told, "warn a warning")
     assert set(host.health(language).calls) == {"ok"}
     host.ask(host_api.Stop, instance=language)
