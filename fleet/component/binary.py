@@ -298,6 +298,10 @@ def _foreign_host(modules: set[str]) -> str:
             f"made for Fastly Compute (imports {found[0]}): replace Fastly's SDK by wasi:http/incoming-handler, "
             "and build for WASI 0.2 (target wasm32-wasip2)"
         )
+    if found := sorted(each for each in modules if each.startswith("wasi_ephemeral_")):
+        model = "build the model into the component, or ask for it over HTTP"
+        instead = model if found[0].endswith("_nn") else "build it for WASI 0.2 without that"
+        return f"and imports {found[0]}, which no device serves: {instead}"
     if "wasi_unstable" in modules:
         return "for a WASI older than preview 1: build it with current tools, for WASI 0.2"
     if found := sorted(each for each in modules if not _FOR_COMPONENTS.match(each)):

@@ -176,6 +176,11 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
         ),
         (wat2wasm('(module (import "env" "memory" (memory 1 2)))'), Fault.CORE_MODULE, "imports env"),
         (wat2wasm('(module (import "" "0" (func)))'), Fault.CORE_MODULE, "(imports a module without a name)"),
+        (
+            wat2wasm('(module (import "wasi_ephemeral_nn" "load" (func)) (import "wasi_snapshot_preview1" "x" (func)))'),
+            Fault.CORE_MODULE,
+            "imports wasi_ephemeral_nn, which no device serves: build the model into the component",
+        ),
         (wat2wasm('(module (import "wasi_unstable" "x" (global i32)))'), Fault.CORE_MODULE, "older than preview 1"),
         (wat2wasm('(module (@custom "component-type:x" "y"))'), Fault.CORE_MODULE, ": wasm-tools component new thing"),
         (wat2wasm("(module)") + b"\x02\x7f", Fault.CORE_MODULE, "damaged"),
