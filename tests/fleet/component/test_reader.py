@@ -177,7 +177,9 @@ PREVIEW1 = '(module (import "wasi_snapshot_preview1" "fd_write" (func (param i32
         (wat2wasm('(module (import "env" "memory" (memory 1 2)))'), Fault.CORE_MODULE, "imports env"),
         (wat2wasm('(module (import "" "0" (func)))'), Fault.CORE_MODULE, "(imports a module without a name)"),
         (
-            wat2wasm('(module (import "wasi_ephemeral_nn" "load" (func)) (import "wasi_snapshot_preview1" "x" (func)))'),
+            wat2wasm(
+                '(module (import "wasi_ephemeral_nn" "load" (func)) (import "wasi_snapshot_preview1" "x" (func)))'
+            ),
             Fault.CORE_MODULE,
             "imports wasi_ephemeral_nn, which no device serves: build the model into the component",
         ),
