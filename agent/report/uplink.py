@@ -21,9 +21,10 @@ from agent.update.problems import Problems
 from agent.update.state import DeploymentState, DeviceContext
 from agent.update.store import Database, Store
 from fleet.component import wasi
-from fleet.protocol import wire
+from fleet.protocol import bounds, wire
 from fleet.protocol.codes import Phase
 from fleet.protocol.messages import Health, InstanceHealth, ReadingsHealth, Report, Versions
+from fleet.protocol.metrics import Metric, in_summary
 from fleet.protocol.topics import Up
 
 AFTER_CHANGE_S: Final = 1.0
@@ -31,6 +32,9 @@ AFTER_CHANGE_S: Final = 1.0
 
 RESEND_FIRST_S: Final = 30.0
 RESEND_MAX_S: Final = 900.0
+METRICS_MAX_BYTES: Final = 8 * bounds.KIB
+"""Figures of components in one health message: an eighth of what fits."""
+
 WINDOW: Final = 64
 """Maximum number of reports in flight."""
 
@@ -173,11 +177,18 @@ class Uplink:
             self._mqtt.publish(Up.HEALTH, self.encoded(await self.health()))
 
     def encoded(self, health: Health) -> bytes:
-        """Return health as it is sent: with the figures of a newer host that this agent does not know, if they fit."""
+        """Return health as it is sent: with the figures of a newer host that this agent does not know, if they fit.
+
+        Figures for the device's own metrics stay here; of components' own, as many as `for_server` lets go.
+        """
+        health = msgspec.structs.replace(health, instances=for_server(health.instances))
         plain = msgspec.json.decode(wire.encode(health))
         plain["instances"] = [self._host.relayed(each) for each in health.instances]
         whole = msgspec.json.encode(plain)
-        return whole if len(whole) <= Health.MAX_BYTES else wire.encode(health)
+        if len(whole) <= Health.MAX_BYTES:
+            return whole
+        bare = (msgspec.structs.replace(each, metrics=msgspec.UNSET) for each in health.instances)
+        return wire.encode(msgspec.structs.replace(health, instances=tuple(bare)))
 
     def versions(self) -> Versions:
         """Return the versions of the software on this device; the host's as it reported them last."""
@@ -255,3 +266,27 @@ def _lost(figures: InstanceHealth) -> str:
         f"{figures.instance}: {queue.dead_letters} messages from other components are dead letters, {queue.dropped} "
         "were dropped; its log names them"
     )
+
+
+def for_server(instances: tuple[InstanceHealth, ...]) -> tuple[InstanceHealth, ...]:
+    """Return figures as the server gets them: without buckets, and the first of each instance that fit its share."""
+    share = METRICS_MAX_BYTES // max(1, sum(bool(each.metrics) for each in instances))
+    return tuple(
+        msgspec.structs.replace(
+            each,
+            local=msgspec.UNSET,
+            metrics=(_first(in_summary(each.metrics), share) if each.metrics else ()) or msgspec.UNSET,
+        )
+        for each in instances
+    )
+
+
+def _first(metrics: tuple[Metric, ...], most_bytes: int) -> tuple[Metric, ...]:
+    """Return the first that fit."""
+    kept, size = [], 0
+    for each in metrics:
+        size += len(msgspec.json.encode(each)) + 1
+        if size > most_bytes:
+            break
+        kept.append(each)
+    return tuple(kept)

@@ -30,6 +30,7 @@ IMPORTS: Final[dict[str, str]] = dict.fromkeys(sorted(wasi.UNGRANTED), _RELEASES
         wasi.KEYVALUE_STORE,
         wasi.KEYVALUE_ATOMICS,
         wasi.KEYVALUE_BATCH,
+        wasi.METRICS,
     ),
     ANY,
 )
@@ -62,8 +63,8 @@ _INSTEAD: Final = {
     "wasi:messaging": "publish with wasi:messaging/producer, receive with wasi:messaging/incoming-handler",
     "wasi:nn": "build the model into the component, or ask for it over HTTP (wasi:http/outgoing-handler)",
     "wasi:tls": "send requests with wasi:http/outgoing-handler, which speaks TLS",
-    "wasi:observe": "write to wasi:logging/logging",
-    "wasi:otel": "write to wasi:logging/logging",
+    "wasi:observe": "write to wasi:logging/logging, and figures to wasmfleet:metrics/metrics",
+    "wasi:otel": "write to wasi:logging/logging, and figures to wasmfleet:metrics/metrics",
     "wasi:clocks": "use wasi:clocks/wall-clock, in UTC",
     **dict.fromkeys((f"wasi:{name}" for name in ("i2c", "spi", "gpio", "usb", "digital-io", "serial")), _HARDWARE),
     **dict.fromkeys((f"wasi:{name}" for name in ("webgpu", "graphics-context", "surface", "frame-buffer")), _HARDWARE),

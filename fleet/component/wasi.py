@@ -11,6 +11,7 @@ MESSAGING_HANDLER: Final = "wasi:messaging/incoming-handler"
 MESSAGING_TYPES: Final = "wasi:messaging/types"
 MESSAGING_PRODUCER: Final = "wasi:messaging/producer"
 LOGGING: Final = "wasi:logging/logging"
+METRICS: Final = "wasmfleet:metrics/metrics"
 
 PREOPENS: Final = "wasi:filesystem/preopens"
 SOCKETS: Final = "wasi:sockets"
@@ -62,6 +63,7 @@ SERVED: Final = (
     "wasi:messaging@*",
     "wasi:random@0.2",
     "wasi:sockets@0.2",
+    "wasmfleet:metrics@*",
 )
 """Packages of which a host serves interfaces, as it reports them; `fleet.component.served` has the interfaces."""
 

@@ -36,6 +36,7 @@ from fleet.protocol.bounds import (
     Word,
 )
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
+from fleet.protocol.metrics import Metrics
 from fleet.protocol.wire import Message
 
 
@@ -150,6 +151,22 @@ class QueueHealth(msgspec.Struct, frozen=True, kw_only=True):
     dead_letters: Count = 0
 
 
+class LocalFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Figures of an instance for its device's own metrics, which are not sent to the server.
+
+    Attributes:
+        durations: calls since its generation started, up to each of `LATENCY_BOUNDS_MS` and longer, each in one.
+        durations_us: sum of these, in microseconds.
+        swaps: changes of its generation since the host started, rollbacks included.
+        swap_ms: time that these took to hand over; where one generation stops before the next starts, without answers.
+    """
+
+    durations: Annotated[tuple[Count, ...], Meta(max_length=bounds.NAMES_MAX)] = ()
+    durations_us: Count = 0
+    swaps: Count = 0
+    swap_ms: Count = 0
+
+
 class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of an instance since it started; `calls` counts by outcome (`fleet.protocol.codes.CallOutcome`).
 
@@ -168,6 +185,8 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
         `lanes`, `shared_lane`: earlier names of `workers` and `shared_worker`, from devices before 0.2.0: only read.
         checks: None where the manifest has no health check, or the host does not count them.
         messages: for it, on the device's bus; None where it receives none.
+        metrics: figures of the component's own; unset without their grant, and where none came along.
+        local: unset where they come from a device.
     """
 
     instance: str
@@ -199,6 +218,8 @@ class InstanceHealth(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     checks: HealthChecks | None = None
     messages: QueueHealth | None = None
+    metrics: Metrics | msgspec.UnsetType = msgspec.UNSET
+    local: LocalFigures | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

@@ -34,7 +34,10 @@ _CPU_MAX_NS: Final = 2**56  # of one page: two years
 _CPU_SUM_MAX_NS: Final = NUMBER_MAX * 1_000_000  # reported in milliseconds
 _WAITS: Final = 512  # 1 while the call in flight waits for its client, not for anything of the guest's
 _PAIRS: Final = 520  # reads, writes and bytes of the key-value store
+_DURATIONS: Final = 544  # calls by `LATENCY_BOUNDS_MS` and above, then the sum of their microseconds
 _LATENCIES: Final = 1024
+_BOUNDS_US: Final = tuple(1000 * each for each in LATENCY_BOUNDS_MS)
+_BUCKETS: Final = len(_BOUNDS_US) + 1
 _U64: Final = struct.Struct("=Q")
 _U32: Final = struct.Struct("=I")
 
@@ -51,7 +54,12 @@ def create_page(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CallStats:
-    """Figures of a page: calls by outcome, responses with status 500 and above, latest latencies in microseconds."""
+    """Figures of a page: calls by outcome, responses with status 500 and above, latest latencies in microseconds.
+
+    Attributes:
+        durations: all calls by `LATENCY_BOUNDS_MS`, and longer ones.
+        durations_us: sum of these, in microseconds.
+    """
 
     calls: dict[str, int] = field(default_factory=dict)
     errors: int = 0
@@ -62,6 +70,8 @@ class CallStats:
     outgoing: int = 0
     cpu_ns: int = 0
     pairs: keyvalue_api.Figures = keyvalue_api.UNUSED
+    durations: tuple[int, ...] = (0,) * _BUCKETS
+    durations_us: int = 0
 
     def plus(self, other: "CallStats") -> "CallStats":
         """Return the sum of both; `other` has the newer latencies."""
@@ -77,6 +87,8 @@ class CallStats:
             outgoing=count_of(self.outgoing + other.outgoing),
             cpu_ns=min(self.cpu_ns + other.cpu_ns, _CPU_SUM_MAX_NS),
             pairs=keyvalue_api.Figures(*map(count_of, map(sum, zip(self.pairs, other.pairs, strict=True)))),
+            durations=tuple(map(count_of, map(sum, zip(self.durations, other.durations, strict=True)))),
+            durations_us=count_of(self.durations_us + other.durations_us),
         )
 
     def percentile_us(self, share: float) -> int:
@@ -131,6 +143,8 @@ class StatsPage:
         if us is not None:
             calls = self._add(_CALLS)
             _U32.pack_into(self._map, _LATENCIES + 4 * ((calls - 1) % _RING), min(us, 0xFFFFFFFF))
+            self._add(_DURATIONS + 8 * bisect.bisect_left(_BOUNDS_US, us))
+            self._add(_DURATIONS + 8 * _BUCKETS, us)
 
     def answered(self, outcome: CallOutcome, us: int, *, error: bool = False) -> None:
         """Count a call that was answered after `us` microseconds, and whose guest may go on."""
@@ -204,6 +218,8 @@ class StatsPage:
             outgoing=self._count(_OUTGOING),
             cpu_ns=min(self._raw(_CPU), _CPU_MAX_NS),
             pairs=keyvalue_api.Figures(*(self._count(_PAIRS + 8 * number) for number in range(3))),
+            durations=tuple(self._count(_DURATIONS + 8 * number) for number in range(_BUCKETS)),
+            durations_us=self._count(_DURATIONS + 8 * _BUCKETS),
         )
 
     def close(self) -> None:

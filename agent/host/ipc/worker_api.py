@@ -83,8 +83,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First message: set the instance up. Answered with `Ready` or `Refused`.
 
     Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
-    to the egress, socket to the key-value store, memfd of the secrets, end of a channel, socket for messages. A slot in
-    a shared worker gets no image, since that was opened before the sandbox was shut.
+    to the egress, socket to the key-value store, memfd of the secrets, end of a channel, socket for messages, page of
+    metrics. A slot in a shared worker gets no image, since that was opened before the sandbox was shut.
 
     Attributes:
         uid: user to become, None to stay.
@@ -98,6 +98,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         messages: whether the socket for what the component publishes comes along.
         keyvalue: whether the socket to the key-value store comes along.
         directories: directories of the device that it may read, by the path at which the guest sees each.
+        metrics: whether the page of the component's own figures comes along.
     """
 
     instance: str
@@ -115,6 +116,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     messages: bool = False
     keyvalue: bool = False
     directories: dict[str, str] = {}
+    metrics: bool = False
     id: Count = 0
 
 

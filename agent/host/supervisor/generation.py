@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from agent import disk
 from agent.disk import Point, Write
-from agent.host.ipc import host_api
+from agent.host.ipc import host_api, metrics_page
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.stats_page import CallStats
 from agent.host.supervisor.resources import Listener
@@ -21,6 +21,7 @@ from agent.host.supervisor.worker_handle import WorkerHandle
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Service
 from fleet.protocol.messages import HealthChecks
+from fleet.protocol.metrics import Metric
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _ENTRY_BYTES: Final = 4096
@@ -177,7 +178,7 @@ class Generation:
         dropped: ended for good.
         before_schema: `data_schema` of the generation that it replaces; None where it replaces none.
         had_pairs: a worker of it was admitted to the key-value store.
-        past: figures of workers that have ended.
+        past, past_metrics: figures of workers that have ended, and those of the component's own.
         unshared_reason: why it has a worker of its own although it may share one; empty if it may not, or does share.
         lost: how its latest worker ended while another generation was running.
         lost_at_fault: whether that counts as a crash.
@@ -197,6 +198,7 @@ class Generation:
     listener: Listener | None = None
     workers: list[WorkerHandle] = field(default_factory=list)
     past: CallStats = field(default_factory=CallStats)
+    past_metrics: metrics_page.Figures = field(default_factory=dict)
     faults: int = 0
     kinds: frozenset[str] = frozenset()
     layers: dict[str, bool] = field(default_factory=dict)
@@ -271,6 +273,16 @@ class Generation:
         for worker in self.workers:
             total = total.plus(worker.figures())
         return total
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Return the component's own figures, of all its workers."""
+        present = [worker.metrics() for worker in self.workers]
+        return metrics_page.metrics(metrics_page.merged([self.past_metrics, *present]))
+
+    def keep_figures(self, worker: WorkerHandle) -> None:
+        """Keep the figures of a worker that has ended, or is about to."""
+        self.past = self.past.plus(worker.figures())
+        self.past_metrics = metrics_page.merged([self.past_metrics, worker.metrics()])
 
     def keep_state(self, saved: SavedState) -> None:
         """Keep its saved state, in place of an earlier one."""

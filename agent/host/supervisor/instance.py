@@ -17,6 +17,8 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
+import msgspec
+
 from agent.host.ipc import helper_api, host_api, worker_api
 from agent.host.ipc.host_api import StartError, plain
 from agent.host.ipc.stats_page import CallStats, count_of
@@ -39,8 +41,9 @@ from agent.host.supervisor.timers import InstanceTimers
 from agent.host.supervisor.worker_handle import WorkerGoneError, WorkerHandle
 from agent.host.supervisor.worker_pool import WorkerPool
 from agent.host.supervisor.worker_set import DRAIN_MS, Autoscaler, WorkerSet
+from fleet.component.wasi import METRICS
 from fleet.protocol.codes import GUEST_FAULTS, CallOutcome, InstanceState, RejectCode
-from fleet.protocol.messages import InstanceHealth
+from fleet.protocol.messages import InstanceHealth, LocalFigures
 
 _FAILED_CHECKS_MAX: Final = 3
 """Consecutive failed health checks after which the worker is replaced."""
@@ -101,6 +104,7 @@ class Instance:
         self.error = ""
         self.since: datetime | None = None
         self.restarts = 0
+        self._swaps = self._swap_ms = 0
         self.current: Generation | None = None
         self.previous: Generation | None = None
         self.lock = asyncio.Lock()
@@ -145,7 +149,7 @@ class Instance:
         self.previous = old
         if warm is not None:
             self._workers.drop(warm)
-        return Swapped(None if old is None else old.number, _ms_since(began_s))
+        return Swapped(None if old is None else old.number, self._swapped(began_s) if old else _ms_since(began_s))
 
     async def commit(self, number: int) -> None:
         """End the probation of the generation with this number, and drop the previous one."""
@@ -183,7 +187,7 @@ class Instance:
         self.previous = None
         self._reverted = _Reverted(current.number, warm.number)
         self._workers.drop(current)
-        return _ms_since(began_s)
+        return self._swapped(began_s)
 
     async def restart(self) -> None:
         """Restart the running generation with new workers; the old ones keep running if this raises `StartError`."""
@@ -205,6 +209,13 @@ class Instance:
         self.restarts += 1
         self._set_state(InstanceState.RUNNING)
         self._timers.start(generation)
+
+    def _swapped(self, began_s: float) -> int:
+        """Count a change of the generation whose handover began at a time; return its milliseconds."""
+        took_ms = _ms_since(began_s)
+        self._swaps += 1
+        self._swap_ms += took_ms
+        return took_ms
 
     def _start_if_down(self, error: StartError) -> None:
         """Start a worker after a pause, if a swap by replacement has left the generation without one."""
@@ -315,6 +326,13 @@ class Instance:
             error=plain(self.error, _REASON_MAX_CHARS * 2),
             checks=self.current.checks(),
             messages=self._resources.messages.bus.health(self.name),
+            metrics=self.current.metrics() if self.current.run.grants.allows(METRICS) else msgspec.UNSET,
+            local=LocalFigures(
+                durations=figures.durations,
+                durations_us=figures.durations_us,
+                swaps=self._swaps,
+                swap_ms=self._swap_ms,
+            ),
         )
 
     async def ask_health(self, wait_s: float) -> None:
@@ -455,7 +473,7 @@ class Instance:
         if worker not in generation.workers:
             return
         generation.workers.remove(worker)
-        generation.past = generation.past.plus(worker.figures())
+        generation.keep_figures(worker)
         reason = worker.describe_end()
         generation.service_ended = worker.service_ended
         worker.close()

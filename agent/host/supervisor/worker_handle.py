@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from agent.host.ipc import framing, stats_page, worker_api
+from agent.host.ipc import framing, metrics_page, stats_page, worker_api
 from agent.host.ipc.helper_api import ChannelReport
 from agent.host.ipc.worker_api import TokenBucket
 
@@ -446,6 +446,7 @@ class WorkerHandle:
     Attributes:
         channel: for the router to take, of a worker that is ready.
         page: figures that the worker writes.
+        metrics_fd: page of the component's own figures; -1 for none.
         calls: page of its calls: of a worker with a channel the router writes it, else the worker, and it is `page`.
         ready: the worker's `Ready`; None until it is set up.
         since_s: when it became ready, on the monotonic clock.
@@ -468,6 +469,7 @@ class WorkerHandle:
         self.name = name
         self.process = process
         self.page_fd, self.page = _new_page(name)
+        self.metrics_fd = -1
         self.calls = self.page
         self.channel: Channel | None = None
         self.attached: WorkerChannel | None = None
@@ -556,6 +558,10 @@ class WorkerHandle:
         own = self.page.read()
         return own if self.calls is self.page else own.plus(self.calls.read())
 
+    def metrics(self) -> metrics_page.Figures:
+        """Read the component's own figures."""
+        return metrics_page.NOTHING if self.metrics_fd < 0 else metrics_page.read(self.metrics_fd)
+
     def began_ns(self) -> int:
         """Return the begin of the call in flight, or of another order that it carries out; 0 for none.
 
@@ -639,5 +645,8 @@ class WorkerHandle:
         if self.page_fd >= 0:
             os.close(self.page_fd)
             self.page_fd = -1
+        if self.metrics_fd >= 0:
+            os.close(self.metrics_fd)
+            self.metrics_fd = -1
         if self.process.is_shared:
             self.control.close()

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from agent.host.ipc import keyvalue_api, worker_api
+from agent.host.ipc import keyvalue_api, metrics_page, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import Generation, data_directory
@@ -31,6 +31,7 @@ from agent.host.supervisor.worker_handle import (
     WorkerRefusedError,
 )
 from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_shared
+from fleet.component.wasi import METRICS
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import STOP_MAX_MS, Http
 from fleet.protocol.names import BadNameError, TargetName
@@ -232,6 +233,9 @@ class WorkerSet:
                 admitted, end = gate.admit(self._name, run.grants, worker.kill)
                 worker.ended.add_done_callback(lambda _: gate.release(admitted))
                 fds.append(stack.enter_context(end).fileno())
+            if has_metrics := run.grants.allows(METRICS):
+                worker.metrics_fd = metrics_page.create_page(worker.name)
+                fds.append(worker.metrics_fd)
             message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -248,6 +252,7 @@ class WorkerSet:
                 messages=messages,
                 keyvalue=pairs,
                 directories=run.directories,
+                metrics=has_metrics,
             )
             yield _SetupPacket(message, tuple(fds), channel)
 
@@ -431,7 +436,7 @@ class WorkerSet:
         """Keep the figures of a worker that is about to end."""
         if worker in generation.workers:
             generation.workers.remove(worker)
-            generation.past = generation.past.plus(worker.figures())
+            generation.keep_figures(worker)
         self._close_when_ended(worker)
 
     def _close_when_ended(self, worker: WorkerHandle) -> None:

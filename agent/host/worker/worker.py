@@ -39,7 +39,7 @@ from agent.host.engine import adapter_abi, host_interface, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.interfaces import keyvalue, messaging
+from agent.host.interfaces import keyvalue, messaging, metrics
 from agent.host.ipc import frames, framing, heads, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
@@ -93,6 +93,7 @@ class Worker:
     def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
         """Become the worker of one instance alone, and enter the sandbox; False when that was refused."""
         image_fd, page_fd, *more = fds
+        metrics_fd = more.pop() if setup.metrics else -1
         message_fd = more.pop() if setup.messages else -1
         channel_fd = more.pop() if setup.channel else -1
         if setup.secrets:
@@ -101,7 +102,11 @@ class Worker:
         pairs_fd = more.pop() if setup.keyvalue else -1
         ask_fd = more.pop() if setup.egress else -1
         tally_fd = more.pop() if setup.data else -1
-        kept = {image_fd, page_fd, *(fd for fd in (ask_fd, pairs_fd, tally_fd, channel_fd, message_fd) if fd >= 0)}
+        kept = {
+            image_fd,
+            page_fd,
+            *(fd for fd in (ask_fd, pairs_fd, tally_fd, channel_fd, message_fd, metrics_fd) if fd >= 0),
+        }
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
         self._tick = engine.tick
         if setup.egress:
@@ -154,6 +159,7 @@ class Worker:
             writes=writes,
             slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
             messages=socket.socket(fileno=message_fd) if setup.messages else None,
+            metrics_fd=metrics_fd if setup.metrics else None,
         )
 
     def begin(
@@ -171,6 +177,7 @@ class Worker:
         writes: WriteMeter | None = None,
         slot: socket.socket | None = None,
         messages: socket.socket | None = None,
+        metrics_fd: int | None = None,
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
 
@@ -195,7 +202,7 @@ class Worker:
             scheduling_fd=scheduling_fd,
             writes=writes,
             channel=self._channel,
-            parts=self._parts_of(setup, messages, page),
+            parts=self._parts_of(setup, messages, page, metrics_fd),
         )
         try:
             kinds = self._caller.start()
@@ -220,12 +227,14 @@ class Worker:
         return True
 
     def _parts_of(
-        self, setup: worker_api.Setup, messages: socket.socket | None, page: StatsPage
+        self, setup: worker_api.Setup, messages: socket.socket | None, page: StatsPage, metrics_fd: int | None
     ) -> dict[str, host_interface.Part]:
         """Return what is set up for single interfaces."""
         parts: dict[str, host_interface.Part] = {
             messaging.NAME: messaging.Publisher(messages, setup.grants, setup.limits)
         }
+        if metrics_fd is not None:
+            parts[metrics.NAME] = metrics.Meter(metrics_fd, self._redactor.text)
         if self._pairs is not None:
             parts[keyvalue.NAME] = keyvalue.KeyValueClient(self._pairs, page.used_pairs)
         return parts
@@ -612,6 +621,7 @@ class SharedWorker:
                     layers=self._layers,
                     ticker=self._ticker,
                     slot=socket.socket(fileno=fds[1]) if setup.channel else None,
+                    metrics_fd=fds[-1] if setup.metrics else None,
                 )
                 if not slot.begun:
                     self._end(fd)

@@ -67,7 +67,7 @@ async def test_a_life_of_some_length_resets_the_count(case):
 
 def a_worker(up_s):
     worker = SimpleNamespace(alive=True, ready=object(), since_s=time.monotonic() - up_s, is_draining=False)
-    worker.began_ns, worker.figures = lambda: 0, CallStats
+    worker.began_ns, worker.figures, worker.metrics = lambda: 0, CallStats, dict
     worker.ended = asyncio.get_running_loop().create_future()
     worker.end = lambda _reason: None
     return worker

@@ -20,6 +20,7 @@ class Worker:
     def __init__(self):
         self.process = SimpleNamespace(is_shared=False)
         self.figures = CallStats
+        self.metrics = dict
         self.page_fd = -1
         self.ready = None
         self.is_draining = False

@@ -1,0 +1,87 @@
+;; measures: the path of a request names a figure, what follows a ? is the value of its label v, and the length of the
+;; body is the value. GET adds to a counter (and one more), POST sets a gauge, PUT puts a value into a histogram, DELETE
+;; adds NaN to a counter. MOVE has a name of 64 KiB, COPY 60,000 labels, LOCK adds without end, OPTIONS traps.
+(component
+  (import "wasmfleet:metrics/metrics@0.1.0" (instance $metrics
+    (export "counter-add" (func (param "name" string) (param "labels" (list (tuple string string))) (param "value" f64)))
+    (export "gauge-set" (func (param "name" string) (param "labels" (list (tuple string string))) (param "value" f64)))
+    (export "histogram-record"
+      (func (param "name" string) (param "labels" (list (tuple string string))) (param "value" f64)))))
+  (core module $memory
+    (memory (export "memory") 64)
+    (global $top (mut i32) (i32.const 1024))
+    (data (i32.const 16) "v")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (local $at i32)
+      (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+      (global.set $top (i32.add (local.get $at) (local.get 3)))
+      (local.get $at))
+    (func (export "reset") (param i32) (global.set $top (i32.const 1024))))
+  (core instance $memory (instantiate $memory))
+  (core func $add (canon lower (func $metrics "counter-add") (memory (core memory $memory "memory"))))
+  (core func $set (canon lower (func $metrics "gauge-set") (memory (core memory $memory "memory"))))
+  (core func $record (canon lower (func $metrics "histogram-record") (memory (core memory $memory "memory"))))
+  (core module $guest
+    (import "" "memory" (memory 1))
+    (import "" "add" (func $add (param i32 i32 i32 i32 f64)))
+    (import "" "set" (func $set (param i32 i32 i32 i32 f64)))
+    (import "" "record" (func $record (param i32 i32 i32 i32 f64)))
+    (func (export "handle") (param $method i32) (param i32) (param $path i32) (param $path-bytes i32) (param i32 i32)
+      (param i32) (param $body-bytes i32) (result i32)
+      (local $name i32) (local $bytes i32) (local $labels i32) (local $value f64) (local $kind i32)
+      (local.set $name (i32.add (local.get $path) (i32.const 1)))
+      (local.set $value (f64.convert_i32_u (local.get $body-bytes)))
+      (block $named
+        (loop $more
+          (br_if $named (i32.ge_u (i32.add (local.get $bytes) (i32.const 1)) (local.get $path-bytes)))
+          (if (i32.eq (i32.load8_u (i32.add (local.get $name) (local.get $bytes))) (i32.const 0x3f))
+            (then
+              (i32.store (i32.const 32) (i32.const 16))
+              (i32.store (i32.const 36) (i32.const 1))
+              (i32.store (i32.const 40) (i32.add (i32.add (local.get $name) (local.get $bytes)) (i32.const 1)))
+              (i32.store (i32.const 44)
+                (i32.sub (i32.sub (local.get $path-bytes) (local.get $bytes)) (i32.const 2)))
+              (local.set $labels (i32.const 1))
+              (br $named)))
+          (local.set $bytes (i32.add (local.get $bytes) (i32.const 1)))
+          (br $more)))
+      ;; the second letter tells POST and PUT apart
+      (local.set $kind (i32.load8_u (local.get $method)))
+      (if (i32.eq (local.get $kind) (i32.const 0x4f)) (then (unreachable)))
+      (if (i32.eq (local.get $kind) (i32.const 0x47))
+        (then (call $add (local.get $name) (local.get $bytes) (i32.const 32) (local.get $labels)
+          (f64.add (local.get $value) (f64.const 1)))))
+      (if (i32.eq (local.get $kind) (i32.const 0x44))
+        (then (call $add (local.get $name) (local.get $bytes) (i32.const 32) (local.get $labels) (f64.const nan))))
+      (if (i32.eq (local.get $kind) (i32.const 0x4d))
+        (then (call $add (i32.const 1024) (i32.const 65536) (i32.const 32) (i32.const 0) (local.get $value))))
+      (if (i32.eq (local.get $kind) (i32.const 0x43))
+        (then (call $add (local.get $name) (local.get $bytes) (i32.const 1048576) (i32.const 60000)
+          (local.get $value))))
+      (if (i32.eq (local.get $kind) (i32.const 0x4c))
+        (then (loop $again
+          (call $add (local.get $name) (local.get $bytes) (i32.const 32) (local.get $labels) (f64.const 1))
+          (br $again))))
+      (if (i32.eq (local.get $kind) (i32.const 0x50))
+        (then
+          (if (i32.eq (i32.load8_u (i32.add (local.get $method) (i32.const 1))) (i32.const 0x4f))
+            (then (call $set (local.get $name) (local.get $bytes) (i32.const 32) (local.get $labels)
+              (local.get $value)))
+            (else (call $record (local.get $name) (local.get $bytes) (i32.const 32) (local.get $labels)
+              (local.get $value))))))
+      (i64.store (i32.const 68) (i64.const 0))
+      (i64.store (i32.const 76) (i64.const 0))
+      (i32.store16 (i32.const 64) (i32.const 200))
+      (i32.const 64)))
+  (core instance $guest (instantiate $guest (with "" (instance
+    (export "memory" (memory $memory "memory")) (export "add" (func $add)) (export "set" (func $set))
+    (export "record" (func $record))))))
+  (type $request (record
+    (field "method" string) (field "target" string) (field "headers" string) (field "body" (list u8))))
+  (type $response (record (field "status" u16) (field "headers" string) (field "body" (list u8))))
+  (func $handle (param "request" $request) (result $response)
+    (canon lift (core func $guest "handle") (memory (core memory $memory "memory"))
+      (realloc (core func $memory "realloc")) (post-return (core func $memory "reset"))))
+  (instance $handler (export "request" (type $request)) (export "response" (type $response))
+    (export "handle" (func $handle)))
+  (export "wasmfleet:http/handler@0.1.0" (instance $handler)))
