@@ -20,6 +20,7 @@ import msgspec
 from agent import clock, config, disk, starts, systemd
 from agent.arguments import leave_first_process, parse, until_closed
 from agent.config import CONFIG_FILE, HOST_STATE_DIR, RUNTIME_DIR, STATE_DIR, ConfigError, Paths
+from agent.disk import Write
 from agent.host.ipc import host_api
 from agent.identity import enrolment, identity
 from agent.link.host_client import HostClient, HostGoneError
@@ -48,6 +49,7 @@ EXAMPLES: Final = """examples:
   fleet-agent why hello              show what happened to the instance hello, and what to do
   fleet-agent routes                 show which instance answers at which address, host and path
   fleet-agent check                  test disk, network, certificate, engine and host, in order
+  fleet-agent metrics                print figures for Prometheus
   fleet-agent apply /media/usb/fleet.bundle
                                      update without a network
 """
@@ -87,6 +89,11 @@ systemctl reload fleet-host.
     "diagnose": """example:
   sudo fleet-agent diagnose -o device.tar.gz
                                      status, history, checks, logs, kernel messages and configuration
+""",
+    "metrics": """examples:
+  fleet-agent metrics
+  fleet-agent metrics --textfile /var/lib/prometheus/node-exporter/wasmfleet.prom
+The agent answers GET /metrics on its socket, too: curl --unix-socket /run/wasmfleet-agent/metrics.sock http://device/metrics
 """,
     "check": """examples:
   fleet-agent check
@@ -194,6 +201,13 @@ def _parser() -> argparse.ArgumentParser:
         default=HOST_STATE_DIR,
         metavar="DIR",
         help=f"state directory of the host, for its logs (default: {HOST_STATE_DIR})",
+    )
+    figures = add("metrics", _metrics, "print the device's figures for Prometheus, or write them to a file")
+    figures.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="FILE",
+        help="write this file in one piece, for node_exporter; without the agent, only that it is down",
     )
     add("check", _check, "test what the agent needs, in order; exit with status 1 if a test fails", json=True)
     return parser
@@ -520,6 +534,25 @@ def _routes(options: argparse.Namespace) -> int:
     else:
         _print_lines(status.format_routes(found))
     return 0
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    from agent.report import metrics  # noqa: PLC0415 - only this command needs it
+
+    down = ""
+    try:
+        found = metrics.fetch(_places(options).metrics_socket)
+    except metrics.NoAnswerError as error:
+        if options.textfile is None:
+            raise UsageError(f"{error}: does fleet-agent run? See systemctl status fleet-agent") from error
+        found, down = metrics.down(), str(error)
+    if options.textfile is None:
+        sys.stdout.write(found)
+        return 0
+    disk.write(Write.METRICS, options.textfile.absolute(), found, mode=0o644)
+    if down:
+        print(printable(f"fleet-agent metrics: {down}; {options.textfile} says so"), file=sys.stderr)
+    return int(bool(down))
 
 
 def _check(options: argparse.Namespace) -> int:

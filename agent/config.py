@@ -26,6 +26,7 @@ from fleet.protocol.toml_lines import in_words, line_of, path_of
 STATE_DIR: Final = Path("/var/lib/wasmfleet-agent")
 HOST_STATE_DIR: Final = Path("/var/lib/wasmfleet-host")
 RUNTIME_DIR: Final = Path("/run/wasmfleet")
+AGENT_RUNTIME_DIR: Final = Path("/run/wasmfleet-agent")
 CONFIG_FILE: Final = Path("/etc/wasmfleet/agent.toml")
 
 CAPPED: Final = (
@@ -520,6 +521,11 @@ class Paths:
     def log(self) -> Path:
         """Log of the agent, kept over boots; an older one beside it."""
         return self.state / "log" / "agent.log"
+
+    @property
+    def metrics_socket(self) -> Path:
+        """Socket on which the agent gives the device's figures; of the packaged agent, in a directory of its own."""
+        return (AGENT_RUNTIME_DIR if self.runtime == RUNTIME_DIR else self.runtime) / "metrics.sock"
 
     @property
     def host_socket(self) -> Path:

@@ -49,6 +49,7 @@ class Write(StrEnum):
     WAKE = "wake"
     CHECK = "probe of 'fleet-agent check'"
     ARCHIVE = "archive of 'fleet-agent diagnose'"
+    METRICS = "text file of 'fleet-agent metrics'"
     LEFTOVERS = "leftovers removed"
 
     # agent, its database

@@ -24,6 +24,7 @@ from agent.link.host_client import HostClient
 from agent.link.https import DeviceTls, HttpsClient
 from agent.link.mqtt import MqttClient
 from agent.report.archive_sender import ArchiveSender
+from agent.report.metrics import Connections, MetricsSocket
 from agent.report.readings import ReadingsUplink, open_spool
 from agent.report.uplink import HealthSources, Uplink
 from agent.session import FleetSession, Presence
@@ -325,6 +326,7 @@ def build(enrolled: Enrolled, db: Database, reference: ReferenceClock, links: Li
         *(() if readings is None else (readings,)),
         problems,
         renewal,
+        MetricsSocket(places.metrics_socket, uplink.health, Connections(links.conversation, links.host)),
         Watchdog(db=db, state=state, presence=presence),
     )
     log.info("agent of %s in the fleet %s", identity.device, identity.fleet)

@@ -33,7 +33,9 @@ BOUNDS: Final = (*(float(f"{digit}e{power}") for power in range(-3, 4) for digit
 TOTAL: Final = "_total"
 _ENDINGS: Final = ("_bucket", "_count", "_sum", "_created", "_info", "_gcount", "_gsum")
 _NAME: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_OF_THE_DEVICE: Final = frozenset({"component", "device", "instance", "job", "le", "quantile", "version"})
+_OF_THE_DEVICE: Final = frozenset(
+    {"component", "device", "instance", "instance_name", "job", "le", "quantile", "version"}
+)
 
 Labels = tuple[tuple[str, str], ...]
 

@@ -665,6 +665,7 @@ ROWS = {
     "WAKE": Row(agent, runs_the_same, gone("wake")),
     "CHECK": Row(command("check"), runs_the_same),
     "ARCHIVE": Row(command("diagnose", "-o", "{}/archive.tar.gz"), runs_the_same),
+    "METRICS": Row(command("metrics", "--textfile", "{}/wasmfleet.prom"), runs_the_same),
     "LEFTOVERS": Row(agent, runs_the_same, content(".new-00000000-x", b"x")),
     "STORE_SCHEMA": Row(agent, runs_the_same, NO_STORE),
     "STORE_FILLED": Row(agent, runs_the_same, NO_STORE),

@@ -33,6 +33,7 @@ BESIDE = {
     "agent/link/bundle.py": ({"os.open"}, "opens the pipe to write a byte into it"),
     "agent/update/store.py": ({"sqlite3.connect"}, "the door to the database"),
     "agent/host/keyvalue.py": ({"sqlite3.connect"}, "the door to the pairs"),
+    "agent/report/metrics.py": ({".unlink"}, "a socket in the runtime directory"),
     "agent/host/cli.py": ({".write_text"}, "the runtime directory, which a boot empties"),
     "agent/host/ipc/framing.py": ({"os.ftruncate"}, "memory"),
     "agent/host/sandbox/kernel.py": ({"os.open"}, "a file of the kernel"),

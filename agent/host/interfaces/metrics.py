@@ -140,8 +140,8 @@ host.""",
         "series": "64 of an instance: each name with other labels is one",
         "name": "64 characters: letters, digits and `_`; a counter may end with `_total`, which is left out; not "
         "`_bucket`, `_count`, `_sum`, `_created`, `_info`",
-        "labels": "8; with the name 240 bytes; not `component`, `device`, `instance`, `job`, `le`, `quantile`, "
-        "`version`",
+        "labels": "8; with the name 240 bytes; not `component`, `device`, `instance`, `instance_name`, `job`, "
+        "`le`, `quantile`, `version`",
         "value": "finite, up to 10^15; of a counter not below 0",
         "histogram": "buckets at 1, 2 and 5 of each power of ten, from 0.001 to 10,000",
         "calls a minute": "600,000 of a worker",
