@@ -289,6 +289,8 @@ def format_timeline(found: StatusReport) -> Iterable[str]:
         line = f"  {_time(report.at)} {report.instance or 'assignment'} {report.phase}"
         if report.phase is Phase.COMMITTED and not report.exercised:
             line += " (too few calls during probation to judge the version)"
+        if report.undecided:
+            line += f" (undecided: {report.undecided})"
         if report.target:
             line += f" {report.target}"
         if report.code is not None:

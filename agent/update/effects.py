@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from fleet.component import reader
 from fleet.protocol import files
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
-from fleet.protocol.manifest import Manifest, Service
+from fleet.protocol.manifest import Manifest, MetricGate, Service
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
 
@@ -285,7 +285,7 @@ class EffectRunner:
         try:
             before = next((each for each in await self._figures() if each.instance == change.instance), None)
             if before is not None and before.generation != change.generation:
-                replaced = ProbationSample.of(before)
+                replaced = ProbationSample.of(before, manifest.health.metrics)
             await self._check_host_engine(manifest)
             run = run_of(item, manifest, change.generation, self._settings.policy)
             artifacts = self._places.artifacts
@@ -319,6 +319,7 @@ class EffectRunner:
             min_calls=0 if change.manifest.triggers_of(Service) else health.min_calls,  # exercised by its run
             max_faults=health.max_faults,
             max_error_percent=health.max_error_percent,
+            gates=health.metrics,
         )
         nudge = self._host.nudges.setdefault(change.instance, asyncio.Event())
         try:
@@ -359,7 +360,7 @@ class EffectRunner:
             case Verdict.CONTINUE:
                 return None
             case Verdict.COMMIT:
-                return EffectResult(event=Event.WELL, exercised=judgement.exercised)
+                return EffectResult(event=Event.WELL, exercised=judgement.exercised, undecided=judgement.undecided)
             case Verdict.ROLL_BACK:
                 trouble = self._host.faults.get((change.instance, change.generation))
                 log = await self._log(change.instance, () if trouble is None else trouble.log)
@@ -369,13 +370,14 @@ class EffectRunner:
 
     async def _judgement(self, change: Change, terms: Terms, elapsed_s: float) -> Judgement | None:
         """Judge the figures, before a commit those after one more health check; None if the version no longer runs."""
-        facts = await self._facts(change)
+        gates = terms.gates
+        facts = await self._facts(change, gates)
         if facts is None:
             return None
         judgement = judge(terms, facts, change.replaced, elapsed_s)
         if judgement.verdict is not Verdict.COMMIT or facts.checks is None:
             return judgement
-        after = await self._facts(change, check=change.instance)
+        after = await self._facts(change, gates, check=change.instance)
         return None if after is None else confirm(terms, facts, after, change.replaced, elapsed_s)
 
     async def _figures(self, *, check: str = "") -> tuple[InstanceHealth, ...]:
@@ -383,10 +385,13 @@ class EffectRunner:
         await self._host.wait()
         return (await self._host.stats(check=check)).instances
 
-    async def _facts(self, change: Change, *, check: str = "") -> ProbationSample | None:
+    async def _facts(
+        self, change: Change, gates: Mapping[str, MetricGate], *, check: str = ""
+    ) -> ProbationSample | None:
         figures = await self._figures(check=check)
         mine = (change.instance, change.generation)
-        return next((ProbationSample.of(each) for each in figures if (each.instance, each.generation) == mine), None)
+        found = (each for each in figures if (each.instance, each.generation) == mine)
+        return next((ProbationSample.of(each, gates) for each in found), None)
 
     async def configure(self, committed: Committed, item: Item) -> bool:
         """Give the instance that runs the configuration of an item; False where that needs a change of its own."""

@@ -201,6 +201,7 @@ class State:
         entered: time at which the phase was entered, in seconds of the clock given to `advance`.
         code, message: reason of a failure or of going back, as in a report; empty while all is well.
         exercised: whether probation saw enough calls to mean something.
+        undecided: which gates on metrics had too few samples; empty for none.
     """
 
     phase: Phase = Phase.IDLE
@@ -214,6 +215,7 @@ class State:
     code: str = ""
     message: str = ""
     exercised: bool = True
+    undecided: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,7 @@ class Happened:
     code: str = ""
     message: str = ""
     exercised: bool = True
+    undecided: str = ""
 
 
 def phase_of(stored: str) -> Phase:
@@ -265,6 +268,7 @@ def advance(state: State, happened: Happened, now: float) -> tuple[State, Effect
         code="" if clears else code,
         message="" if clears else message,
         exercised=happened.exercised if row.event is Event.WELL else state.exercised,
+        undecided=happened.undecided if row.event is Event.WELL else state.undecided,
     )
     effect = row.effect
     if row.counter is not None and row.beyond is not None:

@@ -211,6 +211,7 @@ class EffectResult:
         manifest: known after FETCH.
         replaced: figures of the replaced generation, known after SWAP.
         exercised: whether probation saw enough calls to mean something.
+        undecided: which gates on metrics had too few samples; empty for none.
         log: last lines of the instance, for the report.
     """
 
@@ -220,13 +221,20 @@ class EffectResult:
     manifest: Manifest | None = None
     replaced: ProbationSample | None = None
     exercised: bool = True
+    undecided: str = ""
     log: tuple[str, ...] = ()
 
     @property
     def happened(self) -> Happened:
         """Event of the result for the update machine."""
         assert self.event is not None, "a cancelled effect is no event"
-        return Happened(self.event, self.code.value if self.code else "", self.message, exercised=self.exercised)
+        return Happened(
+            self.event,
+            self.code.value if self.code else "",
+            self.message,
+            exercised=self.exercised,
+            undecided=self.undecided,
+        )
 
 
 DONE: Final = EffectResult(event=Event.DONE)
@@ -661,6 +669,7 @@ def of_change(
     return msgspec.structs.replace(
         report,
         exercised=state.exercised,
+        undecided=state.undecided or msgspec.UNSET,
         log=capped(log) if state.code else (),
         timings_ms=change.timings_ms,
     )

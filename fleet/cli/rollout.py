@@ -51,7 +51,7 @@ _DECIDED: Final = frozenset(
 _NOT_YET: Final = frozenset({Outcome.PENDING, Outcome.WAITING, Outcome.DEFERRED, Outcome.IN_PROGRESS, Outcome.LOST})
 _COUNTED_NOT: Final = frozenset({Outcome.NOT_AFFECTED, Outcome.UNPROVEN})
 _FOLLOWED: Final = OPEN_STATES | {RolloutState.SCHEDULED}
-_BY_ITSELF: Final = frozenset({PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY})
+_BY_ITSELF: Final = frozenset({PauseCause.LOST, PauseCause.BREACH, PauseCause.CANARY, PauseCause.UNDECIDED})
 """Causes of a pause that only an operator ends."""
 
 
@@ -687,7 +687,8 @@ def progress_of(entry: RolloutDevice) -> str:
         case Outcome.SUCCEEDED:
             took = f" in {_seconds(entry)}" if _seconds(entry) else ""
             unexercised = "" if entry.exercised else ", with few calls so far"
-            return f"succeeded{took}{unexercised}"
+            undecided = f"; undecided: {output.first_line(entry.reason)}" if entry.reason and not entry.accepted else ""
+            return f"succeeded{took}{unexercised}{undecided}"
         case Outcome.FAILED:
             code = f" ({entry.code})" if entry.code is not None else ""
             return f"rolled back{code}" if entry.phase is Phase.ROLLED_BACK else f"{entry.outcome}{code}"

@@ -27,7 +27,7 @@ from fleet.component.reader import (
     bare,
 )
 from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
-from fleet.protocol import bounds, directories, manifest, message_topics, names, outbound, wire
+from fleet.protocol import bounds, directories, manifest, message_topics, metrics, names, outbound, wire
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
@@ -40,6 +40,7 @@ from fleet.protocol.manifest import (
     KeyType,
     Limits,
     Manifest,
+    MetricGate,
     OnMessage,
     Schedule,
     SecretKey,
@@ -108,7 +109,9 @@ def load(
     table = Table("", raw)
     triggers = _triggers(table, component)
     world = _world(table, component, triggers, file_name)
-    health = table.table("health").struct(Health)
+    place = table.table("health")
+    gates = _gates(place.table("metrics"))
+    health = msgspec.structs.replace(place.struct(Health), metrics=gates)
     if component is not None:
         serves = any(isinstance(each, Service) for each in triggers)
         health = _health(health, component, file_name, written="check" in raw.get("health", {}), serves=serves)
@@ -136,6 +139,7 @@ def load(
     table.finish()
     if component is not None:
         _check_known(component, manifest.grants)
+        _check_gates(component, manifest, file_name)
         if manifest.secrets:
             _check_readable(component, file_name)
     return _bounded(manifest)
@@ -389,6 +393,45 @@ def _health(health: Health, component: Component, file_name: str, *, written: bo
     return health if written else msgspec.structs.replace(health, check=exported)
 
 
+_PERCENT: Final = re.compile(r"([0-9]{1,9})%")
+
+
+def _gates(table: Table) -> dict[str, MetricGate]:
+    """Take the gates on figures of the component's own; a counter may be written with its `_total`."""
+    gates: dict[str, MetricGate] = {}
+    for key in list(table.raw):
+        inner = table.table(key)
+        name = metrics.family("counter", key)
+        if name in gates:
+            raise BadManifestError(f"{FILE_NAME}: {inner.path}: {name} has a gate already")
+        increase = inner.text("max-increase", "")
+        found = _PERCENT.fullmatch(increase)
+        if found is None:
+            said = f"{increase[:40]!r} is none" if increase else "missing"
+            raise BadManifestError(
+                f'{FILE_NAME}: {inner.at("max-increase")}: {said}: write a percentage, such as "20%"'
+            )
+        default = MetricGate(max_increase_percent=0)
+        gates[name] = MetricGate(
+            max_increase_percent=int(found[1]),
+            min_samples=inner.whole("min-samples", default.min_samples),
+            per=metrics.family("counter", inner.text("per", "")),
+            wait_ms=inner.duration("wait", default.wait_ms) or 0,
+        )
+        inner.finish()
+    if wrong := Health(metrics=gates).gate_flaw():
+        raise BadManifestError(f"{FILE_NAME}: {table.path}: {wrong}")
+    return gates
+
+
+def _check_gates(component: Component, manifest: Manifest, file_name: str) -> None:
+    """Refuse gates of a component that has no figures of its own. Raises `BadManifestError`."""
+    if manifest.health.metrics and not any(bare(name) == wasi.METRICS for name in component.imports):
+        raise BadManifestError(
+            f"{FILE_NAME}: health.metrics: {file_name} does not import {wasi.METRICS}, so it has no figures to compare"
+        )
+
+
 def _swap(table: Table) -> Swap:
     match table.text("swap", "overlap"):
         case "overlap":
@@ -578,6 +621,7 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
     lines += _table("grants", _grant_lines(manifest.grants))
     lines += _table("limits", _numbers(manifest.limits, Limits()))
     lines += _table("health", _numbers(manifest.health, Health()), always=_check(manifest.health))
+    lines += _gate_tables(manifest.health)
     for key, value in manifest.config.items():
         inner = [f"description = {text(value.description)}"] if value.description else []
         inner += [] if value.default is None else [f"default = {text(value.default)}"]
@@ -639,6 +683,16 @@ def _inline(*fields: str) -> str:
 
 def _args_line(args: tuple[str, ...]) -> list[str]:
     return [f"args = {texts(args)}"] if args else []
+
+
+def _gate_tables(health: Health) -> list[str]:
+    lines = []
+    for name, gate in health.metrics.items():
+        lines += ["", f"[health.metrics.{name}]", f'max-increase = "{gate.max_increase_percent}%"']
+        lines += [f"min-samples = {gate.min_samples}"]
+        lines += [f"per = {text(gate.per)}"] if gate.per else []
+        lines += [f"wait = {text(toml_fields.format_duration(gate.wait_ms))}"]
+    return lines
 
 
 def _grant_lines(grants: Grants) -> list[str]:

@@ -213,6 +213,7 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
         (len(manifest.triggers) > 1, wasi.SEVERAL_TRIGGERS, "it knows manifests with one trigger only"),
         (grants.sockets, wasi.SOCKETS_BY_GRANT, "it denies every socket, whatever grants.outbound names"),
         (bool(grants.mounts), wasi.DIRECTORIES, "it gives components no directories but their own"),
+        (bool(manifest.health.metrics), wasi.GATES, "it knows no gates on metrics (health.metrics)"),
         (bus, wasi.BUS, "it has no bus for messages between components"),
     )
     return next((sentence for needed, way, sentence in needs if needed and way not in device), "")

@@ -69,6 +69,8 @@ def fields(struct: type[Limits] | type[Health]) -> tuple[Field, ...]:
     """List the fields of `limits` or `health`; their names carry no unit: `memory_bytes` is `memory`."""
     found = []
     for field in msgspec.structs.fields(struct):
+        if field.name == "metrics":  # a table of its own
+            continue
         if field.name.endswith("_bytes"):
             found.append(Field(field.name, field.name.removesuffix("_bytes"), "size"))
         elif field.name.endswith("_ms"):

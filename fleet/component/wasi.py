@@ -79,7 +79,9 @@ DIRECTORIES: Final = "wasmfleet:directories@1"
 
 BUS: Final = "wasmfleet:bus@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS)
+GATES: Final = "wasmfleet:metric-gates@1"
+
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS, GATES)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""
 
 

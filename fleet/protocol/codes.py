@@ -56,6 +56,7 @@ class RejectCode(StrEnum):
     ERROR_RATE = "error-rate"
     TOO_LATE = "too-late"  # latency against the replaced version
     TOO_MUCH_MEMORY = "too-much-memory"  # against the replaced version
+    METRIC_GATE = "metric-gate"  # a figure of the component's own against the replaced version
     CONTAINMENT = "containment"  # the device requires an isolation layer that its kernel does not provide
     PORT_IN_USE = "port-in-use"
     HOST_GONE = "host-gone"
@@ -170,6 +171,7 @@ class PauseCause(StrEnum):
     BREACH = "breach"  # more devices failed than the gate allows, and the rollout says pause
     CANARY = "canary"  # no canary is left that can answer
     APPROVAL = "approval"  # the stage wants a second person
+    UNDECIDED = "undecided"  # a gate on metrics had too few samples, and an operator decides
     FREEZE = "freeze"  # only the end of the freeze takes it away
 
 
@@ -233,6 +235,7 @@ CODE_OUTCOMES: Final[dict[RejectCode, Outcome]] = {
     RejectCode.ERROR_RATE: Outcome.FAILED,
     RejectCode.TOO_LATE: Outcome.FAILED,
     RejectCode.TOO_MUCH_MEMORY: Outcome.FAILED,
+    RejectCode.METRIC_GATE: Outcome.FAILED,
     RejectCode.STATE_FAILED: Outcome.FAILED,
     RejectCode.SUPERSEDED: Outcome.SUPERSEDED,
 }
@@ -300,6 +303,8 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.ERROR_RATE: "the version answered too many calls with errors: see the log, deploy a corrected version",
     RejectCode.TOO_LATE: "the version is slower than the one it replaced: deploy a corrected version",
     RejectCode.TOO_MUCH_MEMORY: "the version needs far more memory than the replaced one: deploy a corrected version",
+    RejectCode.METRIC_GATE: "a figure of the component is worse than with the version before (health.metrics): "
+    "deploy a corrected version, or a wider gate",
     RejectCode.STATE_FAILED: "the old version's memory was not carried over, see the message: correct save-state or "
     "load-state, or deploy a version without them, which starts empty",
     RejectCode.SET_FAILED: "an instance that is swapped together with this one failed: see that one",

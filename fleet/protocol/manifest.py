@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
-from fleet.protocol import bounds, directories, message_topics, names, outbound, pattern, wire
+from fleet.protocol import bounds, directories, message_topics, metrics, names, outbound, pattern, wire
 from fleet.protocol.bounds import MIB, Count, Whole
 
 CYCLONEDX: Final = "cyclonedx"
@@ -445,6 +445,43 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 raise ValueError(f"limits.{name} is {value}, and must be at least {least}")
 
 
+GATES_MAX: Final = 8
+GATE_INCREASE_MAX_PERCENT: Final = 100_000
+GATE_WAIT_MAX_MS: Final = 86_400_000
+
+
+class MetricGate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Comparison of one of the component's own figures with the version that it replaces, on the same device.
+
+    A counter is compared by its rate, for each call or for each of another counter; a gauge and a histogram by the mean
+    of their values.
+
+    Attributes:
+        max_increase_percent: by which the figure may be above that of the version before.
+        min_samples: calls, or values, that both versions must have; with fewer there is no verdict.
+        per: counter to which a counter relates; empty for calls.
+        wait_ms: time after probation in which the new version may still get so many; then an operator decides.
+    """
+
+    max_increase_percent: Count
+    min_samples: Count = 50
+    per: str = ""
+    wait_ms: Count = 600_000
+
+    def flaw(self, name: str) -> str:
+        """Say why this is no gate for the figure of this name; empty where it is one."""
+        for each in filter(None, (name, self.per)):
+            if wrong := metrics.name_flaw(each):
+                return f"{each[:64]!r} {wrong}"
+        if self.max_increase_percent > GATE_INCREASE_MAX_PERCENT:
+            return f"max-increase is above {GATE_INCREASE_MAX_PERCENT}%"
+        if self.min_samples < 1:
+            return "min-samples is at least 1"
+        if self.wait_ms > GATE_WAIT_MAX_MS:
+            return "wait is at most a day"
+        return "per names the figure itself" if self.per == name else ""
+
+
 class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Health check of a version.
 
@@ -455,6 +492,7 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_calls: with fewer calls in probation the report says that the version was not exercised.
         max_faults: guest faults (traps and time-outs) tolerated in probation.
         max_error_percent: share of answers of 500 and above in probation, from `min_calls` calls on.
+        metrics: gates on figures of the component's own, by their names.
     """
 
     check: bool = False
@@ -463,6 +501,14 @@ class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_calls: Count = 20
     max_faults: Count = 0
     max_error_percent: Count = 10
+    metrics: dict[str, MetricGate] = {}
+
+    def gate_flaw(self) -> str:
+        """Say which gate is none, and why; empty where all are."""
+        if len(self.metrics) > GATES_MAX:
+            return f"{len(self.metrics)} gates, at most {GATES_MAX} are judged"
+        found = ((name, gate.flaw(name)) for name, gate in self.metrics.items())
+        return next((f"{name[:64]}: {wrong}" for name, wrong in found if wrong), "")
 
 
 KeyType = Literal["text", "integer", "number", "boolean"]
@@ -616,7 +662,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 LATER: Final = (
     *("secrets", "limits.table_elements", "limits.core_instances", "more_triggers", "swap"),
-    *("limits.queue_bytes", "limits.queue_messages"),
+    *("limits.queue_bytes", "limits.queue_messages", "health.metrics"),
 )
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
@@ -647,7 +693,7 @@ def decode(data: bytes) -> Manifest:
 
     Raises:
         BadManifestError: too large, not JSON, an unknown field or one of another type, a key that contradicts itself,
-            triggers that do not go together.
+            triggers that do not go together, a gate that is none.
     """
     if len(data) > bounds.MANIFEST_MAX_BYTES:
         raise BadManifestError(f"the manifest has {len(data)} bytes, at most {bounds.MANIFEST_MAX_BYTES} fit")
@@ -658,6 +704,8 @@ def decode(data: bytes) -> Manifest:
     for key, declared in found.config.items():
         if wrong := declared.contradiction():
             raise BadManifestError(f"manifest: config.{key}: {wrong}")
+    if wrong := found.health.gate_flaw():
+        raise BadManifestError(f"manifest: health.metrics: {wrong}")
     if wrong := trigger_conflict(found.triggers):
         raise BadManifestError(f"manifest: triggers: {wrong}")
     return found

@@ -291,6 +291,7 @@ class Report(Message, frozen=True, kw_only=True):
         generation: of the instance in the host, with PROBATION and COMMITTED the one that answers; 0 for none, as after
             a removal; None from an agent that does not sign its state.
         exercised: with COMMITTED, false when probation saw fewer than `min_calls` calls.
+        undecided: with COMMITTED, which gates on metrics had too few samples; unset for none.
         running: target path that serves now, empty for none.
         code, message: reason of the failure or refusal, and a sentence for people with what to do next.
         tries_ended: with FAILED and ROLLED_BACK, the device does not try this attempt again by itself, although it does
@@ -319,6 +320,7 @@ class Report(Message, frozen=True, kw_only=True):
     phase: Phase = Phase.IDLE
     generation: Count | None = None
     exercised: bool = True
+    undecided: str | msgspec.UnsetType = msgspec.UNSET
     running: str = ""
     code: RejectCode | None = None
     message: str = ""

@@ -228,7 +228,8 @@ def pause(rollout: Rollout, cause: PauseCause = PauseCause.OPERATOR) -> Rollout:
 def resume(rollout: Rollout, members: Sequence[Member]) -> tuple[Rollout, tuple[Member, ...], tuple[Member, ...]]:
     """Go on with the wave that the rollout was in, or reopen its catch-up queue.
 
-    The failures and losses counted so far are accepted by name, and canaries that cannot answer: only new ones count.
+    The failures and losses counted so far are accepted by name, canaries that cannot answer, and what gates on metrics
+    left undecided: only new ones count.
     A freeze stays.
 
     Returns:
@@ -245,7 +246,7 @@ def _acceptable(rollout: Rollout, member: Member) -> bool:
     if member.accepted is member.outcome:
         return False
     mute = PauseCause.CANARY in rollout.causes and member.wave == rollout.wave and not member.counted
-    return mute or member.outcome in {Outcome.FAILED, Outcome.LOST}
+    return mute or member.undecided or member.outcome in {Outcome.FAILED, Outcome.LOST}
 
 
 def approve(rollout: Rollout) -> Rollout:

@@ -5,7 +5,8 @@
 1. every online member of the wave has an outcome or is deferred,
 2. enough of its members have succeeded,
 3. no more have failed than allowed: otherwise the rollout reverts, or pauses where it says so,
-4. no more are lost than allowed: otherwise the rollout pauses; nobody is taken back for silence,
+4. no more are lost than allowed: otherwise the rollout pauses; nobody is taken back for silence. It pauses too for
+   a device that had too few samples for a gate on metrics: that is no success before an operator says so,
 5. the soak is over, which runs from the success that met 2,
 6. its stage is approved, where it wants that.
 
@@ -272,7 +273,7 @@ def _stuck_at(timeout_s: float) -> Clock:
 
 def _judge(rollout: Rollout, members: Standing) -> tuple[Action, ...]:
     """Return what must happen at once, in whichever wave: more failures or losses than a gate allows."""
-    if not members.any(lambda kind: kind.outcome in {Outcome.FAILED, Outcome.LOST}):
+    if not members.any(lambda kind: kind.undecided or kind.outcome in {Outcome.FAILED, Outcome.LOST}):
         return ()
     for wave in range(1, rollout.wave + 1):
         failed = _counted_as(Outcome.FAILED, wave)
@@ -283,6 +284,10 @@ def _judge(rollout: Rollout, members: Standing) -> tuple[Action, ...]:
         allowed = _allowed(members, wave, rollout.limits.lost, _TWENTIETH)
         if members.count(lost) > allowed and PauseCause.LOST not in rollout.causes:
             return (Pause(PauseCause.LOST, f"{names(members.select(lost))} lost: silent since the swap began"),)
+    unsure = members.select(lambda kind: 0 < kind.wave <= rollout.wave and kind.undecided)
+    if unsure and PauseCause.UNDECIDED not in rollout.causes:
+        why = f"{names(unsure)} ran too little for a gate on metrics: {unsure[0].reason}"
+        return (Pause(PauseCause.UNDECIDED, why),)
     return ()
 
 

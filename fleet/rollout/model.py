@@ -63,7 +63,7 @@ class Member(msgspec.Struct, frozen=True):
     Attributes:
         wave: from 1; 0 for a device that is never offered the change.
         rank: its place in the draw, which decides who takes an open vacancy of wave 1.
-        reason: why it is deferred, lost, not affected or unproven.
+        reason: why it is deferred, lost, not affected or unproven; of a success, why it is undecided.
         until: when a deferred device goes on, by its own word.
         tries_ended: it does not try again by itself.
         site: value of the label by which the budget counts; empty for none.
@@ -129,6 +129,11 @@ class Member(msgspec.Struct, frozen=True):
         """Tell whether the device had begun to swap by its newest report."""
         return self.phase in FROM_SWAP
 
+    @property
+    def undecided(self) -> bool:
+        """Tell whether a gate on metrics had too few samples to be a success, and no operator has decided."""
+        return self.outcome is Outcome.SUCCEEDED and bool(self.reason) and self.accepted is not self.outcome
+
     def counts_as(self, outcome: Outcome) -> bool:
         """Tell whether the device has this outcome and no operator accepted it."""
         return self.outcome is outcome and self.accepted is not outcome
@@ -141,6 +146,7 @@ class Observation(msgspec.Struct, frozen=True):
         at: when the server had it, on its steady clock.
         sequence: grows with each report of the device, over reboots too.
         generation: of the instance as the device signs it; None from an agent that does not say it.
+        undecided: which gates on metrics had too few samples; empty for none.
         until: when the device goes on by itself, None where it does not say.
         tries_ended: the device does not try again by itself, although it mostly does after this code.
     """
@@ -160,6 +166,7 @@ class Observation(msgspec.Struct, frozen=True):
     exercised: bool = True
     until: float | None = None
     tries_ended: bool = False
+    undecided: str = ""
 
 
 class Expected(msgspec.Struct, frozen=True):
@@ -226,7 +233,7 @@ def _decide(member: Member, seen: Observation, outcome: Outcome) -> Member:
         decided=seen.sequence,
         ended_at=member.ended_at if again and member.ended_at is not None else seen.at,
         moved_at=seen.at,
-        reason=_TOO_OLD if outcome is Outcome.UNPROVEN else "",
+        reason={Outcome.UNPROVEN: _TOO_OLD, Outcome.SUCCEEDED: seen.undecided}.get(outcome, ""),
         until=None,
         accepted=member.accepted if again else None,
     )

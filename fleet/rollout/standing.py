@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     Attributes:
         offered: whether it was ever offered the change; `began` whether it has begun since the newest offer.
         accepted: whether an operator accepted the outcome that it has now.
+        undecided: as `Member.undecided`.
     """
 
     wave: int
@@ -39,6 +40,7 @@ class Kind(NamedTuple):
     arrival: bool
     new: bool
     returning: bool
+    undecided: bool
 
     @classmethod
     def of(cls, member: Member) -> Self:
@@ -58,8 +60,9 @@ class Kind(NamedTuple):
             member.arrival,
             member.new,
             member.returning,
+            member.undecided,
         )
-        return tuple.__new__(cls, fields)  # half the time of a call with thirteen arguments
+        return tuple.__new__(cls, fields)  # half the time of a call with fourteen arguments
 
     @property
     def counted(self) -> bool:

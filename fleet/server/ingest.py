@@ -424,6 +424,7 @@ class Ingest:
             running=report.running,
             progress=report.progress,
             exercised=report.exercised,
+            undecided=report.undecided or "",
             tries_ended=report.tries_ended,
         )
 

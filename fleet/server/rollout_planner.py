@@ -620,7 +620,7 @@ class RolloutPlanner:
         self._conductor.wake()
 
     def _resume(self, row: RolloutRow, *, by: str) -> None:
-        """Go on, accepting the failures and losses so far by name."""
+        """Go on, accepting by name the failures and losses so far, and what gates on metrics left undecided."""
         causes = row.progress.causes
         if causes == {PauseCause.FREEZE}:
             raise Refusal(409, "frozen", f"rollout {row.number} is frozen", action="fleet unfreeze ends that")
@@ -634,15 +634,17 @@ class RolloutPlanner:
                 action=approvers(row),
             )
         names: list[str] = []
+        what: set[str] = set()
         for each in self._conductor.set_of(row):
             progress, after, accepted = advance.resume(each.model, self._store.rollouts.members(each.number))
             names += [member.device for member in accepted]
+            what |= {"undecided" if member.undecided else "failures and losses" for member in accepted}
             changed = [member for member in after if member.device in names]
             self._conductor.save(each, progress, changed, reason="")
         if names:
             now, words = self._clock().timestamp(), ", ".join(sorted(set(names)))
             self._store.access.audit(
-                actor=by, act="rollout-accept", subject=row.id, detail=f"failures and losses of {words}", now=now
+                actor=by, act="rollout-accept", subject=row.id, detail=f"{', '.join(sorted(what))} of {words}", now=now
             )
 
     def _approve(self, row: RolloutRow, *, by: str) -> None:

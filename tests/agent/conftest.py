@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from msgspec import UNSET
 
 from agent.config import Paths, Settings
 from agent.host.ipc import host_api
@@ -68,6 +69,7 @@ class SimHost:
         self.faults = {}  # target -> number of traps
         self.answers = {}  # target -> results of its health check: True for healthy, None for no worker; then True
         self.checks = {}  # target -> HealthChecks
+        self.metrics = {}  # target -> figures of the component's own
         self.states = {}  # target -> InstanceState, until it is started again
         self.requests = []
         self.entrusted = {}  # (instance, generation) -> values by name
@@ -227,6 +229,7 @@ class SimHost:
             restarts=5 if run.target in self.states else 0,
             calls={"ok": 10, "guest-trap": faults} if faults else {"ok": 10},
             checks=self.checks.get(run.target),
+            metrics=self.metrics.get(run.target, UNSET),
         )
 
     def kill(self):

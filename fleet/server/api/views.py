@@ -388,7 +388,8 @@ def _sentence(report: Report) -> str:
         case Phase.COMMITTED if report.instance and not report.target:
             return f"{report.instance}: removed"
         case Phase.COMMITTED:
-            return f"{what} is committed" + ("" if report.exercised else ", though few calls came to try it")
+            few = "" if report.exercised else ", though few calls came to try it"
+            return f"{what} is committed{few}" + (f"; undecided: {report.undecided}" if report.undecided else "")
         case Phase.ROLLED_BACK:
             back = f"; {_shown(report.running)} answers again" if report.running else ""
             return f"{what} was rolled back{said}{back}"

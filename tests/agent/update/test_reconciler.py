@@ -15,6 +15,8 @@ from agent.update.reconciler import DownloadProgress, EffectFinished, ImageDamag
 from agent.update.state import Change, EffectResult, Violation, item_key, lost
 from agent.update.store import StoreError
 from fleet.protocol.codes import Outcome, Phase, RejectCode, outcome_of
+from fleet.protocol.manifest import MetricGate
+from fleet.protocol.metrics import Metric
 from signing.errors import Rejected
 from tests.eventually import eventually_async
 
@@ -839,3 +841,23 @@ async def test_the_security_epoch_is_raised_at_the_commit_and_not_before(kit):
 
 def test_lost_names_its_code():
     assert lost("gone").happened.code == RejectCode.HOST_GONE
+
+
+@pytest.mark.asyncio
+async def test_a_gate_on_metrics_takes_a_worse_version_back_and_says_where_it_cannot_judge(kit):
+    def errors(value):
+        return (Metric(name="read_errors", kind="counter", value=value, count=1),)
+
+    gate = {"read_errors": MetricGate(max_increase_percent=20, min_samples=10, wait_ms=0)}
+    async with kit.running():
+        await kit.run(kit.assignment(1, kit.publish("1.0.0", metrics=gate)))
+        kit.host.metrics = {V1: errors(1), V2: errors(5)}
+        await kit.run(kit.assignment(2, kit.publish("2.0.0", metrics=gate)))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code, last.running) == ("rolled-back", RejectCode.METRIC_GATE, V1)
+        assert last.message == "read_errors is 0.5 where the replaced version had 0.1 (10 calls)"
+        few = {"read_errors": MetricGate(max_increase_percent=20, min_samples=11, wait_ms=0)}
+        await kit.run(kit.assignment(3, kit.publish("3.0.0", metrics=few)))
+        last = kit.reports()[-1]
+        assert (last.phase, last.code) == ("committed", None)
+        assert last.undecided == "read_errors: the replaced version has 10 of 11 calls"

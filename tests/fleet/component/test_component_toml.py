@@ -20,6 +20,7 @@ from fleet.protocol.manifest import (
     Http,
     Limits,
     Manifest,
+    MetricGate,
     OnMessage,
     Schedule,
     SecretKey,
@@ -38,6 +39,8 @@ def made(*, imports=(), exports=("wasmfleet:http/handler@0.1.0",)):
 V1 = made(exports=("wasmfleet:http/handler@0.1.0", "wasmfleet:http/health@0.1.0"))
 TASK = made(exports=("wasmfleet:schedule/task@0.1.0",))
 
+
+GATE_KEYS = ("max-increase", "min-samples", "per", "wait")
 
 EVERY = "{{ type = 'schedule', every = '{}s' }}"
 
@@ -261,6 +264,61 @@ def test_what_is_wrong_is_named(text, says):
     assert says in refusal(text, component=V1)
 
 
+METER = made(imports=("wasmfleet:metrics/metrics@0.1.0",))
+
+
+def gated(text):
+    return f'name = "meter"\n[grants]\ninterfaces = ["wasmfleet:metrics"]\n[health.metrics]\n{text}'
+
+
+def test_a_gate_on_a_figure_of_the_component():
+    text = gated("read_errors_total = { max-increase = '20%', per = 'reads_total', wait = '1h' }\n")
+    manifest = component_toml.load(text, component=METER)
+    gate = MetricGate(max_increase_percent=20, min_samples=50, per="reads", wait_ms=3_600_000)
+    assert manifest.health.metrics == {"read_errors": gate}
+    assert component_toml.load(component_toml.render(manifest), component=METER) == manifest
+    assert manifest_of(manifest.plain()) == manifest
+    assert "metrics" not in component_toml.load(gated(""), component=METER).plain()["health"]
+    device = (*wasi.SERVED, *wasi.CALLED)
+    assert served.uncalled(METER, manifest, device) == ""
+    assert "gates" in served.uncalled(METER, manifest, [each for each in device if each != wasi.GATES])
+
+
+@pytest.mark.parametrize(
+    ("gate", "says"),
+    [
+        ("n = {}", "health.metrics.n.max-increase: missing: write a percentage"),
+        ("n = { max-increase = '20' }", "'20' is none: write a percentage, such as \"20%\""),
+        ("n = { max-increase = 20 }", "health.metrics.n.max-increase: expected a text, not a number"),
+        ("n = { max-increase = '-5%' }", "'-5%' is none"),
+        ("n = { max-increase = '100001%' }", "n: max-increase is above 100000%"),
+        ("n = { max-increase = '5%', min-samples = 0 }", "min-samples: 0 is not between 1 and"),
+        ("n = { max-increase = '5%', wait = '2d' }", "n: wait is at most a day"),
+        ("n = { max-increase = '5%', per = 'n' }", "n: per names the figure itself"),
+        ("n = { max-increase = '5%', max_decrease = '5%' }", "unknown field; did you mean max-increase?"),
+        ("'x y' = { max-increase = '5%' }", "'x y' is no name of a metric"),
+        ("x_bucket = { max-increase = '5%' }", "ends with _bucket"),
+        ("n = { max-increase = '5%' }\nn_total = { max-increase = '6%' }", "n has a gate already"),
+        ("\n".join(f"n{each} = {{ max-increase = '5%' }}" for each in range(9)), "9 gates, at most 8 are judged"),
+        ("n = 5", "health.metrics.n: expected a table, not a number"),
+    ],
+)
+def test_a_gate_that_is_none_is_refused(gate, says):
+    assert says in refusal(gated(gate), component=METER)
+
+
+def test_a_gate_of_a_component_without_figures_is_refused():
+    text = "name = 'x'\n[health.metrics]\nn = { max-increase = '5%' }"
+    assert "does not import wasmfleet:metrics/metrics" in refusal(text, component=made())
+
+
+def test_a_signed_manifest_with_a_gate_that_is_none_is_refused():
+    plain = component_toml.load(gated("n = { max-increase = '5%' }"), component=METER).plain()
+    plain["health"]["metrics"]["x y"] = plain["health"]["metrics"].pop("n")
+    with pytest.raises(BadManifestError, match=r"health.metrics: x y: 'x y' is no name"):
+        manifest_of(plain)
+
+
 def test_a_secret_is_for_a_component_that_can_read_it():
     reader = made(imports=["wasi:config/store@0.2.0-rc.1"], exports=["wasmfleet:http/handler@0.1.0"])
     manifest = component_toml.load("[secrets.key]", component=reader, file_name="reader.wasm")
@@ -457,7 +515,22 @@ manifests = st.builds(
     limits=st.builds(
         Limits, memory_bytes=st.integers(1 << 16, 1 << 32), call_ms=small, concurrency=st.integers(1, 64), fuel=small
     ),
-    health=st.builds(Health, check=st.booleans(), probation_ms=small, max_error_percent=st.integers(0, 100)),
+    health=st.builds(
+        Health,
+        check=st.booleans(),
+        probation_ms=small,
+        max_error_percent=st.integers(0, 100),
+        metrics=st.dictionaries(
+            st.sampled_from(["read_errors", "tank_litres"]),
+            st.builds(
+                MetricGate,
+                max_increase_percent=st.integers(0, 100_000),
+                min_samples=small,
+                per=st.sampled_from(["", "reads"]),
+                wait_ms=st.integers(1, 86_400_000),
+            ),
+        ),
+    ),
     config=st.dictionaries(
         st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9}\Z"),
         st.builds(ConfigKey, description=texts, default=st.none() | texts)
@@ -567,6 +640,8 @@ def test_the_docs_list_every_field_with_its_default():
         documented(f"config.KEY.{field.name}")
     for field in msgspec.structs.fields(SecretKey):
         documented(f"secrets.NAME.{field.name}")
+    for name in GATE_KEYS:
+        documented(f"health.metrics.NAME.{name}")
 
 
 def test_the_docs_list_no_field_that_is_not_there():
@@ -575,6 +650,7 @@ def test_the_docs_list_no_field_that_is_not_there():
     known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
     known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}
+    known |= {f"health.metrics.NAME.{name}" for name in GATE_KEYS}
     for table, struct in (("limits", Limits), ("health", Health)):
         known |= {f"{table}.{field.key}" for field in toml_fields.fields(struct)}
     paths = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith("| `")]

@@ -76,7 +76,7 @@ def _stuck_at(rollout, member):
 
 
 def _judge(rollout, members):
-    if not any(each.outcome in {Outcome.FAILED, Outcome.LOST} for each in members):
+    if not any(each.undecided or each.outcome in {Outcome.FAILED, Outcome.LOST} for each in members):
         return ()
     for wave in range(1, rollout.wave + 1):
         failed = [each for each in members if each.wave == wave and each.counts_as(Outcome.FAILED)]
@@ -87,6 +87,10 @@ def _judge(rollout, members):
         allowed = _allowed(members, wave, rollout.limits.lost, _TWENTIETH)
         if len(lost) > allowed and PauseCause.LOST not in rollout.causes:
             return (Pause(PauseCause.LOST, f"{names(lost)} lost: silent since the swap began"),)
+    unsure = [each for each in members if 0 < each.wave <= rollout.wave and each.undecided]
+    if unsure and PauseCause.UNDECIDED not in rollout.causes:
+        why = f"{names(unsure)} ran too little for a gate on metrics: {unsure[0].reason}"
+        return (Pause(PauseCause.UNDECIDED, why),)
     return ()
 
 

@@ -211,6 +211,20 @@ def test_later_waves_allow_a_share_of_lost_devices(limit, size, allowed):
     assert state(allowed + 1) is RolloutState.PAUSED
 
 
+def test_a_device_that_a_gate_on_metrics_left_undecided_is_no_success_before_an_operator_says_so():
+    unsure = member("a", 1, GOOD, reason="errors: 12 of 50 calls")
+    it, members = rollout(), [unsure, member("b", 2)]
+    step, by = after(replace(it, wave=1), members)
+    assert (step.rollout.state, step.rollout.causes) == (RolloutState.PAUSED, {PauseCause.UNDECIDED})
+    assert by["b"].outcome is PENDING
+    (paused,) = [each for each in step.actions if isinstance(each, Pause)]
+    assert paused.reason == "a ran too little for a gate on metrics: errors: 12 of 50 calls"
+    resumed, members, accepted = resume(step.rollout, step.members)
+    assert [each.device for each in accepted] == ["a"]
+    step, by = after(resumed, members)
+    assert (step.rollout.wave, by["b"].outcome) == (2, WAITING)
+
+
 def test_absence_alone_never_ends_a_rollout():
     outage = [member("a", 1, GOOD), *many("b", 2, 50, AT_IT, online=False, phase="swapping")]
     step, by = after(rollout(wave=2), [*outage, *many("c", 2, 50, AT_IT, online=False, phase="fetching")], NOW + 9e4)
