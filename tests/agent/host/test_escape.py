@@ -187,6 +187,19 @@ def test_an_escaped_guest_reads_the_directory_it_was_granted_and_nothing_more(es
     assert (maps / "site.json").read_text() == "a file of maps"
 
 
+def test_whatever_an_escaped_guest_writes_as_its_own_figures_harms_nobody(escaped):
+    host = escaped
+    limits = support.Limits(start_ms=60_000)
+    for name in ("bad", "good"):
+        run = support.a_run(name, 1, limits=limits, grants=support.Grants(interfaces=("wasmfleet:metrics",)))
+        assert isinstance(host.start("measures", run), host_api.Started)
+    status, _, answer = support.http(host.port, "GET /bad/metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert status == 200, answer
+    assert json.loads(answer) == {"truncate": "EPERM"}
+    assert host.health("bad").metrics == host.health("good").metrics == ()
+    assert host.health("good").restarts == 0
+
+
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):
     """Over the channel, its limits hold from outside: the router records the call where the worker cannot write."""
     host = escaped

@@ -7,6 +7,7 @@ import sqlite3
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
 from fleet.protocol import operator_api
@@ -178,6 +179,32 @@ async def test_a_freeze_pauses_and_refuses_until_it_ends(new_fleet, behaviours):
         assert "edge is frozen: trade fair" in status.waiting
         await operator.send(operator_api.Freezes, "POST", "/v1/unfreeze", operator_api.UnfreezeRequest(group="edge"))
         view = await operator.follow(view, lambda view: view.state is RolloutState.RUNNING)
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_a_gate_on_metrics_left_undecided_waits_for_an_operator(new_fleet, behaviours):
+    def undecided(item):
+        *before, committed = behaviours["good"](item)
+        return [*before, msgspec.structs.replace(committed, undecided="read_errors: 12 of 50 calls")]
+
+    async with new_fleet() as fleet:
+        operator = fleet.operator
+        devices = [await fleet.device("a"), await fleet.device("b")]
+        target = await operator.publish("1.0.0")
+        for device in devices:
+            device.behaviour = undecided
+        view = await operator.deploy(target, waves="1, 100%")
+        view = await operator.follow(view, lambda view: view.state is RolloutState.PAUSED)
+        assert view.causes == (PauseCause.UNDECIDED,)
+        assert view.reason.endswith("ran too little for a gate on metrics: read_errors: 12 of 50 calls")
+        assert view.counts == {"succeeded": 1, "pending": 1}
+        for device in devices:
+            device.behaviour = behaviours["good"]
+        view = await operator.decided(await act(operator, view, "resume"))
+        assert (view.state, view.counts) == (RolloutState.SUCCEEDED, {"succeeded": 2})
+        assert sorted(each.accepted for each in view.devices) == [False, True]
+        acts = (await operator.get(operator_api.Audit, "/v1/audit")).entries
+        assert any(each.detail.startswith("undecided of ") for each in acts)
 
 
 @pytest.mark.asyncio

@@ -17,7 +17,7 @@ if "agent.host.worker.zygote" in sys.orig_argv:
     import socket
     import stat
 
-    from agent.host.ipc import stats_page
+    from agent.host.ipc import metrics_page, stats_page
     from agent.host.worker import runner
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -96,6 +96,18 @@ if "agent.host.worker.zygote" in sys.orig_argv:
             except OSError:
                 continue
         return "EPERM"
+
+    def forge_metrics(caller):
+        """Write all over the page of the component's own figures, and try to make it smaller under its reader."""
+        (fd,) = (fd for fd in range(3, 1024) if size_of(fd) == metrics_page.SIZE)
+        result = attempt(os.ftruncate, fd, 0)
+        caller._parts["wasmfleet:metrics"]._page._map[:] = b"\xff" * metrics_page.SIZE
+        return {"truncate": result}
+
+    def size_of(fd):
+        with contextlib.suppress(OSError):
+            return os.fstat(fd).st_size
+        return -1
 
     def pages():
         found = []
@@ -202,6 +214,8 @@ if "agent.host.worker.zygote" in sys.orig_argv:
             return 200, b"", json.dumps(read_elsewhere(caller, json.loads(body))).encode()
         if target == b"/sockets":
             return 200, b"", json.dumps(lead_elsewhere(caller, json.loads(body))).encode()
+        if target == b"/metrics":
+            return 200, b"", json.dumps(forge_metrics(caller)).encode()
         if target == b"/hang":
             # Every figure that this process can write says that no call is in flight, while one never ends.
             while True:
