@@ -18,7 +18,7 @@ import msgspec
 
 from agent.proxy import Proxy, ProxyError
 from fleet.component import toml_fields
-from fleet.protocol import bounds, directories, files, message_topics, outbound
+from fleet.protocol import bounds, directories, files, hardware, message_topics, outbound
 from fleet.protocol.files import irregular
 from fleet.protocol.manifest import CORE_INSTANCES_MAX, MAY_BE_NONE, TABLE_ELEMENTS_MAX, Grants, Limits
 from fleet.protocol.toml_lines import in_words, line_of, path_of
@@ -77,6 +77,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             that their grants allow.
         subscribe: the same of topics that they may receive from other components.
         directories: directories of this device that components may be granted to read: path by name.
+        gpio: lines of GPIO chips that components may have, as `gpiochip0:17` or `gpiochip0:22-27`; empty for none.
+        serial: serial ports that components may have: name in their grants -> device, as `/dev/ttyUSB0`.
         ports: ports that components may have of their own, as `8080` or `8000-8099`; empty for none.
         share_workers: let components of one publisher share a process where the director says so.
         logs: log lines that may leave the device when an operator follows logs, and with the report of a failure, to
@@ -100,6 +102,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     publish: tuple[str, ...] | None = None
     directories: dict[str, str] = {}
     subscribe: tuple[str, ...] | None = None
+    gpio: tuple[str, ...] = ()
+    serial: dict[str, str] = {}
     ports: tuple[str, ...] = (f"{UNPRIVILEGED_PORT}-{_PORT_MAX}",)
     share_workers: bool = True
     logs: Literal["off", "errors", "all"] = "errors"
@@ -160,6 +164,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         )
         beyond += grants.messages_beyond(most)
         beyond += [f"directory {each}" for each in sorted({*grants.mounts.values()} - self.directories.keys())]
+        beyond += hardware.denied_lines(grants.devices.gpio, self.gpio)
+        beyond += hardware.denied_ports(grants.devices.serial, self.serial)
         if port is not None and not any(port in port_range(each) for each in self.ports):
             beyond.append(f"port {port}")
         return tuple(beyond)
@@ -320,6 +326,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
     _check_publish(settings.policy)
     _check_directories(settings.policy)
     _check_names(settings.policy)
+    _check_hardware(settings.policy)
     return settings
 
 
@@ -341,6 +348,20 @@ def _check_names(policy: Policy) -> None:
         for interface in policy.interfaces:
             if wrong := served.unknown(interface):
                 raise ConfigError(f"policy.interfaces: {interface[:80]!r}: {wrong}", "policy.interfaces")
+
+
+def _check_hardware(policy: Policy) -> None:
+    """Refuse what is no piece of hardware. Raises `ConfigError`."""
+    for line in policy.gpio:
+        try:
+            hardware.parse_lines(line)
+        except hardware.BadHardwareError as error:
+            raise ConfigError(f"policy.gpio: {error}", "policy.gpio") from None
+    for name, node in policy.serial.items():
+        try:
+            hardware.check_node(name, node)
+        except hardware.BadHardwareError as error:
+            raise ConfigError(f"policy.serial: {error}", "policy.serial") from None
 
 
 def _check_publish(policy: Policy) -> None:

@@ -179,6 +179,7 @@ def _reach(grants: Grants) -> list[str]:
         *(f"{each}.internal" for each in grants.instances),
         *grants.messages_beyond(Grants()),
         *grants.directories_beyond(Grants()),
+        *grants.devices.beyond(Grants().devices),
     ]
 
 

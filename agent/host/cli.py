@@ -18,6 +18,7 @@ import msgspec
 from agent import disk
 from agent.arguments import leave_first_process, parse, until_closed
 from agent.disk import Write
+from agent.host import hardware_check
 from agent.host.http.ingress_config import DEFAULT_FILE
 from agent.host.ipc import host_api
 from agent.host.sandbox import sandbox
@@ -33,7 +34,7 @@ _DEFAULT_INGRESS: Final = "127.0.0.1:8080"
 _STATUS_BELOW_MINIMUM: Final = 78  # EX_CONFIG of sysexits.h: a restart would not help
 
 EXAMPLES: Final = """examples:
-  fleet-host check                                   show the engine and the isolation layers of this device
+  fleet-host check                                   show engine, isolation layers and hardware of this device
   fleet-host check-component hello.wasm              say whether this machine's host could start a component
   fleet-host processes                               show memory, threads and files of agent and host, by process
   fleet-host run                                     run with the paths of the package, as root
@@ -108,7 +109,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help="let members of this group command the host, besides root and its own user",
     )
-    commands.add_parser("check", help="report the engine and the isolation layers of this device")
+    check_ = commands.add_parser(
+        "check", help="report the engine, the isolation layers and the hardware of this device"
+    )
+    check_.add_argument(
+        "--config",
+        type=Path,
+        default=hardware_check.CONFIG,
+        metavar="FILE",
+        help="the agent's configuration, whose policy names hardware for components (default: %(default)s)",
+    )
     shown = commands.add_parser(
         "processes",
         help="show memory, threads, open files and start of the agent's and the host's processes",
@@ -199,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     options = parse(_parser(), COMMANDS, arguments)
     if options.command == "check":
-        return check()
+        return check(options.config)
     if options.command == "check-component":
         return check_components(options.file)
     if options.command == "dev":
@@ -237,8 +247,8 @@ def _write_reason(runtime: Path, why: str) -> None:
         path.chmod(0o644)
 
 
-def check() -> int:
-    """Print the engine and the isolation layers of this device; return 1 if components cannot run at all."""
+def check(config: Path) -> int:
+    """Print the engine, the isolation layers and the hardware for components; return 1 if none can run at all."""
     describe = [*worker_pool.python_argv("agent.host.compiler"), "--describe"]
     done = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=120)
     facts = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -258,6 +268,8 @@ def check() -> int:
     print("\n".join(sandbox.isolation_report(here, layers)))
     if missing := sandbox.needs_of([layer for layer, there in layers.items() if not there]):
         print(f"missing      {missing}")
+    for line in hardware_check.report(config):
+        print(line)
     return 0 if facts else 1
 
 

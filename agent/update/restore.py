@@ -172,6 +172,7 @@ def run_of(item: Item, manifest: Manifest, generation: int, policy: Policy) -> h
         share_worker=item.share_worker and policy.share_workers,
         secrets=tuple(ref.name for ref in item.secrets),
         directories=policy.mounts(grants),
+        serial={each.name: policy.serial[each.name] for each in grants.devices.serial if each.name in policy.serial},
     )
 
 

@@ -14,7 +14,8 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Container, Iterable, Sequence
-from typing import Any, Final, get_args
+from types import NoneType
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -27,7 +28,8 @@ from fleet.component.reader import (
     bare,
 )
 from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
-from fleet.protocol import bounds, directories, manifest, message_topics, metrics, names, outbound, wire
+from fleet.protocol import bounds, directories, hardware, manifest, message_topics, metrics, names, outbound, wire
+from fleet.protocol.hardware import GpioLine, Hardware, SerialPort
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
@@ -115,6 +117,7 @@ def load(
     if component is not None:
         serves = any(isinstance(each, Service) for each in triggers)
         health = _health(health, component, file_name, written="check" in raw.get("health", {}), serves=serves)
+    grants = _grants(table.table("grants"))
     manifest = Manifest(
         name=_name(table, component, file_name),
         version=checked(names.check_version, table.text("version", version), "version"),
@@ -122,14 +125,14 @@ def load(
         trigger=triggers[0],
         more_triggers=triggers[1:],
         world=world,
-        grants=_grants(table.table("grants")),
+        grants=grants,
         limits=table.table("limits").struct(Limits),
         health=health,
         config=_config(table.table("config")),
         secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
         security_epoch=table.whole("security_epoch", 0),
         data_schema=table.whole("data_schema", 0),
-        swap=_swap(table),
+        swap=_swap(table, grants),
         arch=table.texts(
             "arch", lambda arch: None if arch in names.ARCHES else f"the known ones are {', '.join(names.ARCHES)}"
         ),
@@ -432,8 +435,13 @@ def _check_gates(component: Component, manifest: Manifest, file_name: str) -> No
         )
 
 
-def _swap(table: Table) -> Swap:
-    match table.text("swap", "overlap"):
+def _default_swap(grants: Grants) -> Swap:
+    """Return how versions take over from each other where nothing is written: two cannot hold a line or a port."""
+    return "overlap" if grants.devices == hardware.NONE else "replace"
+
+
+def _swap(table: Table, grants: Grants) -> Swap:
+    match table.text("swap", _default_swap(grants)):
         case "overlap":
             return "overlap"
         case "replace":
@@ -460,6 +468,7 @@ def _grants(table: Table) -> Grants:
         publish_local=_filters(table, "publish_local"),
         subscribe=_filters(table, "subscribe"),
         directories=_directories(table.table("directories")),
+        hardware=_hardware(table),
     )
     table.finish()
     return grants
@@ -481,6 +490,57 @@ def _filters(table: Table, name: str) -> tuple[str, ...]:
     if len(found) > most:
         raise BadManifestError(f"{FILE_NAME}: {table.at(name)}: {len(found)} filters, at most {most} are allowed")
     return found
+
+
+def _hardware(table: Table) -> Hardware:
+    found = Hardware(**{kind: _pieces(table, kind, struct) for kind, struct in _HARDWARE.items()})
+    if wrong := found.flaw():
+        raise BadManifestError(f"{FILE_NAME}: {table.path}.{wrong}")
+    return found
+
+
+_HARDWARE: Final[dict[str, type[Any]]] = {"gpio": GpioLine, "serial": SerialPort}
+_Piece = TypeVar("_Piece")
+
+
+def _pieces(table: Table, key: str, struct: type[_Piece]) -> tuple[_Piece, ...]:
+    """Take a list of tables, `[[grants.gpio]]`."""
+    value = table.take(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise table.wrong(key, f"tables, each as [[{table.at(key)}]]", value)
+    return tuple(_piece(Table(f"{table.at(key)}[{at}]", each), struct) for at, each in enumerate(value, 1))
+
+
+def _piece(table: Table, struct: type[_Piece]) -> _Piece:
+    kinds, made = get_type_hints(struct), dict[str, Any]()
+    for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
+        value = _piece_field(table, field.encode_name, kinds[field.name])
+        if value is not None:
+            made[field.name] = value
+        elif field.required:
+            raise BadManifestError(f"{FILE_NAME}: {table.at(field.encode_name)} is missing")
+    table.finish()
+    return struct(**made)
+
+
+def _piece_field(table: Table, key: str, kind: Any) -> Any:
+    """Take a field of a piece of hardware; None where there is none."""
+    if key not in table.raw:
+        table.take(key)
+        return None
+    if kind is int:
+        return table.signed(key)
+    if kind is bool:
+        return table.switch(key, False)
+    value = table.text(key, "")
+    choices = [each for each in get_args(kind) if isinstance(each, str)]
+    for each in get_args(kind):
+        choices += get_args(each) if each is not NoneType else ()
+    if choices and value not in choices:
+        raise BadManifestError(f"{FILE_NAME}: {table.at(key)}: {value[:40]!r} is none of {', '.join(choices)}")
+    return value
 
 
 def _check_interface(text: str) -> str | None:
@@ -577,6 +637,11 @@ def _check_readable(component: Component, file_name: str) -> None:
 
 
 def _bounded(manifest: Manifest) -> Manifest:
+    if manifest.grants.devices.serial and manifest.limits.concurrency > 1:
+        raise BadManifestError(
+            f"{FILE_NAME}: limits.concurrency is {manifest.limits.concurrency}, and two calls at once would mix what "
+            "they send and receive on a serial port: leave it at 1"
+        )
     if manifest.world == "wasmfleet:http" and manifest.limits.response_bytes > NATIVE_ANSWER_MAX_BYTES:
         raise BadManifestError(
             f"{FILE_NAME}: limits.response: an answer of wasmfleet:http has at most {NATIVE_ANSWER_MAX_BYTES} bytes "
@@ -614,11 +679,12 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         lines.append(f"security_epoch = {manifest.security_epoch}")
     if manifest.data_schema:
         lines.append(f"data_schema = {manifest.data_schema}")
-    if manifest.swap != "overlap":
+    if manifest.swap != _default_swap(manifest.grants):
         lines.append(f"swap = {text(manifest.swap)}")
     if manifest.arch:
         lines.append(f"arch = {texts(manifest.arch)}")
     lines += _table("grants", _grant_lines(manifest.grants))
+    lines += _hardware_lines(manifest.grants.devices)
     lines += _table("limits", _numbers(manifest.limits, Limits()))
     lines += _table("health", _numbers(manifest.health, Health()), always=_check(manifest.health))
     lines += _gate_tables(manifest.health)
@@ -701,6 +767,15 @@ def _grant_lines(grants: Grants) -> list[str]:
     lines = [f"{key} = {texts(values)}" for key, values in named.items() if values]
     mounts = [f"{text(place)} = {text(name)}" for place, name in grants.mounts.items()]
     return [*lines, f"directories = {_inline(*mounts)}"] if mounts else lines
+
+
+def _hardware_lines(devices: Hardware) -> list[str]:
+    lines = []
+    for kind, pieces in msgspec.to_builtins(devices).items():
+        for piece in pieces:
+            values = {key: text(each) if isinstance(each, str) else json.dumps(each) for key, each in piece.items()}
+            lines += ["", f"[[grants.{kind}]]", *(f"{key} = {value}" for key, value in values.items())]
+    return lines
 
 
 def _numbers(value: Limits | Health, default: Limits | Health) -> list[str]:

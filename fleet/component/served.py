@@ -30,6 +30,9 @@ IMPORTS: Final[dict[str, str]] = dict.fromkeys(sorted(wasi.UNGRANTED), _RELEASES
         wasi.KEYVALUE_STORE,
         wasi.KEYVALUE_ATOMICS,
         wasi.KEYVALUE_BATCH,
+        wasi.GPIO,
+        wasi.GPIO_TYPES,
+        wasi.SERIAL,
         wasi.METRICS,
     ),
     ANY,
@@ -66,7 +69,10 @@ _INSTEAD: Final = {
     "wasi:observe": "write to wasi:logging/logging, and figures to wasmfleet:metrics/metrics",
     "wasi:otel": "write to wasi:logging/logging, and figures to wasmfleet:metrics/metrics",
     "wasi:clocks": "use wasi:clocks/wall-clock, in UTC",
-    **dict.fromkeys((f"wasi:{name}" for name in ("i2c", "spi", "gpio", "usb", "digital-io", "serial")), _HARDWARE),
+    "wasi:gpio": "use wasi:gpio/digital (0.2.0)",
+    "wasi:serial": f"use {wasi.SERIAL} (0.1.0)",
+    "wasi:digital-io": "use wasi:gpio/digital (0.2.0)",
+    **dict.fromkeys((f"wasi:{name}" for name in ("i2c", "spi", "usb")), _HARDWARE),
     **dict.fromkeys((f"wasi:{name}" for name in ("webgpu", "graphics-context", "surface", "frame-buffer")), _HARDWARE),
 }
 
@@ -86,6 +92,14 @@ _SOCKETS: Final = (
 _NO_TOPICS: Final = (
     f"{wasi.MESSAGING_PRODUCER} denies each message (permission-denied): name topics in grants.publish, "
     'such as "plant/#", or in grants.publish_local'
+)
+_NO_LINES: Final = (
+    f"{wasi.GPIO} denies each pin (pin-not-allowed): name its lines in [[grants.gpio]], such as "
+    'chip = "gpiochip0", line = 17, direction = "output", name = "relay"'
+)
+_NO_PORTS: Final = (
+    f"{wasi.SERIAL} denies each port (not-granted): name its ports in [[grants.serial]], such as "
+    'name = "meter", baud = 9600'
 )
 _NO_SOCKETS: Final = "grants.outbound names where sockets may lead, and the component does not import wasi:sockets"
 _NO_FILES: Final = "grants.directories names directories, and the component does not import wasi:filesystem"
@@ -261,6 +275,10 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
     topics = (*grants.publishes, *grants.publishes_locally)
     if any(bare(name) == wasi.MESSAGING_PRODUCER for name in names) and not topics:
         found.append(_NO_TOPICS)
+    if any(bare(name) == wasi.GPIO for name in names) and not grants.devices.gpio:
+        found.append(_NO_LINES)
+    if any(bare(name) == wasi.SERIAL for name in names) and not grants.devices.serial:
+        found.append(_NO_PORTS)
     if grants.sockets and not sockets:
         found.append(_NO_SOCKETS)
     if grants.mounts:

@@ -51,11 +51,16 @@ KEYVALUE_STORE: Final = "wasi:keyvalue/store"
 KEYVALUE_ATOMICS: Final = "wasi:keyvalue/atomics"
 KEYVALUE_BATCH: Final = "wasi:keyvalue/batch"
 
+GPIO: Final = "wasi:gpio/digital"
+GPIO_TYPES: Final = "wasi:gpio/general"
+SERIAL: Final = "wasmfleet:serial/port"
+
 SERVED: Final = (
     "wasi:cli@0.2",
     "wasi:clocks@0.2",
     "wasi:config@*",
     "wasi:filesystem@0.2",
+    "wasi:gpio@*",
     "wasi:http@0.2",
     "wasi:io@0.2",
     "wasi:keyvalue@*",
@@ -64,6 +69,7 @@ SERVED: Final = (
     "wasi:random@0.2",
     "wasi:sockets@0.2",
     "wasmfleet:metrics@*",
+    "wasmfleet:serial@*",
 )
 """Packages of which a host serves interfaces, as it reports them; `fleet.component.served` has the interfaces."""
 

@@ -23,8 +23,19 @@ from typing import Any, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
-from fleet.protocol import bounds, directories, message_topics, metrics, names, outbound, pattern, wire
+from fleet.protocol import (
+    bounds,
+    directories,
+    hardware,
+    message_topics,
+    metrics,
+    names,
+    outbound,
+    pattern,
+    wire,
+)
 from fleet.protocol.bounds import MIB, Count, Whole
+from fleet.protocol.hardware import Hardware
 
 CYCLONEDX: Final = "cyclonedx"
 SPDX: Final = "spdx"
@@ -279,6 +290,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         subscribe: filters of the topics that it may receive from the device's bus, left out likewise.
         directories: directories of the device that it may read, by the path at which it sees each; their names are the
             device owner's (`fleet.protocol.directories`). Unset for none, as `publish`.
+        hardware: lines, buses and devices of the machine; unset for none, as `publish`.
     """
 
     interfaces: tuple[str, ...] = ()
@@ -288,6 +300,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     directories: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     publish_local: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     subscribe: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    hardware: Hardware | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Refuse what are no filters, and no directories. Raises `ValueError`."""
@@ -300,6 +313,13 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         directories.check_grant(self.mounts)
         if self.directories == {}:
             msgspec.structs.force_setattr(self, "directories", msgspec.UNSET)
+        if self.hardware == hardware.NONE:
+            msgspec.structs.force_setattr(self, "hardware", msgspec.UNSET)
+
+    @property
+    def devices(self) -> Hardware:
+        """Lines, buses and devices of the machine that it may have."""
+        return hardware.NONE if isinstance(self.hardware, msgspec.UnsetType) else self.hardware
 
     @property
     def publishes(self) -> tuple[str, ...]:
@@ -371,6 +391,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             and set(self.instances) <= set(ceiling.instances)
             and not self.messages_beyond(ceiling)
             and set(self.mounts.values()) <= set(ceiling.mounts.values())
+            and not self.devices.beyond(ceiling.devices)
         )
 
     def directories_beyond(self, known: "Grants") -> tuple[str, ...]:
@@ -706,6 +727,8 @@ def decode(data: bytes) -> Manifest:
             raise BadManifestError(f"manifest: config.{key}: {wrong}")
     if wrong := found.health.gate_flaw():
         raise BadManifestError(f"manifest: health.metrics: {wrong}")
+    if wrong := found.grants.devices.flaw():
+        raise BadManifestError(f"manifest: grants.hardware.{wrong}")
     if wrong := trigger_conflict(found.triggers):
         raise BadManifestError(f"manifest: triggers: {wrong}")
     return found

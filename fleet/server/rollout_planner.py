@@ -838,6 +838,7 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         instances=tuple(name for name in narrowed.instances if name in ceiling.instances),
         **narrowed.messages_within(ceiling),
         directories={at: name for at, name in narrowed.mounts.items() if name in ceiling.mounts.values()},
+        hardware=narrowed.devices.within(ceiling.devices),
     )
     return wire.canonical(still).decode()
 
@@ -857,4 +858,5 @@ def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
         *(f"instance {name}" for name in new.instances if name not in before.instances),
         *new.messages_beyond(before),
         *new.directories_beyond(before),
+        *new.devices.beyond(before.devices),
     )

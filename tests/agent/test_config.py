@@ -10,6 +10,7 @@ from agent import config
 from agent.config import ConfigError, Policy
 from fleet.component import served
 from fleet.component.reader import package
+from fleet.protocol.hardware import GpioLine, Hardware, SerialPort
 from fleet.protocol.manifest import Grants, Limits
 
 DOCS = Path(__file__).parents[2] / "docs" / "agent.md"
@@ -240,3 +241,41 @@ def test_the_owner_bounds_topics():
     assert Policy().denied(Grants(publish=("other",)), None) == ()
     with pytest.raises(config.ConfigError, match=r"policy\.publish"):
         config.validate({"policy": {"publish": ["a/#/b"]}})
+
+
+def test_lines_are_the_owners_to_allow_and_none_is_by_default(tmp_path):
+    lines = (
+        GpioLine(name="relay", chip="gpiochip0", line=17, direction="output"),
+        GpioLine(name="door", chip="gpiochip1", line=22),
+    )
+    grants = Grants(hardware=Hardware(gpio=lines))
+    assert Policy().denied(grants, None) == (
+        'GPIO line gpiochip0:17 as output (policy.gpio in agent.toml would have "gpiochip0:17")',
+        'GPIO line gpiochip1:22 as input (policy.gpio in agent.toml would have "gpiochip1:22")',
+    )
+    file = write(tmp_path, main='[policy]\ngpio = ["gpiochip0:17", "gpiochip1:20-22"]\n')
+    assert config.load(file).policy.denied(grants, None) == ()
+    assert len(Policy(gpio=("gpiochip0:18-30", "gpiochip1:23")).denied(grants, None)) == 2
+
+
+@pytest.mark.parametrize("text", ["gpiochip0", "gpiochip0:9-3", "17", "gpiochip0:2000", "/dev/gpiochip0:1"])
+def test_what_is_no_line_is_refused_with_an_example(tmp_path, text):
+    file = write(tmp_path, main=f'[policy]\ngpio = ["{text}"]\n')
+    with pytest.raises(ConfigError, match=r"policy.gpio: .* is no GPIO line: write gpiochip0:17, or gpiochip0:22-27"):
+        config.load(file)
+
+
+def test_serial_ports_are_the_owners_to_name_and_there_are_none_by_default(tmp_path):
+    grants = Grants(hardware=Hardware(serial=(SerialPort(name="meter", baud=9600),)))
+    assert Policy().denied(grants, None) == (
+        'serial port meter at 9600 8N1 (policy.serial in agent.toml would have meter = "/dev/...")',
+    )
+    policy = config.load(write(tmp_path, main='[policy.serial]\nmeter = "/dev/serial/by-id/usb-FTDI_A1-if00"\n')).policy
+    assert policy.denied(grants, None) == ()
+
+
+@pytest.mark.parametrize("node", ["ttyUSB0", "/etc/passwd", "/dev/../etc/passwd", "/dev/", "/dev//tty", "/dev/.x", ""])
+def test_what_is_no_device_is_refused_with_an_example(tmp_path, node):
+    file = write(tmp_path, main=f'[policy.serial]\nmeter = "{node}"\n')
+    with pytest.raises(ConfigError, match=r"policy.serial: meter: .* is no device: write one such as /dev/ttyUSB0"):
+        config.load(file)

@@ -39,6 +39,8 @@ BESIDE = {
     "agent/host/sandbox/kernel.py": ({"os.open"}, "a file of the kernel"),
     "agent/host/sandbox/sandbox.py": ({"os.mkdir"}, "a file system in memory"),
     "agent/host/supervisor/agent_server.py": ({".unlink"}, "a socket in the runtime directory"),
+    "agent/host/ipc/serial_abi.py": ({"os.open"}, "a device's node"),
+    "agent/host/supervisor/hardware.py": ({"os.open"}, "a device's node"),
     "agent/host/supervisor/pinned_modules.py": (
         {".mkdir", ".symlink_to", "shutil.rmtree"},
         "links in the runtime directory",

@@ -191,6 +191,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("agent.host.datagrams",),
         ("agent.host.compiler", "agent.host.worker", "agent.host.egress", "agent.host.keyvalue"),
         ("agent.host.supervisor",),
+        ("agent.host.hardware_check",),
         ("agent.host.cli", "agent.host.processes"),
     ),
     "signing": (

@@ -8,15 +8,17 @@ agent.host.interfaces.page`, which says what does not agree.
 from typing import Final
 
 from agent.host.engine.host_interface import Interfaces
-from agent.host.interfaces import config, keyvalue, logging, messaging, metrics
+from agent.host.interfaces import config, gpio, keyvalue, logging, messaging, metrics, serial
 from agent.host.interfaces.package import Package
 
 PACKAGES: Final[tuple[Package, ...]] = (
     config.PACKAGE,
+    gpio.PACKAGE,
     keyvalue.PACKAGE,
     logging.PACKAGE,
     messaging.PACKAGE,
     metrics.PACKAGE,
+    serial.PACKAGE,
 )
 
 INTERFACES: Final[Interfaces] = {each.name: each for package in PACKAGES for each in package.interfaces}

@@ -103,6 +103,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         secrets: names of its secrets, whose values came with `PutSecrets` before.
         image_sha256: of the image that comes along; empty where the agent does not say, and the host hashes it.
         directories: directories of the device that it may read, by the path at which it sees each.
+        serial: device of each serial port that is granted, by its name.
     """
 
     instance: str
@@ -119,6 +120,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     secrets: tuple[str, ...] = ()
     image_sha256: str = ""
     directories: dict[str, str] = {}
+    serial: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

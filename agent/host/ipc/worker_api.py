@@ -84,7 +84,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
 
     Descriptors, in this order: memfd of the image, page of figures; then, as far as there are such: quota page, socket
     to the egress, socket to the key-value store, memfd of the secrets, end of a channel, socket for messages, page of
-    metrics. A slot in a shared worker gets no image, since that was opened before the sandbox was shut.
+    metrics, hardware in the order of the grants. A slot in a shared worker gets no image, since that was opened before
+    the sandbox was shut.
 
     Attributes:
         uid: user to become, None to stay.
@@ -99,6 +100,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         keyvalue: whether the socket to the key-value store comes along.
         directories: directories of the device that it may read, by the path at which the guest sees each.
         metrics: whether the page of the component's own figures comes along.
+        hardware: descriptors of granted hardware that come along.
     """
 
     instance: str
@@ -117,6 +119,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     keyvalue: bool = False
     directories: dict[str, str] = {}
     metrics: bool = False
+    hardware: Count = 0
     id: Count = 0
 
 

@@ -167,6 +167,12 @@ def reading(spec: SandboxSpec, directories: tuple[str, ...]) -> SandboxSpec:
     return replace(spec, directories=directories, filter=lambda: seccomp.worker(files=True))
 
 
+def with_devices(spec: SandboxSpec, ioctls: tuple[int, ...]) -> SandboxSpec:
+    """Return a worker's sandbox in which it may make these calls on the devices that it was given."""
+    files = bool(spec.data or spec.directories)
+    return replace(spec, filter=lambda: seccomp.worker(files=files, ioctls=ioctls)) if ioctls else spec
+
+
 def shared_worker_spec(*, uid: int | None, slots: int, memory_bytes: int, body_bytes: int) -> SandboxSpec:
     """Return the sandbox of a shared worker: up to `slots` instances of `memory_bytes` each, no files.
 

@@ -93,13 +93,18 @@ def _program(rules: Any) -> bytes:
 
 
 @cache
-def worker(*, files: bool) -> bytes:
-    """Return the filter of a worker: no new socket, connection, process or executable memory; `files`: file access."""
+def worker(*, files: bool, ioctls: tuple[int, ...] = ()) -> bytes:
+    """Return the filter of a worker: no new socket, connection, process or executable memory.
+
+    `files`: file access. `ioctls`: of the devices that it is granted.
+    """
     rules = _filter(_names(_BASE, _SOCKETS, _FILES if files else ()), executable_memory=False)
     if files:  # a process may lower its own limit of file sizes
         own, files_size = pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(1, pyseccomp.EQ, resource.RLIMIT_FSIZE)
         _allow(rules, "prlimit64", own, files_size)
         _allow(rules, "setrlimit", pyseccomp.Arg(0, pyseccomp.EQ, resource.RLIMIT_FSIZE))
+    for value in ioctls:
+        _allow(rules, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, value))
     return _program(rules)
 
 

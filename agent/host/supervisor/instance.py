@@ -143,12 +143,14 @@ class Instance:
         try:
             began_s = await swap.take_over(self._parts, old, new, place)
         except StartError as error:
+            self._release_hardware()
             self._start_if_down(error)
             raise
         await self._switch(old, new)
         self.previous = old
         if warm is not None:
             self._workers.drop(warm)
+        self._release_hardware()
         return Swapped(None if old is None else old.number, self._swapped(began_s) if old else _ms_since(began_s))
 
     async def commit(self, number: int) -> None:
@@ -159,6 +161,7 @@ class Instance:
         if self.previous is not None:
             warm, self.previous = self.previous, None
             self._workers.drop(warm)
+            self._release_hardware()
             await forget_other_schemas(self.current.data)
             if needs_keyvalue(self.current.run.grants):
                 home = self._resources.pairs / self.name
@@ -187,6 +190,7 @@ class Instance:
         self.previous = None
         self._reverted = _Reverted(current.number, warm.number)
         self._workers.drop(current)
+        self._release_hardware()
         return self._swapped(began_s)
 
     async def restart(self) -> None:
@@ -261,6 +265,7 @@ class Instance:
         self._resources.listeners.close(self.name)
         self._resources.messages.bus.unsubscribe(self.name)
         await self._workers.wait_ended()
+        self._release_hardware()
         self._workers.bytes_today()
         self._log.flush()
         self.state = InstanceState.STOPPED
@@ -271,6 +276,11 @@ class Instance:
             await self._workers.wait_ended()
             for parent in (self._resources.data, self._resources.pairs):
                 await remove_tree(parent / self.name)
+
+    def _release_hardware(self) -> None:
+        """Give up the hardware of versions that nothing can go back to."""
+        kept = [each.run.grants.devices for each in (self.current, self.previous) if each is not None]
+        self._resources.hardware.release(self.name, *kept)
 
     # Figures.
 
@@ -384,6 +394,7 @@ class Instance:
                 old.listener.sock.close()
             old.is_serving = False
         self.current = new
+        self._resources.hardware.rest(self.name, new.run.grants.devices)
         new.is_serving = True
         new.checks_failing = 0
         self._crashes.on_start(self._resources.crashes.count(self.name, new.run.target))
@@ -563,6 +574,13 @@ class Instance:
             self._workers.stop_listening()
             generation.listener.sock.close()  # clients must not wait there; behind the router, they get 503
         self._set_state(InstanceState.QUARANTINED, reason)
+        self._workers.tasks.spawn(self._rest_hardware())
+
+    async def _rest_hardware(self) -> None:
+        """Set the lines of an instance in quarantine to their safe levels, once no worker can set them."""
+        await self._workers.wait_ended()
+        if self.state is InstanceState.QUARANTINED:
+            self._resources.hardware.rest(self.name)
 
     async def _start_after(self, generation: Generation, after_s: float) -> None:
         await asyncio.sleep(after_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret

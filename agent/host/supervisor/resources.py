@@ -37,6 +37,7 @@ from agent.host.ipc import framing, host_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaStore
 from agent.host.sandbox.sandbox import can_assign_users
+from agent.host.supervisor.hardware import HeldHardware
 from agent.host.supervisor.instance_log import LogFiles
 from agent.host.supervisor.messages import MessageGate
 from fleet.protocol import bounds, files
@@ -415,6 +416,7 @@ class HostResources:
         data: parent of the instances' data directories.
         pairs: parent of the directories with their key-value pairs.
         messages: what components publish, until the agent has it.
+        hardware: hardware that instances are granted.
     """
 
     data: Path
@@ -427,6 +429,7 @@ class HostResources:
     secrets: PendingSecrets
     logs: LogFiles
     messages: MessageGate = field(default_factory=MessageGate)
+    hardware: HeldHardware = field(default_factory=HeldHardware)
 
     @classmethod
     def open(cls, *, state: Path, sockets: Path, address: str) -> "HostResources":

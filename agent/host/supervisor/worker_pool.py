@@ -29,6 +29,7 @@ from agent.host.supervisor.resources import Cgroups, UidAllocator
 from agent.host.supervisor.worker_handle import WorkerEvents, WorkerGoneError, WorkerHandle, WorkerProcess
 from fleet.component import wasi
 from fleet.protocol.bounds import MIB
+from fleet.protocol.hardware import NONE as NO_HARDWARE
 from fleet.protocol.manifest import Grants, Limits
 
 MAX_SLOTS: Final = 64
@@ -56,6 +57,7 @@ def why_not_shared(
             "it may publish messages, which no other instance may do in its name",
         ),
         (grants.subscribes, "it may receive messages, which no other instance may read"),
+        (grants.devices != NO_HARDWARE, "it has hardware, which no other instance may reach"),
         (service, "it is a service, whose run does not end, but a shared worker runs one call at a time"),
         (limits.concurrency > 1, f"it may have {limits.concurrency} calls at once, but a shared worker runs one"),
         (

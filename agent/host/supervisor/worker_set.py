@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from agent.host.ipc import keyvalue_api, metrics_page, worker_api
+from agent.host.ipc import host_api, keyvalue_api, metrics_page, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
 from agent.host.supervisor.generation import Generation, data_directory
+from agent.host.supervisor.hardware import HardwareError
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefusedError, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
 from agent.host.supervisor.keyvalue_handle import KeyValueHandle, needs_keyvalue
@@ -236,6 +237,8 @@ class WorkerSet:
             if has_metrics := run.grants.allows(METRICS):
                 worker.metrics_fd = metrics_page.create_page(worker.name)
                 fds.append(worker.metrics_fd)
+            hardware = () if shared else self._hardware(run)
+            fds += hardware
             message = worker_api.Setup(
                 instance=self._name,
                 grants=run.grants,
@@ -253,8 +256,20 @@ class WorkerSet:
                 keyvalue=pairs,
                 directories=run.directories,
                 metrics=has_metrics,
+                hardware=len(hardware),
             )
             yield _SetupPacket(message, tuple(fds), channel)
+
+    def _hardware(self, run: host_api.Run) -> tuple[int, ...]:
+        """Return descriptors of granted hardware, which stay the host's.
+
+        Raises:
+            NoRoomError: the device does not have it now, which is no crash of the component.
+        """
+        try:
+            return self._resources.hardware.take(self._name, run.grants.devices, run.serial)
+        except HardwareError as error:
+            raise NoRoomError(RejectCode.START_FAILED, f"{self._name}: {error}") from error
 
     def _admit_to_pairs(self, worker: WorkerHandle, generation: Generation) -> socket.socket:
         """Let a worker use the key-value store; return its end of the socket. Raises `OSError`: no room for it."""

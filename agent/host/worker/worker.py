@@ -39,8 +39,8 @@ from agent.host.engine import adapter_abi, host_interface, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
-from agent.host.interfaces import keyvalue, messaging, metrics
-from agent.host.ipc import frames, framing, heads, worker_api
+from agent.host.interfaces import gpio, keyvalue, messaging, metrics, serial
+from agent.host.ipc import frames, framing, gpio_abi, heads, serial_abi, worker_api
 from agent.host.ipc.frames import Frame, Kind
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.write_quota import QuotaPage, WriteMeter, open_counter
@@ -93,6 +93,7 @@ class Worker:
     def set_up(self, engine: Engine, setup: worker_api.Setup, fds: tuple[int, ...]) -> bool:
         """Become the worker of one instance alone, and enter the sandbox; False when that was refused."""
         image_fd, page_fd, *more = fds
+        hardware = tuple(reversed([more.pop() for _ in range(setup.hardware)]))
         metrics_fd = more.pop() if setup.metrics else -1
         message_fd = more.pop() if setup.messages else -1
         channel_fd = more.pop() if setup.channel else -1
@@ -105,6 +106,7 @@ class Worker:
         kept = {
             image_fd,
             page_fd,
+            *hardware,
             *(fd for fd in (ask_fd, pairs_fd, tally_fd, channel_fd, message_fd, metrics_fd) if fd >= 0),
         }
         sandbox.close_all_but({0, 1, 2, self._sock.fileno(), self._poll.fileno(), *kept})
@@ -133,7 +135,8 @@ class Worker:
                 workers=setup.limits.concurrency,
                 connects=setup.egress,
             )
-            layers = sandbox.apply(sandbox.reading(spec, tuple(setup.directories.values())))
+            spec = sandbox.reading(spec, tuple(setup.directories.values()))
+            layers = sandbox.apply(sandbox.with_devices(spec, _ioctls(setup)))
         except EngineError as error:
             return self._refuse(setup, error.code, error)
         except sandbox.SandboxError as error:
@@ -160,6 +163,7 @@ class Worker:
             slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
             messages=socket.socket(fileno=message_fd) if setup.messages else None,
             metrics_fd=metrics_fd if setup.metrics else None,
+            hardware=hardware,
         )
 
     def begin(
@@ -178,6 +182,7 @@ class Worker:
         slot: socket.socket | None = None,
         messages: socket.socket | None = None,
         metrics_fd: int | None = None,
+        hardware: tuple[int, ...] = (),
     ) -> bool:
         """Instantiate the guest and say `Ready`; False when that was refused. The descriptors are closed.
 
@@ -202,7 +207,7 @@ class Worker:
             scheduling_fd=scheduling_fd,
             writes=writes,
             channel=self._channel,
-            parts=self._parts_of(setup, messages, page, metrics_fd),
+            parts=self._parts_of(setup, messages, page, metrics_fd=metrics_fd, hardware=hardware),
         )
         try:
             kinds = self._caller.start()
@@ -227,7 +232,13 @@ class Worker:
         return True
 
     def _parts_of(
-        self, setup: worker_api.Setup, messages: socket.socket | None, page: StatsPage, metrics_fd: int | None
+        self,
+        setup: worker_api.Setup,
+        messages: socket.socket | None,
+        page: StatsPage,
+        *,
+        metrics_fd: int | None,
+        hardware: tuple[int, ...],
     ) -> dict[str, host_interface.Part]:
         """Return what is set up for single interfaces."""
         parts: dict[str, host_interface.Part] = {
@@ -237,6 +248,11 @@ class Worker:
             parts[metrics.NAME] = metrics.Meter(metrics_fd, self._redactor.text)
         if self._pairs is not None:
             parts[keyvalue.NAME] = keyvalue.KeyValueClient(self._pairs, page.used_pairs)
+        devices = setup.grants.devices
+        if devices.gpio:
+            parts[gpio.NAME] = gpio.Pins(devices.gpio, hardware[: len(devices.gpio)])
+        if devices.serial:
+            parts[serial.NAME] = serial.Ports(devices.serial, hardware[len(devices.gpio) :], setup.limits)
         return parts
 
     def _nudge(self) -> None:
@@ -490,6 +506,12 @@ class _ChannelOutput:
             self._sock.sendall(frames.encode(frame))
         except OSError:
             os._exit(worker_api.RENEW)
+
+
+def _ioctls(setup: worker_api.Setup) -> tuple[int, ...]:
+    """Return the calls that a worker may make on the hardware that it was given."""
+    devices = setup.grants.devices
+    return (gpio_abi.IOCTLS if devices.gpio else ()) + (serial_abi.IOCTLS if devices.serial else ())
 
 
 def _read_secrets(fd: int) -> dict[str, str]:

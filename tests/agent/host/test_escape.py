@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import support
+from gpio_chips import Chips
 from host_processes import lanes_of
 
 from agent.host.ipc import host_api
 from agent.host.sandbox import sandbox
+from fleet.protocol.hardware import GpioLine, Hardware, SerialPort
 
 NOBODY = 65534
 SECRET = "the-secret-that-only-the-sibling-may-know"
@@ -62,7 +64,10 @@ def escaped(request):
     if prefix and os.geteuid() == 0:
         os.chown(directory, NOBODY, NOBODY)
     path = os.pathsep.join([str(Path(__file__).parent / "escape"), str(support.ROOT), sysconfig.get_path("purelib")])
-    env = {"PYTHONPATH": path, "SOME_TOKEN": SECRET}
+    chips = Chips(directory / "chips", gpiochip0=2)
+    for each in (chips.directory, *chips.directory.rglob("*")):
+        each.chmod(0o777)  # as their own user's, for a host that is not this one's
+    env = {"PYTHONPATH": path, "SOME_TOKEN": SECRET, "WASMFLEET_TEST_CHIPS": str(chips.directory)}
     host = support.Host(directory, prefix=prefix, python=python, env=env)
     host.column = request.param
     host.directory = directory
@@ -198,6 +203,33 @@ def test_whatever_an_escaped_guest_writes_as_its_own_figures_harms_nobody(escape
     assert json.loads(answer) == {"truncate": "EPERM"}
     assert host.health("bad").metrics == host.health("good").metrics == ()
     assert host.health("good").restarts == 0
+
+
+def test_hardware_of_an_escaped_guest_is_what_its_grants_say_and_nothing_else(escaped):
+    host = escaped
+    terminal, port = os.openpty()
+    node = os.ttyname(port)
+    if os.geteuid() == 0:
+        os.chmod(node, 0o666)  # noqa: PTH101 - for a host of another user
+    granted = Hardware(
+        gpio=(GpioLine(name="door", chip="gpiochip0", line=1),), serial=(SerialPort(name="meter", baud=9600),)
+    )
+    grants = support.Grants(interfaces=("wasi:gpio", "wasmfleet:serial"), hardware=granted)
+    limits = support.Limits(start_ms=60_000)
+    run = support.a_run("bad", 1, limits=limits, grants=grants, serial={"meter": node})
+    reply = host.start("hello", run)
+    assert isinstance(reply, host_api.Started), reply
+    status, _, answer = support.http(host.port, "POST /bad/hardware HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+    os.close(terminal)
+    os.close(port)
+    assert status == 200, answer
+    said = json.loads(answer)
+    refused = {"EPERM", "EACCES", "ENOENT"} if host.column != USER_WITHOUT else {"EPERM", "EACCES"}
+    assert {what: result for what, result in said["tried"].items() if result not in refused} == {}
+    assert len(said["tried"]) > 12
+    # The kernel has no file in place of a line here, and says so where seccomp lets a call through.
+    assert said["allowed"] == {"read the line": "ENOTTY", "set the line": "ENOTTY", "drop input": "done"}
+    assert [said["descriptors"][fd] for fd in said["descriptors"] if int(fd) > 2].count("device") == 1, "its own port"
 
 
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):

@@ -3,16 +3,22 @@
 A request's target says what to try; the answer is JSON: attempt -> what came of it, an errno's name or "done".
 """
 
+import os
 import sys
+
+if "agent.host.cli" in sys.orig_argv and "WASMFLEET_TEST_CHIPS" in os.environ:  # for the supervisor, not for workers
+    import runpy
+
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "chips", "sitecustomize.py"))  # noqa: PTH118, PTH120
 
 if "agent.host.worker.zygote" in sys.orig_argv:
     import contextlib
     import ctypes
     import errno
+    import fcntl
     import gc
     import json
     import mmap
-    import os
     import pathlib
     import socket
     import stat
@@ -209,9 +215,40 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         }
         return {"tried": tried, "read": pathlib.Path(f"{place}/site.json").read_text(), "descriptors": descriptors()}
 
+    def misuse_hardware(caller):
+        """Try to make more of a line and of a serial port than the grants, and to reach the nodes behind them."""
+        (line,) = caller._parts["wasi:gpio"].fds
+        (port,) = caller._parts["wasmfleet:serial"]._fds
+        calls = {
+            "make the line an output": (line, 0xC110B40D),
+            "request a line": (line, 0xC250B407),
+            "look at the chip": (line, 0x8044B401),
+            "change the speed": (port, 0x5402),
+            "change the speed with the rest": (port, 0x5404),
+            "change the line discipline": (port, 0x5423),
+            "type into the port": (port, 0x5412),
+            "make it its terminal": (port, 0x540E),
+            "let others open it": (port, 0x540D),
+            "change RS-485": (port, 0x542F),
+            "send a break": (port, 0x5409),
+            "move its control lines": (port, 0x5418),
+        }
+        tried = {what: attempt(fcntl.ioctl, fd, number, bytearray(600)) for what, (fd, number) in calls.items()}
+        for node in ("/dev/gpiochip0", "/dev/ttyS0", "/dev/mem", "/dev/tty"):
+            tried[f"open {node}"] = attempt(os.open, node, os.O_RDWR)
+        tried["open the port again"] = attempt(os.open, f"/proc/self/fd/{port}", os.O_RDWR)
+        allowed = {
+            "read the line": attempt(fcntl.ioctl, line, 0xC010B40E, bytearray(16)),
+            "set the line": attempt(fcntl.ioctl, line, 0xC010B40F, bytearray(16)),
+            "drop input": attempt(fcntl.ioctl, port, 0x540B, 0),
+        }
+        return {"tried": tried, "allowed": allowed, "descriptors": descriptors()}
+
     def attack(caller, target, body):
         if target == b"/directories":
             return 200, b"", json.dumps(read_elsewhere(caller, json.loads(body))).encode()
+        if target == b"/hardware":
+            return 200, b"", json.dumps(misuse_hardware(caller)).encode()
         if target == b"/sockets":
             return 200, b"", json.dumps(lead_elsewhere(caller, json.loads(body))).encode()
         if target == b"/metrics":
