@@ -139,21 +139,22 @@ class Answers:
 @pytest.fixture(scope="module")
 def theirs():
     with serving(PROBE, "-Scli") as port:
-        yield port
+        yield port, ""
 
 
 @pytest.fixture
 def ours(host):
-    port = support.free_port()
     grants = Grants(interfaces=HANDLER, outbound=("http://127.0.0.1:*", "http://127.0.0.0/8:*"))
-    run = support.a_run("asks", 1, port=port, grants=grants, limits=Limits(idle_ms=3000))
+    # A request that hangs is found by its client's time-out; before that, no limit of time ends it on a busy machine.
+    run = support.a_run("asks", 1, grants=grants, limits=Limits(call_ms=60_000, idle_ms=60_000, total_ms=120_000))
     reply = host.start("probe", run)
     assert isinstance(reply, host_api.Started), reply
-    return port
+    return host.port, "/asks"
 
 
-def ask(port, peer, how="get"):
-    return support.http(port, f"GET /{how}?127.0.0.1:{peer.port}/ HTTP/1.1\r\nhost: board\r\n\r\n")[2]
+def ask(where, peer, how="get"):
+    port, prefix = where
+    return support.http(port, f"GET {prefix}/{how}?127.0.0.1:{peer.port}/ HTTP/1.1\r\nhost: board\r\n\r\n")[2]
 
 
 def in_order(body):
