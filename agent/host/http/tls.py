@@ -5,11 +5,14 @@ For each client it makes a pair of connected sockets, gives one end to the route
 (`TlsClient`), and moves bytes between the other end and the client. When certificates change, the supervisor starts
 another terminator on the same listening socket and closes the socket of this one, which then accepts no more and ends
 with its last client: no request is cut.
+
+A client may end its sending side, by TLS's close_notify or TCP's end, and still gets its answers, as on the plain port.
 """
 
 import asyncio
 import socket
 import ssl
+from asyncio import sslproto
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -176,15 +179,21 @@ class Terminator:
 
     async def _shake_hands(self, sock: socket.socket, address: str) -> None:
         loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        tls = _HalfOpenTls(
+            loop,
+            _ClientSide(self, address),
+            self._context,
+            waiter,
+            server_side=True,
+            ssl_handshake_timeout=_HANDSHAKE_S,
+            ssl_shutdown_timeout=_SHUTDOWN_S,
+        )
+        transport = _transport(sock, tls)
         try:
-            await loop.connect_accepted_socket(
-                lambda: _ClientSide(self, address),
-                sock,
-                ssl=self._context,
-                ssl_handshake_timeout=_HANDSHAKE_S,
-                ssl_shutdown_timeout=_SHUTDOWN_S,
-            )
+            await waiter
         except (TimeoutError, OSError, ssl.SSLError):  # no client of TLS, or none that stays
+            transport.close()
             self.gone()
 
     def gone(self) -> None:
@@ -193,6 +202,47 @@ class Terminator:
         if self._retired and not self._count:
             self._ended.set()
         self._accept_again()
+
+
+def _transport(sock: socket.socket, protocol: asyncio.BaseProtocol) -> Any:
+    """Make a transport at once, without the task of connect_accepted_socket: it reads from the next turn on."""
+    loop: Any = asyncio.get_running_loop()
+    return loop._make_socket_transport(sock, protocol)  # noqa: SLF001 - the loop offers it by coroutines alone
+
+
+class _HalfOpenTls(sslproto.SSLProtocol):
+    """TLS whose peer may end its sending side and goes on reading; asyncio's own closes the connection then.
+
+    The end of TCP alone ends the sending side too, although anybody on the way can forge that: by its own framing a
+    request is whole, or reaches no guest.
+    """
+
+    _app_protocol: Any
+    _do_read: Any
+    _sslobj: Any
+    _state: Any
+    _has_ended = False
+
+    def _do_read__copied(self) -> None:
+        """Pass on what has come, and the end of it, once."""
+        try:
+            while data := self._sslobj.read(self.max_size):
+                self._app_protocol.data_received(data)
+        except sslproto.SSLAgainErrors:
+            if not self._eof_received:
+                return
+        if not self._has_ended:
+            self._has_ended = True
+            self._app_protocol.eof_received()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's own says it too
+        """Take the end of TCP's one half; return whether the other stays open."""
+        if self._state is not sslproto.SSLProtocolState.WRAPPED:
+            super().eof_received()
+            return None
+        self._eof_received = True
+        self._do_read()
+        return True
 
 
 class _Side(asyncio.Protocol):
@@ -219,7 +269,7 @@ class _Side(asyncio.Protocol):
             self.other.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        return False  # TLS has no half of a connection here: it closes, once what was written is sent
+        return False  # it closes, once what was written is sent
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -260,8 +310,12 @@ class _ClientSide(_Side):
         ours.setblocking(False)
         router = _RouterSide()
         router.other, self.other = self, router
-        # A transport without the task of connect_accepted_socket: there must be one before the first bytes come.
-        router.transport = asyncio.get_running_loop()._make_socket_transport(ours, router)  # type: ignore[attr-defined]  # noqa: SLF001
+        router.transport = _transport(ours, router)  # there must be one before the first bytes come
+
+    def eof_received(self) -> bool:
+        if self.other is not None and not self.other.transport.is_closing():
+            self.other.transport.write_eof()
+        return False  # asyncio would warn of anything else
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

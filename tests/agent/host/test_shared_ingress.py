@@ -1,5 +1,6 @@
 """The shared ingress of a real host as its owner configures it: TLS, routes, limits, forwarded fields, reload."""
 
+import contextlib
 import json
 import os
 import signal
@@ -387,3 +388,82 @@ def test_routes_lists_what_answers_where(ingress, files):
     done = subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=60, cwd=support.ROOT)
     found = json.loads(done.stdout)
     assert [each["answers"] for each in found["routes"] if each["instance"] == "target"] == [None]
+
+
+class EndedSending:
+    """A client of TLS that sends a request, ends its sending side and then reads."""
+
+    def __init__(self, port, file, how):
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.create_default_context(cafile=file)
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=file.stem)
+        self._sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._how = how
+        self._do(self._tls.do_handshake)
+
+    def _do(self, act):
+        while True:
+            try:
+                return act()
+            except ssl.SSLWantReadError:
+                self._send()
+                data = self._sock.recv(65536)
+                self._in.write(data) if data else self._in.write_eof()
+            finally:
+                self._send()
+
+    def _send(self):
+        if data := self._out.read():
+            with contextlib.suppress(BrokenPipeError):  # TCP's half is ended
+                self._sock.sendall(data)
+
+    def exchange(self, request):
+        self._do(lambda: self._tls.write(request))
+        if self._how == "close_notify":
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.unwrap()
+            self._send()
+        if self._how == "end of TCP":
+            self._sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            while data := self._do(lambda: self._tls.read(65536)):
+                answer += data
+        self._sock.close()
+        return answer
+
+
+@pytest.mark.parametrize("how", ["close_notify", "end of TCP"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "r/whello/.",
+        "p300/r/whello/.",
+        "hcontent-length:900000/r/b900000/.",
+        "hcontent-length:3/r/u1/f/p300/u2/f/p300/u3/.",
+    ],
+)
+def test_a_client_of_tls_that_ends_its_sending_side_gets_its_answer(ingress, files, how, steps):
+    made = ingress()
+    made.host.start("script", support.a_run("script", 1))
+    made.reload(tls_text(made.tls_port, *files, more=""))
+    request = f"GET /script/~/{steps} HTTP/1.1\r\nhost: meter.example\r\n\r\n".encode()
+    answer = EndedSending(made.tls_port, files[0], how).exchange(request)
+    plain = socket.create_connection(("127.0.0.1", made.host.port), timeout=60)
+    with plain:
+        plain.sendall(request)
+        plain.shutdown(socket.SHUT_WR)
+        expected = b""
+        while data := plain.recv(65536):
+            expected += data
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.partition(b"\r\n\r\n")[2] == expected.partition(b"\r\n\r\n")[2]
+
+
+def test_half_a_request_over_tls_reaches_no_guest(ingress, files):
+    made = ingress()
+    made.reload(tls_text(made.tls_port, *files))
+    head = b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\nhalf"
+    for how in ("close_notify", "end of TCP"):
+        answer = EndedSending(made.tls_port, files[0], how).exchange(head)
+        assert not answer.startswith(b"HTTP/1.1 200")
