@@ -492,7 +492,8 @@ class Store:
         pairs, bucket, key, most = found.pairs, request.bucket, request.key, user.about.storage_bytes
         today, most_today = user.bytes_today(day()), user.about.daily_written_bytes
         if today >= most_today:
-            raise RefusedError(f"{today} bytes are written today, {most_today} are allowed: no more until 00:00 UTC")
+            used = f"{today} bytes are written today, {most_today} are allowed (limits.daily_written)"
+            raise RefusedError(f"{used}: no more until 00:00 UTC")
         reply, value, was_dirty = Reply(request.id, number=1), request.value, pairs.dirty
         match request.op:
             case "set":

@@ -24,12 +24,15 @@ from agent.host.engine.adapter_abi import Denials, DenyOutgoing, Requests, utf8
 from agent.host.engine.codec import Answer, StockCodec, exchange, give_bytes, set_stdin, take_bytes
 from agent.host.engine.host_interface import NOTHING_SERVED, Served, Surroundings
 from agent.host.engine.runtime import (
+    CALL_TIME,
     COMMAND,
     HANDLER,
     HEALTH,
     OPTIONAL,
     RECEIVER,
+    START_TIME,
     STATE,
+    STATE_TIME,
     TASK,
     TICK_MS,
     Engine,
@@ -180,9 +183,12 @@ class Guest:
         except WasmtimeError as error:
             text = str(error)
             if "wasm trap" in text or "wasm backtrace" in text:
-                raise guest_error(str(error)) from error
+                raise self._error(error, START_TIME if self._start_budget_ms else CALL_TIME) from error
             said = refusals.unlinked(text, self._limits)
             raise EngineError(RejectCode.START_FAILED, said or first_lines(text)) from error
+
+    def _error(self, error: WasmtimeError, time: str = CALL_TIME) -> GuestError:
+        return guest_error(str(error), self._limits, time=time, grows_tables=self._image.grows_tables)
 
     _entries: ClassVar[tuple[tuple[str, str], ...]] = ((HANDLER, "handle"),)
     """Exports that a guest needs: first the one by which requests come, then those that go with it."""
@@ -258,7 +264,7 @@ class Guest:
         try:
             return self._image.engine.codec.call(self._store, self._handle, method, utf8(target), utf8(headers), body)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error) from error
 
     def exchange(self, head: bytes) -> bytes:
         """Run an exchange through the adapter and return the answer's head. Raises `GuestError`."""
@@ -267,7 +273,7 @@ class Guest:
         try:
             return exchange(self._store, self._handle, head)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error) from error
 
     def meter(self, wrote: Callable[[int], None]) -> None:
         """Let `wrote` be called when a call of a channel begins (0), and before so many bytes go to the channel."""
@@ -366,7 +372,7 @@ class Guest:
         except ExitTrap as error:
             return int(error.code)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error) from error
         finally:
             for each in lines:
                 each.flush()
@@ -381,7 +387,7 @@ class Guest:
         try:
             return give_bytes(self._store, self._save)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error, STATE_TIME) from error
 
     def load_state(self, state: bytes) -> str | None:
         """Have it take a state: None for loaded, else its sentence. Raises `GuestError`."""
@@ -390,14 +396,14 @@ class Guest:
         try:
             return take_bytes(self._store, self._load, state)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error, STATE_TIME) from error
 
     def _call(self, function: Func, *arguments: Any) -> str | None:
         self._arm(self._limits.call_ms)
         try:
             result = function(self._store, *arguments)
         except WasmtimeError as error:
-            raise guest_error(str(error)) from error
+            raise self._error(error) from error
         return result if result is None else str(result)
 
     def close(self) -> None:
@@ -652,7 +658,7 @@ class ChannelGuest(Guest):
             said: int = self._serve(self._store, calls, calls == self._left, metered, prompt, token)
         except WasmtimeError as error:
             self.ended = True
-            raise guest_error(str(error)) from error
+            raise self._error(error) from error
         except CancelledCallError:
             self.ended = True
             raise

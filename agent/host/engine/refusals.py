@@ -16,6 +16,10 @@ _MEMBER: Final = re.compile(r"instance export `([^`]+)` has the wrong type")
 _UNKNOWN_MEMBER: Final = re.compile(r"type mismatch for import `([^`]+)`[\s;]+missing expected export `([^`]+)`")
 _TABLE: Final = re.compile(r"table minimum size of (\d{1,12}) elements exceeds table limits")
 _TABLE_IN_POOL: Final = re.compile(r"minimum element size of (\d{1,12}) which exceeds the limit of (\d{1,12})")
+_IN_POOL: Final = (
+    re.compile(r"contains (?P<count>\d{1,12}) (?:core module |Wasm )(?P<what>[a-z ]+), which .* of (?P<most>\d{1,12})"),
+    re.compile(r"defined (?P<what>\w+) count of (?P<count>\d{1,12}) exceeds the .* of (?P<most>\d{1,12})"),
+)
 _MEMORY: Final = "pages exceeds memory limits"
 _COUNT: Final = re.compile(r"(?:instance|table|memory) count too high at")
 _NO_MEMORY: Final = "Cannot allocate memory (os error 12)"
@@ -59,8 +63,13 @@ def _too_many(text: str, limits: Limits) -> str | None:
 
 def unloaded(text: str) -> str | None:
     """Say which bound of all components an image exceeds; None for a text that is not recognised."""
-    found = _TABLE_IN_POOL.search(text)
-    return None if found is None else _table(found[1], int(found[2]))
+    if found := _TABLE_IN_POOL.search(text):
+        return _table(found[1], int(found[2]))
+    for pattern in _IN_POOL:
+        if found := pattern.search(text):
+            kind, count, most = found["what"], found["count"], found["most"]
+            return f"it has {count} {kind}, at most {most} are allowed (limits.core_instances)"
+    return None
 
 
 def _table(elements: str, most: int) -> str:

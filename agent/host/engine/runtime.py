@@ -35,7 +35,7 @@ from wasmtime import Config, WasmtimeError
 from wasmtime import _ffi as ffi
 from wasmtime import component as wc
 
-from agent.host.engine import codec, memory_in_use, refusals
+from agent.host.engine import codec, image_file, memory_in_use, refusals
 from agent.host.engine.codec import Codec, FastCodec, Signature
 from agent.host.engine.host_interface import NO_INTERFACES, Interfaces
 from fleet.component import compose, wasi
@@ -43,7 +43,7 @@ from fleet.component.reader import Fault, NotAComponentError, bare, read
 from fleet.component.toml_fields import format_size
 from fleet.protocol.bounds import MIB
 from fleet.protocol.codes import CallOutcome, RejectCode
-from fleet.protocol.manifest import CORE_INSTANCES_MAX, NATIVE_ANSWER_MAX_BYTES, TABLE_ELEMENTS_MAX, Grants
+from fleet.protocol.manifest import CORE_INSTANCES_MAX, NATIVE_ANSWER_MAX_BYTES, TABLE_ELEMENTS_MAX, Grants, Limits
 
 _GIB: Final = 1024 * MIB
 _GUARD_BYTES: Final = 64 * 1024
@@ -164,9 +164,10 @@ def describe(*, fuel: bool = False) -> dict[str, str]:
 class Image:
     """A compiled component, mapped and ready to be instantiated."""
 
-    def __init__(self, engine: "Engine", component: wc.Component) -> None:
+    def __init__(self, engine: "Engine", component: wc.Component, *, grows_tables: bool = False) -> None:
         self.engine = engine
         self.component = component
+        self.grows_tables = grows_tables
         kind = component.type
         self._imported = kind.imports(engine.raw)
         self.imports = {
@@ -290,8 +291,10 @@ def _pool(config: Config) -> None:
         ("max_core_instances_per_component", CORE_INSTANCES_MAX),
         ("total_memories", 2 * _POOLED_MEMORIES),
         ("max_memories_per_component", _POOLED_MEMORIES),
+        ("max_memories_per_module", _POOLED_MEMORIES),
         ("total_tables", 2 * CORE_INSTANCES_MAX),
         ("max_tables_per_component", CORE_INSTANCES_MAX),
+        ("max_tables_per_module", CORE_INSTANCES_MAX),
         ("table_elements", TABLE_ELEMENTS_MAX),
         ("max_memory_size", FULL.reservation_bytes),
         ("linear_memory_keep_resident", _KEPT_BYTES),
@@ -352,11 +355,12 @@ class Engine:
                 memory or tables than any component gets.
         """
         try:
-            return Image(self, wc.Component.deserialize_file(self.raw, path))
+            component = wc.Component.deserialize_file(self.raw, path)
         except WasmtimeError as error:
             why = refusals.unloaded(str(error)) or first_lines(str(error))
             code = RejectCode.START_FAILED if "exceeds the" in str(error) else RejectCode.IMAGE_DAMAGED
             raise EngineError(code, why) from error
+        return Image(self, component, grows_tables=image_file.grows_tables(path))
 
     def tick(self) -> None:
         """Let one epoch (`TICK_MS`) pass for the call in flight. The only method for another thread."""
@@ -408,13 +412,25 @@ The engine does not say that a memory could not grow, since a guest may go on wi
 """
 
 
-def guest_error(text: str) -> GuestError:
-    """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace."""
+CALL_TIME: Final = "one call (limits.call)"
+START_TIME: Final = "its start (limits.start)"
+STATE_TIME: Final = "its state (limits.start)"
+
+
+def guest_error(text: str, limits: Limits, *, time: str = CALL_TIME, grows_tables: bool = False) -> GuestError:
+    """Say what a failed call was: a limit of time or fuel, or a trap with its wasm backtrace.
+
+    Args:
+        text: what the engine says.
+        limits: of the guest.
+        time: which it had, one of `CALL_TIME`, `START_TIME` and `STATE_TIME`.
+        grows_tables: the guest has code that grows tables.
+    """
     outcome, why = CallOutcome.GUEST_TRAP, _reason(text)
     if "wasm trap: interrupt" in text:
-        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its time for one call"
+        outcome, why = CallOutcome.GUEST_TIMEOUT, f"it used up its time for {time}"
     elif "all fuel consumed" in text:
-        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call"
+        outcome, why = CallOutcome.GUEST_TIMEOUT, "it used up its fuel for one call (limits.fuel)"
     elif "too much data is being copied" in text:
         why = (
             f"its answer is larger than {NATIVE_ANSWER_MAX_BYTES} bytes, all that fits in one of wasmfleet:http; "
@@ -423,7 +439,7 @@ def guest_error(text: str) -> GuestError:
     elif any(_ALLOCATION_FAILED.search(line.partition("!")[2]) for line in text.splitlines()):
         why = f"an allocation failed, so that it has used up its memory (limits.memory): {why}"
     elif "`unreachable`" in text:
-        why = _memory() + why
+        why = (_memory() or (_tables(limits) if grows_tables else "")) + why
     return GuestError(outcome, f"{why}\n{text}"[:_MAX_BACKTRACE_CHARS])
 
 
@@ -434,6 +450,11 @@ def _memory() -> str:
             most = format_size(memory.limit_bytes)
             return f"it had {found // 1024} KiB of the {most} that limits.memory allows: "
     return ""
+
+
+def _tables(limits: Limits) -> str:
+    """Say which limit may be the cause of a trap: the engine tells nobody but the guest that a table did not grow."""
+    return f"it grows tables, of which each has at most {limits.table_elements} elements (limits.table_elements): "
 
 
 def _reason(text: str) -> str:

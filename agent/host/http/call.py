@@ -37,6 +37,9 @@ from fleet.protocol.manifest import Limits
 CREDIT: Final = struct.Struct("<I")
 """Payload of `Kind.CREDIT`."""
 
+LARGE_REQUEST: Final = "host: a request is refused: a body of more than {} bytes (limits.request)"
+"""Line of an instance's log."""
+
 _CREDIT_STEP_BYTES: Final = 16 * 1024  # credit in smaller steps would cost a frame for each small body
 _CLIENT_SHARE: Final = 0.25  # of limits.total: a client that took as much is the cause, not the guest
 _FIRST_FLUSH_S: Final = 0.002  # most answers are whole by then, and go out with their length in one piece
@@ -327,6 +330,7 @@ class Call:
         if client is None:
             return
         self._calls.count(CallOutcome.HOST_ERROR)
+        self._calls.note(LARGE_REQUEST.format(self._calls.request_max))
         self._exchange.keep_alive = False
         begun = self._begun
         self.drop()

@@ -151,7 +151,7 @@ def guest_fields(status: int, headers: bytes, length: int, most: int) -> bytes:
             `length` bytes where `most` may be.
     """
     if length > most:
-        raise BadAnswerError(f"a body of {length} bytes, at most {most} are allowed")
+        raise BadAnswerError(f"a body of {length} bytes, at most {most} are allowed (limits.response)")
     if not 200 <= status <= 599:  # noqa: PLR2004
         raise BadAnswerError(f"status {status}, which is none of a final response (200 to 599)", public=True)
     if len(headers) > HEAD_MAX_BYTES:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from agent.host.http import connection
+from agent.host.http.call import LARGE_REQUEST
 from agent.host.http.channel import InstanceCalls
 from agent.host.http.exchange import Exchange, Upstream
 from agent.host.http.pace import Pace, acknowledged
@@ -364,6 +365,7 @@ class ClientConnection(asyncio.Protocol):
         most = calls.request_max
         if most is not None and (exchange.request.length or 0) > most:
             calls.count(CallOutcome.HOST_ERROR)
+            calls.note(LARGE_REQUEST.format(most))
             exchange.keep_alive = False
             self._reply(exchange, 413, connection.REFUSALS[413])
             return False

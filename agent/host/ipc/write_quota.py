@@ -232,4 +232,5 @@ class WriteMeter:
 
     def why(self) -> str:
         """Return why no more may be written, for people."""
-        return f"it has written {self.today} bytes today, {self._most} are allowed: no more until 00:00 UTC"
+        used = f"it has written {self.today} bytes today, {self._most} are allowed (limits.daily_written)"
+        return f"{used}: no more until 00:00 UTC"

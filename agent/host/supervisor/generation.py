@@ -121,7 +121,7 @@ def storage_problem(directory: str, max_bytes: int) -> str:
             for entry in _entries(todo.pop()):
                 total += max(entry.blocks * 512, _ENTRY_BYTES)
                 if total > most:
-                    return f"its data takes at least {total} bytes on disk, but only {max_bytes} are allowed"
+                    return f"its data takes at least {total} bytes on disk, {max_bytes} are allowed (limits.storage)"
                 if entry.is_directory:
                     todo.append(entry.path)
         except OSError as error:

@@ -440,7 +440,7 @@ class Instance:
 
     def _note(self, line: worker_api.Line) -> None:
         if line.dropped:
-            self._log.note(f"host: {line.dropped} lines were dropped: it logs too much")
+            self._log.note(f"host: {line.dropped} lines were dropped: it logs too much (limits.log_lines_per_minute)")
         self._log.note(line.text)
 
     def router_report(self, worker: WorkerHandle, message: helper_api.ChannelReport) -> None:

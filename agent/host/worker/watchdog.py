@@ -214,7 +214,8 @@ class CallWatchdog:
         elif sums.total_ms > limits.total_ms:
             why = f"a call took {sums.total_ms} ms in all, {limits.total_ms} are allowed (limits.total)"
         elif sums.own_ms > call.budget_ms + GRACE_MS:
-            why = f"a call had {sums.own_ms} ms of its own time, {call.budget_ms} are allowed"
+            limit = "limits.call" if call.budget_ms == limits.call_ms else "limits.start"
+            why = f"a call had {sums.own_ms} ms of its own time, {call.budget_ms} are allowed ({limit})"
         if why and (sums.said_ms is None or sums.total_ms - sums.said_ms >= AGAIN_MS):
             sums.said_ms = sums.total_ms
             with self._current:
