@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -23,12 +24,16 @@ from agent.update.store import (
 )
 from fleet.component.toml_fields import format_size
 from fleet.protocol import files
-from fleet.protocol.codes import Phase, RejectCode, remediation
+from fleet.protocol.codes import InstanceState, Phase, RejectCode, remediation
 from fleet.protocol.files import is_full, is_read_only
-from fleet.protocol.messages import Report
+from fleet.protocol.messages import InstanceHealth, Report
 from signing.state import VerifierState
 
 TIMELINE_ROWS: Final = 20
+DOWN: Final = "{} does not run: "
+"""Beginning of the problem of a committed instance, by its name, that the host does not run; the reason follows."""
+_HOST_S: Final = 5.0
+_PAGES_MAX: Final = 1000
 _FULL: Final = "{} is on a full file system: nothing can be updated until there is space"
 
 
@@ -112,7 +117,7 @@ def read_device(
     What a damaged database held is read from the run set; `warn` takes how it is damaged.
 
     Raises:
-        StoreError: the database cannot be read for another reason.
+        StoreError: the database cannot be read for another reason, or the run set neither.
     """
     try:
         store = Store(places.database, read_only=True) if holds_something(places.database) else Store.empty()
@@ -122,13 +127,61 @@ def read_device(
             store.close()
         more = found.problems
     except DamagedStoreError as error:
+        try:
+            found, more = _read_run_set(places, who, instance), (_store_fault(places),)
+        except (OSError, RunsetError):
+            raise error from None
         warn(str(error))
-        found, more = _read_run_set(places, who, instance), (_store_fault(places),)
     except StoreError as error:
         if is_full(places.state, BESIDE_BYTES):
             raise StoreError(f"{error}; {_FULL.format(places.state)}") from error
         raise
-    return msgspec.structs.replace(found, problems=(*_problems(places), *more))
+    down = _down(places.host_socket, [each.instance for each in found.running], more) if found.running else []
+    return msgspec.structs.replace(found, problems=(*_problems(places), *down, *more))
+
+
+def _down(host_socket: Path, instances: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Ask the host, and return a sentence on each committed instance that does not run; none where it cannot be asked.
+
+    Args:
+        host_socket: of the host.
+        instances: that are committed.
+        known: problems that the agent has recorded; an instance with one of them needs no other.
+    """
+    states: dict[str, InstanceHealth] = {}
+    try:
+        with contextlib.closing(host_api.new_socket()) as sock:
+            sock.settimeout(_HOST_S)
+            sock.connect(str(host_socket))
+            for number in range(1, _PAGES_MAX):
+                host_api.send(sock, host_api.Status(id=number, after=max(states, default="")))
+                answer = host_api.receive_from_host(sock)
+                while getattr(answer, "id", None) != number:  # an event
+                    answer = host_api.receive_from_host(sock)
+                if not isinstance(answer, host_api.HostStats):
+                    return []
+                states |= {each.instance: each for each in answer.instances}
+                if not answer.more:
+                    break
+    except (FileNotFoundError, ConnectionRefusedError):
+        return ["the host does not run, so no instance answers"]
+    except (OSError, host_api.IpcError, host_api.UnreadableError):
+        return []
+    noted = tuple(known)
+    return [
+        DOWN.format(name) + _why_down(states.get(name))
+        for name in instances
+        if (name not in states or states[name].state is not InstanceState.RUNNING)
+        and not any(each.startswith(NOT_STARTED.format(name)) for each in noted)
+    ]
+
+
+def _why_down(health: InstanceHealth | None) -> str:
+    if health is None or health.state is InstanceState.STOPPED:
+        return "the host was not asked to start it, or has stopped it"
+    if health.state is InstanceState.QUARANTINED:
+        return f"it crashed again and again, and the host gave up restarting it: {health.error}"
+    return f"the host restarts it after a pause: {health.error}"
 
 
 def _store_fault(places: Paths) -> str:
@@ -152,15 +205,15 @@ def store_fault(places: Paths) -> str:
 
 
 def _read_run_set(places: Paths, who: Identity, instance: str) -> StatusReport:
-    """Read the status of a device whose database is damaged, as far as the second record of what runs goes."""
-    store = Store.lost(places.database, "damaged")
-    try:
-        with contextlib.suppress(OSError, RunsetError):
-            items = read_runset(places.runset, files.read(places.identity / "mac.key"))
-            store.fill(items, VerifierState(), sequence=0)
+    """Read the status of a device whose database is damaged, as far as the second record of what runs goes.
+
+    Raises:
+        OSError, RunsetError: it cannot be read either.
+    """
+    items = read_runset(places.runset, files.read(places.identity / "mac.key"))
+    with contextlib.closing(Store.lost(places.database, "damaged")) as store:
+        store.fill(items, VerifierState(), sequence=0)
         return read_status(who, store, instance)
-    finally:
-        store.close()
 
 
 def _problems(places: Paths) -> list[str]:
@@ -251,7 +304,8 @@ def _format_known(found: StatusReport) -> Iterator[str]:
     if not found.running:
         yield "  no instance is committed"
     for running in found.running:
-        is_down = any(each.startswith(NOT_STARTED.format(running.instance)) for each in found.problems)
+        ways = (NOT_STARTED.format(running.instance), DOWN.format(running.instance))
+        is_down = any(each.startswith(ways) for each in found.problems)
         what = f"does not run; {running.target} is committed" if is_down else f"runs {running.target}"
         yield f"  {running.instance}: {what} since {_time(running.since)}"
     for doubt in found.doubts:

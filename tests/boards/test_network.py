@@ -46,6 +46,21 @@ def test_64_kbit_a_second_and_lost_packets_are_enough(running: Joined) -> None:
     caught_up(running, update, agent)
 
 
+def test_the_conversation_goes_by_mqtt_over_64_kbit_a_second_and_lost_packets(running: Joined) -> None:
+    update = running.next()
+    running.board.ok("tc qdisc add dev eth0 root netem delay 300ms loss 5% rate 64kbit")
+    with budget("connect, presence, reports and an update by MQTT", 300):
+        running.board.ok("systemctl restart fleet-agent", timeout_s=180)
+        running.operator.online(running.device)
+        agent = running.pid("fleet-agent")
+        running.operator.pushed(update, group=running.group)
+    said = running.board.ok(f"journalctl -o cat _PID={agent}")
+    running.board.ok("tc qdisc del dev eth0 root")
+    assert "connected to the broker" in said
+    assert "over HTTPS" not in said, "the conversation has never left the broker"
+    caught_up(running, update, agent)
+
+
 def test_without_a_broker_the_update_comes_by_https(running: Joined) -> None:
     agent, broker, update = running.pid("fleet-agent"), running.operator.broker(), running.next()
     # hung, not ended: the server would start an ended one again at once
