@@ -469,15 +469,15 @@ def _restore(options: argparse.Namespace) -> int:
     return int(any(each.problem for each in restored))
 
 
-def _read_status(options: argparse.Namespace, instance: str = "", *, rows: int = 0) -> status.StatusReport:
-    """Read the status; `rows`: of the history, by default as many as people read."""
+def _read_status(options: argparse.Namespace, instance: str = "") -> status.StatusReport:
+    """Read the status for people."""
     places = _places(options)
     who = _identity(places, reads=True)
 
     def warn(fault: str) -> None:
         print(printable(f"fleet-agent {options.command}: {fault}"), file=sys.stderr)
 
-    return status.read_device(places, who, instance, rows=rows or status.TIMELINE_ROWS, warn=warn)
+    return status.read_device(places, who, instance, warn=warn)
 
 
 def _print_json(value: object) -> None:
@@ -573,9 +573,11 @@ def _diagnose(options: argparse.Namespace) -> int:
         raise UsageError("the archive does not go to standard output: give a file's name with -o")
     places = _places(options)
     as_owner = partial(_as_owner, places.state)
+    faults: list[str] = []
     with as_owner():
         try:
-            found = _read_status(options, rows=HISTORY_ROWS)
+            who = _identity(places, reads=True)
+            found = status.read_device(places, who, rows=HISTORY_ROWS, warn=faults.append)
         except (identity.IdentityError, StoreError) as error:  # the rest is wanted all the more
             found = status.unknown(str(error))
     subject = diagnose.Subject(places, options.host_state, options.settings, found, as_owner)
@@ -583,7 +585,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         members = diagnose.write(subject, options.output)
     except OSError as error:
         raise UsageError(f"cannot write {options.output}: {error.strerror}; give another file with -o") from error
-    _print_lines([*members, *(() if found.device else found.problems)])
+    _print_lines([*members, *faults, *(() if found.device else found.problems)])
     if os.geteuid() != 0:
         print("run as root, the archive also has the kernel's log and all lines of the instances")
     print(f"wrote {options.output}: it holds names, addresses and log lines, and no key; read it before you pass it on")
