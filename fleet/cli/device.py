@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -112,6 +112,7 @@ def show(options: Options, *, device: str, effective: bool, diagnose: bool, file
             empty="No instance has been called yet.",
         )
         output.console().print()
+        _show_metrics(detail.row.instances)
         if keeping := [each for each in detail.row.instances if each.keyvalue_reads or each.keyvalue_writes]:
             output.table(
                 ("INSTANCE", "KEY-VALUE READS", "WRITES", "BYTES"),
@@ -237,6 +238,24 @@ def worker_of(instance: InstanceHealth, everyone: tuple[InstanceHealth, ...]) ->
         return "own"
     others = sum(other.shared_worker == instance.shared_worker for other in everyone) - 1
     return f"{instance.shared_worker}, with {others} more" if others else instance.shared_worker
+
+
+def _show_metrics(instances: Iterable[InstanceHealth]) -> None:
+    """Print figures of components' own, where there are any."""
+    rows = [row for each in instances for row in own_figures(each)]
+    if rows:
+        output.table(("INSTANCE", "METRIC", "KIND", "VALUE", "COUNT"), rows, empty="")
+        output.console().print()
+
+
+def own_figures(instance: InstanceHealth) -> Iterator[tuple[str, ...]]:
+    """Return a row for each series that the component itself counts, as far as a device may say it."""
+    for each in instance.metrics or ():
+        if each.flaw:
+            continue
+        labels = ", ".join(f"{name}={value}" for name, value in each.labels.items())
+        name = f"{each.name} {{{labels}}}" if labels else each.name
+        yield instance.instance, name, each.kind, f"{each.value:g}", str(each.count)
 
 
 def statistics(instance: InstanceHealth) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from fleet.cli.main import main
 from fleet.protocol import codes, operator_api
 from fleet.protocol.codes import InstanceState, Phase, RejectCode
 from fleet.protocol.messages import DeviceResources, Health, InstanceHealth, Versions
+from fleet.protocol.metrics import Metric
 
 NOW = datetime.now(UTC)
 HELLO = InstanceHealth(
@@ -282,6 +283,23 @@ def test_uses_of_the_key_value_store_are_shown_where_there_are_any(fleet, fleet_
     header, meter = words("INSTANCE  KEY-VALUE" + fleet("device", ROW.id).stdout.partition("KEY-VALUE")[2])[:2]
     assert header == ["INSTANCE", "KEY-VALUE READS", "WRITES", "BYTES"]
     assert meter[:3] == ["meter", "7", "3"]
+
+
+def test_figures_of_a_component_are_shown_where_there_are_any(fleet, fleet_of_two, desk):
+    assert "METRIC" not in fleet("device", ROW.id).stdout
+    figures = (
+        Metric(name="read_errors", kind="counter", labels={"bus": "rs485"}, value=4.0, count=4),
+        Metric(name="tank_litres", kind="gauge", value=812.5, count=2),
+        Metric(name="none of\nours", kind="gauge"),
+    )
+    counting = msgspec.structs.replace(HELLO, instance="meter", metrics=figures)
+    desk.routes["GET", f"/v1/devices/{ROW.id}"] = msgspec.structs.replace(
+        DETAIL, row=msgspec.structs.replace(ROW, instances=(HELLO, counting))
+    )
+    header, errors, litres = words("INSTANCE  METRIC" + fleet("device", ROW.id).stdout.partition("METRIC")[2])[:3]
+    assert header == ["INSTANCE", "METRIC", "KIND", "VALUE", "COUNT"]
+    assert errors == ["meter", "read_errors {bus=rs485}", "counter", "4", "4"]
+    assert litres == ["meter", "tank_litres", "gauge", "812.5", "2"]
 
 
 def test_why_says_what_to_do(fleet, desk):
