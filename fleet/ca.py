@@ -201,6 +201,12 @@ class CertificateAuthority:
         pem = (certificate.public_bytes(Encoding.PEM) + self._chain).decode()
         return Issued(serial(certificate), certificate.not_valid_after_utc, pem)
 
+    def consumer(self, key: DeviceKey, user: str, *, now: datetime, life: timedelta) -> Issued:
+        """Issue a certificate with which a system of the operator reads from the broker; CN is its user there."""
+        certificate = self._leaf(key, user, ExtendedKeyUsageOID.CLIENT_AUTH, now, life)
+        pem = (certificate.public_bytes(Encoding.PEM) + self._chain).decode()
+        return Issued(serial(certificate), certificate.not_valid_after_utc, pem)
+
     @property
     def _chain(self) -> bytes:
         return b"" if self.is_root else self._certificate.public_bytes(Encoding.PEM)

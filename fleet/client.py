@@ -28,6 +28,9 @@ from fleet.protocol.operator_api import History
 from fleet.protocol.printable import cleaned, is_plain
 from fleet.protocol.trust_api import (
     CaView,
+    ConsumerReply,
+    ConsumerRequest,
+    Consumers,
     IssuingRequest,
     OnlineRequest,
     OnlineView,
@@ -207,6 +210,18 @@ class Client:
     def remove_operator(self, name: str) -> Operators:
         """Remove an operator."""
         return self._send(Operators, "POST", f"/v1/operators/{_quoted(name)}/remove", None)
+
+    def consumers(self) -> Consumers:
+        """List who reads messages from the broker."""
+        return self._get(Consumers, "/v1/consumers")
+
+    def add_consumer(self, wanted: ConsumerRequest) -> ConsumerReply:
+        """Let a system read messages from the broker."""
+        return self._send(ConsumerReply, "POST", "/v1/consumers", wanted)
+
+    def revoke_consumer(self, name: str) -> Consumers:
+        """Revoke a consumer, and end its connection."""
+        return self._send(Consumers, "POST", f"/v1/consumers/{_quoted(name)}/revoke", None)
 
     # devices
 

@@ -65,6 +65,9 @@ SECTIONS: Final[Sections] = {
         "retry": Entry("fleet.cli.device:retry", "Retry a failed instance"),
         "logs": Entry("fleet.cli.device:logs", "Show an instance's log from a device, as its owner allows"),
         "messages": Entry("fleet.cli.messages:messages", "Show what components publish, as their devices bring it"),
+        "consumers": Entry(
+            "fleet.cli.consumers:consumers", "Let systems of yours read components' messages from the broker"
+        ),
         "restart": Entry("fleet.cli.device:restart", "Restart an instance on a device"),
         "label": Entry("fleet.cli.device:label", "Set or remove labels of a device"),
         "revoke": Entry("fleet.cli.device:revoke", "Remove a device from the fleet"),

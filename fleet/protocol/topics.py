@@ -3,6 +3,7 @@
     fleet/v1/<shard>/<device>/down/<channel>     from the server to one device
     fleet/v1/<shard>/<device>/up/<channel>       from one device to the server
     fleet/v1/all/poke                            to every device: check in, with jitter
+    fleet/v1/messages/<group>/<device>/<instance>/<topic>    what components published, for consumers
 
 Only what MQTT 3.1.1 guarantees everywhere is used: no shared subscriptions, no retained bytes beyond the newest.
 """
@@ -15,6 +16,7 @@ from fleet.protocol import names
 
 PREFIX: Final = "fleet/v1"
 POKE: Final = f"{PREFIX}/all/poke"
+MESSAGES: Final = f"{PREFIX}/messages"
 _PARTS: Final = 6
 
 
@@ -107,3 +109,23 @@ def sender(topic: str) -> str:
 def server_subscriptions(shards: tuple[str, ...] = ("+",)) -> tuple[str, ...]:
     """Return the topics that a server process subscribes to: all devices, or those of its shards."""
     return tuple(f"{PREFIX}/{shard}/+/up/+" for shard in shards)
+
+
+def consumed(group: str, device: str, instance: str, topic: str) -> str:
+    """Return the topic on which consumers read a component's message."""
+    return f"{MESSAGES}/{group}/{device}/{instance}/{topic}"
+
+
+def consumer_user(name: str, number: str) -> str:
+    """Return the user of a consumer's certificate, which is no device's: their ids have no dot."""
+    return f"consumer.{name}.{number}"
+
+
+def consumer_topics(group: str, filters: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what a consumer may read, as filters of the broker."""
+    return tuple(consumed(group, "+", "+", each) for each in filters)
+
+
+def not_of_consumers(user: str) -> tuple[str, ...]:
+    """Return what devices may write and read, by patterns that hold for every user, and a consumer may not."""
+    return (f"{PREFIX}/+/{user}/#", POKE)

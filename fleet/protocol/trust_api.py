@@ -50,6 +50,56 @@ class OperatorReply(View, frozen=True, kw_only=True):
     token: str
 
 
+class ConsumerRequest(Body, frozen=True, kw_only=True):
+    """Let a system of the operator read messages of components from the broker.
+
+    Attributes:
+        group: whose devices' messages.
+        topics: filters of the components' topics.
+        request: PKCS#10 in PEM, signed by the key of the new certificate.
+    """
+
+    name: Word
+    group: Word
+    topics: Annotated[tuple[Word, ...], msgspec.Meta(max_length=100)]
+    request: Document
+
+
+class ConsumerView(View, frozen=True, kw_only=True):
+    """A consumer; `ends` with its certificate."""
+
+    name: str
+    group: str
+    topics: tuple[str, ...]
+    created_at: Utc
+    ends: Utc
+
+
+class Consumers(View, frozen=True, kw_only=True):
+    """Every consumer."""
+
+    consumers: tuple[ConsumerView, ...] = ()
+
+
+class ConsumerReply(View, frozen=True, kw_only=True):
+    """New consumer: its certificate, and what it subscribes to at which broker.
+
+    Attributes:
+        user: of the broker, the CN of the certificate.
+        subscriptions: filters of the broker's topics, all that it may read.
+        certificate, ca: PEM.
+    """
+
+    name: str
+    user: str
+    group: str
+    subscriptions: tuple[str, ...]
+    brokers: tuple[str, ...]
+    certificate: str
+    ca: str
+    ends: Utc
+
+
 class Issuer(View, frozen=True, kw_only=True):
     """An issuer whose certificates are accepted; `serial` in hex."""
 

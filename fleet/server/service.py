@@ -28,6 +28,7 @@ from fleet.protocol.assignment import CheckIn
 from fleet.protocol.files import remove_leftovers
 from fleet.protocol.messages import Poke
 from fleet.protocol.topics import POKE, RETAINED, Down, Topic
+from fleet.server import consumers
 from fleet.server import listener as listeners
 from fleet.server.ahead import AheadDevices
 from fleet.server.api import routes
@@ -52,6 +53,7 @@ from fleet.server.broker.broker import Broker, BrokerError, Denied
 from fleet.server.check_ins import CheckIns
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
+from fleet.server.consumers import ConsumerHandlers, Kick, MessageRelay
 from fleet.server.device_budget import DeviceBudget, RequestBudget
 from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
@@ -179,6 +181,7 @@ class Server:
         self._run(self._conductor.run(), "rollouts")
         self._run(self._exchanges.run(), "conversations over HTTPS")
         self._run(self._upkeep(), "upkeep")
+        self._run(self._relay.run(), "messages for consumers")
         return Ready(
             fleet=self._config.fleet,
             operators_url=self._config.operators_url,
@@ -240,7 +243,8 @@ class Server:
 
     def _denied(self) -> Denied:
         revoked = [row.id for row in self._store.devices.all() if row.revoked]
-        return Denied(revoked=revoked, suspended=self._store.devices.suspended())
+        readers = consumers.readers(self._store, now=self._clock().timestamp())
+        return Denied(revoked=revoked, suspended=self._store.devices.suspended(), readers=readers)
 
     def _compose(self) -> None:
         store, repository, clock = self._store, self._repository, self._clock
@@ -296,6 +300,7 @@ class Server:
             on_connected=self._on_connected,
             remembered=self._broker.remembers,
         )
+        self._relay = MessageRelay(store=store, bus=lambda: self._bus, changes=watch, clock=clock)
         self._stack.push_async_callback(self._bus.close)
         self._stack.callback(ingest.flush)
         self._online = OnlineRoles(repository=repository, shown=self._touch_all, audit=audit, clock=clock)
@@ -384,6 +389,20 @@ class Server:
             logs=logs,
             messages=MessageHandlers(store=store, changes=watch),
             archives=archives,
+            consumers=ConsumerHandlers(
+                store=store,
+                ca=self._ca,
+                broker=self._broker.name,
+                urls=self._config.mqtt_urls,
+                changed=lambda: self._broker.shut_out(self._denied()),
+                kick=Kick(
+                    issue=lambda user, life: consumers.throwaway(self._ca, user, now=clock(), life=life),
+                    ca=self._home.ca / "ca.pem",
+                    address=lambda: self._broker.address,
+                ),
+                audit=audit,
+                clock=clock,
+            ),
         )
         self._devices = DeviceApi(
             store=store,

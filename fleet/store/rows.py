@@ -14,7 +14,7 @@ from fleet.rollout.members import Stage
 from fleet.rollout.model import Value
 from fleet.store.sqlite import Row
 
-_JSON: Final = frozenset({"selector", "labels", "timings_ms", "metadata"})
+_JSON: Final = frozenset({"selector", "labels", "timings_ms", "metadata", "topics"})
 """Columns that are decoded anew for each row: their values may be changed."""
 
 T = TypeVar("T")

@@ -511,6 +511,20 @@ def readings(db: sqlite_utils.Database) -> None:
     )
 
 
+@migration
+def consumers(db: sqlite_utils.Database) -> None:
+    """Create the table of systems that read components' messages from the broker."""
+    _run(
+        db,
+        """
+        CREATE TABLE consumers (
+            user TEXT PRIMARY KEY, name TEXT NOT NULL, "group" TEXT NOT NULL, topics TEXT NOT NULL,
+            created_at REAL NOT NULL, ends_at REAL NOT NULL, revoked INTEGER NOT NULL
+        ) WITHOUT ROWID;
+    """,
+    )
+
+
 def _as_plan(waves: str, failures: int, soak_s: float, timeout_s: float) -> str:
     """Return the plan of a rollout that an earlier version began."""
     sizes = [part.strip() for part in waves.split(",")]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleet.rollout.model import Member
+from fleet.store.consumers import ConsumerStore
 from fleet.store.delivery import Boxes, BoxRow, Delivery
 from fleet.store.devices import Devices
 from fleet.store.readings import ReadingStore
@@ -71,6 +72,7 @@ class Store:
         self.delivery = Delivery(db)
         self.boxes = Boxes(db)
         self.readings = ReadingStore(db)
+        self.consumers = ConsumerStore(db)
 
     @classmethod
     def open(cls, path: Path, *, fleet: str, create: bool = True) -> "Store":

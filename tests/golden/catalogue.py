@@ -45,7 +45,7 @@ from fleet.rollout import decide, effective, members, model, selector, steady
 from fleet.server import director as server_director
 from fleet.server import tuf_repository as server_repository
 from fleet.server.api import routes
-from fleet.store import delivery, readings, rows
+from fleet.store import consumers, delivery, readings, rows
 from signing import device_statements, dsse, events, keyring, keys, metadata, rotation, sealing
 from signing import state as verifier_state
 
@@ -192,6 +192,10 @@ MESSAGES: dict[str, dict[str, type]] = {
         "operator-reply": trust_api.OperatorReply,
         "operator-row": trust_api.OperatorRow,
         "operators": trust_api.Operators,
+        "consumer-request": trust_api.ConsumerRequest,
+        "consumer-reply": trust_api.ConsumerReply,
+        "consumer": trust_api.ConsumerView,
+        "consumers": trust_api.Consumers,
         "box": trust_api.Box,
         "secret-request": trust_api.SecretRequest,
         "secret-reply": trust_api.SecretReply,
@@ -296,6 +300,7 @@ MESSAGES: dict[str, dict[str, type]] = {
         "assignment": rows.AssignmentRow,
         "report": rows.ReportRow,
         "reading": readings.ReadingRow,
+        "consumer": consumers.ConsumerRow,
         "event": rows.EventRow,
         "audit": rows.AuditRow,
         "box": delivery.BoxRow,

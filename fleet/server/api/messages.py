@@ -80,7 +80,7 @@ class MessageHandlers:
             most=_ROWS_MAX,
         )
         fitting = _fitting([row for row in rows if message_topics.matches(wanted, row.topic)][: _LIMIT.of(request)])
-        return operator_api.Messages(messages=tuple(map(_view, reversed(fitting))), next=newest)
+        return operator_api.Messages(messages=tuple(map(view, reversed(fitting))), next=newest)
 
     def _after(self, request: Request, after: int, wanted: str) -> operator_api.Messages:
         newest, limit = self._store.readings.newest(), _LIMIT.of(request)
@@ -94,10 +94,10 @@ class MessageHandlers:
         found = [row for row in rows if message_topics.matches(wanted, row.topic)]
         fitting = _fitting(found[:limit])
         if len(fitting) < len(found):
-            return operator_api.Messages(messages=tuple(map(_view, fitting)), next=fitting[-1].id, more=True)
+            return operator_api.Messages(messages=tuple(map(view, fitting)), next=fitting[-1].id, more=True)
         looked = len(rows) == _ROWS_MAX
         return operator_api.Messages(
-            messages=tuple(map(_view, fitting)), next=rows[-1].id if looked else max(after, newest), more=looked
+            messages=tuple(map(view, fitting)), next=rows[-1].id if looked else max(after, newest), more=looked
         )
 
 
@@ -105,13 +105,14 @@ def _fitting(rows: list[ReadingRow]) -> list[ReadingRow]:
     """Return the first rows, as many as one reply may have, and at least one."""
     size = 0
     for number, row in enumerate(rows):
-        size += len(wire.encode(_view(row)))
+        size += len(wire.encode(view(row)))
         if number and size > _REPLY_MAX_BYTES:
             return rows[:number]
     return rows
 
 
-def _view(row: ReadingRow) -> operator_api.MessageView:
+def view(row: ReadingRow) -> operator_api.MessageView:
+    """Return a message as operators see it."""
     return operator_api.MessageView(
         number=row.id,
         device=row.device,

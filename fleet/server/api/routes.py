@@ -53,6 +53,7 @@ from fleet.server.api.publishing import PublishingHandlers
 from fleet.server.api.query import Parameter
 from fleet.server.api.secrets import SecretHandlers
 from fleet.server.api.trust import CaHandlers, OnlineRoles, OperatorAccounts
+from fleet.server.consumers import ConsumerHandlers
 from fleet.store.rows import DeviceRow
 from fleet.store.store import Store
 
@@ -94,6 +95,7 @@ class Handlers:
     logs: LogRelay
     messages: MessageHandlers
     archives: Archives
+    consumers: ConsumerHandlers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,6 +483,22 @@ ROUTES: Final[tuple[Route, ...]] = (
         lambda on: on.ca.revoke,
         trust.CaView,
         "Revoke an issuing CA",
+        access=Access.ADMIN,
+    ),
+    _get("/v1/consumers", lambda on: on.consumers.list, trust.Consumers, "List who reads messages from the broker"),
+    _post(
+        "/v1/consumers",
+        lambda on: on.consumers.add,
+        trust.ConsumerReply,
+        "Let a system read messages from the broker",
+        request=trust.ConsumerRequest,
+        access=Access.ADMIN,
+    ),
+    _post(
+        "/v1/consumers/{name}/revoke",
+        lambda on: on.consumers.revoke,
+        trust.Consumers,
+        "Revoke a consumer, and end its connection",
         access=Access.ADMIN,
     ),
     _get("/v1/operators", lambda on: on.accounts.list, trust.Operators, "List operators"),

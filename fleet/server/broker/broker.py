@@ -30,11 +30,19 @@ from fleet.server.limits import DEFAULTS, ServerLimits
 LISTS: Final = "issuers.crl"
 
 
+class Reader(NamedTuple):
+    """Consumer: its user, and the filters that it may read; none for one that was revoked."""
+
+    user: str
+    topics: tuple[str, ...]
+
+
 class Denied(NamedTuple):
-    """Devices that the broker refuses: revoked ones altogether, of suspended ones what they write."""
+    """Devices that the broker refuses: revoked ones altogether, of suspended ones what they write; and consumers."""
 
     revoked: Sequence[str] = ()
     suspended: Sequence[str] = ()
+    readers: Sequence[Reader] = ()
 
 
 class Broker:
@@ -393,5 +401,8 @@ def write_acl(directory: Path, denied: Denied) -> None:
         lines += [f"user {device}", "topic deny #", ""]
     for device in sorted(set(denied.suspended) - set(denied.revoked)):
         lines += [f"user {device}", f"topic deny {topics.PREFIX}/+/{device}/up/#", ""]
+    for reader in denied.readers:
+        lines += [f"user {reader.user}", *(f"topic read {topic}" for topic in reader.topics)]
+        lines += [*(f"topic deny {topic}" for topic in topics.not_of_consumers(reader.user)), ""]
     lines += [f"pattern {right} {topic}" for right, topic in topics.device_rights("%u")]
     atomic_write(directory / "acl", "\n".join(lines) + "\n", mode=0o600)

@@ -17,6 +17,7 @@ SHOWN: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "ca": (("GET", "/v1/ca"), ("ca", "status")),
     "online": (("GET", "/v1/online"), ("sign", "status")),
     "operators": (("GET", "/v1/operators"), ("operators", "list")),
+    "consumers": (("GET", "/v1/consumers"), ("consumers", "list")),
     "components": (("GET", "/v1/components"), ("components",)),
     "devices": (("GET", "/v1/devices"), ("devices",)),
     "device": (("GET", f"/v1/devices/{DEVICE}"), ("device", DEVICE)),

@@ -112,6 +112,8 @@ LOCAL = (
     "operators add bob",
     "operators rotate bob",
     "operators revoke bob",
+    "consumers add historian --group edge-eu --topic plant/# -o historian",
+    "consumers revoke historian",
     "keys new alice",
     "keys show alice",
     "keys list",
@@ -140,6 +142,11 @@ def test_what_commands_make_here(fleet, desk, home, work, monkeypatch):
         ("GET", "/v1/operators"): [nobody, somebody, somebody],
         ("PUT", "/v1/operators/bob"): trust_api.OperatorReply(name="bob", role=trust_api.Role.VIEWER, token="t" * 20),
         ("GET", "/v1/status"): support.full(operator_api.Status),
+        ("POST", "/v1/consumers"): support.full(trust_api.ConsumerReply),
+        ("GET", "/v1/consumers"): trust_api.Consumers(
+            consumers=(msgspec.structs.replace(support.full(trust_api.ConsumerView), name="historian"),)
+        ),
+        ("POST", "/v1/consumers/historian/revoke"): trust_api.Consumers(),
         ("POST", "/v1/operators/bob/remove"): nobody,
         ("GET", "/v1/withdrawal"): operator_api.WithdrawalView(target=PATH),
     }

@@ -38,7 +38,7 @@ from fleet.protocol.messages import (
     Versions,
 )
 from fleet.protocol.topics import Topic, Up
-from fleet.protocol.trust_api import IssuingRequest, OperatorRequest, Role, SecretRequest, SecretScope
+from fleet.protocol.trust_api import ConsumerRequest, IssuingRequest, OperatorRequest, Role, SecretRequest, SecretScope
 from fleet.server.api import routes
 from signing import sealing
 from signing.device_statements import DeviceSigner
@@ -251,6 +251,10 @@ async def who_is_there(ask):
     await ask("PUT /v1/operators/{name}", OperatorRequest(role=Role.VIEWER), name="eve")
     await ask("GET /v1/operators")
     await ask("POST /v1/operators/{name}/remove", name="eve")
+    pem = request_certificate(ec.generate_private_key(ec.SECP256R1()))
+    await ask("POST /v1/consumers", ConsumerRequest(name="meter", group="edge", topics=("plant/#",), request=pem))
+    await ask("GET /v1/consumers")
+    await ask("POST /v1/consumers/{name}/revoke", name="meter")
     return wire.decode(Enrolled, reply.content).device
 
 
