@@ -12,6 +12,7 @@ safe. Four errors say whose fault it is:
 
 import contextlib
 import ipaddress
+import mmap
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -334,9 +335,17 @@ class Client:
         return self._checked(self._request("GET", f"/v1/artifacts/{_quoted(sha256)}")).content
 
     def upload(
-        self, sha256: str, data: bytes, *, progress: Callable[[int], None] | None = None
+        self,
+        sha256: str,
+        data: bytes | mmap.mmap,
+        *,
+        progress: Callable[[int], None] | None = None,
+        is_data: bool = False,
     ) -> operator_api.ArtifactReply:
-        """Store an artifact; `progress` gets the size of each chunk in bytes as it is sent."""
+        """Store an artifact; `progress` gets the size of each chunk in bytes as it is sent.
+
+        `is_data`: of a data package, which may be larger than a component.
+        """
 
         def chunks() -> Iterator[bytes]:
             for start in range(0, len(data), CHUNK_BYTES):
@@ -345,7 +354,8 @@ class Client:
                 if progress is not None:
                     progress(len(chunk))
 
-        headers = {"Content-Length": str(len(data)), "Content-Type": "application/wasm"}
+        kind = operator_api.DATA_MEDIA_TYPE if is_data else "application/wasm"
+        headers = {"Content-Length": str(len(data)), "Content-Type": kind}
         response = self._request("PUT", f"/v1/artifacts/{_quoted(sha256)}", content=chunks(), headers=headers)
         return self._decoded(operator_api.ArtifactReply, response)
 

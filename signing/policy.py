@@ -91,8 +91,9 @@ def release_of(path: str, target: TargetFile) -> Release:
         raise Rejected(RejectCode.MALFORMED, f"target {path[:200]!r}: {error}") from error
     if (described.name, described.version) != (name.name, name.version):
         raise Rejected(RejectCode.MALFORMED, f"{name} carries the manifest of {described.name}@{described.version}")
-    if not 0 < target.length <= bounds.ARTIFACT_MAX_BYTES:
-        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, not 1 to {bounds.ARTIFACT_MAX_BYTES}")
+    most = bounds.DATA_MAX_BYTES if described.is_data else bounds.ARTIFACT_MAX_BYTES
+    if not 0 < target.length <= most:
+        raise Rejected(RejectCode.TOO_LARGE, f"{name} has {target.length} bytes, not 1 to {most}")
     return Release(name=name, manifest=described, length=target.length, sha256=sha256, evidence=bound)
 
 

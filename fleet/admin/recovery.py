@@ -55,7 +55,7 @@ _LIMITS: Final = {
     "fleet.db": _DATABASE_MAX_BYTES,
     "ca/ca.pem": 64 * bounds.KIB,
     "repository/": bounds.TARGETS_MAX_BYTES,
-    "artifacts/": bounds.ARTIFACT_MAX_BYTES,
+    "artifacts/": bounds.DATA_MAX_BYTES,
 }
 """Largest sizes of a backup's members, bytes: names, and directories of plain files."""
 

@@ -17,6 +17,7 @@ Shape = type[msgspec.Struct] | tuple[str, ...]
 _EVENT: Final = ("published", "event?", "snapshot?", "file?", "missing?")
 _DRY: Final = ("dry_run", "would", "devices")
 _TOKEN: Final = ("name", "role", "token?")
+_DATA: Final = ("dry_run", "target", "length", "sha256", "new")
 
 ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "init": ("home", "fleet", "size", "namespace", "url", "warnings", "recovery", "event"),
@@ -36,6 +37,9 @@ ANSWERS: Final[dict[str, Shape | dict[str, Shape]]] = {
     "publish": ("target", "length", "sha256", "manifest_sha256", "evidence", "new"),
     "deploy": {"": RolloutView, "--dry-run": Preflight},
     "withdraw": ("target", "revoked", "new", "running", "devices", "rollouts"),
+    "data publish": {"": ("target", "length", "sha256", "manifest_sha256", "new"), "--dry-run": _DATA},
+    "data push": {"": RolloutView, "--dry-run": Preflight},
+    "data list": operator_api.Components,
     "components": operator_api.Components,
     "sbom show": ("target", "sha256", "evidence", "source", "packages", "provenance"),
     "component new": ("directory", "files"),

@@ -345,9 +345,9 @@ def components(options: Options, *, name: str) -> Exit:
         return Exit.OK
     runs = Counter(target for row in rows if not row.revoked for target in {each.target for each in row.instances})
     output.table(
-        ("COMPONENT", "SIZE", "DEVICES", "SHA256"),
+        ("COMPONENT", "KIND", "SIZE", "DEVICES", "SHA256"),
         [
-            (output.target(each.target), output.size(each.length), str(runs[each.target]), each.sha256[:16])
+            (output.target(each.target), each.kind, output.size(each.length), str(runs[each.target]), each.sha256[:16])
             for each in found
         ],
         empty="Nothing is published yet: 'fleet push FILE --group G' publishes a component.",

@@ -39,6 +39,7 @@ SECTIONS: Final[Sections] = {
         "publish": Entry("fleet.cli.push:publish", "Sign a component and upload it"),
         "deploy": Entry("fleet.cli.push:deploy", "Offer a published component to a group or a device"),
         "withdraw": Entry("fleet.cli.publish:withdraw", "Revoke a published release for good"),
+        "data": Entry("fleet.cli.data:data", "Publish data packages, which components read, and deploy them"),
         "components": Entry("fleet.cli.component:components", "List what is published, and how many devices run it"),
         "sbom": Entry("fleet.cli.evidence:boms", "Show what a published component contains, and who built it"),
         "component": Entry("fleet.cli.develop:component", "Make, build, run, test or inspect a component here"),

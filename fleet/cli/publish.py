@@ -5,7 +5,9 @@ this machine, and the new target is added to exactly that role. The server refus
 between; then everything is verified and signed again. Component and manifest are compared before any request.
 """
 
+import functools
 import hashlib
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +30,7 @@ from fleet.client import Client, ProblemError
 from fleet.component import component_toml, reader
 from fleet.component.reader import Component
 from fleet.component.toml_fields import FILE_NAME
-from fleet.protocol import names
+from fleet.protocol import data_packages, names
 from fleet.protocol.manifest import MAX_BYTES, BadManifestError, Manifest
 from fleet.protocol.names import TargetName
 from fleet.protocol.operator_api import WithdrawalView
@@ -42,32 +44,46 @@ _CONFLICT: Final = 409
 _NAMED_MAX: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Component ready to be published: read, and every import granted by its manifest.
+@functools.lru_cache(maxsize=1)
+def _sha256(data: bytes | mmap.mmap) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """Component or data package ready to be published.
 
     Attributes:
-        file: path of the component.
-        data: its bytes.
-        component: description read from its bytes.
-        manifest: as written or inferred; the version is `author.DEV_VERSION` when none was given.
-        manifest_file: its file, None for an inferred manifest.
+        file: its path.
+        data: its bytes; those of a data package are mapped from the file.
+        manifest: as written or inferred; the version is `component_toml.DEV_VERSION` when none was given.
         attached: evidence to publish with it.
         adapted: with which adapter, where the file is a command of WASI Preview 1.
     """
 
     file: Path
-    data: bytes
-    component: Component
+    data: bytes | mmap.mmap
     manifest: Manifest
-    manifest_file: Path | None
     attached: tuple[Attached, ...] = ()
     adapted: str = ""
 
     @property
     def sha256(self) -> str:
         """Hash of the bytes, in hex."""
-        return hashlib.sha256(self.data).hexdigest()
+        return _sha256(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Payload):
+    """Component ready to be published: read, and every import granted by its manifest.
+
+    Attributes:
+        component: description read from its bytes.
+        manifest_file: file of its manifest, None for an inferred one.
+    """
+
+    component: Component
+    manifest_file: Path | None
 
 
 def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", version: str = "") -> Prepared:
@@ -102,8 +118,14 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
         raise Fault(_named(str(error), found)) from None
     except (reader.NotAComponentError, names.BadNameError) as error:
         raise Fault(str(error)) from None
-    manifest = msgspec.structs.replace(manifest, **changes)
-    return Prepared(file, source.data, shape, manifest, found, adapted=source.adapted)
+    return Prepared(
+        file=file,
+        data=source.data,
+        component=shape,
+        manifest=msgspec.structs.replace(manifest, **changes),
+        manifest_file=found,
+        adapted=source.adapted,
+    )
 
 
 def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) -> Prepared:
@@ -145,17 +167,17 @@ class Publication:
 def publish(
     who: Operator,
     client: Client,
-    prepared: Prepared,
+    prepared: Payload,
     *,
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None],
 ) -> Publication:
-    """Sign a prepared component and upload it, artifact first, role second.
+    """Sign a prepared component or data package and upload it, artifact first, role second.
 
     Args:
         who: the operator, whose key and namespace are used.
         client: a connection to the server.
-        prepared: result of `prepare`.
+        prepared: result of `prepare`, or a data package.
         progress: called with the size of each chunk in bytes as it is sent.
         say: called with a message when something takes a second attempt.
 
@@ -170,6 +192,7 @@ def publish(
         if trust.role is None:
             _begin(who, client, trust, signer, ends)
         manifest = versioned(prepared, trust)
+        check_kind(manifest, trust)
         target = TargetName(who.namespace, manifest.name, manifest.version)
         holder, base = trust.holder(target.path)
         if trust.is_revoked(target.path):
@@ -193,7 +216,7 @@ def publish(
             _bring_back(client, prepared, say)
             return Publication(target, release, new=False)
         if not uploaded:
-            client.upload(prepared.sha256, prepared.data, progress=progress)
+            client.upload(prepared.sha256, prepared.data, progress=progress, is_data=manifest.is_data)
             for each in prepared.attached:
                 client.upload(each.evidence.sha256, each.data)
             uploaded = True
@@ -217,12 +240,29 @@ def publish(
     )
 
 
-def _bring_back(client: Client, prepared: Prepared, say: Callable[[str], None]) -> None:
+def check_kind(manifest: Manifest, trust: TrustStore) -> None:
+    """Check that no release of the same name is of the other kind, component or data package. Raises `Fault`."""
+    other = next(
+        (
+            each
+            for each in trust.releases
+            if each.name.name == manifest.name and each.manifest.is_data != manifest.is_data
+        ),
+        None,
+    )
+    if other is not None:
+        kind, wanted = ("data package", "component") if other.manifest.is_data else ("component", "data package")
+        raise Fault(f"{manifest.name} is a {kind}", f"{other.name} is published", f"give the {wanted} another --name")
+
+
+def _bring_back(client: Client, prepared: Payload, say: Callable[[str], None]) -> None:
     """Upload published files again that the server has lost, as after a rebuild."""
-    kept = [(prepared.sha256, prepared.data), *((each.evidence.sha256, each.data) for each in prepared.attached)]
+    is_data = prepared.manifest.is_data
+    kept: list[tuple[str, bytes | mmap.mmap]] = [(prepared.sha256, prepared.data)]
+    kept += [(each.evidence.sha256, each.data) for each in prepared.attached]
     lost = [(sha256, data) for sha256, data in kept if not client.has_artifact(sha256)]
     for sha256, data in lost:
-        client.upload(sha256, data)
+        client.upload(sha256, data, is_data=is_data)
     if lost:
         say("The server had lost the artifact; it is uploaded again.")
 
@@ -285,10 +325,10 @@ def _look_again(trust: TrustStore, release: Release) -> None:
         )
 
 
-def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
-    """Return the manifest with a version: its own, or in development the next `0.0.0-dev.N`.
+def versioned(prepared: Payload, trust: TrustStore) -> Manifest:
+    """Return the manifest with a version: its own, of data the next whole number, or in development `0.0.0-dev.N`.
 
-    The newest development version is reused when nothing has changed since.
+    The newest such version is reused when nothing has changed since.
 
     Raises:
         Fault: no version was given, and the fleet is not for development.
@@ -296,6 +336,8 @@ def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
     manifest = prepared.manifest
     if manifest.version != component_toml.DEV_VERSION:
         return manifest
+    if manifest.is_data:
+        return _next_of_data(prepared, trust)
     if not trust.development:
         raise Fault(
             f"{prepared.file.name} has no version",
@@ -314,6 +356,18 @@ def versioned(prepared: Prepared, trust: TrustStore) -> Manifest:
         if same == newest.manifest and bound in {(), newest.evidence}:
             return same
     return msgspec.structs.replace(manifest, version=f"{prefix}{number + 1}")
+
+
+def _next_of_data(prepared: Payload, trust: TrustStore) -> Manifest:
+    manifest = prepared.manifest
+    releases = [each for each in trust.releases if each.name.name == manifest.name]
+    newest = max(releases, key=lambda each: names.version_key(each.name.version), default=None)
+    if newest is not None and newest.sha256 == prepared.sha256:
+        same = msgspec.structs.replace(manifest, version=newest.name.version)
+        if same == newest.manifest:
+            return same
+    known = [each.name.version for each in releases]
+    return msgspec.structs.replace(manifest, version=data_packages.next_version(known))
 
 
 @command(

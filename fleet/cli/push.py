@@ -6,6 +6,7 @@ file, and the devices' properties from their reports.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import secrets
 import tempfile
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from fleet.cli import host_check, operator, output
 from fleet.cli.base import Exit, Fault, Options, command, config_values, share_worker_option
 from fleet.cli.operator import Operator, load_operator, where_option
-from fleet.cli.publish import Prepared, Publication, attach, prepare, versioned
+from fleet.cli.publish import Payload, Prepared, Publication, attach, check_kind, prepare, versioned
 from fleet.cli.publish import publish as publish_prepared
 from fleet.cli.rollout import amount, finish
 from fleet.cli.secret import check_needed
@@ -76,6 +77,23 @@ def _moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> d
         raise click.BadParameter(f"{text!r} is not a time: write 2026-12-01T02:00, in UTC.") from None
 
 
+_AS: Final = click.option(
+    "--as",
+    "instance",
+    default="",
+    metavar="NAME",
+    help="Name of the instance on the devices  [the component's name]",
+)
+_CONFIG: Final = click.option(
+    "--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable"
+)
+_PORT: Final = click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    help="Give the instance a port of its own; 0 for the shared one",
+)
+
 _DEPLOY: Final = (
     click.option("--group", default="", shell_complete=operator.groups, metavar="NAME", help="Offer it to this group"),
     click.option(
@@ -86,13 +104,7 @@ _DEPLOY: Final = (
         help="Pin it to this one device, until 'fleet unpin'",
     ),
     where_option("Of the group, only these devices, as they are when the rollout begins: 'site in (berlin, paris)'"),
-    click.option(
-        "--as",
-        "instance",
-        default="",
-        metavar="NAME",
-        help="Name of the instance on the devices  [the component's name]",
-    ),
+    _AS,
     click.option(
         "--waves",
         default="",
@@ -163,13 +175,8 @@ _DEPLOY: Final = (
         "--supersede", is_flag=True, help="Take the place of an open rollout although the configuration changes"
     ),
     click.option("--allow-empty", is_flag=True, help="Succeed even where the change concerns no device"),
-    click.option("--config", multiple=True, metavar="KEY=VALUE", help="Set a configuration value; repeatable"),
-    click.option(
-        "--port",
-        metavar="PORT",
-        type=click.IntRange(0, 65535),
-        help="Give the instance a port of its own; 0 for the shared one",
-    ),
+    _CONFIG,
+    _PORT,
     share_worker_option,
     click.option("--note", default="", metavar="TEXT", help="Record this line in the history"),
     click.option("--detach", is_flag=True, help="Return at once instead of following the rollout"),
@@ -183,10 +190,25 @@ _DEPLOY: Final = (
 )
 
 
-def _deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where and how to deploy."""
     for option in reversed(_DEPLOY):
         function = option(function)
     return function
+
+
+def offer_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where and how to deploy what is no instance: a data package."""
+
+    @functools.wraps(function)
+    def offered(*args: Any, **given: Any) -> Any:
+        return function(*args, instance="", config=(), port=None, share_worker=None, **given)
+
+    wrapped: Callable[..., Any] = offered
+    for option in reversed(_DEPLOY):
+        if option not in (_AS, _CONFIG, _PORT, share_worker_option):
+            wrapped = option(wrapped)
+    return wrapped
 
 
 @command(
@@ -197,7 +219,7 @@ def _deploy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "fleet push hello.wasm --group edge-eu --dry-run",
 )
 @_FILE
-@_deploy_options
+@deploy_options
 @_MANIFEST
 @_NAME
 @_VERSION
@@ -224,21 +246,21 @@ def push(
     known, which the exit code reports. Ctrl-C stops following, not the rollout. What is not given is as the plan of the
     group says ('fleet group policy').
     """
-    _check_where(how)
+    check_where(how)
     prepared = prepare(file, manifest_file=manifest, name=name, version=version)
     prepared = attach(prepared, sbom=sbom, provenance=provenance)
     _check_config(prepared.manifest, config_values(how["config"]))
     who = load_operator(options)
     with who.client() as client:
-        _check_there(client, how["group"], how["device"])
+        check_there(client, how["group"], how["device"])
         if not dry:
             _check_secrets(client, prepared.manifest, how)
         if dry:
-            return dry_run(who, client, prepared, _request(prepared.manifest.name, "", how), options)
-        published = _publish(who, client, prepared, options)
+            return dry_run(who, client, prepared, rollout_request(prepared.manifest.name, "", how), options)
+        published = publish_with_bar(who, client, prepared, options)
         if waits := served.serial(prepared.manifest):
             output.say(options, f"Note: {waits}.")
-        return _deploy(client, published.target, how, options)
+        return follow(client, published.target, how, options)
 
 
 @command(
@@ -272,7 +294,7 @@ def publish(
     prepared = attach(prepared, sbom=sbom, provenance=provenance)
     who = load_operator(options)
     with who.client() as client:
-        published = _publish(who, client, prepared, options)
+        published = publish_with_bar(who, client, prepared, options)
     release = published.release
     if options.json:
         output.show_json(
@@ -299,7 +321,7 @@ def publish(
     "fleet deploy hello@1.4.0 --group edge-eu --where 'site in (berlin, paris)' --dry-run",
 )
 @click.argument("targets", metavar="NAME@VERSION...", nargs=-1, required=True)
-@_deploy_options
+@deploy_options
 @click.option("--atomic", is_flag=True, help="Swap several components as one: each device swaps all of them, or none")
 @click.option(
     "--dry-run", "dry", is_flag=True, help="Change nothing: show which devices would get it, and could run it"
@@ -310,7 +332,7 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, dry: boo
     With --atomic, several components: every device swaps all of them as one, watches them as one, and rolls all back
     when one of them does worse than before.
     """
-    _check_where(how)
+    check_where(how)
     _check_set(targets, how, atomic=atomic)
     who = load_operator(options)
     first, *others = (who.target(target) for target in targets)
@@ -319,9 +341,9 @@ def deploy(options: Options, *, targets: tuple[str, ...], atomic: bool, dry: boo
         raise click.UsageError("Name each component of a set once.")
     with who.client() as client:
         if dry:
-            request = msgspec.structs.replace(_request(first.name, first.path, how), also=also)
+            request = msgspec.structs.replace(rollout_request(first.name, first.path, how), also=also)
             return _foresee(who, client, [first, *others], request, options)
-        return _deploy(client, first, how, options, also=also)
+        return follow(client, first, how, options, also=also)
 
 
 def _foresee(
@@ -358,6 +380,11 @@ def _checked(who: Operator, client: Client, targets: Sequence[TargetName], prefl
     offered = [rows[device] for wave in preflight.waves for device in wave if device in rows]
     checked_by, problems, warnings = "", [*preflight.problems], [*preflight.warnings]
     for target in targets:
+        release = TrustStore(who, client).release(target.path)
+        if release is not None and release.manifest.is_data:
+            found = [host_check.unfit(row, None, release.manifest) for row in offered]
+            warnings += [f"{each.device} could not keep {target}: {each.reason}" for each in found if each is not None]
+            continue
         with _published(who, client, target) as prepared:
             if isinstance(prepared, str):
                 warnings.append(f"{target} was not checked: {prepared}")
@@ -389,7 +416,7 @@ def _published(who: Operator, client: Client, target: TargetName) -> Iterator[Pr
         except reader.NotAComponentError as error:
             yield str(error)
             return
-        yield Prepared(file, data, component, release.manifest, None)
+        yield Prepared(file=file, data=data, component=component, manifest=release.manifest, manifest_file=None)
 
 
 def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -> None:
@@ -402,14 +429,18 @@ def _check_set(targets: tuple[str, ...], how: dict[str, Any], *, atomic: bool) -
         raise click.UsageError("--as, --config and --port are for one component: give them in a deploy of its own.")
 
 
-def _publish(who: Operator, client: Client, prepared: Prepared, options: Options) -> Publication:
+def publish_with_bar(who: Operator, client: Client, prepared: Payload, options: Options) -> Publication:
+    """Publish, with a bar on a terminal, and say so. Raises as `fleet.cli.publish.publish`."""
     with _upload_bar(prepared, options) as progress:
         done = publish_prepared(who, client, prepared, progress=progress, say=lambda text: click.echo(text, err=True))
     size = output.size(done.release.length)
     if done.new:
-        source = prepared.manifest_file.name if prepared.manifest_file else "no component.toml, so no grants"
+        source = "no component.toml, so no grants"
+        if isinstance(prepared, Prepared) and prepared.manifest_file:
+            source = prepared.manifest_file.name
+        sources = [] if prepared.manifest.is_data else [source]
         adapted = [f"adapted with {prepared.adapted}"] if prepared.adapted else []
-        said = ", ".join([size, source, *adapted, *(each.said for each in prepared.attached)])
+        said = ", ".join([size, *sources, *adapted, *(each.said for each in prepared.attached)])
         output.say(options, f"Published {done.target} ({said}).")
     else:
         output.say(options, f"{done.target} is published already, with these bytes ({size}).")
@@ -417,7 +448,7 @@ def _publish(who: Operator, client: Client, prepared: Prepared, options: Options
 
 
 @contextlib.contextmanager
-def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int], None] | None]:
+def _upload_bar(prepared: Payload, options: Options) -> Iterator[Callable[[int], None] | None]:
     """Show a bar on a terminal while a larger component is uploaded."""
     if options.quiet or options.json or len(prepared.data) < _PROGRESS_FROM_BYTES or not output.console().is_terminal:
         yield None
@@ -428,15 +459,17 @@ def _upload_bar(prepared: Prepared, options: Options) -> Iterator[Callable[[int]
         yield lambda count: progress.advance(task, count)
 
 
-def _deploy(
+def follow(
     client: Client, target: TargetName, how: dict[str, Any], options: Options, *, also: dict[str, str] | None = None
 ) -> Exit:
-    request = msgspec.structs.replace(_request(target.name, target.path, how), also=also or {})
+    """Deploy a published target, and follow its rollout as the options say."""
+    request = msgspec.structs.replace(rollout_request(target.name, target.path, how), also=also or {})
     view = client.pin(request.device, request) if request.device else client.deploy(request)
     return finish(client, view, options, detach=how["detach"], everybody=how["wait"] == "all")
 
 
-def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.RolloutRequest:
+def rollout_request(component: str, target: str, how: dict[str, Any]) -> operator_api.RolloutRequest:
+    """Make the request for a rollout from the options of a command."""
     return operator_api.RolloutRequest(
         instance=how["instance"] or component,
         target=target,
@@ -463,7 +496,7 @@ def _request(component: str, target: str, how: dict[str, Any]) -> operator_api.R
     )
 
 
-def _check_where(how: dict[str, Any]) -> None:
+def check_where(how: dict[str, Any]) -> None:
     """Check the options before anything is published. Raises `Fault`."""
     if bool(how["group"]) == bool(how["device"]):
         raise click.UsageError("Name either --group or --device.")
@@ -483,7 +516,7 @@ def _check_where(how: dict[str, Any]) -> None:
             amount(f"--{option.replace('_', '-')}", how[option])
 
 
-def _check_there(client: Client, group: str, device: str) -> None:
+def check_there(client: Client, group: str, device: str) -> None:
     """Check before publishing that the group or device exists. Raises `Fault` or `ProblemError`."""
     if device:
         client.device(device)
@@ -521,24 +554,28 @@ def _check_config(manifest: Manifest, config: dict[str, str] | None) -> None:
             )
 
 
-def dry_run(who: Operator, client: Client, prepared: Prepared, request: RolloutRequest, options: Options) -> Exit:
+def dry_run(who: Operator, client: Client, prepared: Payload, request: RolloutRequest, options: Options) -> Exit:
     """Print the effect of pushing `prepared`; return FAILED when no device could run it.
 
     Of what is published already a push is a deploy, and the server knows whether that changes anything.
     """
     trust = TrustStore(who, client)
     manifest = versioned(prepared, trust)
+    check_kind(manifest, trust)
     target = TargetName(who.namespace, manifest.name, manifest.version)
     known = next((release for release in trust.releases if release.name == target), None)
     if known is not None and (known.sha256, known.manifest) == (prepared.sha256, manifest):
         return _foresee(who, client, [target], msgspec.structs.replace(request, target=target.path), options)
-    adapted = prepared.data if prepared.adapted else None
-    seen = host_check.judge(prepared.file, prepared.component, manifest, adapted=adapted)
+    component = prepared.component if isinstance(prepared, Prepared) else None
+    seen = host_check.Examined(checked_by="what devices report", manifest=manifest)
+    if component is not None:
+        adapted = bytes(prepared.data) if prepared.adapted else None
+        seen = host_check.judge(prepared.file, component, manifest, adapted=adapted)
     devices = _offered_devices(client, request)
     previous = _previous(client, devices, request)
     before = next((release for release in trust.releases if release.name.path == previous), None)
     lacking = _lacking(client, devices, manifest, request.instance)
-    found = (host_check.unfit(device, prepared.component, manifest) or lacking.get(device.id) for device in devices)
+    found = (host_check.unfit(device, component, manifest) or lacking.get(device.id) for device in devices)
     excluded = tuple(entry for entry in found if entry is not None)
     out = {entry.device for entry in excluded}
     fit = [device for device in devices if device.id not in out]
@@ -636,15 +673,20 @@ def _draw(stages: Sequence[members.Stage], seed: int, devices: Sequence[DeviceRo
     return members.draw(candidates, stages, seed=seed)
 
 
-def _show_preflight(prepared: Prepared, manifest: Manifest, who: Operator, preflight: Preflight) -> None:
-    shape = prepared.component
-    kind = ", ".join(dict.fromkeys(map(trigger_name, manifest.triggers)))
-    now = f"in place of {output.target(preflight.previous)}" if preflight.previous else "as a new instance"
-    rows = [
-        ("component", f"{prepared.file.name}, {output.size(shape.size_bytes)}, called by {kind} ({manifest.world})"),
-        ("imports", ", ".join(shape.imports) or "nothing"),
-        ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
-        *((("adapted with", prepared.adapted),) if prepared.adapted else ()),
+def _show_preflight(prepared: Payload, manifest: Manifest, who: Operator, preflight: Preflight) -> None:
+    new = "as new data" if manifest.is_data else "as a new instance"
+    now = f"in place of {output.target(preflight.previous)}" if preflight.previous else new
+    rows = [("data", f"{prepared.file.name}, {output.size(len(prepared.data))}")]
+    if isinstance(prepared, Prepared):
+        shape, kind = prepared.component, ", ".join(dict.fromkeys(map(trigger_name, manifest.triggers)))
+        size = output.size(shape.size_bytes)
+        rows = [
+            ("component", f"{prepared.file.name}, {size}, called by {kind} ({manifest.world})"),
+            ("imports", ", ".join(shape.imports) or "nothing"),
+            ("manifest", str(prepared.manifest_file or "none: inferred, no grants")),
+            *((("adapted with", prepared.adapted),) if prepared.adapted else ()),
+        ]
+    rows += [
         *_check_lines(preflight),
         ("would be", f"{who.namespace}/{manifest.name}@{manifest.version}, {now}"),
     ]

@@ -28,13 +28,26 @@ from fleet.component.reader import (
     bare,
 )
 from fleet.component.toml_fields import FILE_NAME, Field, Table, checked, fields
-from fleet.protocol import bounds, directories, hardware, manifest, message_topics, metrics, names, outbound, wire
+from fleet.protocol import (
+    bounds,
+    data_packages,
+    directories,
+    hardware,
+    manifest,
+    message_topics,
+    metrics,
+    names,
+    outbound,
+    wire,
+)
 from fleet.protocol.hardware import GpioLine, Hardware, SerialPort
 from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
     BadManifestError,
     ConfigKey,
+    Data,
+    DataUse,
     Full,
     Grants,
     Health,
@@ -49,6 +62,7 @@ from fleet.protocol.manifest import (
     Service,
     Swap,
     Trigger,
+    data_conflict,
     trigger_name,
 )
 
@@ -130,6 +144,7 @@ def load(
         health=health,
         config=_config(table.table("config")),
         secrets=_secrets(table.table("secrets"), set(raw.get("config", {}))),
+        data=_data(table.table("data")),
         security_epoch=table.whole("security_epoch", 0),
         data_schema=table.whole("data_schema", 0),
         swap=_swap(table, grants),
@@ -140,7 +155,11 @@ def load(
     if table.take("build") is not None:
         project.read_build(raw["build"])  # the author's own: nothing of it is in the manifest
     table.finish()
+    if wrong := data_conflict(manifest):
+        raise BadManifestError(f"{FILE_NAME}: data{wrong}")
     if component is not None:
+        if manifest.data:
+            _check_reads_files(component, file_name)
         _check_known(component, manifest.grants)
         _check_gates(component, manifest, file_name)
         if manifest.secrets:
@@ -628,6 +647,26 @@ def _secrets(table: Table, config: Container[str]) -> dict[str, SecretKey]:
     return keys
 
 
+def _data(table: Table) -> dict[str, DataUse]:
+    """Read the data packages that the component reads."""
+    uses: dict[str, DataUse] = {}
+    for name in list(table.raw):
+        inner = table.table(name)
+        path = checked(data_packages.check_path, inner.text("path", ""), inner.at("path"))
+        version = checked(data_packages.check_range, inner.text("version", data_packages.ANY), inner.at("version"))
+        uses[name] = DataUse(path=path, version=version)
+        inner.finish()
+    return uses
+
+
+def _check_reads_files(component: Component, file_name: str) -> None:
+    """Refuse data packages that the component has no interface to read. Raises `BadManifestError`."""
+    if not any(bare(name) == wasi.PREOPENS for name in component.imports):
+        raise BadManifestError(
+            f"{FILE_NAME}: data: {file_name} does not import {wasi.PREOPENS}, so it cannot read files"
+        )
+
+
 def _check_readable(component: Component, file_name: str) -> None:
     """Refuse secrets that no interface of the component can read. Raises `BadManifestError`."""
     if not any(bare(name) in _SECRET_READERS for name in component.imports):
@@ -702,7 +741,13 @@ def render(manifest: Manifest, *, leave_out_version: str = "") -> str:
         inner = [f"description = {text(secret.description)}"] if secret.description else []
         inner += [] if secret.required else ["required = false"]
         lines += ["", f"[secrets.{key if _BARE_KEY.fullmatch(key) else text(key)}]", *inner]
+    lines += [line for key, use in manifest.data.items() for line in _data_lines(key, use)]
     return "\n".join(lines) + "\n"
+
+
+def _data_lines(name: str, use: DataUse) -> list[str]:
+    version = [] if use.version == data_packages.ANY else [f"version = {text(use.version)}"]
+    return ["", f"[data.{name}]", f"path = {text(use.path)}", *version]
 
 
 def text(value: str) -> str:
@@ -726,10 +771,8 @@ def _check(health: Health) -> tuple[str, ...]:
 
 def _trigger_lines(trigger: Trigger) -> str:
     match trigger:
-        case Http():
-            return '"http"'
-        case Service(args=(), stop_ms=manifest.STOP_MS):
-            return '"service"'
+        case Http() | Data() | Service(args=(), stop_ms=manifest.STOP_MS):
+            return text(trigger_name(trigger))
         case Service():
             stop = [f"stop = {text(toml_fields.format_duration(trigger.stop_ms))}"] * (trigger.stop_ms != STOP_MS)
             return _inline('type = "service"', *stop, *_args_line(trigger.args))

@@ -228,6 +228,11 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
         (grants.sockets, wasi.SOCKETS_BY_GRANT, "it denies every socket, whatever grants.outbound names"),
         (bool(grants.mounts), wasi.DIRECTORIES, "it gives components no directories but their own"),
         (bool(manifest.health.metrics), wasi.GATES, "it knows no gates on metrics (health.metrics)"),
+        (
+            manifest.is_data or bool(manifest.data),
+            wasi.DATA_PACKAGES,
+            "it knows no data packages: its agent and host are of an earlier version",
+        ),
         (bus, wasi.BUS, "it has no bus for messages between components"),
     )
     return next((sentence for needed, way, sentence in needs if needed and way not in device), "")
@@ -249,6 +254,8 @@ def problems(component: Component, manifest: Manifest | None, *, file_name: str 
     found = [each.why for each in unserved(component, file_name=file_name)]
     if manifest is None:
         return tuple(found)
+    if manifest.is_data:
+        found.append("it is a data package, which no device calls")
     found += [
         f"grants.subscribe does not cover {each!r}, so that none of its messages would come: "
         f'write subscribe = ["{each}"] under [grants]'

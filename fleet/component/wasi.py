@@ -81,6 +81,8 @@ REPLACES: Final = "wasmfleet:swap-by-replacement@1"
 
 SOCKETS_BY_GRANT: Final = "wasmfleet:sockets@1"
 
+DATA_PACKAGES: Final = "wasmfleet:data@1"
+
 DIRECTORIES: Final = "wasmfleet:directories@1"
 
 BUS: Final = "wasmfleet:bus@1"

@@ -27,6 +27,8 @@ ROOT_ROTATIONS_MAX: Final = 256
 # Components
 MANIFEST_MAX_BYTES: Final = 4 * KIB
 ARTIFACT_MAX_BYTES: Final = 64 * MIB
+DATA_MAX_BYTES: Final = 1024 * MIB  # of a data package
+DATA_USES_MAX: Final = 8  # data packages of one component
 IMAGE_MAX_BYTES: Final = 512 * MIB
 ITEMS_MAX: Final = 64
 CONFIG_VALUE_MAX_BYTES: Final = 8 * KIB

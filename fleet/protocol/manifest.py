@@ -25,6 +25,7 @@ import msgspec
 
 from fleet.protocol import (
     bounds,
+    data_packages,
     directories,
     hardware,
     message_topics,
@@ -223,7 +224,11 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     stop_ms: Count = STOP_MS
 
 
-Trigger = Http | Schedule | OnMessage | Service
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="data"):
+    """Called by nothing: the artifact is a data package, a file that instances read and that never runs."""
+
+
+Trigger = Http | Schedule | OnMessage | Service | Data
 
 TriggerKind = TypeVar("TriggerKind", bound=Trigger)
 
@@ -249,6 +254,8 @@ def describe_trigger(trigger: Trigger) -> str:
             return f"messages on {', '.join(topics) or 'no topic'}"
         case Service():
             return f"nothing: it runs until it is stopped{_with(trigger.args)}"
+        case Data():
+            return "nothing: it is data, which components read"
         case other:
             assert_never(other)
 
@@ -266,7 +273,7 @@ def trigger_conflict(triggers: Sequence[Trigger]) -> str:
     for kind, name in ((Http, "http"), (OnMessage, "message"), (Service, "service")):
         if sum(isinstance(each, kind) for each in triggers) > 1:
             return f"an instance has at most one trigger of type {name}"
-    if len(triggers) > 1 and any(isinstance(each, Service) for each in triggers):
+    if len(triggers) > 1 and any(isinstance(each, Service | Data) for each in triggers):
         return (
             "a service runs without end, so that its instance has no turn for other triggers: "
             "make it a component of its own"
@@ -618,6 +625,18 @@ class SecretKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     required: bool = True
 
 
+class DataUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Data package of the same namespace that the component reads.
+
+    Attributes:
+        path: of its one file, as the guest opens it.
+        version: range of the versions that it can read (`fleet.protocol.data_packages`).
+    """
+
+    path: str
+    version: str = data_packages.ANY
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Declaration of a component: identity, triggers, grants, limits, health check, configuration.
 
@@ -630,6 +649,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         arch: CPUs it may run on (`x86_64`, `aarch64`, `riscv64`); empty for any.
         secrets: names of the secrets that it receives; no other reaches it.
         swap: whether the new version starts beside the old one, or once that has stopped.
+        data: data packages that it reads, by name.
     """
 
     name: str
@@ -647,6 +667,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     secrets: dict[str, SecretKey] = {}
     more_triggers: tuple[Trigger, ...] = ()
     swap: Swap = "overlap"
+    data: dict[str, DataUse] = {}
+
+    @property
+    def is_data(self) -> bool:
+        """True for a data package, which no device runs."""
+        return isinstance(self.trigger, Data)
 
     @property
     def triggers(self) -> tuple[Trigger, ...]:
@@ -683,7 +709,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 LATER: Final = (
     *("secrets", "limits.table_elements", "limits.core_instances", "more_triggers", "swap"),
-    *("limits.queue_bytes", "limits.queue_messages", "health.metrics"),
+    *("limits.queue_bytes", "limits.queue_messages", "health.metrics", "data"),
 )
 """Fields added since the first schema, as `secrets` or `limits.name`: left out at their default, so that a new field
 changes no digest and older devices can read manifests that do not use it. Their defaults never change."""
@@ -731,7 +757,31 @@ def decode(data: bytes) -> Manifest:
         raise BadManifestError(f"manifest: grants.hardware.{wrong}")
     if wrong := trigger_conflict(found.triggers):
         raise BadManifestError(f"manifest: triggers: {wrong}")
+    if wrong := data_conflict(found):
+        raise BadManifestError(f"manifest: data{wrong}")
     return found
+
+
+def data_conflict(found: Manifest) -> str:
+    """Say why a component cannot read its data packages so; empty where it can."""
+    if found.is_data and found.data:
+        return ": a data package reads no other"
+    if len(found.data) > bounds.DATA_USES_MAX:
+        return f": {len(found.data)} packages, at most {bounds.DATA_USES_MAX} are allowed"
+    taken = {"data": "/data", **{name: use.path for name, use in found.data.items()}}  # the instance's own directory
+    for name, use in found.data.items():
+        try:
+            names.check_label(name, "data package")
+            data_packages.check_path(use.path)
+            data_packages.check_range(use.version)
+        except ValueError as error:
+            return f".{name[:80]}: {error}"
+        others = [path for other, path in taken.items() if other != name or name == "data"]
+        if use.path == "/data" or any(f"{path}/".startswith(f"{use.path}/") for path in others if path != use.path):
+            return f".{name}: path: a directory of the component is at {use.path}"
+        if sum(each.path == use.path for each in found.data.values()) > 1:
+            return f".{name}: path: another package is at {use.path}"
+    return ""
 
 
 def convert(value: object) -> Manifest:

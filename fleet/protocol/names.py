@@ -10,7 +10,7 @@ way.
     bundle.json             version of this layout
     desired/<device>.json   one assignment envelope per device
     tuf/<file>              metadata, named as in the repository
-    artifacts/<sha256>      components
+    artifacts/<sha256>      components and data packages
     secrets/<sha256>        sealed boxes, each of which only its own device can open
 """
 
@@ -225,7 +225,7 @@ def metadata(file: str) -> str:
 
 
 def artifact(sha256: str) -> str:
-    """Return the member with a component."""
+    """Return the member with a component or a data package."""
     return f"artifacts/{sha256}"
 
 
@@ -240,7 +240,7 @@ def max_bytes(name: str) -> int:
         return 0
     match name.partition("/")[0]:
         case "artifacts":
-            return bounds.ARTIFACT_MAX_BYTES
+            return bounds.DATA_MAX_BYTES
         case "tuf":
             return bounds.TARGETS_MAX_BYTES
         case "secrets":

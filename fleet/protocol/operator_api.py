@@ -10,7 +10,7 @@ envelope that the device has accepted, after the problem `ahead`), `POST /v1/log
 (`fleet.protocol.messages`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -482,8 +482,12 @@ class EnrollTokenReply(View, frozen=True, kw_only=True):
     expires: Utc
 
 
+DATA_MEDIA_TYPE: Final = "application/octet-stream"
+"""Media type of an upload that is a data package."""
+
+
 class ComponentRow(View, frozen=True, kw_only=True):
-    """Published target."""
+    """Published target; `kind` is `component` or `data`."""
 
     target: str
     namespace: str
@@ -491,6 +495,7 @@ class ComponentRow(View, frozen=True, kw_only=True):
     version: str
     length: Stored
     sha256: str
+    kind: str = "component"
 
 
 class Components(View, frozen=True, kw_only=True):

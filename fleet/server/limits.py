@@ -95,6 +95,7 @@ class ServerLimits:
     certificates_burst: Annotated[int, Between(10, 1_000_000)] = 2000
     certificates_per_s: _PerSecond = 20
     artifact_bytes: Annotated[int, Between(bounds.MIB, bounds.ARTIFACT_MAX_BYTES)] = bounds.ARTIFACT_MAX_BYTES
+    data_bytes: Annotated[int, Between(bounds.MIB, bounds.DATA_MAX_BYTES)] = bounds.DATA_MAX_BYTES
     broker_client_bytes: _BurstBytes = 64 * bounds.MIB
     broker_client_messages: Annotated[int, Between(100, 65_000)] = 10_000
     broker_memory_bytes: Annotated[int, Between(64 * bounds.MIB, 64 * 1024 * bounds.MIB)] = 2048 * bounds.MIB

@@ -267,7 +267,20 @@ class RolloutPlanner:
             raise Refusal(
                 404, "unknown-target", f"{request.target} is not published", action="publish it: fleet publish FILE"
             )
+        self._check_kind(request, release, before)
         return value_of(request, release, before, attempt=attempt)
+
+    def _check_kind(self, request: RolloutRequest, release: Release, before: Value | None) -> None:
+        """Refuse data under the name of an instance, and the other way round: devices know both by their names."""
+        old = None if before is None or before.target is None else self._repository.release(before.target)
+        if old is not None and old.manifest.is_data != release.manifest.is_data:
+            kinds = ("an instance", "a data package")
+            was, now = (kinds[each.manifest.is_data] for each in (old, release))
+            raise Refusal(
+                409, "conflict", f"{request.instance} is {was} there, and would be {now}", action="remove it first"
+            )
+        if release.manifest.is_data and request.instance != release.name.name:
+            raise Refusal(422, "bad-request", f"data has the name under which it was published: {release.name.name}")
 
     def _attempt(self, request: RolloutRequest) -> int:
         """Count an explicit deploy of what failed somewhere as an explicit wish to try it again."""

@@ -250,7 +250,11 @@ class Server:
         store, repository, clock = self._store, self._repository, self._clock
         audit = AuditLog(store, clock)
         watch = self._changes = ChangeSignal()
-        self._artifacts = Artifacts(self._home.artifacts, most_bytes=self._config.limits.artifact_bytes)
+        self._artifacts = Artifacts(
+            self._home.artifacts,
+            most_bytes=self._config.limits.artifact_bytes,
+            most_data_bytes=self._config.limits.data_bytes,
+        )
         _ = repository.director  # without it, or with one that others can read, no server starts
         self._director = Director(
             store=store,

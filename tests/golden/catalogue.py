@@ -70,6 +70,8 @@ MESSAGES: dict[str, dict[str, type]] = {
         "trigger-schedule": manifest.Schedule,
         "trigger-message": manifest.OnMessage,
         "trigger-service": manifest.Service,
+        "trigger-data": manifest.Data,
+        "data-use": manifest.DataUse,
         "grants": manifest.Grants,
         "hardware": hardware.Hardware,
         "gpio-line": hardware.GpioLine,

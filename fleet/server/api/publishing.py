@@ -47,10 +47,16 @@ class Stored:
 
 
 class Artifacts:
-    """Directory of artifacts; an upload may have `most_bytes`."""
+    """Directory of artifacts; an upload may have `most_bytes`, of a data package `most_data_bytes`."""
 
-    def __init__(self, directory: Path, *, most_bytes: int = bounds.ARTIFACT_MAX_BYTES) -> None:
-        self._directory, self.most_bytes = directory, most_bytes
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        most_bytes: int = bounds.ARTIFACT_MAX_BYTES,
+        most_data_bytes: int = bounds.DATA_MAX_BYTES,
+    ) -> None:
+        self._directory, self.most_bytes, self.most_data_bytes = directory, most_bytes, most_data_bytes
         self._damaged: set[str] = set()
         for left_over in directory.glob(".upload-*"):
             left_over.unlink(missing_ok=True)
@@ -83,12 +89,13 @@ class Artifacts:
             for sha256 in sorted(self._damaged)
         ]
 
-    async def store(self, sha256: str, chunks: AsyncIterator[bytes]) -> Stored:
+    async def store(self, sha256: str, chunks: AsyncIterator[bytes], *, most_bytes: int | None = None) -> Stored:
         """Store an upload whose bytes have the named hash, flushed to disk before it gets its name.
 
         Raises:
             ArtifactError: too large, or the bytes have another hash.
         """
+        most = self.most_bytes if most_bytes is None else most_bytes
         path = self._directory / names.check_sha256(sha256)
         beside = self._directory / f".upload-{secrets.token_hex(8)}"
         digest, length = hashlib.sha256(), 0
@@ -96,8 +103,8 @@ class Artifacts:
             with beside.open("xb") as file:
                 async for block in _blocks(chunks):
                     length += len(block)
-                    if length > self.most_bytes:
-                        raise ArtifactError(f"more than {self.most_bytes} bytes, which is as much as this server takes")
+                    if length > most:
+                        raise ArtifactError(f"more than {most} bytes, which is as much as this server takes")
                     await run_in_threadpool(_take, file, digest, block)
             if digest.hexdigest() != sha256:
                 raise ArtifactError(
@@ -157,6 +164,7 @@ class PublishingHandlers:
                 version=release.name.version,
                 length=release.length,
                 sha256=release.sha256,
+                kind="data" if release.manifest.is_data else "component",
             )
             for release in self._repository.releases()
         )
@@ -170,16 +178,18 @@ class PublishingHandlers:
         """PUT /v1/artifacts/{sha256}."""
         sha256 = names.check_sha256(param(request, "sha256"))
         declared = request.headers.get("content-length", "0")
-        most = self._artifacts.most_bytes
+        is_data = request.headers.get("content-type", "") == operator_api.DATA_MEDIA_TYPE
+        most = self._artifacts.most_data_bytes if is_data else self._artifacts.most_bytes
+        key, usual = ("data_bytes", bounds.DATA_MAX_BYTES) if is_data else ("artifact_bytes", bounds.ARTIFACT_MAX_BYTES)
         if declared.isdigit() and int(declared) > most:
             raise Refusal(
                 413,
                 "too-large",
                 f"{declared} bytes, at most {most} are accepted",
-                action="" if most == bounds.ARTIFACT_MAX_BYTES else "raise limits.artifact_bytes in server.toml",
+                action="" if most == usual else f"raise limits.{key} in server.toml",
             )
         try:
-            stored = await self._artifacts.store(sha256, request.stream())
+            stored = await self._artifacts.store(sha256, request.stream(), most_bytes=most)
         except ArtifactError as error:
             raise Refusal(422, "hash-mismatch", str(error)) from error
         with self._store.atomic():

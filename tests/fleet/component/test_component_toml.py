@@ -15,6 +15,7 @@ from fleet.component.reader import Component
 from fleet.protocol.manifest import (
     BadManifestError,
     ConfigKey,
+    DataUse,
     Grants,
     Health,
     Http,
@@ -632,7 +633,7 @@ def test_the_docs_list_every_field_with_its_default():
             default = component_toml.quantity(field, getattr(struct(), field.name)).strip('"')
             assert f"`{default}`" in documented(f"{table}.{field.key}")
     for field in msgspec.structs.fields(Manifest):
-        if field.name not in {"limits", "health", "grants", "config", "secrets"}:
+        if field.name not in {"limits", "health", "grants", "config", "secrets", "data"}:
             documented(WRITTEN_AS.get(field.name, field.name))
     for field in msgspec.structs.fields(Grants):
         documented(f"grants.{field.name}")
@@ -642,6 +643,8 @@ def test_the_docs_list_every_field_with_its_default():
         documented(f"secrets.NAME.{field.name}")
     for name in GATE_KEYS:
         documented(f"health.metrics.NAME.{name}")
+    for field in msgspec.structs.fields(DataUse):
+        documented(f"data.NAME.{field.name}")
 
 
 def test_the_docs_list_no_field_that_is_not_there():
@@ -651,6 +654,7 @@ def test_the_docs_list_no_field_that_is_not_there():
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
     known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}
     known |= {f"health.metrics.NAME.{name}" for name in GATE_KEYS}
+    known |= {f"data.NAME.{field.name}" for field in msgspec.structs.fields(DataUse)}
     for table, struct in (("limits", Limits), ("health", Health)):
         known |= {f"{table}.{field.key}" for field in toml_fields.fields(struct)}
     paths = [line.split("`")[1] for line in DOCS.splitlines() if line.startswith("| `")]
