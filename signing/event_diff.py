@@ -178,7 +178,7 @@ def _reach(grants: Grants) -> list[str]:
         *map(outbound.describe, grants.outbound),
         *(f"{each}.internal" for each in grants.instances),
         *grants.messages_beyond(Grants()),
-        *grants.directories_beyond(Grants()),
+        *grants.named_beyond(Grants()),
         *grants.devices.beyond(Grants().devices),
     ]
 

@@ -214,7 +214,7 @@ def _beyond(grants: Grants, limit: Grants) -> list[str]:
         *(each for each in grants.outbound if not outbound.covered(each, limit.outbound)),
         *(each for each in grants.instances if each not in limit.instances),
         *grants.messages_beyond(limit),
-        *grants.directories_beyond(limit),
+        *grants.named_beyond(limit),
         *grants.devices.beyond(limit.devices),
     ]
 
@@ -251,6 +251,6 @@ def _describe_grants(grants: Grants, *, beyond: Grants | None = None) -> list[st
         *(outbound.describe(each) for each in grants.outbound if not outbound.covered(each, had.outbound)),
         *(f"{each}.internal" for each in grants.instances if each not in had.instances),
         *grants.messages_beyond(had),
-        *grants.directories_beyond(had),
+        *grants.named_beyond(had),
         *grants.devices.beyond(had.devices),
     ]

@@ -255,6 +255,13 @@ def open_pairs(directory: Path, about: RegisterUser, older: Pairs | None = None)
     return pairs
 
 
+def open_shared(directory: Path, place: tuple[str, str]) -> Pairs:
+    """Open a bucket that instances share. Raises `OSError` and `sqlite3.Error`."""
+    home, name = directory / place[0], place[1]
+    disk.make_directory(Write.KEYVALUE, home, mode=0o700)
+    return opened(home / f"{name}.db")
+
+
 class _User:
     """A worker that may use the store.
 
@@ -304,8 +311,9 @@ class Store:
         self._directory = Path(directory)
         self._poll = select.epoll()
         self._users: dict[int, _User] = {}
-        self._open: dict[tuple[str, int], _Instance] = {}
-        self._unopened: set[tuple[str, int]] = set()  # of which the log says that they cannot be opened
+        self._open: dict[tuple[str, str], _Instance] = {}
+        self._waiting: list[tuple[tuple[str, str], _User, Reply]] = []  # for a commit
+        self._unopened: set[tuple[str, str]] = set()  # of which the log says that they cannot be opened
 
     def run(self) -> None:
         """Serve until the supervisor closes its socket."""
@@ -320,7 +328,23 @@ class Store:
                 elif not self._obey():
                     self.close()
                     return
+            self._answer_waiting()
             self._commit_due()
+
+    def _answer_waiting(self) -> None:
+        """Commit what durable buckets got, of each database at once, and answer who waits for that."""
+        waiting, self._waiting = self._waiting, []
+        problems: dict[tuple[str, str], str] = {}
+        for key in dict.fromkeys(key for key, _, _ in waiting):
+            try:
+                if key in self._open:
+                    self._commit(self._open[key])
+            except sqlite3.Error as error:
+                problems[key] = f"the store failed, and this may be undone: {error}"
+                self._failed(key, "cannot commit", error)
+        for key, user, reply in waiting:
+            said = problems.get(key, "")
+            self._reply(user.sock, msgspec.structs.replace(reply, problem=said) if said else reply)
 
     def close(self) -> None:
         """Commit everything and close."""
@@ -359,7 +383,7 @@ class Store:
                     each.due_s = now_s + _RARELY_S
                     self._failed(key, "cannot commit", error)
 
-    def _failed(self, key: tuple[str, int], what: str, error: BaseException) -> None:
+    def _failed(self, key: tuple[str, str], what: str, error: BaseException) -> None:
         """Report an error of a database; one that is damaged is set aside, and another begun."""
         found = self._open.get(key)
         if found is None:
@@ -401,21 +425,26 @@ class Store:
             self._reply(sock, Reply(keyvalue_api.RESTARTED))
         return True
 
-    def _instance(self, about: RegisterUser) -> _Instance | None:
-        """Return the pairs of an instance, opened at first; None where they cannot be."""
-        key = about.instance, about.schema
+    def _instance(self, about: RegisterUser, bucket: str = keyvalue_api.OWN) -> _Instance | None:
+        """Return the pairs of an instance, or shared ones, opened at first; None where they cannot be."""
+        key = about.place_of(bucket)
         found = self._open.get(key)
         if found is None:
             try:
-                older = self._open.get((about.instance, about.before))
-                pairs = open_pairs(self._directory, about, None if older is None else older.pairs)
+                older = self._open.get((about.instance, str(about.before)))
+                if key == about.place_of_own:
+                    pairs = open_pairs(self._directory, about, None if older is None else older.pairs)
+                else:
+                    pairs = open_shared(self._directory, key)
                 found = self._open[key] = _Instance(pairs)
                 if pairs.note:
                     report(f"pairs of {about.instance}", RefusedError(pairs.note))
             except (OSError, sqlite3.Error) as error:
                 if key not in self._unopened:
                     self._unopened.add(key)
-                    report(f"cannot open the pairs of {about.instance}", error)
+                    report(
+                        f"cannot open the pairs of {about.instance}{'' if key[0] == about.instance else bucket}", error
+                    )
                 return None
             self._unopened.discard(key)
         return found
@@ -423,10 +452,9 @@ class Store:
     def _leave(self, fd: int) -> None:
         user = self._users.pop(fd)
         self._poll.unregister(fd)
-        key = user.about.instance, user.about.schema
-        found = self._open.get(key)
-        if found is not None:
-            others = [each for each in self._users.values() if (each.about.instance, each.about.schema) == key]
+        for key in user.about.places & self._open.keys():
+            found = self._open[key]
+            others = [each for each in self._users.values() if key in each.about.places]
             if not others:
                 found.writer = user
                 self._commit(self._open.pop(key), close=True)
@@ -448,17 +476,22 @@ class Store:
         except (OSError, *wire.JSON_ERRORS):  # the worker has ended, or is compromised
             self._leave(user.sock.fileno())
             return
+        key = user.about.place_of(request.bucket)
         try:
             reply = self._answer(user, request)
         except RefusedError as error:
             reply = Reply(request.id, str(error))
         except (sqlite3.Error, OSError) as error:
-            self._failed((user.about.instance, user.about.schema), f"{request.op} of {user.about.instance}", error)
+            self._failed(key, f"{request.op} of {user.about.instance}", error)
             reply = Reply(request.id, f"the store failed: {error}")
-        found = self._open.get((user.about.instance, user.about.schema))
+        found = self._open.get(key)
         if found is not None and found.pairs.note:
             reply, found.pairs.note = msgspec.structs.replace(reply, note=found.pairs.note), ""
-        self._reply(user.sock, reply)
+        is_write = request.op not in keyvalue_api.READS
+        if is_write and not reply.problem and "durable" in user.about.buckets.get(request.bucket, ()):
+            self._waiting.append((key, user, reply))
+        else:
+            self._reply(user.sock, reply)
 
     def _reply(self, sock: socket.socket, reply: Reply) -> None:
         with contextlib.suppress(OSError):  # the worker has ended, or does not read: nobody waits for it
@@ -468,11 +501,11 @@ class Store:
         """Carry out a request. Raises `RefusedError`, and what the database raises."""
         if len(request.key) > keyvalue_api.KEY_MAX_BYTES or len(request.value) > keyvalue_api.VALUE_MAX_BYTES:
             raise RefusedError("the key or the value is too long")
-        if request.bucket != keyvalue_api.OWN:  # nobody counts the bytes of a bucket's name
+        if request.bucket != keyvalue_api.OWN and request.bucket not in user.about.buckets:
             raise RefusedError("there is no such bucket")
         if request.number not in _INTEGER:
             raise RefusedError("the number is beyond 64 bits")
-        found = self._instance(user.about)
+        found = self._instance(user.about, request.bucket)
         if found is None:
             raise RefusedError("the store cannot be opened")
         pairs, bucket, key = found.pairs, request.bucket, request.key

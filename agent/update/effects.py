@@ -485,8 +485,11 @@ class EffectRunner:
             return lost(f"the previous version could not be started again: {error}")
         return DONE
 
-    async def keep_data(self, instances: tuple[str, ...]) -> bool:
-        """Have the host remove the data of all other instances; return whether it has: an earlier one cannot."""
+    async def keep_data(self, instances: tuple[str, ...], namespaces: tuple[str, ...] | None = None) -> bool:
+        """Have the host remove the data of all other instances; return whether it has: an earlier one cannot.
+
+        `namespaces`: whose shared buckets stay; None for all.
+        """
         if len(instances) > host_api.KEPT_MAX:
             log.warning("data of removed instances stays: more than %d are to be kept", host_api.KEPT_MAX)
             return False
@@ -495,7 +498,7 @@ class EffectRunner:
                 await self._host.wait()
                 if self._host.welcome is None or self._host.welcome.protocol < host_api.KEEPS_DATA:
                     return False
-                await self._host.ask(host_api.KeepData, host_api.Done, instances=instances)
+                await self._host.ask(host_api.KeepData, host_api.Done, instances=instances, namespaces=namespaces)
             except HostGoneError:
                 await self._settle()
             except HostRefusedError as error:

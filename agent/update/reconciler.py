@@ -57,6 +57,7 @@ from agent.update.store import Run, Store, StoreError
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import Phase, RejectCode
 from fleet.protocol.messages import InstanceHealth, Report
+from fleet.protocol.names import TargetName
 
 log = logging.getLogger("agent.update.reconciler")
 
@@ -569,11 +570,14 @@ class Reconciler:
         if self._keeping is not None:
             self._keeping.cancel()
         if await self._db(self._store.counter, "kept") < version:
-            kept = tuple(sorted({*listed, *desired.keep_data}))
-            self._keeping = asyncio.get_running_loop().create_task(self._remove_data(version, kept))
+            self._keeping = asyncio.get_running_loop().create_task(self._remove_data(version, desired))
 
-    async def _remove_data(self, version: int, kept: tuple[str, ...]) -> None:
-        if await self._effects.keep_data(kept):
+    async def _remove_data(self, version: int, desired: Assignment) -> None:
+        kept = {*(item.instance for item in desired.items), *desired.keep_data}
+        spaces = {TargetName.from_path(item.target).namespace for item in desired.items}
+        # Nobody knows any more which buckets an instance shared that is gone, and whose data is kept.
+        namespaces = None if desired.keep_data else tuple(sorted(spaces))
+        if await self._effects.keep_data(tuple(sorted(kept)), namespaces):
             self.post(DataRemoved(version))
 
     def _is_told(self, version: int) -> bool:

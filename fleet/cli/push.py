@@ -652,7 +652,7 @@ def new_grants(wanted: Grants, before: Grants | None) -> tuple[str, ...]:
         ),
         *(f"instance {name}" for name in wanted.instances if name not in known.instances),
         *wanted.messages_beyond(known),
-        *wanted.directories_beyond(known),
+        *wanted.named_beyond(known),
         *wanted.devices.beyond(known.devices),
     )
 

@@ -45,6 +45,7 @@ from fleet.protocol.manifest import (
     NATIVE_ANSWER_MAX_BYTES,
     STOP_MS,
     BadManifestError,
+    BucketRight,
     ConfigKey,
     Data,
     DataUse,
@@ -488,6 +489,7 @@ def _grants(table: Table) -> Grants:
         subscribe=_filters(table, "subscribe"),
         directories=_directories(table.table("directories")),
         hardware=_hardware(table),
+        buckets=_buckets(table.table("buckets")),
     )
     table.finish()
     return grants
@@ -560,6 +562,18 @@ def _piece_field(table: Table, key: str, kind: Any) -> Any:
     if choices and value not in choices:
         raise BadManifestError(f"{FILE_NAME}: {table.at(key)}: {value[:40]!r} is none of {', '.join(choices)}")
     return value
+
+
+def _buckets(table: Table) -> dict[str, tuple[BucketRight, ...]]:
+    found: dict[str, tuple[BucketRight, ...]] = {}
+    for name in table.raw:
+        rights = table.texts(name, lambda each: None if each in get_args(BucketRight) else "durable or shared")
+        found[name] = tuple(each for each in get_args(BucketRight) if each in rights)
+    try:
+        Grants(buckets=found)
+    except ValueError as error:
+        raise BadManifestError(f"{FILE_NAME}: {table.path}: {error}") from error
+    return found
 
 
 def _check_interface(text: str) -> str | None:
@@ -809,7 +823,9 @@ def _grant_lines(grants: Grants) -> list[str]:
     named |= {"publish": grants.publishes, "publish_local": grants.publishes_locally, "subscribe": grants.subscribes}
     lines = [f"{key} = {texts(values)}" for key, values in named.items() if values]
     mounts = [f"{text(place)} = {text(name)}" for place, name in grants.mounts.items()]
-    return [*lines, f"directories = {_inline(*mounts)}"] if mounts else lines
+    stores = [f"{name} = {texts(rights)}" for name, rights in grants.stores.items()]
+    tables = {"directories": mounts, "buckets": stores}
+    return [*lines, *(f"{key} = {_inline(*values)}" for key, values in tables.items() if values)]
 
 
 def _hardware_lines(devices: Hardware) -> list[str]:

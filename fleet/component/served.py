@@ -103,6 +103,7 @@ _NO_PORTS: Final = (
 )
 _NO_SOCKETS: Final = "grants.outbound names where sockets may lead, and the component does not import wasi:sockets"
 _NO_FILES: Final = "grants.directories names directories, and the component does not import wasi:filesystem"
+_NO_PAIRS: Final = "grants.buckets names buckets, and the component does not import wasi:keyvalue"
 _NOT_ADAPTED: Final = (
     f"wasi:http/outgoing-handler denies each request: only a component that exports {wasi.HTTP_HANDLER} sends any"
 )
@@ -233,6 +234,7 @@ def uncalled(component: Component | None, manifest: Manifest, device: Collection
             wasi.DATA_PACKAGES,
             "it knows no data packages: its agent and host are of an earlier version",
         ),
+        (bool(grants.stores), wasi.BUCKETS, "it has no key-value buckets but default, which is not durable"),
         (bus, wasi.BUS, "it has no bus for messages between components"),
     )
     return next((sentence for needed, way, sentence in needs if needed and way not in device), "")
@@ -288,6 +290,8 @@ def notes(component: Component, grants: Grants) -> tuple[str, ...]:
         found.append(_NO_PORTS)
     if grants.sockets and not sockets:
         found.append(_NO_SOCKETS)
+    if grants.stores and not any(package(name) == wasi.KEYVALUE for name in names):
+        found.append(_NO_PAIRS)
     if grants.mounts:
         found = [note for note in found if note != _NOTES[wasi.PREOPENS]]
         if wasi.PREOPENS not in map(bare, names):

@@ -85,11 +85,13 @@ DATA_PACKAGES: Final = "wasmfleet:data@1"
 
 DIRECTORIES: Final = "wasmfleet:directories@1"
 
+BUCKETS: Final = "wasmfleet:buckets@1"
+
 BUS: Final = "wasmfleet:bus@1"
 
 GATES: Final = "wasmfleet:metric-gates@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS, GATES)
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS, GATES, BUCKETS)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""
 
 

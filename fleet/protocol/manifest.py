@@ -15,7 +15,7 @@ with commas. When both days are restricted, either fits. Times are naive: wall-c
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -283,6 +283,25 @@ def trigger_conflict(triggers: Sequence[Trigger]) -> str:
     return ""
 
 
+BucketRight = Literal["durable", "shared"]
+
+OWN_BUCKET: Final = "default"
+"""Bucket that each instance with a grant of `wasi:keyvalue` has to itself."""
+
+BUCKETS_MAX: Final = 8
+"""Buckets of one grant."""
+
+
+def _check_buckets(buckets: Mapping[str, tuple[BucketRight, ...]]) -> None:
+    """Refuse names that are none, and what cannot be shared. Raises `ValueError`."""
+    if len(buckets) > BUCKETS_MAX:
+        raise ValueError(f"{len(buckets)} buckets, at most {BUCKETS_MAX} are allowed")
+    for name, rights in buckets.items():
+        names.check_label(name, "bucket")
+        if name == OWN_BUCKET and "shared" in rights:
+            raise ValueError("the bucket 'default' is each instance's own: share one of another name")
+
+
 class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Interfaces, addresses and neighbours that a component may reach. Empty means none: deny by default.
 
@@ -298,6 +317,8 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         directories: directories of the device that it may read, by the path at which it sees each; their names are the
             device owner's (`fleet.protocol.directories`). Unset for none, as `publish`.
         hardware: lines, buses and devices of the machine; unset for none, as `publish`.
+        buckets: buckets of key-value pairs by name, and what each is: `durable`, where a write is on the disk before it
+            is answered; `shared` by the instances of its namespace that declare it. Unset for none, as `publish`.
     """
 
     interfaces: tuple[str, ...] = ()
@@ -308,6 +329,7 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     publish_local: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     subscribe: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     hardware: Hardware | msgspec.UnsetType = msgspec.UNSET
+    buckets: dict[str, tuple[BucketRight, ...]] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Refuse what are no filters, and no directories. Raises `ValueError`."""
@@ -318,8 +340,10 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             elif filters is not msgspec.UNSET:
                 _check_filters(name, filters)
         directories.check_grant(self.mounts)
-        if self.directories == {}:
-            msgspec.structs.force_setattr(self, "directories", msgspec.UNSET)
+        _check_buckets(self.stores)
+        for later in ("directories", "buckets"):
+            if getattr(self, later) == {}:
+                msgspec.structs.force_setattr(self, later, msgspec.UNSET)
         if self.hardware == hardware.NONE:
             msgspec.structs.force_setattr(self, "hardware", msgspec.UNSET)
 
@@ -374,6 +398,11 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             )
         }
 
+    @property
+    def stores(self) -> dict[str, tuple[BucketRight, ...]]:
+        """Buckets of key-value pairs that are named, and how each is."""
+        return {} if isinstance(self.buckets, msgspec.UnsetType) else self.buckets
+
     def allows(self, interface: str) -> bool:
         """Tell whether an import, such as `wasi:clocks/wall-clock@0.2.3`, is granted."""
         bare = interface.partition("@")[0]
@@ -397,13 +426,22 @@ class Grants(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             and all(outbound.covered(each, ceiling.outbound) for each in self.outbound)
             and set(self.instances) <= set(ceiling.instances)
             and not self.messages_beyond(ceiling)
-            and set(self.mounts.values()) <= set(ceiling.mounts.values())
+            and not self.named_beyond(ceiling)
             and not self.devices.beyond(ceiling.devices)
         )
 
-    def directories_beyond(self, known: "Grants") -> tuple[str, ...]:
-        """Return the names of the directories granted here and not in `known`, for people."""
-        return tuple(f"directory {name}" for name in sorted(set(self.mounts.values()) - set(known.mounts.values())))
+    def named_beyond(self, known: "Grants") -> tuple[str, ...]:
+        """Return the directories and buckets granted here and not in `known`, for people."""
+        places = sorted(set(self.mounts.values()) - set(known.mounts.values()))
+        beyond = {
+            name: rights
+            for name, rights in self.stores.items()
+            if name not in known.stores or not set(rights) <= set(known.stores[name])
+        }
+        return (
+            *(f"directory {name}" for name in places),
+            *(f"{' and '.join(rights)} bucket {name}".strip() for name, rights in sorted(beyond.items())),
+        )
 
 
 NATIVE_ANSWER_MAX_BYTES: Final = 128 * bounds.MIB // 48

@@ -852,6 +852,11 @@ def _grants(asked: Grants | None, kept: Value | None, release: Release) -> str:
         **narrowed.messages_within(ceiling),
         directories={at: name for at, name in narrowed.mounts.items() if name in ceiling.mounts.values()},
         hardware=narrowed.devices.within(ceiling.devices),
+        buckets={
+            name: tuple(each for each in rights if each in ceiling.stores[name])
+            for name, rights in narrowed.stores.items()
+            if name in ceiling.stores
+        },
     )
     return wire.canonical(still).decode()
 
@@ -870,6 +875,6 @@ def new_grants(release: Release | None, old: Release | None) -> tuple[str, ...]:
         ),
         *(f"instance {name}" for name in new.instances if name not in before.instances),
         *new.messages_beyond(before),
-        *new.directories_beyond(before),
+        *new.named_beyond(before),
         *new.devices.beyond(before.devices),
     )

@@ -110,7 +110,7 @@ def _made(info: Any, name: str, *, every: bool) -> Any:  # noqa: PLR0911 - a cas
             return _scalar(info, name)
 
 
-_TEXTS = {"directories": "maps", "directories-key": "/maps"}
+_TEXTS = {"directories": "maps", "directories-key": "/maps", "buckets-key": "plant"}
 """Texts of fields whose form is checked."""
 
 

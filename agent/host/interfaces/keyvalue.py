@@ -8,7 +8,7 @@ differ, `_make` translates the earlier one.
 import contextlib
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ from agent.host.ipc.keyvalue_api import (
     NAME_MAX_BYTES,
     OWN,
     PAIR_BYTES,
+    READS,
     RESTARTED,
     VALUE_MAX_BYTES,
     Reply,
@@ -39,13 +40,11 @@ HANDLES_MAX: Final = 256
 BATCH_MAX: Final = 256
 """Most pairs of one call of `wasi:keyvalue/batch`."""
 
-_READS: Final = frozenset({"get", "look", "exists", "list", "skip"})
-_AGAIN: Final = _READS | {"set", "delete"}
+_AGAIN: Final = READS | {"set", "delete"}
 """Requests that may be carried out twice."""
 
 _ANSWER_S: Final = 5.0
 _BUCKET, _CAS = 30, 31  # numbers of the host's resources
-_BUCKETS: Final = (OWN,)
 _BATCH_MAX_BYTES: Final = 256 * 1024
 _U64: Final = 1 << 64
 _S64: Final = 1 << 63
@@ -68,8 +67,11 @@ class _Cas(NamedTuple):
 class KeyValueClient:
     """Requests of one instance, and the handles that its guest has."""
 
-    def __init__(self, sock: socket.socket, count: Callable[[int, int, int], None]) -> None:
-        """`count(reads, writes, bytes)`: called for each request that is carried out."""
+    def __init__(
+        self, sock: socket.socket, count: Callable[[int, int, int], None], buckets: Iterable[str] = ()
+    ) -> None:
+        """`count(reads, writes, bytes)`: called for each request that is carried out; `buckets`: beside `default`."""
+        self.buckets: Final = tuple(dict.fromkeys((OWN, *buckets)))
         for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of the kernel: Python's own would ignore MSG_DONTWAIT
             sock.setsockopt(socket.SOL_SOCKET, way, struct.pack("@ll", int(_ANSWER_S), 0))
         self._sock = sock
@@ -103,7 +105,7 @@ class KeyValueClient:
         self.note = reply.note or self.note
         if reply.problem:
             raise _FailedError("other", reply.problem)
-        is_read = op in _READS
+        is_read = op in READS
         size = len(key) + len(value) + len(reply.value or b"") + sum(map(len, reply.keys))
         self._count(is_read, not is_read, size)
         return reply
@@ -194,17 +196,19 @@ class _Calls:
 
     def bucket(self, store: Any, handle: Any) -> str:
         """Return the name of the bucket of a handle."""
-        return _BUCKETS[_number(store, handle)]
+        return self.client.buckets[_number(store, handle)]
 
     def open(self, _store: Any, identifier: str) -> Any:
         """Open a bucket."""
         if len(identifier.encode()) > NAME_MAX_BYTES:
             raise _FailedError("no-such-store")
-        if (identifier or OWN) not in _BUCKETS:
-            self._log.deny(wasi.KEYVALUE_STORE, f"{wasi.KEYVALUE_STORE}.open of {identifier!r} is denied: not granted")
+        buckets = (OWN,) if self._client is None else self._client.buckets
+        if (identifier or OWN) not in buckets:
+            said = f"{wasi.KEYVALUE_STORE}.open of {identifier!r} is denied: not granted (grants.buckets)"
+            self._log.deny(wasi.KEYVALUE_STORE, said)
             raise _FailedError("access-denied")
         self.client.handle()
-        return own(_BUCKETS.index(identifier or OWN), _BUCKET)
+        return own(buckets.index(identifier or OWN), _BUCKET)
 
     def drop_bucket(self, _store: Any, _number: int) -> None:
         """Take note of a bucket's handle that the guest drops."""
@@ -401,8 +405,9 @@ PACKAGE: Final = Package(
     name=NAME,
     about="""\
 Pairs of a key and a value that outlive calls, swaps, rollbacks and restarts of the component and of the device. `open`
-of `default`, or of the empty name, gives the bucket of the instance; no other instance reaches it. Another
-`data_schema` begins with a copy of the pairs, and a rollback finds the earlier ones unchanged.
+of `default`, or of the empty name, gives the bucket of the instance; no other instance reaches it. A grant names more:
+`durable` ones, where each write is on the disk when its call returns, and ones that instances of one namespace share.
+Another `data_schema` begins with a copy of the pairs, and a rollback finds the earlier ones unchanged.
 
 A write is seen at once, by every worker of the instance. Writes are committed in groups, as often as the rest of the
 day's write quota allows: every second to every minute, about every ten seconds with the default quota, and when the
@@ -412,11 +417,13 @@ are set aside and begin anew; the instance's log says so.
 
 The host implements `0.2.0-draft2`. `0.2.0-draft` is translated: the cursor of its `list-keys` is a number, so that keys
 written or deleted between two pages shift them, and its `increment` has no sums below zero.""",
-    grant='`interfaces = ["wasi:keyvalue"]`. Any other bucket than `default` is `access-denied`.',
+    grant='`interfaces = ["wasi:keyvalue"]`, and other buckets than `default` by their names in '
+    "[`buckets`](component-toml.md#grants); any other is `access-denied`.",
     limits={
         "key": f"{KEY_MAX_BYTES:,} bytes",
         "value": f"{VALUE_MAX_BYTES:,} bytes",
-        "all pairs": f"`limits.storage`, beside files; {PAIR_BYTES} bytes count for each pair beside key and value",
+        "all pairs": "`limits.storage` for all own buckets, and for each shared one, beside files; "
+        f"{PAIR_BYTES} bytes count for each pair beside key and value",
         "bytes written a day": "`limits.daily_written`, together with files; keys, values, and all that commits write, "
         "which is 8 KiB or more for each: small writes spread over many keys cost a page of 4 KiB or two each",
         "handles open at once": f"{HANDLES_MAX}",

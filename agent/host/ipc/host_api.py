@@ -271,10 +271,14 @@ class KeepData(msgspec.Struct, frozen=True, kw_only=True, tag="keep-data"):
     """Remove the data of every instance that is neither named here nor runs: files and pairs. Answered with `Done`.
 
     Hosts before `KEEPS_DATA` do not know it.
+
+    Attributes:
+        namespaces: whose shared buckets stay, beside those of what runs; None for all of them.
     """
 
     id: Count
     instances: Annotated[tuple[str, ...], Meta(max_length=KEPT_MAX)]
+    namespaces: Annotated[tuple[str, ...], Meta(max_length=KEPT_MAX)] | None = None
 
 
 _Change = PutSecrets | Start | Commit | Revert | Stop | Restart | Configure | KeepData

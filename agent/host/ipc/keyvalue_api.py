@@ -9,9 +9,13 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fleet.protocol.bounds import Count
+from fleet.protocol.manifest import OWN_BUCKET, BucketRight
 
-OWN: Final = "default"
+OWN: Final = OWN_BUCKET
 """Bucket that every instance with the grant has to itself; the empty name stands for it, too."""
+
+SHARED: Final = "+"
+"""Begin of a directory with the shared buckets of a namespace; no instance has such a name."""
 
 KEY_MAX_BYTES: Final = 1024
 VALUE_MAX_BYTES: Final = 64 * 1024
@@ -39,6 +43,8 @@ class RegisterUser(msgspec.Struct, frozen=True, kw_only=True):
         fresh: the first worker of a generation: with another schema, it begins with a copy in any case, also where an
             aborted attempt has left one.
         again: an earlier process had the worker.
+        namespace: of its publisher, whose instances share the buckets that are `shared`.
+        buckets: buckets that are granted, beside or as `default`.
     """
 
     instance: str
@@ -49,6 +55,23 @@ class RegisterUser(msgspec.Struct, frozen=True, kw_only=True):
     place: Count
     fresh: bool = False
     again: bool = False
+    namespace: str = ""
+    buckets: dict[str, tuple[BucketRight, ...]] = {}
+
+    @property
+    def place_of_own(self) -> tuple[str, str]:
+        """Directory and name of the database of its own buckets."""
+        return self.instance, str(self.schema)
+
+    def place_of(self, bucket: str) -> tuple[str, str]:
+        """Return the directory and name of the database that has a bucket."""
+        shared = "shared" in self.buckets.get(bucket, ())
+        return (f"{SHARED}{self.namespace}", bucket) if shared else self.place_of_own
+
+    @property
+    def places(self) -> set[tuple[str, str]]:
+        """Databases that it may use."""
+        return {self.place_of_own, *map(self.place_of, self.buckets)}
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -87,6 +110,10 @@ class Reply(msgspec.Struct, frozen=True):
     keys: tuple[bytes, ...] = ()
     more: bool = False
     note: str = ""
+
+
+READS: Final = frozenset({"get", "look", "exists", "list", "skip"})
+"""Operations that write nothing."""
 
 
 class Figures(NamedTuple):

@@ -22,11 +22,20 @@ from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Service
 from fleet.protocol.messages import HealthChecks
 from fleet.protocol.metrics import Metric
+from fleet.protocol.names import BadNameError, TargetName
 
 _CHUNK_BYTES: Final = 1024 * 1024
 _ENTRY_BYTES: Final = 4096
 _UNFINISHED: Final = ".copy"
 """Copy for another schema until it is whole: a power cut must not leave half of it as the new version's data."""
+
+
+def namespace_of(run: host_api.Run) -> str:
+    """Return the namespace of an instance's publisher; empty for a target without one."""
+    try:
+        return TargetName.from_path(run.target).namespace
+    except BadNameError:
+        return ""
 
 
 async def data_directory(run: host_api.Run, uid: int | None, parent: Path, old: "Generation | None") -> str:

@@ -26,11 +26,12 @@ from agent import systemd
 from agent.host.http.ingress_config import IngressError
 from agent.host.ipc import framing, host_api
 from agent.host.ipc.host_api import StartError, plain
+from agent.host.ipc.keyvalue_api import SHARED
 from agent.host.ipc.stats_page import count_of
 from agent.host.sandbox import sandbox
 from agent.host.supervisor import agent_server, worker_pool
 from agent.host.supervisor.agent_server import AgentServer, EventQueue
-from agent.host.supervisor.generation import names_in
+from agent.host.supervisor.generation import names_in, namespace_of, remove_tree
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle
 from agent.host.supervisor.instance import Instance, Swapped
 from agent.host.supervisor.keyvalue_handle import KeyValueHandle
@@ -265,15 +266,20 @@ class Supervisor:
             case host_api.PutSecrets():
                 self._resources.secrets.hold(request, fd)
             case host_api.KeepData():
-                await self._keep_data(frozenset(request.instances))
+                await self._keep_data(request)
             case host_api.Commit() | host_api.Stop() | host_api.Restart() | host_api.Configure():
                 await self._change(request)
         return host_api.Done(id=request.id)
 
-    async def _keep_data(self, kept: frozenset[str]) -> None:
-        """Remove the data of instances that are neither named nor run."""
+    async def _keep_data(self, request: host_api.KeepData) -> None:
+        """Remove the data of instances that are neither named nor run, and buckets that none of them can share."""
         found = {*names_in(self._resources.data), *names_in(self._resources.pairs)}
-        for name in sorted(found - kept):
+        shared = {name for name in found if name.startswith(SHARED)}
+        if request.namespaces is not None:
+            run = {namespace_of(one.current.run) for one in self._instances.values() if one.current is not None}
+            for name in sorted(shared - {f"{SHARED}{each}" for each in {*run, *request.namespaces}}):
+                await remove_tree(self._resources.pairs / name)
+        for name in sorted(found - shared - frozenset(request.instances)):
             async with self._locked(name) as instance:
                 if instance.current is None:
                     sys.stderr.write(f"host: removes the data of {name}, which is no longer to be kept\n")

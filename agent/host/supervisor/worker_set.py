@@ -17,7 +17,7 @@ import msgspec
 from agent.host.ipc import host_api, keyvalue_api, metrics_page, worker_api
 from agent.host.ipc.host_api import StartError
 from agent.host.ipc.write_quota import QuotaLedger
-from agent.host.supervisor.generation import Generation, data_directory
+from agent.host.supervisor.generation import Generation, data_directory, namespace_of
 from agent.host.supervisor.hardware import HardwareError
 from agent.host.supervisor.helpers import EgressHandle, RouterHandle, RouterRefusedError, needs_egress
 from agent.host.supervisor.instance_log import InstanceLog
@@ -35,7 +35,6 @@ from agent.host.supervisor.worker_pool import WorkerPool, WorkerSpec, why_not_sh
 from fleet.component.wasi import METRICS
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import STOP_MAX_MS, Http
-from fleet.protocol.names import BadNameError, TargetName
 
 DRAIN_MS: Final = 10_000
 """Time for a worker that is replaced to end its calls."""
@@ -284,6 +283,8 @@ class WorkerSet:
             daily_written_bytes=run.limits.daily_written_bytes,
             place=place,
             fresh=not generation.had_pairs,
+            namespace=namespace_of(run),
+            buckets=run.grants.stores,
         )
         try:
             ticket = self._keyvalue.admit(about, *self._ledger.fds)
@@ -301,14 +302,10 @@ class WorkerSet:
 
     def _spec(self, generation: Generation) -> WorkerSpec:
         run = generation.run
-        try:
-            namespace = TargetName.from_path(run.target).namespace
-        except BadNameError:
-            namespace = ""
         return WorkerSpec(
             instance=self._name,
             name=f"{self._name}/{run.generation}",
-            namespace=namespace,
+            namespace=namespace_of(run),
             fuel=run.manifest.limits.fuel > 0,
             limits=run.limits,
             image_fd=generation.image_fd,

@@ -247,7 +247,7 @@ class Worker:
         if metrics_fd is not None:
             parts[metrics.NAME] = metrics.Meter(metrics_fd, self._redactor.text)
         if self._pairs is not None:
-            parts[keyvalue.NAME] = keyvalue.KeyValueClient(self._pairs, page.used_pairs)
+            parts[keyvalue.NAME] = keyvalue.KeyValueClient(self._pairs, page.used_pairs, setup.grants.stores)
         devices = setup.grants.devices
         if devices.gpio:
             parts[gpio.NAME] = gpio.Pins(devices.gpio, hardware[: len(devices.gpio)])

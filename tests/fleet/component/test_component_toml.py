@@ -615,6 +615,28 @@ def test_a_directory_that_is_none_is_refused_by_its_field(line, said):
     assert said in str(caught.value)
 
 
+def test_buckets_are_read_and_written_by_name():
+    lines = 'default = ["durable"]\nplant = ["shared", "durable"]\nx = []\n'
+    manifest = component_toml.load(f'name = "a"\ntrigger = "http"\n[grants.buckets]\n{lines}')
+    assert manifest.grants.stores == {"default": ("durable",), "plant": ("durable", "shared"), "x": ()}
+    assert component_toml.load(component_toml.render(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('plant = ["public"]', "grants.buckets.plant: 'public': durable or shared"),
+        ('plant = "shared"', "grants.buckets.plant: expected a list of texts"),
+        ('Plant = ["shared"]', "grants.buckets: bucket 'Plant' is not a name"),
+        ('default = ["shared"]', "the bucket 'default' is each instance's own"),
+    ],
+)
+def test_a_bucket_that_is_none_is_refused_by_its_field(line, said):
+    with pytest.raises(BadManifestError) as caught:
+        component_toml.load(f'name = "a"\ntrigger = "http"\n[grants.buckets]\n{line}\n')
+    assert said in str(caught.value)
+
+
 # Documentation
 
 WRITTEN_AS = {"more_triggers": "triggers"}

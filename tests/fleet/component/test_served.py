@@ -206,3 +206,12 @@ def test_directories_need_a_host_that_has_them_and_an_owner_who_offers_them():
     (note,) = served.notes(made(), wanted.grants)
     assert note == "grants.directories names directories, and the component does not import wasi:filesystem"
     assert served.notes(made("wasi:filesystem/preopens@0.2.0"), wanted.grants) == ()
+
+
+def test_buckets_need_a_host_that_has_them():
+    wanted = manifest(grants=Grants(interfaces=("wasi:keyvalue",), buckets={"plant": ("shared",)}))
+    said = "it has no key-value buckets but default, which is not durable"
+    assert served.uncalled(None, wanted, [each for each in wasi.CALLED if each != wasi.BUCKETS]) == said
+    assert served.uncalled(None, wanted, wasi.CALLED) == ""
+    (note,) = served.notes(made(), wanted.grants)
+    assert note == "grants.buckets names buckets, and the component does not import wasi:keyvalue"

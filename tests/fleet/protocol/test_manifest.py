@@ -212,7 +212,34 @@ def test_directories_are_left_out_where_there_are_none_and_bound_by_a_ceiling_wh
     assert grants.within(Grants(directories={"/other": "maps", "/more": "more"}))
     assert not grants.within(Grants(directories={"/maps": "more"}))
     assert not grants.within(Grants())
-    assert grants.directories_beyond(Grants()) == ("directory maps",)
+    assert grants.named_beyond(Grants()) == ("directory maps",)
+
+
+@pytest.mark.parametrize(
+    "buckets",
+    [
+        {"Plant": []},
+        {"": []},
+        {"../x": []},
+        {"default": ["shared"]},
+        {"plant": ["public"]},
+        {f"b{number}": [] for number in range(9)},
+    ],
+)
+def test_buckets_that_are_none_or_too_many_are_refused(buckets):
+    value = {**Manifest(name="a", version="1.0.0", trigger=Http()).plain()}
+    value["grants"] = {**value["grants"], "buckets": buckets}
+    with pytest.raises(BadManifestError):
+        manifest.convert(value)
+
+
+def test_buckets_are_left_out_where_there_are_none_and_bound_by_name_and_right():
+    plain = Manifest(name="a", version="1.0.0", trigger=Http(), grants=Grants(buckets={})).plain()
+    assert "buckets" not in plain["grants"]
+    grants = Grants(buckets={"plant": ("durable", "shared"), "default": ("durable",)})
+    assert grants.within(grants)
+    assert not grants.within(Grants(buckets={"plant": ("shared",), "default": ("durable",)}))
+    assert grants.named_beyond(Grants()) == ("durable bucket default", "durable and shared bucket plant")
 
 
 def test_topics_are_left_out_where_there_are_none_and_bound_by_a_ceiling():

@@ -1,7 +1,9 @@
 """wasi:keyvalue in sandboxed workers of a real host: granted, denied, hostile; over swaps, rollbacks and crashes."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -252,3 +254,40 @@ def test_damaged_pairs_are_named_in_the_instances_log_and_it_goes_on_with_new_on
     assert pairs.get(b"a") == b"anew"
     (line,) = [line for line in host.lines_of("hurt") if "were damaged" in line]
     assert "begin anew; hurt/0.damaged has the old ones" in line
+
+
+def test_instances_of_one_namespace_share_a_bucket_that_both_declare(host):
+    shared = Grants(interfaces=("wasi:keyvalue",), buckets={"plant": ("shared", "durable")})
+    one = begun(host, "one", grants=shared)
+    two = begun(host, "two", grants=shared)
+    stranger = begun(host, "stranger", grants=shared, namespace="others")
+    silent = begun(host, "silent")
+    assert one.set(b"a", b"both", name=b"plant") is None
+    assert two.get(b"a", name=b"plant") == b"both"
+    assert two.get(b"a") is None
+    assert stranger.get(b"a", name=b"plant") is None
+    assert silent.get(b"a", name=b"plant") == "access-denied"
+    assert any("not granted (grants.buckets)" in line for line in host.lines_of("silent"))
+    again = begun(host, "one", 2, grants=shared)
+    assert again.get(b"a", name=b"plant") == b"both", "a swap keeps it"
+    host.ask(host_api.Revert, instance="one", generation=2)
+    assert two.get(b"a", name=b"plant") == b"both"
+
+
+def test_a_durable_write_outlives_the_store_and_the_bucket_goes_with_the_last_of_its_namespace(host):
+    grants, before = Grants(interfaces=("wasi:keyvalue",), buckets={"ledger": ("durable", "shared")}), forks(host)
+    pairs = begun(host, "books", grants=grants, namespace="bank", limits=Limits(daily_written_bytes=100_000))
+    assert pairs.set(b"a", b"booked", name=b"ledger") is None
+    place = host.state / "keyvalue" / "+bank"
+    with contextlib.closing(sqlite3.connect(place / "ledger.db")) as db, pytest.raises(sqlite3.OperationalError):
+        db.execute("SELECT value FROM pairs")  # the store alone has it open
+    (store,) = forks(host) - before
+    os.kill(store, signal.SIGKILL)
+    assert pairs.get(b"a", name=b"ledger") == b"booked"
+    assert isinstance(host.ask(host_api.KeepData, instances=(), namespaces=()), host_api.Done)
+    assert place.exists(), "an instance that runs shares it"
+    host.ask(host_api.Stop, instance="books")
+    assert isinstance(host.ask(host_api.KeepData, instances=(), namespaces=None), host_api.Done)
+    assert place.exists(), "nobody said of which namespaces"
+    assert isinstance(host.ask(host_api.KeepData, instances=(), namespaces=("main",)), host_api.Done)
+    assert not place.exists()
