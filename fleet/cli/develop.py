@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import click
 import msgspec
@@ -194,7 +194,7 @@ def _tested(
         return _Tester(options, host).run(request, tests)
 
 
-class _Result(msgspec.Struct, frozen=True):
+class _Result(NamedTuple):
     name: str
     problem: str
 

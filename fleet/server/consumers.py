@@ -119,7 +119,7 @@ class ConsumerHandlers:
         )
         with self._store.atomic():
             if not self._store.consumers.granted(now=now.timestamp()):
-                self._store.consumers.set_passed_on(self._store.readings.newest())  # what came before is not sent
+                self._store.consumers.set_passed_on(self._store.readings.newest())  # earlier readings are not sent
             self._store.consumers.add(row)
             self._audit.record(by, "add-consumer", name, f"{wanted.group}: {', '.join(filters)}")
         self._changed()
