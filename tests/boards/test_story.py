@@ -3,6 +3,7 @@
 import re
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import rig
@@ -74,6 +75,20 @@ def test_a_swap_under_requests_loses_none(running: Joined, architecture: str, op
         "an answer takes: usually, at most while an update is fetched, compiled and swapped in",
         f"{usual_ms:.0f} ms, {longest_ms:.0f} ms",
     )
+
+
+def test_ten_instances_answer_soon_after_their_hosts_start(running: Joined, architecture: str) -> None:
+    need_engine(architecture)
+    running.board.put("/var/tmp/ten_instances.py", (Path(__file__).parent / "ten_instances.py").read_bytes())
+    image = "$(ls -t /var/lib/wasmfleet-agent/images/*.cwasm | head -n 1)"
+    command = f"/usr/lib/wasmfleet/agent/bin/python3 ten_instances.py {image}"
+    with budget(f"ten instances {architecture}", 90):
+        said = running.board.ok(f"cd /var/tmp && {command}", timeout_s=300)
+    print(said)
+    found = re.search(r"^all answered ([\d.]+) s$", said, re.MULTILINE)
+    assert found, said
+    figure(architecture, "from a host's start to the answers of ten instances", f"{found[1]} s")
+    assert said.count("worker ") == 10
 
 
 def test_the_boards_own_figures_arrive(running: Joined, architecture: str, operator: OperatorSide) -> None:
