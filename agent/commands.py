@@ -22,7 +22,7 @@ from agent.report.archive_sender import ArchiveSender, note
 from agent.report.device_info import agent_version
 from agent.update.problems import Problems, ReportSink
 from agent.update.state import DeviceContext
-from agent.update.store import Database
+from agent.update.store import Database, StoreError
 from agent.update.trust import DeviceTrust
 from fleet.protocol import bounds, wire
 from fleet.protocol.assignment import CheckIn, Diagnose, FollowLogs, LaterVerb, Restart
@@ -99,6 +99,8 @@ class Commands:
             envelope = await self.inbox.get()
             try:
                 await self.carry_out(envelope)
+            except StoreError as error:
+                log.warning("dropped a message on down/%s: %s", Down.COMMAND, error)
             except Exception:
                 log.exception("dropped a message on down/%s", Down.COMMAND)
             finally:

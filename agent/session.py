@@ -12,7 +12,7 @@ from agent.link.mqtt import Connected, Disconnected, Event, Message
 from agent.report.uplink import Uplink
 from agent.update.receiver import AssignmentArrived, AssignmentReceiver, FreshnessArrived
 from agent.update.state import DeviceContext
-from agent.update.store import Database, Store
+from agent.update.store import Database, Store, StoreError
 from fleet.protocol import wire
 from fleet.protocol.messages import Ack, Hello, Poke, State, Versions
 from fleet.protocol.topics import POKE, BadTopicError, Down, Topic, Up
@@ -222,6 +222,8 @@ class FleetSession:
                 await self._uplink.again(ack.sequence)
             else:
                 await self._uplink.acknowledge(ack.sequence)
+        except StoreError as error:  # the server sends it again
+            log.warning("dropped a message on down/%s: %s", Down.ACK, error)
         except Exception:
             # Messages may be unsigned and retained: one that ended the agent would end it again at each start.
             log.exception("dropped a message on down/%s", Down.ACK)

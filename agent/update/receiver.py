@@ -278,7 +278,10 @@ class AssignmentReceiver:
                 await self._handle(item)
             except Exception as error:
                 # An input that comes once comes at each start: retained by a broker, at the server, or on the disk.
-                log.exception("dropped %s", _NAMES[type(item)])
+                if isinstance(error, StoreError):  # the disk is full, most likely, as is said elsewhere
+                    log.warning("dropped %s: %s", _NAMES[type(item)], error)
+                else:
+                    log.exception("dropped %s", _NAMES[type(item)])
                 if isinstance(item, BundleArrived):  # whoever applied it waits for a verdict
                     verdict = BundleVerdict(code=RejectCode.INTERNAL, message=f"internal error: {type(error).__name__}")
                     with contextlib.suppress(OSError):
@@ -467,8 +470,9 @@ class AssignmentReceiver:
             return None
         except StoreError as error:
             # An assignment that cannot be stored is not accepted: components keep running, and HTTPS is polled again.
-            self._problems.set("assignment", str(error))
-            log.error("%s", error)  # noqa: TRY400 - the message contains the error
+            if str(error) != self._problems.text("assignment"):
+                self._problems.set("assignment", str(error))
+                log.error("%s", error)  # noqa: TRY400 - the message contains the error
             self.refresh_later(random.uniform(*RETRY_S))  # noqa: S311 - jitter, not a secret
             return None
         self._problems.clear("assignment")
