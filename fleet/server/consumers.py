@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,6 +25,7 @@ from starlette.responses import Response
 from fleet import ca
 from fleet.ca import BadRequestError, CertificateAuthority, Pair
 from fleet.protocol import message_topics, names, topics
+from fleet.protocol.files import create_exclusive
 from fleet.protocol.operator_api import Refusal
 from fleet.protocol.trust_api import ConsumerReply, ConsumerRequest, Consumers, ConsumerView
 from fleet.server.api.http import answer, body, param
@@ -51,28 +52,35 @@ _KICK_S: Final = 5.0
 _KICK_LIFE: Final = timedelta(minutes=5)
 
 
-class ConsumerHandlers:
-    """Handlers of `/v1/consumers`.
+class ReadersBroker(NamedTuple):
+    """Broker as consumers meet it.
 
-    Args:
-        served: broker's name, `mosquitto` where it can hold consumers to their topics.
-        changed: called with the user of a consumer that was revoked, or empty once one was added.
+    Attributes:
+        name: `mosquitto` where it can hold consumers to their topics.
+        urls: where clients connect.
+        changed: has it read again who may read what.
+        kick: ends a consumer's connection.
     """
+
+    name: str
+    urls: tuple[str, ...]
+    changed: Callable[[], None]
+    kick: "Kick"
+
+
+class ConsumerHandlers:
+    """Handlers of `/v1/consumers`."""
 
     def __init__(
         self,
         *,
         store: Store,
         ca: CertificateAuthority,
-        broker: str,
-        urls: tuple[str, ...],
-        changed: Callable[[], None],
-        kick: "Kick",
+        broker: ReadersBroker,
         audit: AuditLog,
         clock: Callable[[], datetime],
     ) -> None:
-        self._store, self._ca, self._broker, self._urls = store, ca, broker, urls
-        self._changed, self._kick, self._audit, self._clock = changed, kick, audit, clock
+        self._store, self._ca, self._broker, self._audit, self._clock = store, ca, broker, audit, clock
 
     async def list(self, _request: Request, _by: str) -> Response:
         """GET /v1/consumers."""
@@ -82,11 +90,11 @@ class ConsumerHandlers:
         """POST /v1/consumers."""
         wanted = await body(request, ConsumerRequest)
         name = names.check_label(wanted.name, "consumer")
-        if self._broker != "mosquitto":
+        if self._broker.name != "mosquitto":
             raise Refusal(
                 409,
                 "no-mosquitto",
-                f"the {self._broker} broker cannot hold a consumer to its topics",
+                f"the {self._broker.name} broker cannot hold a consumer to its topics",
                 action="run the server with Mosquitto, or follow GET /v1/messages",
             )
         try:
@@ -119,16 +127,16 @@ class ConsumerHandlers:
         )
         with self._store.atomic():
             if not self._store.consumers.granted(now=now.timestamp()):
-                self._store.consumers.set_passed_on(self._store.readings.newest())  # earlier readings are not sent
+                self._store.consumers.set_passed_on(self._store.readings.newest())  # messages from before are not sent
             self._store.consumers.add(row)
             self._audit.record(by, "add-consumer", name, f"{wanted.group}: {', '.join(filters)}")
-        self._changed()
+        self._broker.changed()
         reply = ConsumerReply(
             name=name,
             user=user,
             group=wanted.group,
             subscriptions=topics.consumer_topics(wanted.group, filters),
-            brokers=self._urls,
+            brokers=self._broker.urls,
             certificate=issued.pem,
             ca=self._ca.pem,
             ends=utc(row.ends_at),
@@ -144,8 +152,8 @@ class ConsumerHandlers:
         with self._store.atomic():
             self._store.consumers.revoke(row.user)
             self._audit.record(by, "revoke-consumer", name)
-        self._changed()
-        await self._kick(row.user)
+        self._broker.changed()
+        await self._broker.kick(row.user)
         return answer(self._views())
 
     def _views(self) -> Consumers:
@@ -190,10 +198,10 @@ class Kick:
     async def _connect(self, user: str) -> None:
         pair, address = self._issue(user, _KICK_LIFE), self._address()
         context = ssl.create_default_context(cafile=str(self._ca))
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(pair.certificate_pem + pair.key_pem)
-            file.flush()
-            context.load_cert_chain(file.name)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "client.pem"
+            create_exclusive(path, (pair.certificate_pem + pair.key_pem).decode(), mode=0o600)
+            context.load_cert_chain(path)
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context)
         try:
             identity = user.encode()

@@ -53,7 +53,7 @@ from fleet.server.broker.broker import Broker, BrokerError, Denied
 from fleet.server.check_ins import CheckIns
 from fleet.server.clock import BEHIND_MAX, ServerClock
 from fleet.server.config import HomeError, ServerConfig, ServerPaths
-from fleet.server.consumers import ConsumerHandlers, Kick, MessageRelay
+from fleet.server.consumers import ConsumerHandlers, Kick, MessageRelay, ReadersBroker
 from fleet.server.device_budget import DeviceBudget, RequestBudget
 from fleet.server.device_keys import DeviceKeys
 from fleet.server.director import LIFE, RENEW_BEFORE, Director
@@ -396,13 +396,15 @@ class Server:
             consumers=ConsumerHandlers(
                 store=store,
                 ca=self._ca,
-                broker=self._broker.name,
-                urls=self._config.mqtt_urls,
-                changed=lambda: self._broker.shut_out(self._denied()),
-                kick=Kick(
-                    issue=lambda user, life: consumers.throwaway(self._ca, user, now=clock(), life=life),
-                    ca=self._home.ca / "ca.pem",
-                    address=lambda: self._broker.address,
+                broker=ReadersBroker(
+                    name=self._broker.name,
+                    urls=self._config.mqtt_urls,
+                    changed=lambda: self._broker.shut_out(self._denied()),
+                    kick=Kick(
+                        issue=lambda user, life: consumers.throwaway(self._ca, user, now=clock(), life=life),
+                        ca=self._home.ca / "ca.pem",
+                        address=lambda: self._broker.address,
+                    ),
                 ),
                 audit=audit,
                 clock=clock,
