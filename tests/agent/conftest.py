@@ -33,7 +33,7 @@ from agent.update.store import Database, Store
 from fleet.demo.environment import free_ports
 from fleet.protocol.assignment import Assignment, Item, SecretRef
 from fleet.protocol.codes import InstanceState, RejectCode
-from fleet.protocol.manifest import Health, Http, Manifest
+from fleet.protocol.manifest import Grants, Health, Http, Manifest
 from fleet.protocol.messages import HealthChecks, InstanceHealth
 from signing import sealing
 from signing.sealing import Purpose
@@ -48,11 +48,12 @@ class PowerCut(BaseException):
     """Simulated power cut."""
 
 
-def manifest(version, *, probation_ms=40, name="web", **more):
+def manifest(version, *, probation_ms=40, name="web", grants=None, **more):
     return Manifest(
         name=name,
         version=version,
         trigger=Http(),
+        grants=grants or Grants(),
         health=Health(probation_ms=probation_ms, min_calls=0, **more),
     )
 
