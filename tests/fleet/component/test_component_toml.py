@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fleet.component import component_toml, reader, served, toml_fields, wasi
 from fleet.component.component_toml import NeedsTomlError, UnservedError
 from fleet.component.reader import Component
+from fleet.protocol.hardware import Hardware
 from fleet.protocol.manifest import (
     BadManifestError,
     ConfigKey,
@@ -640,6 +641,12 @@ def test_a_bucket_that_is_none_is_refused_by_its_field(line, said):
 # Documentation
 
 WRITTEN_AS = {"more_triggers": "triggers"}
+WRITTEN_APART = {"hardware": tuple(field.name for field in msgspec.structs.fields(Hardware))}
+PIECES = {
+    f"{kind}.{field.name}"
+    for kind, struct in component_toml._HARDWARE.items()
+    for field in msgspec.structs.fields(struct)
+}
 DOCS = (Path(__file__).resolve().parents[3] / "docs/component-toml.md").read_text()
 
 
@@ -658,7 +665,10 @@ def test_the_docs_list_every_field_with_its_default():
         if field.name not in {"limits", "health", "grants", "config", "secrets", "data"}:
             documented(WRITTEN_AS.get(field.name, field.name))
     for field in msgspec.structs.fields(Grants):
-        documented(f"grants.{field.name}")
+        for name in WRITTEN_APART.get(field.name, (field.name,)):
+            documented(f"grants.{name}")
+    for name in PIECES:
+        documented(name)
     for field in msgspec.structs.fields(ConfigKey):
         documented(f"config.KEY.{field.name}")
     for field in msgspec.structs.fields(SecretKey):
@@ -672,7 +682,9 @@ def test_the_docs_list_every_field_with_its_default():
 def test_the_docs_list_no_field_that_is_not_there():
     known = {f"trigger.{name}" for name in ("every", "cron", "topics", "full", "type", "args", "stop")}
     known |= {WRITTEN_AS.get(field.name, field.name) for field in msgspec.structs.fields(Manifest)}
-    known |= {f"grants.{field.name}" for field in msgspec.structs.fields(Grants)}
+    for field in msgspec.structs.fields(Grants):
+        known |= {f"grants.{name}" for name in WRITTEN_APART.get(field.name, (field.name,))}
+    known |= PIECES
     known |= {f"config.KEY.{field.name}" for field in msgspec.structs.fields(ConfigKey)}
     known |= {f"secrets.NAME.{field.name}" for field in msgspec.structs.fields(SecretKey)}
     known |= {f"health.metrics.NAME.{name}" for name in GATE_KEYS}
