@@ -28,9 +28,12 @@ class HardwareError(Exception):
 
 @dataclass(slots=True)
 class _Held:
+    """Piece that an instance has; `device`: number of a serial port's, which may have several names."""
+
     instance: str
     piece: Piece
     node: str
+    device: int
     fd: int
 
 
@@ -59,7 +62,8 @@ class HeldHardware:
                 self._close(held)
                 held = None
             if held is None:
-                held = self._held[piece.address] = _Held(instance, piece, node, _open(piece, node))
+                device = self._free_device(piece, node)
+                held = self._held[piece.address] = _Held(instance, piece, node, device, _open(piece, node))
             elif held.instance != instance:
                 raise HardwareError(f"{piece} is held by {held.instance}: stop that first, or grant something else")
             else:
@@ -67,6 +71,27 @@ class HeldHardware:
         except OSError as error:
             raise HardwareError(_why(piece, node, error)) from error
         return held.fd
+
+    def _free_device(self, piece: Piece, node: str) -> int:
+        """Return the number of a serial port's device. Raises `OSError`, or `HardwareError`: another name has it."""
+        if isinstance(piece, GpioLine):
+            return 0
+        device = Path(node).stat().st_rdev  # 0 of a file that is no device
+        other = next((held for held in self._held.values() if device and held.device == device), None)
+        if other is not None:
+            raise HardwareError(f"{piece}: {node} is held by {other.instance} as {other.piece.name}: stop that first")
+        return device
+
+    def put_back(self, instance: str, running: Hardware) -> None:
+        """Make hardware again what the version that runs has it for, after one that did not start."""
+        for piece in running.pieces:
+            held = self._held.get(piece.address)
+            if held is not None and held.instance == instance and held.piece != piece:
+                try:
+                    _hand_on(held, piece)
+                except OSError as error:
+                    sys.stderr.write(f"host: {instance}: cannot set {piece} up again: {error.strerror}\n")
+                    sys.stderr.flush()
 
     def rest(self, instance: str, *kept: Hardware) -> None:
         """Set the outputs of an instance to their safe levels, but for those that are `kept`."""

@@ -281,6 +281,8 @@ class Instance:
         """Give up the hardware of versions that nothing can go back to."""
         kept = [each.run.grants.devices for each in (self.current, self.previous) if each is not None]
         self._resources.hardware.release(self.name, *kept)
+        if self.current is not None:
+            self._resources.hardware.put_back(self.name, self.current.run.grants.devices)
 
     # Figures.
 

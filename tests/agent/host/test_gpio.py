@@ -205,3 +205,28 @@ def test_a_chip_that_the_hosts_service_keeps_closed_is_refused_with_the_command_
         reply = board.start("pins", support.a_run("web", 1, grants=granted(RELAY)))
     assert (type(reply), reply.code) == (host_api.Failed, "start-failed")
     assert "the host may not open /dev/gpiochip0: 'fleet-host check' prints the drop-in" in reply.message
+
+
+def test_a_version_that_does_not_start_leaves_the_lines_of_the_one_that_runs_as_they_were(board, web, chips):
+    port = web(RELAY)
+    assert ask(port, "PUT", "relay") == (200, "active")
+    inverted = GpioLine(name="relay", chip="gpiochip0", line=17, direction="output", active="low")
+    missing = GpioLine(name="x", chip="gpiochip0", line=99)
+    reply = board.start("pins", support.a_run("web", 2, port=port, grants=granted(inverted, DOOR, missing)))
+    assert isinstance(reply, host_api.Failed)
+    assert ask(port, "OPTIONS", "relay") == (200, "active")
+    assert chips.is_high(17)
+    assert ask(port, "DELETE", "relay") == (200, "inactive")
+    assert not chips.is_high(17)
+    chips.await_free(4)
+
+
+def test_lines_go_to_their_safe_levels_before_the_host_ends_in_order(tmp_path):
+    chips = Chips(tmp_path / "chips", gpiochip0=28)
+    host = support.Host(tmp_path, env=chips.env)
+    port = support.free_port()
+    assert isinstance(host.start("pins", support.a_run("web", 1, port=port, grants=granted(RELAY))), host_api.Started)
+    assert ask(port, "PUT", "relay") == (200, "active")
+    assert chips.is_high(17)
+    host.close()
+    assert not chips.is_high(17)

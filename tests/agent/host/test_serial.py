@@ -198,6 +198,30 @@ def test_a_driver_without_rs485_is_named(start, peer):
     assert f"the driver of {peer.node} has no RS-485: leave rs485 out" in reply.message
 
 
+def test_one_device_under_two_names_is_one_port(host, start, peer):
+    start(peer.node, METER)
+    run = support.a_run(
+        "other",
+        1,
+        grants=Grants(
+            interfaces=("wasmfleet:serial",), hardware=Hardware(serial=(SerialPort(name="modem", baud=9600),))
+        ),
+        serial={"modem": peer.node},
+    )
+    reply = host.start("serial", run)
+    assert isinstance(reply, host_api.Failed)
+    assert f"{peer.node} is held by web as meter: stop that first" in reply.message
+
+
+def test_a_worker_without_its_port_waits_for_it_which_is_no_crash(host, start, peer):
+    start(peer.node, METER)
+    (worker,) = lanes_of(host)
+    peer.hang_up()
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: "this device has no" in host.health("web").error, "it says what it waits for")
+    assert (host.health("web").state, host.health("web").restarts) == ("backoff", 1), "the kill alone counts"
+
+
 def test_two_instances_cannot_have_one_port(host, start, peer):
     start(peer.node, METER)
     reply = start(peer.node, METER, instance="other")
