@@ -6,6 +6,7 @@ from agent.host.interfaces import metrics
 from agent.host.ipc import host_api
 from fleet.protocol.manifest import Grants, Limits
 from fleet.protocol.metrics import BOUNDS, SERIES_MAX
+from tests import odd_components
 from tests.agent.host import support
 
 MEASURES = Grants(interfaces=("wasmfleet:metrics",))
@@ -135,3 +136,27 @@ def test_instances_in_one_worker_have_figures_of_their_own(host, web):
         assert ask(port, "seen") == 200
     assert host.health("web").shared_worker == host.health("beside").shared_worker != ""
     assert (figures(host)["seen",].value, figures(host, "beside")["seen",].value) == (1, 2)
+
+
+BORN = """
+  (import "wasmfleet:metrics/metrics@0.1.0" (instance $metrics (export "counter-add"
+    (func (param "name" string) (param "labels" (list (tuple string string))) (param "value" f64)))))
+  (core module $words (memory (export "memory") 1) (data (i32.const 16) "born"))
+  (core instance $words (instantiate $words))
+  (core func $add (canon lower (func $metrics "counter-add") (memory (core memory $words "memory"))))
+  (core module $starts
+    (import "" "add" (func $add (param i32 i32 i32 i32 f64)))
+    (func $start (call $add (i32.const 16) (i32.const 4) (i32.const 32) (i32.const 0) (f64.const 1)))
+    (start $start))
+  (core instance $started (instantiate $starts (with "" (instance (export "add" (func $add))))))
+"""
+
+
+def test_a_guest_of_wasi_http_counts_over_all_its_instances(host):
+    port = support.free_port()
+    reply = host.start(odd_components.server(BORN), support.a_run("web", 1, port=port, grants=MEASURES))
+    assert isinstance(reply, host_api.Started), reply
+    before = figures(host)["born",].value
+    for _ in range(3):
+        support.http(port)
+    assert figures(host)["born",].value >= before + 2
