@@ -14,7 +14,8 @@ BOARDS ?= tests/boards
 EVERYWHERE := not root and not board and not bench and not density and not nightly
 
 # What is skipped, by name, where the toolchains are not.
-GUEST_TESTS := tests/components tests/agent/host/test_wasi_http_languages.py tests/agent/host/test_modbus.py tests/fleet/component/test_compose.py
+GUEST_TESTS := tests/components tests/agent/host/test_wasi_http_languages.py tests/agent/host/test_modbus.py \
+    tests/agent/host/test_preview1.py tests/agent/host/test_sensor_examples.py tests/fleet/component/test_compose.py
 
 .DEFAULT_GOAL := help
 

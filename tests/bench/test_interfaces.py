@@ -110,8 +110,8 @@ def test_a_message_that_is_taken_at_once(host, nothing):
         while not end.is_set():
             number += 1
             host_api.send(taker, host_api.TakeMessages(id=number, session=session, done=done, refused={}, wait_s=1))
-            while getattr(reply := host_api.receive_from_host(taker), "id", None) != number:
-                pass
+            said = iter(lambda: host_api.receive_from_host(taker), None)
+            reply = next(each for each in said if getattr(each, "id", None) == number)
             session, done = reply.session, reply.messages[-1].number if reply.messages else 0
         taker.close()
 

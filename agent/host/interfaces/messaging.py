@@ -271,7 +271,7 @@ impl exports::wasi::messaging::incoming_handler::Guest for Alarm {
 }""",
     python="""\
 from wit_world.imports import producer
-from wit_world.imports.wasi_messaging_types import Client, Message
+from wit_world.imports.types import Client, Message
 
 producer.send(Client.connect(""), "plant/boiler/temperature", Message(b"21.5"))
 

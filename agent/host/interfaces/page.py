@@ -30,6 +30,11 @@ counted. Anything else is refused by `fleet push`. Where an import needs a grant
 away.
 A denied call counts as a denial in the instance's health, and the first one of each function is named in its log.
 
+Examples are for `wit-bindgen` in Rust and `componentize-py` in Python. In Python a module of `wit_world.imports` has
+the name of an interface, and the name of its package before that where two have the same: `wasi_keyvalue_store` beside
+`wasi_config_store`. A whole program in both languages is in
+[components/examples/sensor](../components/examples/sensor/README.md).
+
 Made by `python -m agent.host.interfaces.page` from the modules in `agent/host/interfaces`.
 
 """
