@@ -13,6 +13,7 @@ from operator_side import HELLO, OperatorSide, swap_gap
 from stages import budget, figure
 
 from deploy.riscv64 import build as riscv64
+from tests.boards import interfaces
 
 
 @pytest.fixture(scope="session", params=stages.ON_BOTH)
@@ -162,3 +163,20 @@ def test_the_plug_is_pulled_and_the_same_version_answers(running: Joined, operat
         running.answers(before)
     operator.online(running.device)
     running.store_is_whole()
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("arm64", marks=pytest.mark.nightly)], indirect=True)
+def test_each_interface_is_used_once(running: Joined, operator: OperatorSide, tmp_path: Path) -> None:
+    board = running.board
+    with budget("key-value pairs, messages, sockets, a command and its files", 400):
+        for name, guest in interfaces.guests().items():
+            operator.pushed(interfaces.saved(name, guest, tmp_path), group=running.group, instance=name)
+        board.put("/run/asks.py", interfaces.ASKS.encode())
+        said = board.ok(f"python3 /run/asks.py {interfaces.PORT}", timeout_s=180)
+        assert said.splitlines() == interfaces.SAID
+        operator.until("the message arrives", lambda: "plant/boiler" in operator.fleet("messages") or None)
+        kept = board.ok(f"find /var/lib -name {interfaces.KEPT}").split()
+        assert len(kept) == 1, kept
+        assert board.ok(f"head -c 8 {kept[0]}") == "lineline"
+        for name in interfaces.guests():  # the figures of what follows on this board are without them
+            operator.fleet("remove", name, "--group", running.group, "--detach")
