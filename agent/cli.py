@@ -366,7 +366,7 @@ def _run(options: argparse.Namespace) -> int:
 
     leave_first_process()
     places, settings = _places(options), options.settings
-    read_only = is_read_only(places.state)  # what runs goes on, and nothing is recorded
+    read_only = is_read_only(places.state)  # instances go on, and nothing is recorded
     who = _identity(places, reads=read_only)
     if identity.is_copied_disk(who):
         raise UsageError(
