@@ -446,7 +446,7 @@ class StoreHealer:
             self._problems.set("store", self._db.store.replaced)
         else:
             self._problems.clear("store")
-        self._receiver.refresh()  # messages that came meanwhile could not be accepted
+        self._receiver.refresh()  # nothing that came meanwhile could be accepted
         self._sink.changed()
 
 

@@ -190,7 +190,7 @@ def _own_directory(path: Path, what: str, mode: int) -> None:
             f"cannot use {path} as the {what} directory: {error.strerror}; give another with --{what}"
         ) from error
     if what == "state" and is_read_only(path):
-        # instances run again: nothing of a start needs a write
+        # instances start again: nothing of a start needs a write
         sys.stderr.write(f"host: {path} is on a read-only file system: nothing is kept over a restart\n")
         return
     if owner == os.geteuid() and not os.access(path, os.W_OK | os.X_OK):

@@ -37,6 +37,12 @@ BESIDE = {
     "agent/host/sandbox/kernel.py": ({"os.open"}, "the kernel's"),
     "agent/host/sandbox/sandbox.py": ({"os.open"}, "the kernel's, and directories"),
     "agent/host/supervisor/pinned_modules.py": ({"os.open"}, "the program itself"),
+    "agent/host/dev.py": ({"open"}, "memory"),
+    "agent/host/engine/image_file.py": ({"os.open"}, "an image in memory"),
+    "agent/host/hardware_check.py": ({".read_text"}, "a file, as was looked at before"),
+    "agent/host/ipc/serial_abi.py": ({"os.open"}, "a device node, without waiting"),
+    "agent/host/supervisor/hardware.py": ({"os.open"}, "device nodes, which no pipe replaces but by root"),
+    "agent/report/metrics.py": ({"os.open"}, "directories"),
     "signing/updater.py": ({".open", ".read_bytes"}, "state of a client that is no device"),
     "agent/host/supervisor/resources.py": ({".read_text", "os.open"}, "the kernel's, and /dev/null"),
 }
