@@ -19,7 +19,7 @@ import sqlite3
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -41,6 +41,9 @@ What it writes beyond that is counted when it has.
 
 _CURSORS_MAX: Final = 64
 """Pages by number whose next key is remembered, for each database."""
+
+_UNDONE: Final = "the store failed, and this may be undone: the device's log says why"
+"""Reply to a write of a durable bucket that no commit has brought onto the disk."""
 
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
@@ -301,6 +304,15 @@ class _Instance:
         self.counted = 0  # bytes that were counted for it
 
 
+class _Waiting(NamedTuple):
+    """Reply that waits for a commit of a database."""
+
+    key: tuple[str, str]
+    found: _Instance
+    user: _User
+    reply: Reply
+
+
 class Store:
     """Key-value store: the supervisor's socket, a socket for each worker, the databases below one directory."""
 
@@ -312,7 +324,7 @@ class Store:
         self._poll = select.epoll()
         self._users: dict[int, _User] = {}
         self._open: dict[tuple[str, str], _Instance] = {}
-        self._waiting: list[tuple[tuple[str, str], _User, Reply]] = []  # for a commit
+        self._waiting: list[_Waiting] = []
         self._unopened: set[tuple[str, str]] = set()  # of which the log says that they cannot be opened
 
     def run(self) -> None:
@@ -334,17 +346,15 @@ class Store:
     def _answer_waiting(self) -> None:
         """Commit what durable buckets got, of each database at once, and answer who waits for that."""
         waiting, self._waiting = self._waiting, []
-        problems: dict[tuple[str, str], str] = {}
-        for key in dict.fromkeys(key for key, _, _ in waiting):
-            try:
-                if key in self._open:
-                    self._commit(self._open[key])
-            except sqlite3.Error as error:
-                problems[key] = f"the store failed, and this may be undone: {error}"
-                self._failed(key, "cannot commit", error)
-        for key, user, reply in waiting:
-            said = problems.get(key, "")
-            self._reply(user.sock, msgspec.structs.replace(reply, problem=said) if said else reply)
+        done: dict[int, bool] = {}
+        for each in waiting:
+            # One that is open no more was damaged and set aside meanwhile, or its last user has ended.
+            is_open = self._open.get(each.key) is each.found
+            if id(each.found) not in done:
+                done[id(each.found)] = is_open and self._commit_or_report(each.key, each.found)
+            well = done[id(each.found)]
+            reply = each.reply if well else msgspec.structs.replace(each.reply, problem=_UNDONE)
+            self._reply(each.user.sock, reply)
 
     def close(self) -> None:
         """Commit everything and close."""
@@ -376,12 +386,17 @@ class Store:
     def _commit_due(self) -> None:
         now_s = time.monotonic()
         for key, each in list(self._open.items()):
-            if each.pairs.dirty and each.due_s <= now_s:
-                try:
-                    self._commit(each)
-                except sqlite3.Error as error:
-                    each.due_s = now_s + _RARELY_S
-                    self._failed(key, "cannot commit", error)
+            if each.pairs.dirty and each.due_s <= now_s and not self._commit_or_report(key, each):
+                each.due_s = now_s + _RARELY_S
+
+    def _commit_or_report(self, key: tuple[str, str], found: _Instance) -> bool:
+        """Commit what was written; return whether that went well."""
+        try:
+            self._commit(found)
+        except sqlite3.Error as error:
+            self._failed(key, "cannot commit", error)
+            return False
+        return True
 
     def _failed(self, key: tuple[str, str], what: str, error: BaseException) -> None:
         """Report an error of a database; one that is damaged is set aside, and another begun."""
@@ -458,8 +473,8 @@ class Store:
             if not others:
                 found.writer = user
                 self._commit(self._open.pop(key), close=True)
-            elif found.writer is user:
-                found.writer = others[0]
+            elif found.writer is user:  # counted as its own, while it has a page
+                self._commit_or_report(key, found)
         user.close()
 
     def _put_out(self, about: RegisterUser) -> None:
@@ -489,7 +504,7 @@ class Store:
             reply, found.pairs.note = msgspec.structs.replace(reply, note=found.pairs.note), ""
         is_write = request.op not in keyvalue_api.READS
         if is_write and not reply.problem and "durable" in user.about.buckets.get(request.bucket, ()):
-            self._waiting.append((key, user, reply))
+            self._waiting.append(_Waiting(key, self._open[key], user, reply))
         else:
             self._reply(user.sock, reply)
 

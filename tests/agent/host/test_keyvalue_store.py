@@ -1,6 +1,8 @@
 """The key-value store's own process, asked by a guest that has taken over its worker, and by a disk that fails."""
 
+import os
 import resource
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -311,6 +313,7 @@ def test_an_escaped_guest_that_has_files_too_resets_no_count(store):
     assert "no more until 00:00 UTC" in worker.ask("set", b"b", b"").problem
 
 
+UNDONE = "the store failed, and this may be undone: the device's log says why"
 DURABLE = {"default": ("durable",)}
 
 
@@ -397,3 +400,41 @@ def test_an_escaped_guest_reaches_no_bucket_that_is_not_granted(store, tmp_path,
     escaped = store.admit("escaped", namespace="acme", buckets={"mine": ("shared",)})
     assert escaped.ask("get", b"a", bucket=bucket).problem == "there is no such bucket"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["+acme", "escaped", "one"]
+
+
+@pytest.mark.parametrize("first_writes", [True, False])
+def test_a_durable_write_is_not_called_done_where_its_database_is_set_aside_before_the_commit(
+    store, tmp_path, first_writes
+):
+    first = store.admit("hurt")
+    many(first, 500, 1000)
+    first.sock.close()
+    assert store.admit("other").ask("get", b"a").problem == ""
+    admitted = [store.admit("hurt", buckets=DURABLE) for _ in range(2)]
+    assert [each.ask("exists", b"none").problem for each in admitted] == ["", ""]
+    writes, reads = admitted if first_writes else reversed(admitted)
+    os.kill(store.process.pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(store.process.pid, os.WUNTRACED)[1]), "so that it finds both requests at once"
+    damage(tmp_path / "hurt" / "0.db", 4096 * 20, 4096 * 30)
+    writes.sock.send(keyvalue_api.encode(Request(7, "set", OWN, b"zzz", b"lost")))
+    reads.sock.send(keyvalue_api.encode(Request(8, "get", OWN, b"%06d" % 100)))
+    os.kill(store.process.pid, signal.SIGCONT)
+    met = keyvalue_api.reply.decode(reads.sock.recv(framing.PACKET_MAX_BYTES))
+    said = keyvalue_api.reply.decode(writes.sock.recv(framing.PACKET_MAX_BYTES))
+    assert "malformed" in met.problem
+    # Whichever came first: the write before went with the old database, one behind is in the new.
+    kept = reads.ask("get", b"zzz").value
+    assert (said.problem, kept) in [(UNDONE, None), ("", b"lost")]
+    assert writes.ask("set", b"zzz", b"anew").problem == ""
+    assert reads.ask("get", b"zzz").value == b"anew"
+
+
+def test_what_a_worker_wrote_to_a_shared_bucket_counts_as_its_own_also_when_it_ends_first(store):
+    writes, other = (store.admit(name, namespace="acme", buckets=PLANT) for name in ("writes", "other"))
+    assert other.ask("get", b"a", bucket="plant").problem == ""
+    for number in range(40):
+        assert writes.ask("set", b"%d" % number, b"x" * 4000, bucket="plant").problem == ""
+    writes.sock.close()
+    assert other.ask("get", b"1", bucket="plant").value == b"x" * 4000
+    assert store.bytes_today("other") == 0
+    assert store.bytes_today("writes") > 40 * 4000
