@@ -14,6 +14,7 @@ from fleet.protocol.hardware import SerialPort
 
 _FLUSH: Final = 0x540B  # TCFLSH
 _EXCLUSIVE: Final = 0x540C  # TIOCEXCL
+_SHARED: Final = 0x540D  # TIOCNXCL
 _SET_RS485: Final = 0x542F  # TIOCSRS485
 _RS485: Final = struct.Struct("=III20x")  # flags, delays before and after sending
 _RS485_ON: Final = 0b11  # enabled, RTS while sending
@@ -55,6 +56,11 @@ def set_up(fd: int, port: SerialPort) -> None:
     fcntl.ioctl(fd, _EXCLUSIVE)
     if port.rs485:
         fcntl.ioctl(fd, _SET_RS485, _RS485.pack(_RS485_ON, 0, 0))
+
+
+def share(fd: int) -> None:
+    """Let other programs open the port again, which they could not while any descriptor is open. Raises `OSError`."""
+    fcntl.ioctl(fd, _SHARED)
 
 
 def discard(fd: int) -> None:

@@ -6,6 +6,7 @@ have it. A serial port stays open, so that its control lines do not move. Both a
 a version that had them.
 """
 
+import contextlib
 import errno
 import os
 import select
@@ -111,6 +112,9 @@ class HeldHardware:
 
     def _close(self, held: _Held) -> None:
         del self._held[held.piece.address]
+        if isinstance(held.piece, SerialPort):
+            with contextlib.suppress(OSError):  # of a port that hung up
+                serial_abi.share(held.fd)
         os.close(held.fd)
 
     def _others(self, instance: str, *kept: Hardware) -> list[_Held]:

@@ -1,8 +1,10 @@
 """wasmfleet:serial over the real host and its sandboxed workers: a pseudo-terminal has the other end of each port."""
 
+import fcntl
 import os
 import select
 import signal
+import struct
 import termios
 import threading
 import tty
@@ -49,6 +51,10 @@ class Peer:
         thread = threading.Thread(target=lambda: (self.read(size), self.write(said)))
         thread.start()
         return thread
+
+    def is_exclusive(self):
+        """Whether no other program may open it."""
+        return struct.unpack("=i", fcntl.ioctl(self._port, 0x80045440, bytes(4))) != (0,)  # TIOCGEXCL
 
     def hang_up(self):
         """Pull it out."""
@@ -226,5 +232,7 @@ def test_two_instances_cannot_have_one_port(host, start, peer):
     start(peer.node, METER)
     reply = start(peer.node, METER, instance="other")
     assert "serial port meter at 19200 8N2 is held by web: stop that first" in reply.message
+    assert peer.is_exclusive()
     host.ask(host_api.Stop, instance="web")
+    assert not peer.is_exclusive(), "other programs may open it again, also where one has it open"
     assert isinstance(start(peer.node, METER, instance="other"), int)
