@@ -477,7 +477,7 @@ class Channel:
         self._return()
         if not outcome:
             return None
-        knows = self._is_prompt or behind is answered  # the answered one has failed, for certain
+        knows = self._is_prompt or behind is answered  # the answered one has failed
         if not knows and (answered.number == returned or (behind and not behind.can_be_sent_again)):
             return behind
         if knows or not self._calls.reuses or self._asked == answered.number:

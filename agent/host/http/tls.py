@@ -269,7 +269,7 @@ class _Side(asyncio.Protocol):
             self.other.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        return False  # closed once what was written is sent
+        return False  # closes, once what was written is sent
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc

@@ -97,7 +97,7 @@ class SlotResponse:
         self.has_ended = False
         """True once the guest has finished its answer, of which there may still be something to send."""
         self.failure: tuple[CallOutcome, str] | None = None
-        """End of the guest after its answer, and why."""
+        """Reason for the end of the guest after its answer."""
         self._said: bytes | None = None
         self._stream = stream
         self._frames = bytearray()
