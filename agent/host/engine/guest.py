@@ -327,7 +327,7 @@ class Guest:
         try:
             result = self._receive(self._store, message)
         except WasmtimeError as error:
-            raise guest_error(str(error), self._limits) from error
+            raise self._error(error) from error
         if result is None:
             return None
         tag, payload = getattr(result, "tag", result), getattr(result, "payload", None)
