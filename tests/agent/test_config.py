@@ -239,6 +239,12 @@ def test_the_owner_bounds_topics():
     assert policy.denied(Grants(publish=("plant/+/t",)), None) == ()
     assert policy.denied(Grants(publish=("plant/a", "other")), None) == ("messages on other",)
     assert Policy().denied(Grants(publish=("other",)), None) == ()
+    assert policy.denied(Grants(publish_local=("plant/a", "x/#")), None) == ("messages within the device on x/#",)
+    policy = Policy(subscribe=("plant/#",))
+    assert policy.denied(Grants(subscribe=("plant/a", "#"), publish=("x",), publish_local=("x",)), None) == (
+        "receiving messages on #",
+    )
+    assert Policy(subscribe=()).denied(Grants(subscribe=("a",)), None) == ("receiving messages on a",)
     with pytest.raises(config.ConfigError, match=r"policy\.publish"):
         config.validate({"policy": {"publish": ["a/#/b"]}})
 

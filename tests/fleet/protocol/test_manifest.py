@@ -248,4 +248,20 @@ def test_topics_are_left_out_where_there_are_none_and_bound_by_a_ceiling():
     grants = Grants(publish=("plant/+/t",))
     assert grants.within(Grants(publish=("plant/#",)))
     assert not grants.within(Grants(publish=("plant/a/t",)))
+    local, receives = Grants(publish_local=("plant/a",)), Grants(subscribe=("plant/a",))
+    assert local.within(Grants(publish=("plant/#",))), "who may tell the operator may tell the device"
+    assert not grants.within(Grants(publish_local=("plant/#",)))
+    assert not receives.within(Grants(publish=("plant/#",), publish_local=("plant/#",)))
+    assert receives.within(Grants(subscribe=("+/a",)))
+    assert Grants(publish=("a", "b"), subscribe=("a",)).messages_within(Grants(publish=("b",))) == {
+        "publish": ("b",),
+        "publish_local": (),
+        "subscribe": (),
+    }
+    for name in ("publish_local", "subscribe"):
+        assert name not in msgspec.to_builtins(Grants(**{name: ()}))
+        with pytest.raises(ValueError, match="last level"):
+            Grants(**{name: ("a/#/b",)})
+        with pytest.raises(ValueError, match=f"{name} has more than 16 filters"):
+            Grants(**{name: tuple(map(str, range(17)))})
     assert not grants.within(Grants())
