@@ -139,7 +139,7 @@ def attach(prepared: Prepared, *, sbom: Path | None, provenance: Path | None) ->
         sbom=None if sbom is None else (sbom.name, files[sbom]),
         provenance=None if provenance is None else (provenance.name, files[provenance]),
         sha256=prepared.sha256,
-        component=prepared.file.name,
+        component=prepared.file.name + (" as 'fleet component compose' writes it" if prepared.adapted else ""),
     )
     return replace(prepared, attached=found)
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import lzma
 import shutil
 from pathlib import Path
 
 import pytest
 
 from fleet.cli import output
+from fleet.component import preview1
 from fleet.protocol import operator_api
 from fleet.protocol.codes import InstanceState
 from fleet.protocol.messages import InstanceHealth
@@ -217,3 +219,15 @@ def test_a_withdrawn_release_that_still_runs_counts(fleet, desk, component, bill
     desk.routes["GET", "/v1/withdrawal"] = operator_api.WithdrawalView(target=told)
     assert fleet("withdraw", "hello@1.0.0", "--yes").exit_code == 0
     assert fleet("affected", "serde").exit_code == 1
+
+
+def test_evidence_of_a_command_is_about_the_component_that_compose_writes(tmp_path, fleet, desk):
+    module = lzma.decompress((DEMO.with_name("preview1") / "probe1.wasm.xz").read_bytes())
+    (job := tmp_path / "job.wasm").write_bytes(module)
+    evidence = write(tmp_path / "job.intoto.json", statement(module))
+    refused = fleet("publish", job, "--version", "1.0.0", "--provenance", evidence)
+    assert refused.exit_code != 0
+    assert "job.wasm as 'fleet component compose' writes it is sha256" in " ".join(refused.output.split())
+    write(evidence, statement(preview1.adapted(module)))
+    done = fleet("publish", job, "--version", "1.0.0", "--provenance", evidence)
+    assert done.exit_code == 0, done.output
