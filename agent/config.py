@@ -209,11 +209,17 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     Attributes:
         budget_bytes: for artifacts and images together; those of running components are never evicted.
+        data_bytes: for data packages together; those in use are never removed.
         reserve_bytes: to keep free on the file system.
     """
 
     budget_bytes: int = 512 * bounds.MIB
+    data_bytes: int = 1024 * bounds.MIB
     reserve_bytes: int = 16 * bounds.MIB
+
+
+_PACKAGED_STATE: Final = Path("/var/lib/wasmfleet-agent")
+_PACKAGED_DATA: Final = Path("/var/lib/wasmfleet-packages")
 
 
 class ReadingsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -305,6 +311,7 @@ def validate(merged: Mapping[str, Any]) -> Settings:
         "network.download_s": settings.network.download_s,
         "network.keepalive_s": settings.network.keepalive_s,
         "disk.budget_bytes": settings.disk.budget_bytes,
+        "disk.data_bytes": settings.disk.data_bytes,
         **{f"policy.{name}": getattr(settings.policy, name) for name in CAPPED if name not in _MAY_BE_NONE},
         "policy.compile_memory_bytes": settings.policy.compile_memory_bytes,
         "policy.compile_s": settings.policy.compile_s,
@@ -466,6 +473,14 @@ def load(file: Path, *, required: bool = False) -> Settings:
         raise ConfigError(f"{file}: {merged}") from None
 
 
+def packages_of(state: Path) -> Path:
+    """Return the directory of data packages for a state directory.
+
+    The packaged host cannot see the agent's own directory, so that they stand beside it.
+    """
+    return _PACKAGED_DATA if state == _PACKAGED_STATE else state / "packages"
+
+
 @dataclass(frozen=True, slots=True)
 class Paths:
     """Paths of the agent's files.
@@ -512,6 +527,11 @@ class Paths:
     def images(self) -> Path:
         """Directory of components compiled for this device."""
         return self.state / "images"
+
+    @property
+    def packages(self) -> Path:
+        """Directory of data packages."""
+        return packages_of(self.state)
 
     @property
     def secrets(self) -> Path:

@@ -34,7 +34,7 @@ from cryptography.x509.oid import NameOID
 
 from agent import disk
 from agent.clock import ReferenceClock
-from agent.config import Paths
+from agent.config import Paths, packages_of
 from agent.disk import Write
 from agent.identity.identity import Identity
 from agent.link import dialer, https
@@ -305,6 +305,8 @@ def discard_state(state: Path) -> None:
         disk.remove(Write.STATE_DROPPED, state / name, missing_ok=True)
     for name in ("trust", "images", "artifacts", "bundle", "secrets", "readings"):
         disk.remove_tree(Write.STATE_DROPPED, state / name)
+    for path in packages_of(state).glob("*"):
+        disk.remove(Write.STATE_DROPPED, path, missing_ok=True)
 
 
 def renewal_request(identity: Path, device: str) -> str:

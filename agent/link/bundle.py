@@ -249,12 +249,22 @@ class BundleSource:
             part = into.with_name(into.name + ".part")
             try:
                 disk.make_directory(Write.DIRECTORY, into.parent, mode=0o700)
-                disk.move(Write.BUNDLE_ARTIFACT, kept, part)
+                _move(kept, part)
                 finish(part, into, length, sha256)
             except OSError as error:
                 raise FetchError(RejectCode.INTERNAL, f"cannot write {into}: {error.strerror}") from error
             return
         self._https.download(path, into, length=length, sha256=sha256, progress=progress, cancelled=cancelled)
+
+
+def _move(kept: Path, part: Path) -> None:
+    """Move a file of the bundle; copy it where data packages are kept on another file system. Raises `OSError`."""
+    try:
+        disk.move(Write.BUNDLE_ARTIFACT, kept, part)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(kept, part)
 
 
 def listen(path: Path) -> int:

@@ -229,6 +229,7 @@ class Uplink:
             host_runs_as=welcome.runs_as if welcome is not None else "",
             problems=tuple(problems),
             readings=None if self._readings is None else self._readings.health(),
+            data={name: each.item.target for name, each in self._state.committed.items() if each.manifest.is_data},
         )
 
     def _note_queues(self, figures: tuple[InstanceHealth, ...]) -> None:

@@ -26,11 +26,11 @@ from agent.host.ipc import host_api
 from agent.link.bundle import BundleSource
 from agent.link.host_client import HostClient, HostGoneError, HostRefusedError
 from agent.link.https import CancelledError, FetchError
-from agent.update import images
+from agent.update import images, packages
 from agent.update.images import ImageError, ImageStore
 from agent.update.machine import Effect, Event, retry_delay_s
 from agent.update.probation import Judgement, ProbationSample, Terms, Verdict, confirm, judge
-from agent.update.restore import run_of, start
+from agent.update.restore import run_of, start, with_data
 from agent.update.secrets import SecretStore
 from agent.update.state import DONE, Change, Committed, DeploymentState, EffectResult, fault, lost, refused
 from agent.update.store import Run
@@ -42,11 +42,15 @@ from fleet.protocol.codes import RETRYABLE, InstanceState, RejectCode
 from fleet.protocol.manifest import Manifest, MetricGate, Service
 from fleet.protocol.messages import InstanceHealth
 from signing.errors import Rejected
+from signing.policy import Resolved
 
 log = logging.getLogger("agent.update.effects")
 
 WATCH_S: Final = 1.0
 PROGRESS_BYTES: Final = 1 << 20
+_NOTHING_FOR_DATA: Final = frozenset({Effect.COMPILE, Effect.SWAP, Effect.COMMIT, Effect.REVERT})
+"""Effects on what runs: data starts nothing, and instances that read it are swapped by changes of their own."""
+
 _OF_THIS_DISK: Final = frozenset({RejectCode.NOT_FOUND, RejectCode.HASH_MISMATCH, RejectCode.IMAGE_DAMAGED})
 """Codes of the image store for files that this device lost or damaged after their check: no verdict on them."""
 
@@ -94,6 +98,7 @@ class EffectContext:
         committed: committed item of the instance; None for none.
         renew: gives the committed item a generation under which it may be started beside a newer one.
         after_fault: the effect failed by a bug before, so that it waits as a delayed download does.
+        in_use: sha256 of the data packages that stay.
     """
 
     progress: Callable[[int], None]
@@ -101,6 +106,7 @@ class EffectContext:
     committed: Committed | None = None
     renew: Callable[[Committed], Awaitable[Committed]]
     after_fault: bool = False
+    in_use: frozenset[str] = frozenset()
 
 
 class EffectRunner:
@@ -157,8 +163,8 @@ class EffectRunner:
         if context.after_fault and effect is not Effect.RETRY:
             await self._back_off(change)
         carry_out: dict[Effect, Callable[[], Awaitable[EffectResult]]] = {
-            Effect.FETCH: lambda: self.fetch(change, context.progress),
-            Effect.RETRY: lambda: self.retry(change, context.progress),
+            Effect.FETCH: lambda: self.fetch(change, context),
+            Effect.RETRY: lambda: self.retry(change, context),
             Effect.VERIFY: lambda: self.verify(change),
             Effect.COMPILE: lambda: self.compile(change),
             Effect.SWAP: lambda: self.swap(change, context.together),
@@ -168,11 +174,11 @@ class EffectRunner:
             Effect.REVERT: lambda: self.revert(change, context.committed, context.renew),
         }
         disk.reached(effect, Point.BEFORE, self._places.state, b"")
-        result = await carry_out[effect]()
+        result = DONE if change.is_data and effect in _NOTHING_FOR_DATA else await carry_out[effect]()
         disk.reached(effect, Point.AFTER, self._places.state, b"")
         return result
 
-    async def fetch(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
+    async def fetch(self, change: Change, context: EffectContext) -> EffectResult:
         """Find the target in the signed metadata, verify it, and download its artifact unless it is on disk."""
         assert change.item is not None
         item = change.item
@@ -183,10 +189,20 @@ class EffectRunner:
         denied = self._settings.policy.denied(resolved.grants, item.port)
         if denied:
             return refused(RejectCode.GRANT_DENIED, f"this device's own policy does not allow {', '.join(denied)}")
+        before = None if context.committed is None else context.committed.manifest
+        if wrong := packages.same_kind(item, resolved.manifest, before):
+            return refused(RejectCode.TARGET_MISMATCH, wrong)
+        if resolved.manifest.is_data:
+            return await self._fetch_data(item, resolved, context)
+        return await self._fetch_component(item, resolved, context)
+
+    async def _fetch_component(self, item: Item, resolved: Resolved, context: EffectContext) -> EffectResult:
         into = self._artifact(item.sha256)
         if not await asyncio.to_thread(_sound, into, item.length, item.sha256):
             try:
-                await self._download(f"/v1/artifacts/{item.sha256}", into, resolved.length, item.sha256, progress)
+                await self._download(
+                    f"/v1/artifacts/{item.sha256}", into, resolved.length, item.sha256, context.progress
+                )
             except FetchError as error:
                 return _delayed(error.code, error.message)
         try:
@@ -195,6 +211,29 @@ class EffectRunner:
             return _delayed(error.code, error.message)
         except OSError as error:
             return _delayed(RejectCode.NO_SPACE, f"a sealed secret cannot be written: {error.strerror}")
+        return EffectResult(event=Event.DONE, manifest=resolved.manifest)
+
+    async def _fetch_data(self, item: Item, resolved: Resolved, context: EffectContext) -> EffectResult:
+        """Download a data package, unless it is there, within the quota of all together."""
+        directory = self._places.packages
+        into = packages.file_of(directory, item.target, item.sha256)
+        if await asyncio.to_thread(packages.is_sound, into, item.length, item.sha256):
+            return EffectResult(event=Event.DONE, manifest=resolved.manifest)
+        most = self._settings.disk.data_bytes
+        missing = await asyncio.to_thread(
+            packages.make_room, directory, set(context.in_use), most_bytes=most, need_bytes=item.length
+        )
+        if missing:
+            why = (
+                f"{item.target} has {item.length} bytes, {missing} more than are left of the {most} bytes that this "
+                "device keeps of data packages (disk.data_bytes)"
+            )
+            return _delayed(RejectCode.NO_SPACE, why)
+        try:
+            path = f"/v1/artifacts/{item.sha256}"
+            await self._download(path, into, resolved.length, item.sha256, context.progress)
+        except FetchError as error:
+            return _delayed(error.code, error.message)
         return EffectResult(event=Event.DONE, manifest=resolved.manifest)
 
     async def _download(self, path: str, into: Path, length: int, sha256: str, progress: Callable[[int], None]) -> None:
@@ -220,17 +259,21 @@ class EffectRunner:
             cancelled.set()
             raise
 
-    async def retry(self, change: Change, progress: Callable[[int], None]) -> EffectResult:
+    async def retry(self, change: Change, context: EffectContext) -> EffectResult:
         """Wait with jitter and fetch again."""
         await self._back_off(change)
-        return await self.fetch(change, progress)
+        return await self.fetch(change, context)
 
     async def _back_off(self, change: Change) -> None:
         await asyncio.sleep(retry_delay_s(change.state) * (0.1 + 0.9 * self._jitter()))
 
     async def verify(self, change: Change) -> EffectResult:
-        """Hash the artifact on the disk, and read it as a component."""
+        """Hash the artifact on the disk, and read it as a component unless it is data."""
         assert change.item is not None
+        if change.is_data:
+            path = packages.file_of(self._places.packages, change.item.target, change.item.sha256)
+            sound = await asyncio.to_thread(packages.is_sound, path, change.item.length, change.item.sha256)
+            return DONE if sound else fault("the data package was changed on this device's disk, and is removed")
         path = self._artifact(change.item.sha256)
         try:
             # In a thread: hashing and reading 64 MiB of somebody's bytes would hold up every other instance.
@@ -289,6 +332,7 @@ class EffectRunner:
             await self._check_host_engine(manifest)
             run = run_of(item, manifest, change.generation, self._settings.policy)
             artifacts = self._places.artifacts
+            run = await with_data(self._host, run, artifacts, change.data)
             await start(self._host, item, run, self._images, artifacts, self._sealed, together, probation=True)
         except (ImageError, Rejected) as error:
             if error.code is RejectCode.INTERRUPTED:
@@ -468,10 +512,11 @@ class EffectRunner:
                 running = await self._running(change.instance)
             if running is None or running.generation == change.generation:
                 before = await renew(before)
+                run = run_of(before.item, before.manifest, before.generation, self._settings.policy)
                 await start(
                     self._host,
                     before.item,
-                    run_of(before.item, before.manifest, before.generation, self._settings.policy),
+                    await with_data(self._host, run, self._places.artifacts, before.data),
                     self._images,
                     self._places.artifacts,
                     self._sealed,
@@ -526,12 +571,14 @@ async def make_room(
 
     Everything stays that is committed, under way, or that a change would go back to.
     """
-    items = [(each.item, each.manifest) for each in standing.committed.values()]
+    most = settings.disk.data_bytes
+    await asyncio.to_thread(packages.make_room, places.packages, packages.in_use(standing), most_bytes=most)
+    items = [(each.item, each.manifest) for each in standing.committed.values() if not each.manifest.is_data]
     keep = {item.sha256 for item, _ in items}
     for flight in standing.active.values():
         if flight.change.item is not None:
             keep.add(flight.change.item.sha256)
-            if flight.change.manifest is not None:
+            if flight.change.manifest is not None and not flight.change.is_data:
                 items.append((flight.change.item, flight.change.manifest))
     wanted = [flight.change.item for flight in standing.active.values() if flight.change.item is not None]
     await asyncio.to_thread(sealed.evict, [*(item for item, _ in items), *wanted])

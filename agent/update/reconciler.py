@@ -26,7 +26,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from agent.update import restore
+from agent.update import packages, restore
 from agent.update import state as reports
 from agent.update.effects import EffectContext, EffectRunner
 from agent.update.machine import Effect, Event, State, is_legal
@@ -49,6 +49,7 @@ from agent.update.state import (
     fault,
     item_key,
     reaches_running,
+    refused,
     set_failed,
     transition,
 )
@@ -391,10 +392,10 @@ class Reconciler:
                 now=self._device.clock(),
                 at=datetime.now(UTC),
                 committed=self.state.committed.get(instance),
-                known=self.state.known_failure(active.change.item),
+                known=self._known(active.change),
             )
             try:
-                step = await self._apply(step)
+                step = await self._apply(self._bound(active.change, step))
             except StoreError as error:
                 log.error("%s: retry in %.0f s: %s", instance, STORE_AGAIN_S, error)  # noqa: TRY400 - the message contains the error
                 self._post_later(EffectFinished(instance, active.serial, result))
@@ -402,6 +403,8 @@ class Reconciler:
             active.serial, active.effect = next(self._serials), step.effect
             if step.removed or step.effect is Effect.COMMIT:
                 await self._write_runset()
+            if step.committed is not None and step.committed.manifest.is_data:
+                await self._retry_without_data()
             if step.effect is Effect.CLOSE:
                 return
             if active.superseded and active.change.phase in _SUPERSEDABLE:
@@ -416,14 +419,37 @@ class Reconciler:
                 self._start(active, step.effect, after_fault=result.event is Event.FAULT)
                 return
 
+    async def _retry_without_data(self) -> None:
+        """Let items that failed for want of data be tried again at once."""
+        for each in list(self.state.failed.values()):
+            if each.code is RejectCode.DATA_MISSING:
+                await self._apply(Transition(failure=msgspec.structs.replace(each, retry_at=0.0)))
+
+    def _known(self, change: Change) -> FailedItem | None:
+        if change.item is None:
+            return None
+        return self.state.failed.get((change.instance, change.key, change.item.attempt))
+
+    def _bound(self, before: Change, step: Transition) -> Transition:
+        """Add to a step that begins a swap the data with which the instance starts."""
+        change = step.change
+        begins = change is not None and change.phase is Phase.SWAPPING and before.phase is Phase.STAGED
+        if not begins or change is None or change.item is None or change.manifest is None or change.rebinds:
+            return step
+        bound = self.state.bind(change.item, change.manifest)
+        return step if isinstance(bound, str) else replace(step, change=msgspec.structs.replace(change, data=bound))
+
     def _start(self, active: ActiveChange, effect: Effect, *, after_fault: bool = False) -> None:
         change, serial = active.change, active.serial
+        if effect is Effect.WATCH and change.is_data:
+            return  # judged by the instances that read it, when settling
         context = EffectContext(
             progress=lambda percent: self.post(DownloadProgress(change.instance, serial, percent)),
             together=swap_set(self.state.members(change)),
             committed=self.state.committed.get(change.instance),
             renew=self._ask_for_generation,
             after_fault=after_fault,
+            in_use=frozenset(packages.in_use(self.state)),
         )
         active.task = asyncio.get_running_loop().create_task(self._effects.run(effect, change, context))
         active.task.add_done_callback(functools.partial(self._effect_ended, change.instance, serial, effect))
@@ -518,6 +544,7 @@ class Reconciler:
                 steps = self._steps
                 await self._enforce_violations()
                 await self._carry_out_plan(now)
+                await self._judge_packages(now)
                 await self._open_gates()
             await self._note_committed()
             await self._forget_data()
@@ -585,6 +612,20 @@ class Reconciler:
         brought = any(each.assignment == version for each in self.state.committed.values())
         return brought or bool(self._adopting) or self._reported_version >= version
 
+    async def _judge_packages(self, now: float) -> None:
+        """Judge each switch of a data package by the instances that read it."""
+        for active in list(self.state.active.values()):
+            change = active.change
+            if change.phase is not Phase.PROBATION or not change.is_data or active.held is not None:
+                continue
+            result = SUPERSEDED if active.superseded else packages.judge(self.state, change, now)
+            if result is None:
+                continue
+            if result.event is Event.WELL:
+                await self._hold_at_gate(active, result)
+            else:
+                await self._advance(active, result)
+
     async def _open_gates(self) -> None:
         for active in list(self.state.active.values()):
             if active.held is not None:
@@ -594,6 +635,13 @@ class Reconciler:
 
     async def _open_gate(self, active: ActiveChange, held: EffectResult) -> None:
         phase, (gate, sibling) = active.change.phase, self._gate(active.change)
+        if phase is Phase.STAGED and (waits := self._waits_for_data(active.change)):
+            held = refused(RejectCode.DATA_MISSING, waits)
+            if active.superseded:
+                held = SUPERSEDED
+            elif self.state.is_data_coming(active.change):
+                return
+            gate = Gate.READY
         if gate is Gate.FAILED:
             held = set_failed(phase, sibling)
         elif gate is Gate.WAITING and active.superseded and phase in _SUPERSEDABLE:
@@ -602,6 +650,13 @@ class Reconciler:
             return
         active.held = None
         await self._advance(active, held)
+
+    def _waits_for_data(self, change: Change) -> str:
+        """Say which data a staged change waits for; empty for none."""
+        if change.item is None or change.manifest is None or change.rebinds:
+            return ""
+        bound = self.state.bind(change.item, change.manifest)
+        return f"{change.instance} {bound}" if isinstance(bound, str) else ""
 
     def _gate(self, change: Change) -> GateState:
         """Look at the barrier of a change; until an assignment names the members of its set, it waits."""
@@ -635,7 +690,7 @@ class Reconciler:
                 self._configure(item)
             case Act.REMOVE | Act.START:
                 event = Event.REMOVE if item is None else Event.BEGIN
-                self._add(Change(instance=step.instance, assignment=version, state=State(), item=item), event)
+                self._add(self._new_change(step.instance, version, item), event)
             case Act.SUPERSEDE:
                 assert active is not None
                 await self._supersede(active)
@@ -653,6 +708,14 @@ class Reconciler:
             case Act.REFUSE:
                 assert item is not None
                 await self._refuse_again(item, version)
+
+    def _new_change(self, instance: str, version: int, item: Item | None) -> Change:
+        """Make a change towards an item; of one that is committed already, to other data."""
+        change = Change(instance=instance, assignment=version, state=State(), item=item)
+        data, rebinds = self.state.rebinding().get(instance, ((), ""))
+        if item is None or not rebinds:
+            return change
+        return msgspec.structs.replace(change, item=self.state.committed[instance].item, data=data, rebinds=rebinds)
 
     async def _supersede(self, active: ActiveChange) -> None:
         """End a change as soon as it may; one whose effect runs ends when the effect has been cancelled."""
@@ -718,7 +781,7 @@ class Reconciler:
         if desired is None or item is None or have is None or not is_same or instance in self.state.active:
             self._adopting.discard(instance)
             return
-        report = of_committed(self._device, item, desired.version, figure)
+        report = of_committed(self._device, item, desired.version, figure, is_data=have.manifest.is_data)
         if report is None:
             self._settle_later(INSPECT_AGAIN_S)
             return

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from agent import disk, systemd
-from agent.config import Policy
+from agent.config import Policy, packages_of
 from agent.disk import Write
 from agent.host.ipc import host_api
 from agent.link.host_client import (
@@ -35,10 +35,11 @@ from agent.link.host_client import (
     HostRefusedError,
 )
 from agent.link.https import ArtifactSource, CancelledError, FetchError
+from agent.update import packages
 from agent.update.images import ImageError, ImageStore, OpenImage
 from agent.update.problems import NOT_STARTED, Problems, ReportSink
 from agent.update.secrets import SecretStore
-from agent.update.state import Committed
+from agent.update.state import Committed, DataRef
 from agent.update.store import Database, Store, StoreError
 from fleet.protocol import files, wire
 from fleet.protocol.assignment import Item
@@ -248,10 +249,11 @@ async def restore(
     there = _running(welcome)
     restored = []
     for item in items:
-        if item.item.instance in there:
+        if item.item.instance in there or item.manifest.is_data:
             continue
         run = run_of(item.item, item.manifest, item.generation, policy)
         try:
+            run = await with_data(link, run, artifacts, item.data)
             await start(link, item.item, run, images, artifacts, sealed)
         except HostRefusedError as error:
             restored.append(Restored(item.item.instance, str(error), error.failed.code))
@@ -311,6 +313,24 @@ async def start(
         )
     finally:
         os.close(image.descriptor)
+
+
+async def with_data(link: HostClient, run: host_api.Run, artifacts: Path, data: tuple[DataRef, ...]) -> host_api.Run:
+    """Return the host's request with the data packages that the instance reads.
+
+    Raises:
+        ImageError: NOT_FOUND: a package is lost or damaged; HOST_GONE: the host that runs mounts none.
+        HostGoneError: no host.
+    """
+    if not data:
+        return run
+    welcome = link.welcome or await link.hello()
+    if welcome.protocol < host_api.MOUNTS_DATA:
+        why = "fleet-host is of an earlier version, which mounts no data packages: restart fleet-host"
+        raise ImageError(RejectCode.HOST_GONE, why)
+    directory = packages_of(artifacts.parent)
+    found = await asyncio.to_thread(packages.mounts, directory, run.manifest, data)
+    return msgspec.structs.replace(run, packages=found)
 
 
 async def checked_image(item: Item, manifest: Manifest, images: ImageStore, artifacts: Path) -> OpenImage:
@@ -522,8 +542,10 @@ class HostRestorer:
             except ImageError as error:
                 if error.code not in {RejectCode.NOT_FOUND, RejectCode.HASH_MISMATCH}:
                     raise
-                await self._fetch(item)
+                artifact = of.artifacts / f"{item.sha256}.wasm"
+                await self._fetch(item, item.sha256, item.length, artifact)
                 image = await checked_image(item, committed.manifest, of.images, of.artifacts)
+            await self._fetch_data(committed)
         except (FetchError, ImageError, OSError) as error:
             code = RejectCode.NO_SPACE if isinstance(error, OSError) else error.code
             self._note(Restored(item.instance, str(error), code))
@@ -531,25 +553,31 @@ class HostRestorer:
         os.close(image.descriptor)
         return True
 
-    async def _fetch(self, item: Item) -> None:
-        """Fetch a lost artifact beside its place, where no change's download writes, and then put it there."""
+    async def _fetch_data(self, committed: Committed) -> None:
+        """Fetch again the data packages of an instance that were lost. Raises as `_fetch`."""
+        directory = packages_of(self._materials.artifacts.parent)
+        for ref in committed.data:
+            path = packages.file_of(directory, ref.target, ref.sha256)
+            if not await asyncio.to_thread(packages.is_sound, path, ref.length, ref.sha256):
+                await self._fetch(committed.item, ref.sha256, ref.length, path)
+
+    async def _fetch(self, item: Item, sha256: str, length: int, into: Path) -> None:
+        """Fetch a lost file beside its place, where no change's download writes, and then put it there."""
         cancelled = threading.Event()
-        log.warning(
-            "%s: the artifact of %s is lost or damaged on the disk, and is fetched again", item.instance, item.target
-        )
+        log.warning("%s: a file of %s is lost or damaged on the disk, and is fetched again", item.instance, item.target)
 
         def run() -> None:
-            beside = self._materials.artifacts / f"{item.sha256}.again"
+            beside = into.with_name(f"{sha256}.again")
             with contextlib.suppress(CancelledError):
                 self._source.download(
-                    f"/v1/artifacts/{item.sha256}",
+                    f"/v1/artifacts/{sha256}",
                     beside,
-                    length=item.length,
-                    sha256=item.sha256,
+                    length=length,
+                    sha256=sha256,
                     progress=lambda _received: None,
                     cancelled=cancelled,
                 )
-                disk.move(Write.ARTIFACT_AGAIN, beside, self._materials.artifacts / f"{item.sha256}.wasm")
+                disk.move(Write.ARTIFACT_AGAIN, beside, into)
 
         try:
             await asyncio.to_thread(run)

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from agent.config import Paths
 from agent.update.machine import LIMITS, Counter, Effect, Event, Happened, State, advance, phase_of
 from agent.update.plan import Failure, InFlight, Member, Want
 from agent.update.probation import ProbationSample
-from fleet.protocol import bounds, wire
+from fleet.protocol import bounds, data_packages, wire
 from fleet.protocol.assignment import Assignment, Item
 from fleet.protocol.codes import RETRYABLE, Outcome, Phase, RejectCode, outcome_of
 from fleet.protocol.manifest import Manifest
@@ -57,6 +57,16 @@ def item_key(item: Item) -> str:
     return hashlib.sha256(b"{%s}" % body).hexdigest()
 
 
+def bound_key(key: str, rebinds: str) -> str:
+    """Return the key of an item with other data than it is committed with."""
+    return f"{key}:{rebinds}" if rebinds else key
+
+
+def digest_of(data: tuple["DataRef", ...]) -> str:
+    """Return a digest of a binding."""
+    return hashlib.sha256(wire.canonical([msgspec.to_builtins(each) for each in data])).hexdigest()[:16]
+
+
 def _failure_key(item: Item) -> FailureKey:
     return item.instance, item_key(item), item.attempt
 
@@ -74,12 +84,29 @@ def reaches_running(before: "Committed", item: Item) -> bool:
     return live and not any(known[key].flaw(new[key]) for key in changed & new.keys())
 
 
+class DataRef(msgspec.Struct, frozen=True, kw_only=True):
+    """Version of a data package to which an instance is bound.
+
+    Attributes:
+        name: of the package.
+        target: its target path.
+        attempt: of the package's item.
+    """
+
+    name: str
+    target: str
+    length: int
+    sha256: str
+    attempt: int = 0
+
+
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
-    """Item that runs and starts again after a boot.
+    """Item that runs and starts again after a boot; a data package is kept.
 
     Attributes:
         generation: of the instance in the host.
         assignment: version of the assignment that brought the item.
+        data: versions of the data packages that it reads.
     """
 
     item: Item
@@ -87,6 +114,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     assignment: int
     at: datetime
+    data: tuple[DataRef, ...] = ()
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +128,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
         boot_id: of the boot in which `state.entered` counts.
         timings_ms: duration of each phase.
         well: the new version has passed its own probation, and waits for the rest of its atomic set.
+        data: versions of the data packages with which it starts, chosen when the swap begins.
+        rebinds: digest of these, of a change of the committed item that brings it other data alone.
     """
 
     instance: str
@@ -112,6 +142,18 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     replaced: ProbationSample | None = None
     boot_id: str = ""
     timings_ms: dict[str, int] = {}
+    data: tuple[DataRef, ...] = ()
+    rebinds: str = ""
+
+    @property
+    def is_data(self) -> bool:
+        """True for a change of a data package; False while its manifest is not known."""
+        return self.manifest is not None and self.manifest.is_data
+
+    @property
+    def key(self) -> str:
+        """Key of its item, and of the data that it brings; empty for a removal."""
+        return "" if self.item is None else bound_key(item_key(self.item), self.rebinds)
 
     @property
     def phase(self) -> Phase:
@@ -365,7 +407,9 @@ def transition(
         committed=_committed(following, at) if commits else None,
         removed=change.instance if following.item is None and left is Phase.IDLE else "",
         failure=failure,
-        forgiven=_failure_key(following.item) if commits and following.item is not None else None,
+        forgiven=(following.instance, following.key, following.item.attempt)
+        if commits and following.item is not None
+        else None,
         epochs=_epochs(following) if commits else {},
         secrets=_secrets(following) if commits else {},
         report=None if phase in _QUIET else report,
@@ -391,6 +435,7 @@ def _committed(change: Change, at: datetime) -> Committed:
         generation=change.generation,
         assignment=change.assignment,
         at=at,
+        data=change.data,
     )
 
 
@@ -428,7 +473,7 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
     again = code in RETRYABLE and not is_ended
     return FailedItem(
         instance=change.instance,
-        key=item_key(change.item),
+        key=change.key,
         attempt=change.item.attempt,
         target=change.item.target,
         code=code,
@@ -442,6 +487,11 @@ def failed_item(change: Change, known: FailedItem | None, now: datetime) -> Fail
 
 
 # State in memory
+
+_PREPARING: Final = frozenset(
+    {Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.COMPILING, Phase.STAGED, Phase.SWAPPING}
+)
+"""Phases of a data package from which instances can have it a moment later."""
 
 
 @dataclass(slots=True)
@@ -517,11 +567,91 @@ class DeploymentState:
 
     def planned(self) -> tuple[dict[str, Want], dict[str, Want], dict[str, InFlight]]:
         """Return the desired, committed and active items as `plan` and `may_report_committed` take them."""
+        wanted = {name: want_of(item) for name, item in self.wanted().items()}
+        for name, (_, rebinds) in self.rebinding().items():
+            have = self.committed[name].item
+            key = bound_key(wanted[name].key, rebinds)
+            known = self.failed.get((name, key, have.attempt))
+            if known is None or known.retry_at is not None:
+                wanted[name] = replace(wanted[name], key=key, attempt=have.attempt, rollout="")
         return (
-            {name: want_of(item) for name, item in self.wanted().items()},
+            wanted,
             {name: want_of(each.item) for name, each in self.committed.items()},
             {name: in_flight_of(active.change) for name, active in self.active.items()},
         )
+
+    def packages(self, namespace: str, name: str) -> tuple[DataRef, ...]:
+        """Return the versions of a data package that instances may have, the one that is being switched to first."""
+        switched = (
+            active.change.item
+            for active in self.active.values()
+            if active.change.is_data and active.change.phase is Phase.PROBATION and not active.superseded
+        )
+        kept = (each.item for each in self.committed.values() if each.manifest.is_data)
+        found = []
+        for item in (*switched, *kept):
+            assert item is not None
+            of = TargetName.from_path(item.target)
+            if (of.namespace, of.name) == (namespace, name):
+                found.append(
+                    DataRef(name=name, target=item.target, length=item.length, sha256=item.sha256, attempt=item.attempt)
+                )
+        return tuple(found)
+
+    def bind(self, item: Item, manifest: Manifest) -> tuple[DataRef, ...] | str:
+        """Choose the data with which an item starts; or say what it waits for.
+
+        Of each package the version that is being switched to, else the committed one, else that which the instance has
+        unless that was revoked.
+        """
+        revoked = {each.target for each in self.failed.values() if each.code is RejectCode.REVOKED}
+        namespace, have = TargetName.from_path(item.target).namespace, self.committed.get(item.instance)
+        bound = []
+        for name, use in sorted(manifest.data.items()):
+            own = (
+                ()
+                if have is None
+                else tuple(each for each in have.data if each.name == name and each.target not in revoked)
+            )
+            choice = next(
+                (
+                    each
+                    for each in (*self.packages(namespace, name), *own)
+                    if data_packages.matches(use.version, TargetName.from_path(each.target).version)
+                ),
+                None,
+            )
+            if choice is None:
+                wanted = "" if use.version == data_packages.ANY else f" {use.version}"
+                return f"waits for data {name}{wanted}: no version of it that fits is on this device"
+            bound.append(choice)
+        return tuple(bound)
+
+    def is_data_coming(self, change: Change) -> bool:
+        """Tell whether a version of a package that a change waits for is being fetched."""
+        assert change.item is not None
+        assert change.manifest is not None
+        namespace = TargetName.from_path(change.item.target).namespace
+        for active in self.active.values():
+            if active.change.item is None or active.change.phase not in _PREPARING:
+                continue
+            of = TargetName.from_path(active.change.item.target)
+            use = change.manifest.data.get(of.name)
+            if of.namespace == namespace and use is not None and data_packages.matches(use.version, of.version):
+                return True
+        return False
+
+    def rebinding(self) -> dict[str, tuple[tuple[DataRef, ...], str]]:
+        """Return the committed instances that are to have other data, with it and its digest."""
+        found = {}
+        for name, item in self.wanted().items():
+            have = self.committed.get(name)
+            if have is None or not have.manifest.data or item_key(have.item) != item_key(item):
+                continue
+            bound = self.bind(have.item, have.manifest)
+            if isinstance(bound, tuple) and [each.sha256 for each in bound] != [each.sha256 for each in have.data]:
+                found[name] = (bound, digest_of(bound))
+        return found
 
     def known_failure(self, item: Item | None) -> FailedItem | None:
         """Return the remembered failure of this item and attempt."""
@@ -573,7 +703,7 @@ def in_flight_of(change: Change) -> InFlight:
         return InFlight(instance=change.instance, key="", phase=change.phase)
     want = want_of(item)
     return InFlight(
-        instance=change.instance, key=want.key, phase=change.phase, attempt=want.attempt, rollout=want.rollout
+        instance=change.instance, key=change.key, phase=change.phase, attempt=want.attempt, rollout=want.rollout
     )
 
 
@@ -672,6 +802,7 @@ def of_change(
         undecided=state.undecided or msgspec.UNSET,
         log=capped(log) if state.code else (),
         timings_ms=change.timings_ms,
+        rollout="" if change.rebinds else report.rollout,  # the data's own outcome is what a rollout asks for
     )
 
 

@@ -16,7 +16,9 @@ from fleet.protocol.messages import InstanceHealth, Report
 _NOT_TRIED: Final = "failed before, and is not retried without `fleet retry`"
 
 
-def of_committed(device: DeviceContext, item: Item, assignment: int, figure: InstanceHealth | None) -> Report | None:
+def of_committed(
+    device: DeviceContext, item: Item, assignment: int, figure: InstanceHealth | None, *, is_data: bool = False
+) -> Report | None:
     """Report a committed item as the host has it; None while the host does not run it, or restarts it.
 
     Args:
@@ -24,7 +26,10 @@ def of_committed(device: DeviceContext, item: Item, assignment: int, figure: Ins
         item: committed, with the label under which it is desired now.
         assignment: version that desires it.
         figure: of the instance, None where the host has none.
+        is_data: of a data package, which the host does not run.
     """
+    if is_data:
+        return about(device, assignment=assignment, phase=Phase.COMMITTED, item=item, running=item.target)
     if figure is None or figure.target != item.target:
         return None
     match figure.state:
@@ -100,4 +105,4 @@ def _of_instance(
         return of_failure(device, item, version, known, running)
     if have is None or item_key(have.item) != item_key(item):
         return None
-    return of_committed(device, item, version, figures.get(item.instance))
+    return of_committed(device, item, version, figures.get(item.instance), is_data=have.manifest.is_data)

@@ -343,7 +343,12 @@ def components(options: Options, *, name: str) -> Exit:
     if options.json:
         output.show_json({"components": list(found)})
         return Exit.OK
-    runs = Counter(target for row in rows if not row.revoked for target in {each.target for each in row.instances})
+    runs = Counter(
+        target
+        for row in rows
+        if not row.revoked
+        for target in {*(each.target for each in row.instances), *row.data.values()}
+    )
     output.table(
         ("COMPONENT", "KIND", "SIZE", "DEVICES", "SHA256"),
         [

@@ -140,7 +140,7 @@ def list_(options: Options, *, name: str) -> Exit:
     if options.json:
         output.show_json({"components": list(found)})
         return Exit.OK
-    kept = Counter(target for row in rows if not row.revoked for target in {each.target for each in row.instances})
+    kept = Counter(target for row in rows if not row.revoked for target in set(row.data.values()))
     output.table(
         ("DATA", "SIZE", "DEVICES", "SHA256"),
         [

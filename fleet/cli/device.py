@@ -308,6 +308,7 @@ def _device_facts(detail: operator_api.DeviceDetail) -> list[tuple[str, str]]:
                 f"up {output.span(resources.uptime_s)}, load {resources.load:.2f} on {resources.cpus} CPUs{heat}",
             ),
             ("memory", memory),
+            *([("data", kept)] if (kept := ", ".join(map(output.target, row.data.values()))) else []),
             ("disk", f"{output.size(resources.disk_free_bytes)} of {output.size(resources.disk_total_bytes)} free"),
             ("isolation", runs_as + layers),
         ]

@@ -91,7 +91,7 @@ BUS: Final = "wasmfleet:bus@1"
 
 GATES: Final = "wasmfleet:metric-gates@1"
 
-CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS, GATES, BUCKETS)
+CALLED: Final = (SEVERAL_TRIGGERS, RUNS, REPLACES, SOCKETS_BY_GRANT, DIRECTORIES, BUS, GATES, BUCKETS, DATA_PACKAGES)
 """Reported besides by a host of this version: ways to call components that hosts before it do not have."""
 
 

@@ -37,6 +37,7 @@ class RejectCode(StrEnum):
     LENGTH_MISMATCH = "length-mismatch"
     # a secret that the manifest requires is not assigned; a box was changed, or sealed for something else
     SECRET_MISSING = "secret-missing"  # noqa: S105 - a word
+    DATA_MISSING = "data-missing"  # no version of a data package that the manifest asks for is on the device
     SECRET_UNOPENED = "secret-unopened"  # noqa: S105 - a word
 
     UNREACHABLE = "unreachable"
@@ -72,6 +73,7 @@ RETRYABLE = frozenset(
         RejectCode.UNREACHABLE,
         RejectCode.TOO_SLOW,
         RejectCode.NO_SPACE,
+        RejectCode.DATA_MISSING,  # deployed a moment later
         RejectCode.PORT_IN_USE,
         RejectCode.HOST_GONE,
         RejectCode.EXPIRED,
@@ -206,6 +208,7 @@ CODE_OUTCOMES: Final[dict[RejectCode, Outcome]] = {
     # the device as it is today
     RejectCode.DEVELOPMENT: Outcome.DEFERRED,
     RejectCode.SECRET_MISSING: Outcome.DEFERRED,
+    RejectCode.DATA_MISSING: Outcome.DEFERRED,
     RejectCode.SECRET_UNOPENED: Outcome.DEFERRED,
     RejectCode.NO_SPACE: Outcome.DEFERRED,
     RejectCode.NO_ENGINE: Outcome.DEFERRED,
@@ -284,6 +287,7 @@ REMEDIATION: Final[dict[RejectCode, str]] = {
     RejectCode.NOT_FOUND: "upload the artifact again: fleet publish FILE",
     RejectCode.HASH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
     RejectCode.LENGTH_MISMATCH: "the artifact on the server or a cache was changed: upload it again; " + _ATTACK,
+    RejectCode.DATA_MISSING: "deploy the data package: fleet deploy NAME@VERSION; fleet data list names what is there",
     RejectCode.SECRET_MISSING: "set the secret: fleet secret set NAME; fleet secret list names devices that lack one",
     RejectCode.SECRET_UNOPENED: "set the secret again: fleet secret set NAME; " + _ATTACK,
     RejectCode.UNREACHABLE: "check the connection from the device to the server's port for devices: fleet-agent check "

@@ -252,6 +252,7 @@ class Health(Message, frozen=True, kw_only=True):
         problems: sentences for people, most urgent first.
         board: older agents' name of `resources`: read, never written.
         readings: None from agents that keep none.
+        data: target of the data package that is kept under each name.
     """
 
     MAX_BYTES: ClassVar[int] = bounds.HEALTH_MAX_BYTES
@@ -268,6 +269,7 @@ class Health(Message, frozen=True, kw_only=True):
     problems: Annotated[tuple[str, ...], Meta(max_length=bounds.PROBLEMS_MAX)] = ()
     board: DeviceResources | msgspec.UnsetType = msgspec.UNSET
     readings: ReadingsHealth | None = None
+    data: Annotated[dict[str, str], Meta(max_length=bounds.ITEMS_MAX)] = {}  # noqa: RUF012 - msgspec copies it for each struct
 
     def __post_init__(self) -> None:
         """Take `resources` by its older name."""

@@ -143,6 +143,7 @@ class DeviceRow(View, frozen=True, kw_only=True):
     Attributes:
         assigned, accepted, committed: assignment versions: newest published, and as the device reports; 0 for none.
         instances: running instances, by the device's newest health.
+        data: target of the data package that it keeps under each name, by its newest health.
         problem: the most urgent sentence of its health, empty for none.
         memory_bytes: memory of the device; 0 where it has not reported it.
     """
@@ -163,6 +164,7 @@ class DeviceRow(View, frozen=True, kw_only=True):
     revoked: bool = False
     problem: str = ""
     memory_bytes: Stored = 0
+    data: dict[str, str] = {}
 
 
 class Devices(View, frozen=True, kw_only=True):

@@ -35,7 +35,7 @@ PROTOCOL: Final = 5
 """Version of this protocol.
 
 2 names its version, answers requests that it cannot read, and lists routes; 3 knows `Configure`;
-4 knows `TakeMessages`; 5 knows `KeepData`.
+4 knows `TakeMessages`; 5 knows `KeepData` and mounts data packages (`Run.packages`).
 """
 
 CONFIGURES: Final = 3
@@ -46,6 +46,9 @@ TAKES_MESSAGES: Final = 4
 
 KEEPS_DATA: Final = 5
 """Version from which on `KeepData` is known."""
+
+MOUNTS_DATA: Final = 5
+"""Version from which on `Run.packages` is known."""
 
 KEPT_MAX: Final = 2000
 """Instances that one `KeepData` names: as many as fit in a packet."""
@@ -90,6 +93,20 @@ class UnreadableError(Exception):
         self.id = id
 
 
+class DataMount(msgspec.Struct, frozen=True, kw_only=True):
+    """Data package to mount read-only.
+
+    Attributes:
+        path: of its one file, as the guest opens it.
+        file: where it is on the device.
+        owner: user to whom the file has to belong, as the host sets it: whoever asks; None for anyone.
+    """
+
+    path: str
+    file: str
+    owner: Count | None = None
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Order to run an instance: everything the host needs to know of it.
 
@@ -104,6 +121,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         image_sha256: of the image that comes along; empty where the agent does not say, and the host hashes it.
         directories: directories of the device that it may read, by the path at which it sees each.
         serial: device of each serial port that is granted, by its name.
+        packages: data packages that it reads.
     """
 
     instance: str
@@ -121,6 +139,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     image_sha256: str = ""
     directories: dict[str, str] = {}
     serial: dict[str, str] = {}
+    packages: tuple[DataMount, ...] = ()
 
     def __post_init__(self) -> None:
         """Read the earlier names of fields."""

@@ -79,6 +79,20 @@ class ZygoteMessage(NamedTuple):
         return cls(*_ZYGOTE_MESSAGE.unpack(data))
 
 
+class Package(msgspec.Struct, frozen=True, kw_only=True):
+    """Data package that a worker mounts.
+
+    Attributes:
+        path: of its one file, as the guest opens it.
+        file: where it is on the device.
+        owner: user to whom it has to belong; None for anyone.
+    """
+
+    path: str
+    file: str
+    owner: Count | None = None
+
+
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     """First message: set the instance up. Answered with `Ready` or `Refused`.
 
@@ -101,6 +115,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
         directories: directories of the device that it may read, by the path at which the guest sees each.
         metrics: whether the page of the component's own figures comes along.
         hardware: descriptors of granted hardware that come along.
+        packages: data packages to mount. Not in a shared worker.
     """
 
     instance: str
@@ -120,6 +135,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag="setup"):
     directories: dict[str, str] = {}
     metrics: bool = False
     hardware: Count = 0
+    packages: tuple[Package, ...] = ()
     id: Count = 0
 
 

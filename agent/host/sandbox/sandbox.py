@@ -24,6 +24,7 @@ import importlib
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -82,6 +83,20 @@ class SandboxError(Exception):
     """A layer failed halfway: the process must not continue."""
 
 
+class ReadOnlyFile(NamedTuple):
+    """File to be mounted read-only into a process's root.
+
+    Attributes:
+        source: its path outside.
+        inside: its path there, in `DATA` or in a directory of the root.
+        owner: user to whom it has to belong; None for anyone.
+    """
+
+    source: str
+    inside: str
+    owner: int | None = None
+
+
 class UnreadableError(Exception):
     """A directory that a process is to read is not there, or not for its user: the device's fault."""
 
@@ -100,6 +115,7 @@ class SandboxSpec:
         file_bytes: size of the largest file that it may write.
         data: data directory, empty for none; mounted at `DATA` if the mount layer holds.
         directories: others that it may read; if the mount layer holds, each is mounted at its `directory_place`.
+        files: to be mounted read-only; without the mount layer there is no sandbox with them.
         filter: makes the seccomp filter.
         threads: limit for all processes of `uid` together.
         descriptors: limit of open descriptors.
@@ -115,6 +131,7 @@ class SandboxSpec:
     file_bytes: int = 0
     data: str = ""
     directories: tuple[str, ...] = ()
+    files: tuple[ReadOnlyFile, ...] = ()
     threads: int = _THREADS_PER_WORKER
     descriptors: int = _FILES_MAX
     network: bool = False
@@ -167,9 +184,14 @@ def reading(spec: SandboxSpec, directories: tuple[str, ...]) -> SandboxSpec:
     return replace(spec, directories=directories, filter=lambda: seccomp.worker(files=True))
 
 
+def with_files(spec: SandboxSpec, files: tuple[ReadOnlyFile, ...]) -> SandboxSpec:
+    """Return the sandbox of a worker with files that are mounted read-only."""
+    return replace(spec, files=files, filter=lambda: seccomp.worker(files=True)) if files else spec
+
+
 def with_devices(spec: SandboxSpec, ioctls: tuple[int, ...]) -> SandboxSpec:
     """Return a worker's sandbox in which it may make these calls on the devices that it was given."""
-    files = bool(spec.data or spec.directories)
+    files = bool(spec.data or spec.directories or spec.files)
     return replace(spec, filter=lambda: seccomp.worker(files=files, ioctls=ioctls)) if ioctls else spec
 
 
@@ -333,9 +355,15 @@ def apply(spec: SandboxSpec) -> dict[str, bool]:
     used = _data_bytes()
     own = _namespaces(network=spec.network, user=spec.uid is None)
     holds["network"] = own.network
+    if spec.files and not own.mount:
+        raise SandboxError("data packages need the mount layer, which does not hold on this device")
     opened = _open_directories(spec)
     try:
-        holds["mount"] = own.mount and _holds(lambda: _new_root(spec, opened))
+        if spec.files:
+            _new_root(spec, opened)
+            holds["mount"] = True
+        else:
+            holds["mount"] = own.mount and _holds(lambda: _new_root(spec, opened))
         if not holds["mount"] and (directory := spec.data or spec.neighbours):
             os.chdir(directory)
         if spec.uid is not None:
@@ -437,7 +465,8 @@ def _new_root(spec: SandboxSpec, directories: list[int]) -> None:
     plain = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Opened in this namespace, before the empty root hides the path.
     data_fd = os.open(spec.data, os.O_PATH | os.O_CLOEXEC) if spec.data else -1
-    inodes = 8 + len(directories)
+    sources = [_open_file(each) for each in spec.files]
+    inodes = 8 + len(directories) + 2 * len(sources)
     kernel.mount("none", _ROOT, "tmpfs", plain, f"size=64k,nr_inodes={inodes},mode=0755")
     if spec.data:
         os.mkdir(_ROOT + DATA, 0o755)  # noqa: PTH102 - as few imports as possible from here on
@@ -451,9 +480,45 @@ def _new_root(spec: SandboxSpec, directories: list[int]) -> None:
             kernel.mount("none", at, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
         except OSError as error:  # not a process without this layer: it has begun, and the layer holds without these
             raise UnreadableError(path, f"it cannot be mounted: {os.strerror(error.errno or 0)}") from error
+    for source, each in zip(sources, spec.files, strict=True):
+        _mount_file(source, _ROOT + each.inside, plain)
     os.chdir(_ROOT)
     kernel.pivot_here()
     kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
+
+
+def _open_file(file: ReadOnlyFile) -> int:
+    """Open a file that is to be mounted, without following a link to it. Raises `SandboxError`."""
+    try:
+        opened = os.open(file.source, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SandboxError(f"the data package for {file.inside} is not there: {error.strerror}") from error
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode) or file.owner not in {None, found.st_uid}:
+        os.close(opened)
+        raise SandboxError(f"the data package for {file.inside} is no file of whoever asks for it")
+    return opened
+
+
+def _mount_file(source: int, target: str, plain: int) -> None:
+    """Mount an open file read-only at a path of the new root, which may be in the instance's own directory.
+
+    Raises:
+        SandboxError: something of the instance's own is at that path.
+    """
+    if not os.path.isdir(os.path.dirname(target)):  # noqa: PTH112, PTH120 - as few imports as possible
+        os.mkdir(os.path.dirname(target), 0o755)  # noqa: PTH102, PTH120 - the same
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        place = os.open(target, flags, 0o444)
+    except OSError as error:
+        raise SandboxError(f"a data package has no place at {target.removeprefix(_ROOT)}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(place).st_mode):
+        raise SandboxError(f"a data package has no place at {target.removeprefix(_ROOT)}: no file is there")
+    kernel.mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{place}", None, kernel.MS_BIND)
+    kernel.mount("none", target, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | plain)
+    os.close(place)
+    os.close(source)
 
 
 def _data_bytes() -> int:
@@ -501,6 +566,9 @@ def _landlock(spec: SandboxSpec, directories: list[int], *, mounted: bool) -> No
             here = os.open(f"/{number}", os.O_PATH | os.O_CLOEXEC) if mounted else os.dup(fd)
             opened.append(here)
             allowed[here] = _LOOK_RIGHTS
+        for directory in sorted({os.path.dirname(each.inside) for each in spec.files} - {DATA}):  # noqa: PTH120
+            opened.append(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            allowed[opened[-1]] = _LOOK_RIGHTS
         for path in spec.readable:
             with contextlib.suppress(OSError):  # some devices lack some of them
                 opened.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

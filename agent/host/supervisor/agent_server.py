@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
+import msgspec
+
 from agent.host.http.router import ACCEPT_PAUSE_S, NO_RESOURCES
 from agent.host.ipc import host_api
 from agent.host.ipc.packet_writer import PacketWriter
@@ -168,6 +170,8 @@ class AgentServer:
             connection.close()
             return
         connection.begin()
+        if isinstance(request, host_api.Start) and request.run.packages:
+            request = _with_owner(request, connection.sock)
         task = asyncio.ensure_future(self._serve(connection, request, fd))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -194,6 +198,13 @@ class AgentServer:
     def _send_event(self, event: host_api.Event) -> None:
         for connection in list(self._connections):
             connection.send(event)
+
+
+def _with_owner(request: host_api.Start, sock: socket.socket) -> host_api.Start:
+    """Return a request whose data packages have to belong to the peer: it has files mounted that are its own."""
+    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    packages = [msgspec.structs.replace(each, owner=uid or None) for each in request.run.packages]
+    return msgspec.structs.replace(request, run=msgspec.structs.replace(request.run, packages=tuple(packages)))
 
 
 def may_command(sock: socket.socket, agent_group: int | None) -> bool:

@@ -121,7 +121,7 @@ class WorkerSet:
                 run.grants,
                 run.limits,
                 generation.image_bytes,
-                files=bool(generation.data or run.directories),
+                files=bool(generation.data or run.directories or run.packages),
                 secrets=generation.secrets_fd >= 0,
                 service=generation.service is not None,
             )
@@ -253,6 +253,9 @@ class WorkerSet:
                 service=generation.service is not None,
                 messages=messages,
                 keyvalue=pairs,
+                packages=tuple(
+                    worker_api.Package(path=each.path, file=each.file, owner=each.owner) for each in run.packages
+                ),
                 directories=run.directories,
                 metrics=has_metrics,
                 hardware=len(hardware),

@@ -35,7 +35,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from agent.host.engine import adapter_abi, host_interface, memory_in_use
+from agent.host.engine import adapter_abi, guest, host_interface, memory_in_use
 from agent.host.engine.adapter_abi import Requests
 from agent.host.engine.guest import Turn
 from agent.host.engine.runtime import Engine, EngineError, GuestError, Image
@@ -136,7 +136,8 @@ class Worker:
                 connects=setup.egress,
             )
             spec = sandbox.reading(spec, tuple(setup.directories.values()))
-            layers = sandbox.apply(sandbox.with_devices(spec, _ioctls(setup)))
+            files, packages = _mounts(setup)
+            layers = sandbox.apply(sandbox.with_devices(sandbox.with_files(spec, files), _ioctls(setup)))
         except EngineError as error:
             return self._refuse(setup, error.code, error)
         except sandbox.SandboxError as error:
@@ -157,7 +158,7 @@ class Worker:
             layers=layers,
             figures_fd=figures_fd,
             data=where,
-            readable=_readable(setup, mounted=layers["mount"]),
+            readable={**_readable(setup, mounted=layers["mount"]), **packages},
             scheduling_fd=scheduling_fd,
             writes=writes,
             slot=socket.socket(fileno=channel_fd) if setup.channel and not self._channel else None,
@@ -705,6 +706,20 @@ class Redactor:
                 return msgspec.structs.replace(message, problem=self.text(text))
             case _:
                 return message
+
+
+def _mounts(setup: worker_api.Setup) -> tuple[tuple[sandbox.ReadOnlyFile, ...], dict[str, str]]:
+    """Return where data packages are mounted, and by the path at which the guest sees each their directories.
+
+    Those in the directory of the instance's own files are mounted there, the others in directories of the root.
+    """
+    inside = {guest.DATA: sandbox.DATA} if setup.data else {}
+    files = []
+    for each in setup.packages:
+        parent, _, name = each.path.rpartition("/")
+        place = inside.setdefault(parent or "/", f"/package-{len(inside)}")
+        files.append(sandbox.ReadOnlyFile(each.file, f"{place}/{name}", each.owner))
+    return tuple(files), {path: place for path, place in inside.items() if place != sandbox.DATA}
 
 
 def _forms(value: str) -> Iterator[str]:

@@ -251,6 +251,7 @@ class Views:
         """Return the instances with which a device has a target, and whether it runs it by its newest word."""
         health = health_of(row)
         running = {each.instance for each in (() if health is None else health.instances) if each.target == target}
+        running |= {name for name, kept in ({} if health is None else health.data).items() if kept == target}
         items = items_of(self._store.delivery.assignment(row.id))
         return {name: name in running for name in running | {item.instance for item in items if item.target == target}}
 
@@ -290,6 +291,7 @@ def _row(row: DeviceRow, groups: Iterable[GroupRow], *, pins: Iterable[str], ass
         revoked=row.revoked,
         problem=_problem(row, health),
         memory_bytes=0 if health is None else health.resources.memory_total_bytes,
+        data={} if health is None else health.data,
     )
 
 

@@ -17,6 +17,7 @@ from host_processes import lanes_of
 
 from agent.host.ipc import host_api
 from agent.host.sandbox import sandbox
+from fleet.protocol.codes import RejectCode
 from fleet.protocol.hardware import GpioLine, Hardware, SerialPort
 
 NOBODY = 65534
@@ -230,6 +231,41 @@ def test_hardware_of_an_escaped_guest_is_what_its_grants_say_and_nothing_else(es
     # The kernel has no file in place of a line here, and says so where seccomp lets a call through.
     assert said["allowed"] == {"read the line": "ENOTTY", "set the line": "ENOTTY", "drop input": "done"}
     assert [said["descriptors"][fd] for fd in said["descriptors"] if int(fd) > 2].count("device") == 1, "its own port"
+
+
+def test_an_escaped_guest_reads_its_own_data_package_and_can_do_nothing_else_with_it(escaped):
+    host = escaped
+    files = {name: host.directory / f"{name}.data" for name in ("own", "another")}
+    for name, file in files.items():
+        file.write_text(f"data of {name}")
+        file.chmod(0o444)
+        if os.geteuid() == 0:
+            os.chown(file, NOBODY, NOBODY)
+    limits = support.Limits(start_ms=60_000)
+    replies = [
+        host.start(
+            "hello",
+            support.a_run(
+                name, 1, limits=limits, packages=(host_api.DataMount(path="/models/m", file=str(files[of])),)
+            ),
+        )
+        for name, of in (("bad", "own"), ("sibling", "another"))
+    ]
+    if host.column == USER_WITHOUT:  # without the mount layer nothing is mounted, and the start is refused in words
+        assert [reply.code for reply in replies] == [RejectCode.CONTAINMENT] * 2
+        assert "data packages need the mount layer" in replies[0].message
+        return
+    assert all(isinstance(reply, host_api.Started) for reply in replies), replies
+    facts = {"inside": "/package-0/m", "outside": str(files["own"]), "another": str(files["another"])}
+    body = json.dumps(facts).encode()
+    request = b"POST /bad/data HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    status, _, answer = support.http(host.port, request)
+    assert status == 200, answer
+    said = json.loads(answer)
+    assert said["text"] == "data of own"
+    refused = {"EPERM", "EACCES", "EROFS", "ENOENT", "EBADF", "EBUSY", "PermissionError"}
+    assert {what: result for what, result in said["tried"].items() if result not in refused} == {}
+    assert [file.read_text() for file in files.values()] == ["data of own", "data of another"]
 
 
 def test_no_call_runs_on_for_what_an_escaped_guest_writes_in_its_page_of_figures(escaped):

@@ -1,6 +1,7 @@
 """Offline bundles: untrusted files, verified as if they had been downloaded."""
 
 import asyncio
+import errno
 import hashlib
 import io
 import json
@@ -12,7 +13,9 @@ from datetime import timedelta
 import msgspec
 import pytest
 
+from agent import disk
 from agent.config import Policy
+from agent.disk import Write
 from agent.link import bundle
 from agent.link.bundle import BundleError, BundleSource, BundleVerdict
 from agent.link.https import FetchError
@@ -370,3 +373,23 @@ async def test_a_bundle_is_verified_with_only_its_own_files(stick):
     assert (await stick.put_in(torn)).code == RejectCode.NOT_FOUND
     assert await stick.put_in(files) == BundleVerdict(version=3)
     assert asked == []
+
+
+def test_data_of_a_bundle_comes_to_another_file_system(tmp_path, monkeypatch):
+    """Packaged agents keep data packages in a directory that is a mount of its own: a file cannot be moved there."""
+    data = b"weights"
+    sha256 = hashlib.sha256(data).hexdigest()
+    kept = tmp_path / "bundle" / "artifacts" / sha256
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(data)
+
+    def elsewhere(_what, source, _target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    moved = disk.move
+    monkeypatch.setattr(
+        disk, "move", lambda what, *paths: (elsewhere if what is Write.BUNDLE_ARTIFACT else moved)(what, *paths)
+    )
+    source = BundleSource(None, tmp_path / "bundle")
+    source.download(f"/v1/artifacts/{sha256}", tmp_path / "packages" / "m", length=len(data), sha256=sha256)
+    assert (tmp_path / "packages" / "m").read_bytes() == data

@@ -122,8 +122,9 @@ def test_a_list_shows_data_alone(fleet, desk):
         for name, kind in (("hello", "component"), ("m", "data"))
     ]
     desk.routes["GET", "/v1/components"] = operator_api.Components(components=tuple(rows))
-    desk.routes["GET", "/v1/devices"] = operator_api.Devices()
-    assert "main/m@1.0.0" in fleet("data", "list").stdout
+    row = operator_api.DeviceRow(id="gate-00000000", name="gate", data={"m": "components/main/m/1.0.0.wasm"})
+    desk.routes["GET", "/v1/devices"] = operator_api.Devices(devices=(row,))
+    assert fleet("data", "list").stdout.splitlines()[1].split()[:4] == ["main/m@1.0.0", "6.8", "KiB", "1"]
     assert "hello" not in fleet("data", "list").stdout
     assert [each["name"] for each in json.loads(fleet("data", "list", "--json").stdout)["components"]] == ["m"]
     assert fleet("data", "list", "other").exit_code == 4

@@ -168,6 +168,27 @@ if "agent.host.worker.zygote" in sys.orig_argv:
         reply, fds, _, _ = socket.recv_fds(egress, 4096, 4)
         return json.loads(reply), [socket.socket(fileno=fd) for fd in fds]
 
+    def change_data(facts):
+        """Read the instance's data package, and try everything else with it and around it."""
+        place, own = facts["inside"], os.open(facts["inside"], os.O_RDONLY)
+        text = os.pread(own, 100, 0).decode()
+        unmount = {"x86_64": 166}.get(os.uname().machine, 39)
+        results = {
+            "write to it": attempt(os.open, place, os.O_RDWR),
+            "cut it off": attempt(os.truncate, place, 0),
+            "write to what is open": attempt(os.pwrite, own, b"x", 0),
+            "change its mode": attempt(os.fchmod, own, 0o777),
+            "run it": attempt(os.execv, place, [place]),
+            "map it to run": attempt(mmap.mmap, own, 4, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC),
+            "remove it": attempt(os.unlink, place),
+            "put another beside it": attempt(os.open, f"{place}-2", os.O_WRONLY | os.O_CREAT),
+            "read that of another": attempt(os.open, facts["another"], os.O_RDONLY),
+            "open it where it is kept": attempt(os.open, facts["outside"], os.O_RDONLY),
+            "unmount it": "done" if libc.syscall(unmount, place.encode(), 2) == 0 else "EPERM",
+            "mount it anew": call("mount", b"none", place.encode(), 0, 32 | 4096, 0),
+        }
+        return {"text": text, "tried": results}
+
     def lead_elsewhere(caller, facts):
         """Try to get beyond the grants by what the egress hands over: for TCP, for UDP, and by asking alone."""
         (host, tcp, udp), other = facts["granted"], tuple(facts["other"])
@@ -253,6 +274,8 @@ if "agent.host.worker.zygote" in sys.orig_argv:
             return 200, b"", json.dumps(lead_elsewhere(caller, json.loads(body))).encode()
         if target == b"/metrics":
             return 200, b"", json.dumps(forge_metrics(caller)).encode()
+        if target == b"/data":
+            return 200, b"", json.dumps(change_data(json.loads(body))).encode()
         if target == b"/hang":
             # Every figure that this process can write says that no call is in flight, while one never ends.
             while True:
