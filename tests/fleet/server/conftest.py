@@ -103,7 +103,7 @@ class Operator:
             name=target,
             length=len(artifact),
             sha256=sha256,
-            manifest=Manifest(name=name, version=version, trigger=Http(), **manifest),
+            manifest=Manifest(name=name, version=version, **{"trigger": Http(), **manifest}),
             signer=self._key,
             now=datetime.now(UTC),
         )
