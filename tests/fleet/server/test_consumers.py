@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion
 
 from fleet.protocol import wire
-from fleet.protocol.messages import Reading, Readings
+from fleet.protocol.messages import Reading, Readings, State
 from fleet.protocol.topics import POKE, Topic, Up
 from fleet.protocol.trust_api import ConsumerReply, ConsumerRequest, Consumers
 from fleet.server.broker import broker as brokers
+from tests.eventually import eventually_async
 
 pytestmark = pytest.mark.skipif(brokers.find() is None, reason="Mosquitto is not installed")
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
@@ -112,6 +113,9 @@ async def test_a_consumer_reads_what_it_was_granted_and_writes_nothing(new_fleet
         mine, other = await fleet.device("mine"), await fleet.device("other", group="elsewhere")
         async with reader(tmp_path, fleet, *everything, topics=("plant/+/t", "alarms/#")) as one:
             user = one.reply.user
+            reached, plain = [], fleet.server._ingest.on_message
+            fleet.server._ingest.on_message = lambda topic, data: (reached.append(topic), plain(topic, data))
+            state = Up.STATE, State(device=mine.id, online=True, boot_id="boot")
             assert user.startswith("consumer.historian.")
             prefix = f"fleet/v1/messages/edge/{mine.id}/meter"
             for topic in (
@@ -124,6 +128,9 @@ async def test_a_consumer_reads_what_it_was_granted_and_writes_nothing(new_fleet
                 "other",
             ):
                 await one.publish(topic, retain=True)
+            await eventually_async(lambda: str(Topic(mine.id, Up.STATE)) in reached or mine.publish(*state), "a state")
+            assert not [topic for topic in reached if user in topic], "what devices may write, no consumer may"
+            fleet.server._bus.publish(POKE, b"x")
             bring(fleet, other, "plant/x/t")
             bring(fleet, mine, "plant/x/p", "secret/t", "plant/x/t", "alarms")
             topic, said = await one.hear()
