@@ -238,7 +238,7 @@ def test_an_escaped_guest_reads_its_own_data_package_and_can_do_nothing_else_wit
     files = {name: host.directory / f"{name}.data" for name in ("own", "another")}
     for name, file in files.items():
         file.write_text(f"data of {name}")
-        file.chmod(0o444)
+        file.chmod(0o666)  # whatever its mode, the mount is read-only
         if os.geteuid() == 0:
             os.chown(file, NOBODY, NOBODY)
     limits = support.Limits(start_ms=60_000)
