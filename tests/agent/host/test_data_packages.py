@@ -110,8 +110,8 @@ def test_what_is_no_file_of_the_agents_is_refused_in_words_and_mounted_nowhere(k
 
 def test_a_file_of_somebody_else_is_not_mounted_although_the_agent_names_it(host):
     """An agent that was taken over has no more than its own files mounted, whatever the host itself may read."""
-    if os.geteuid() == 0:
-        pytest.skip("root may have anything mounted")
+    if os.geteuid() in {0, 65534}:
+        pytest.skip("root may have anything mounted, and nobody looks like every user of outside a user namespace")
     _, reply = started(host, host_api.DataMount(path="/models/m", file="/etc/passwd"))
     assert isinstance(reply, host_api.Failed)
     assert "no file of whoever asks" in reply.message
