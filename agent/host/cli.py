@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "with standard input.",
     )
     local.add_argument(
+        "--directory", type=Path, required=True, metavar="DIR", help="directory for sockets and state of this run"
+    )
+    local.add_argument(
         "--ingress",
         type=_address,
         default=_DEFAULT_INGRESS,
@@ -213,7 +216,7 @@ def _main(arguments: list[str] | None) -> int:
     if options.command == "check-component":
         return check_components(options.file)
     if options.command == "dev":
-        return serve_author(options.ingress)
+        return serve_author(options.directory, options.ingress)
     if options.command == "processes":
         return show_processes(options.runtime, as_json=options.json)
     leave_first_process()
@@ -295,13 +298,13 @@ def check_components(files: list[str]) -> int:
     return int(refused)
 
 
-def serve_author(ingress: tuple[str, int] | None) -> int:
+def serve_author(directory: Path, ingress: tuple[str, int] | None) -> int:
     """Run what standard input asks for, until it ends; return the exit status."""
     from agent.host import dev  # noqa: PLC0415 - a running host has no use for it
 
     host, port = ingress or ("127.0.0.1", 8080)
     try:
-        return dev.serve(f"{host}:{port}")
+        return dev.serve(directory, f"{host}:{port}")
     except dev.DevError as error:
         sys.stderr.write(f"fleet-host: {error}\n")
         return 1

@@ -1,8 +1,8 @@
 """`fleet-host dev`: an author's local loop. One component at a time, on a host of its own as on a device.
 
 Requests come on standard input and events leave on standard output, both as JSON lines (`fleet.protocol.dev`). The
-host is the program that devices run, with its isolation layers as far as this user may have them, in directories that
-are removed at the end. A request for a further version is a swap: the one before answers until it is ready.
+host is the program that devices run, with its isolation layers as far as this user may have them, in a directory that
+who starts it removes. A request for a further version is a swap: the one before answers until it is ready.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -243,8 +242,9 @@ class _Instance:
 
     async def _give(self, data: bytes, kind: Callable[..., host_api.Request], answer: type[R], **how: Any) -> R:
         def fill(fd: int) -> None:
-            with open(fd, "wb", closefd=False) as file:
-                file.write(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
 
         fd = framing.constant_memfd("given", fill)
         try:
@@ -293,8 +293,12 @@ async def _lines() -> asyncio.StreamReader:
     return reader
 
 
-def serve(ingress: str) -> int:
+def serve(directory: Path, ingress: str) -> int:
     """Run what standard input asks for, one component at a time, until that ends.
+
+    Args:
+        directory: of the host's sockets and state, for this run alone.
+        ingress: address of the HTTP port.
 
     Returns:
         0; 1 if the host ended by itself, 2 for a line that is no request.
@@ -302,9 +306,7 @@ def serve(ingress: str) -> int:
     Raises:
         DevError: the host does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="fleet-host-dev-") as directory:
-        Path(directory).chmod(0o755)  # as root, workers are other users
-        return asyncio.run(_serve(Path(directory), ingress))
+    return asyncio.run(_serve(directory.resolve(), ingress))
 
 
 def _emit(event: dev.Event) -> None:

@@ -348,7 +348,7 @@ class Store:
         waiting, self._waiting = self._waiting, []
         done: dict[int, bool] = {}
         for each in waiting:
-            # One that is open no more was damaged and set aside meanwhile, or its last user has ended.
+            # A store that is open no more was damaged and set aside meanwhile, or its last user has ended.
             is_open = self._open.get(each.key) is each.found
             if id(each.found) not in done:
                 done[id(each.found)] = is_open and self._commit_or_report(each.key, each.found)

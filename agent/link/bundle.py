@@ -264,7 +264,8 @@ def _move(kept: Path, part: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copyfile(kept, part)
+        with files.open_to_read(kept) as source, disk.open_file(Write.BUNDLE_FILE, part, begin=True) as target:
+            shutil.copyfileobj(source, target)
 
 
 def listen(path: Path) -> int:

@@ -17,6 +17,7 @@ from agent.host.ipc import host_api
 from agent.update.images import ImageError
 from agent.update.machine import Event
 from agent.update.state import Change, DataRef, DeploymentState, EffectResult, bound_key, digest_of, item_key
+from fleet.protocol import files
 from fleet.protocol.assignment import Item
 from fleet.protocol.codes import RejectCode
 from fleet.protocol.manifest import Manifest
@@ -38,7 +39,7 @@ def file_of(directory: Path, target: str, sha256: str) -> Path:
 def is_sound(path: Path, length: int, sha256: str) -> bool:
     """Tell whether a file is as signed, hashing it unless it was before; remove one that was changed."""
     try:
-        with path.open("rb") as file:
+        with files.open_to_read(path) as file:
             found = os.fstat(file.fileno())
             mark = (sha256, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             if _found_sound.get(path) == mark:
@@ -111,11 +112,11 @@ def make_room(directory: Path, keep: set[str], *, most_bytes: int, need_bytes: i
         else:
             kept.setdefault(package, []).append((stat.st_mtime, stat.st_size, path))
     spared = []
-    for package, files in kept.items():
-        files.sort()
+    for package, versions in kept.items():
+        versions.sort()
         if spare and package in used:
-            spared.append(files.pop())
-        for _, size, path in files:
+            spared.append(versions.pop())
+        for _, size, path in versions:
             total -= _removed(path, size)
     for _, size, path in sorted(spared):
         if total > most_bytes:

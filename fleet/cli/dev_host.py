@@ -5,9 +5,11 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Final
 
 import msgspec
@@ -81,15 +83,18 @@ def started(port: int) -> Iterator[DevHost]:
         raise Fault(
             "there is no host on this machine", "it comes with wasmfleet[agent]", "pip install 'wasmfleet[agent,cli]'"
         )
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", _HOST, "dev", "--ingress", f"127.0.0.1:{port}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
-        start_new_session=True,  # an interrupt from the terminal is ours to pass on
-    )
-    host = DevHost(process)
-    try:
-        yield host
-    finally:
-        host.end()
+    with tempfile.TemporaryDirectory(prefix="fleet-component-") as directory:
+        Path(directory).chmod(0o755)  # as root, workers are other users
+        command = [sys.executable, "-P", "-m", _HOST, "dev", "--directory", directory]
+        process = subprocess.Popen(
+            [*command, "--ingress", f"127.0.0.1:{port}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            start_new_session=True,  # an interrupt from the terminal is ours to pass on
+        )
+        host = DevHost(process)
+        try:
+            yield host
+        finally:
+            host.end()

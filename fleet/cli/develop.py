@@ -4,14 +4,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
 
 import click
 import msgspec
 
 from fleet.cli import dev_host, output
-from fleet.cli.base import Exit, Fault, Options, command, config_values, read_file
+from fleet.cli.base import Exit, Fault, Options, command, config_values, read_file, write_file
 from fleet.cli.component import component, of_project, read_component
 from fleet.component import component_toml, project, project_tests, reader
 from fleet.component.project import BadProjectError, Project
@@ -20,9 +22,6 @@ from fleet.protocol import bounds, dev
 from fleet.protocol.manifest import BadManifestError, Http, Manifest
 from fleet.protocol.names import BadNameError
 from fleet.protocol.printable import json_text, printable
-
-if TYPE_CHECKING:
-    import httpx
 
 _PORT: Final = 8080
 _LOOK_S: Final = 0.5  # from one look at the watched files to the next
@@ -173,9 +172,7 @@ def test(
         results = _tested(options, file, request, tests)
     failed = sum(1 for each in results if each.problem)
     if options.json:
-        output.show_json(
-            {"file": str(file), "ok": not failed, "tests": [msgspec.to_builtins(each) for each in results]}
-        )
+        output.show_json({"file": str(file), "ok": not failed, "tests": [each._asdict() for each in results]})
     else:
         for each in results:
             click.echo(printable(f"{'FAILED' if each.problem else 'ok':<7} {each.name}"))
@@ -209,8 +206,6 @@ class _Tester:
 
     def run(self, request: dev.DevRequest, tests: Sequence[RequestTest | LogTest]) -> list[_Result]:
         """Return the result of each test. Raises `Fault`: a device would refuse the component."""
-        import httpx  # noqa: PLC0415 - the other commands start faster without it
-
         began_s = time.monotonic()
         self._host.run(request)
         while not isinstance(event := self._host.next(), dev.Serving):
@@ -219,13 +214,12 @@ class _Tester:
                     f"a device would refuse it at its {event.step}", event.problem, code=Exit.FAILED, extra=_log(event)
                 )
             self._take(event)
-        with httpx.Client(base_url=event.url, timeout=_ANSWER_S, trust_env=False) as client:
-            return [
-                _Result(each.name, self._ask(client, each))
-                if isinstance(each, RequestTest)
-                else _Result(each.name, self._wait(each, began_s))
-                for each in tests
-            ]
+        return [
+            _Result(each.name, self._ask(event.url, each))
+            if isinstance(each, RequestTest)
+            else _Result(each.name, self._wait(each, began_s))
+            for each in tests
+        ]
 
     def _take(self, event: dev.Event | None) -> None:
         match event:
@@ -237,14 +231,19 @@ class _Tester:
             case dev.Fault(code=code, message=message):
                 self._faults.append(f"{code}: {message}".splitlines()[0])
 
-    def _ask(self, client: "httpx.Client", test: RequestTest) -> str:
-        import httpx  # noqa: PLC0415
-
+    @staticmethod
+    def _ask(url: str, test: RequestTest) -> str:
+        place = urlsplit(url)
+        client = HTTPConnection(place.netloc, timeout=_ANSWER_S)
         try:
-            answer = client.request(test.method, test.path.lstrip("/"), headers=test.headers, content=test.send)
-        except httpx.HTTPError as error:
-            return f"no answer: {error}"
-        return project_tests.judge(test, answer.status_code, dict(answer.headers), answer.content)
+            client.request(test.method, place.path.rstrip("/") + test.path, test.send or None, test.headers)
+            answer = client.getresponse()
+            headers = {name.lower(): value for name, value in answer.getheaders()}
+            return project_tests.judge(test, answer.status, headers, answer.read())
+        except (OSError, HTTPException) as error:
+            return f"no answer: {error or type(error).__name__}"
+        finally:
+            client.close()
 
     def _wait(self, test: LogTest, began_s: float) -> str:
         while not any(test.contains in line for line in self._logged):
@@ -285,7 +284,7 @@ def _request(found: Project, scratch: Path, values: dict[str, str], secrets: dic
     source = read_component(file)
     if source.adapted:
         file = scratch / file.name
-        file.write_bytes(source.data)
+        write_file(file, source.data)
     text = None
     if manifest_file is not None:
         text = read_file(manifest_file, component_toml.TOML_MAX_CHARS * 4).decode("utf-8", errors="replace")

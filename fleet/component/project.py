@@ -21,6 +21,7 @@ from typing import Final
 from fleet.component import toolchains
 from fleet.component.toml_fields import FILE_NAME, Table
 from fleet.protocol import names
+from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import BadManifestError
 
 TESTS: Final = "tests.toml"
@@ -224,7 +225,7 @@ def new(directory: Path, *, name: str, language: str, trigger: str) -> tuple[Pat
     for path, text in made.items():
         place = directory / path
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(_filled(text, values), encoding="utf-8")
+        create_exclusive(place, _filled(text, values), mode=0o644)
     return tuple(sorted(made))
 
 

@@ -76,8 +76,8 @@ def start(sock: socket.socket, number: int, image: int) -> None:
         limits=manifest.limits,
     )
     host_api.send(sock, host_api.Start(id=number + 1, run=run), image)
-    while getattr(reply := host_api.receive_from_host(sock), "id", None) != number + 1:
-        pass
+    messages = iter(lambda: host_api.receive_from_host(sock), None)
+    reply = next(message for message in messages if getattr(message, "id", None) == number + 1)
     if not isinstance(reply, host_api.Started):
         raise SystemExit(f"instance {number}: {reply}")
 

@@ -192,7 +192,8 @@ LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("agent.host.compiler", "agent.host.worker", "agent.host.egress", "agent.host.keyvalue"),
         ("agent.host.supervisor",),
         ("agent.host.hardware_check",),
-        ("agent.host.cli", "agent.host.processes"),
+        ("agent.host.dev", "agent.host.processes"),
+        ("agent.host.cli",),
     ),
     "signing": (
         ("signing.errors", "signing.state"),

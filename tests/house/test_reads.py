@@ -37,7 +37,6 @@ BESIDE = {
     "agent/host/sandbox/kernel.py": ({"os.open"}, "the kernel's"),
     "agent/host/sandbox/sandbox.py": ({"os.open"}, "the kernel's, and directories"),
     "agent/host/supervisor/pinned_modules.py": ({"os.open"}, "the program itself"),
-    "agent/host/dev.py": ({"open"}, "memory"),
     "agent/host/engine/image_file.py": ({"os.open"}, "an image in memory"),
     "agent/host/hardware_check.py": ({".read_text"}, "a file, as was looked at before"),
     "agent/host/ipc/serial_abi.py": ({"os.open"}, "a device node, without waiting"),
