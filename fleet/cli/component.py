@@ -182,7 +182,7 @@ def check(options: Options, *, file: Path, manifest_file: Path | None, group: st
     except BadManifestError as error:
         raise Fault(str(error).replace(FILE_NAME, str(found), 1)) from None
     rows = _devices(options, group, device) if group or device else []
-    seen = replace(host_check.on_devices(seen, rows), notes=source.notes + seen.notes)
+    seen = host_check.on_devices(replace(seen, notes=source.notes + seen.notes), rows)
     if options.json:
         output.show_json({"file": str(file), "ok": not seen.problems, **msgspec.to_builtins(seen.view())})
     else:

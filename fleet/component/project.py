@@ -126,7 +126,7 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadProjectError(
-            f"there is no {FILE_NAME} in {file.parent}",
+            f"{file.parent} has no {FILE_NAME}",
             "'fleet component new NAME --lang rust' makes a project; or give a component's file",
         ) from None
     except (OSError, UnicodeDecodeError) as error:

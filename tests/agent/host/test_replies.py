@@ -149,6 +149,7 @@ ANSWER_OF = {
     worker_api.OpenShared: worker_api.Opened,
     worker_api.Check: worker_api.Checked,
     worker_api.Task: worker_api.Ran,
+    worker_api.Deliver: worker_api.Delivered,
     worker_api.Probe: worker_api.Probed,
     worker_api.Configure: worker_api.Configured,
     worker_api.SaveState: worker_api.StateSaved,

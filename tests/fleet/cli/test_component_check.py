@@ -150,12 +150,10 @@ def test_people_read_who_judged_it(saved, fleet):
     assert any("one at a time" in line for line in lines)
 
 
-def test_a_directory_is_no_component(fleet):
-    result = fleet("component", "check", ".")
-    assert (result.exit_code, result.stderr) == (
-        2,
-        "error: . is a directory; the command needs a file; name a file in it\n",
-    )
+def test_a_directory_without_a_project_is_no_component(fleet, tmp_path):
+    result = fleet("component", "check", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path} has no component.toml; 'fleet component new NAME")
 
 
 def row(name, **more):
