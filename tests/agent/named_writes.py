@@ -214,7 +214,8 @@ def lost_artifact(directory):
     of = SimpleNamespace(artifacts=places(directory).artifacts)
     restorer = restore.HostRestorer(host=None, db=None, materials=of, source=Source(), problems=None, sink=None)
     committed, _ = committed_demo()
-    asyncio.run(restorer._fetch(msgspec.structs.replace(committed.item, sha256=SHA256, length=len(DATA))))
+    artifact = of.artifacts / f"{SHA256}.wasm"
+    asyncio.run(restorer._fetch(committed.item, SHA256, len(DATA), artifact))
 
 
 def damaged_artifact(directory):

@@ -63,7 +63,8 @@ def test_each_path_that_a_crate_names_is_bound_into_the_root(tools, root, tmp_pa
         raise AssertionError(f"{path} is not bound into the root: {more['binds']}")
 
     assert outside(inside).resolve() == crate
-    for named in re.findall(r'path: "([^"]+)"', (crate / "src/lib.rs").read_text()):
+    source = "".join(file.read_text() for file in sorted((crate / "src").glob("*.rs")))
+    for named in re.findall(r'path: "([^"]+)"', source):
         found = outside(posixpath.normpath(posixpath.join(inside, named)))
         assert found.resolve() == (crate / named).resolve()
         assert found.is_dir()
