@@ -34,7 +34,7 @@ CHANGES = {
     "rollout retry": "rollout retry 7",
     "rollout cancel-device": f"rollout cancel-device 7 {DEVICE}",
 }
-ELSEWHERE = {"push", "deploy", "withdraw", "group policy"}
+ELSEWHERE = {"push", "deploy", "withdraw", "group policy", "data publish", "data push"}
 """Commands whose dry runs have tests of their own."""
 
 

@@ -33,7 +33,8 @@ STYLE = re.compile(r"\x1b\[(?:0|1|2|3[0-7]|9[0-7]|[0-9]+(?:;[0-9]+)+)m")
 # Answers of which no command prints a text: numbers, hashes, tokens and what is verified before it is used.
 SILENT = {
     "audit", "install_issuing", "revoke_issuer", "countersign", "discard_waiting", "set_operator", "remove_operator",
-    "upload", "publish_role", "publish_event", "sealing_keys", "history", "preflight", "freezes",
+    "add_consumer", "revoke_consumer", "upload", "publish_role", "publish_event", "sealing_keys", "history",
+    "preflight", "freezes",
 }  # fmt: skip
 
 

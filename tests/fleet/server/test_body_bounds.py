@@ -16,7 +16,7 @@ from fleet.server.api.routes import ROUTES
 
 BODIES = sorted({each.request for each in ROUTES if isinstance(each.request, type)}, key=lambda kind: kind.__name__)
 # of what is signed later: checked when it is signed, with the manifest's own rules
-ELSEWHERE = {"Grants", "CheckIn", "Restart", "FollowLogs"}
+ELSEWHERE = {"Grants", "Hardware", "GpioLine", "SerialPort", "CheckIn", "Restart", "FollowLogs"}
 
 
 def unbounded(schema, where):
