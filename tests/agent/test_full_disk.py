@@ -57,7 +57,9 @@ class SmallDisk:
 
     def remount(self, mode):
         """Make it read-only (`ro`), as a kernel does after errors, or writable again (`rw`)."""
-        subprocess.run([*self.prefix, "mount", "-o", f"remount,{mode}", str(self._directory)], check=True)
+        command = [*self.prefix, "mount", "-o", f"remount,{mode}", str(self._directory)]
+        # busy for as long as the host writes a line of its log
+        eventually(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0, f"it is {mode}")
 
     def close(self):
         self._holder.communicate(timeout=60)

@@ -356,7 +356,7 @@ def test_a_connection_outlasts_the_egress_and_datagrams_find_another(dial, host,
     os.close(pidfd)
     assert dial.again("w 0 still", "r 0 100") == [OK, "still"]
     for _ in range(20):  # a datagram on its way to the egress that ended is lost
-        said = dial.again(f"S 1 {to(where)} two", "T 1 500")
+        said = dial.again(f"S 1 {to(where)} two", "T 1 2000")
         if said == ["1", f"{to(where)} two"]:
             break
     else:
