@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import queue
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,16 +12,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Final
+from types import FrameType
+from typing import IO, Final, NoReturn
 
 import msgspec
 
-from fleet.cli.base import Fault
+from fleet.cli.base import Fault, reason
 from fleet.protocol import dev, wire
 
 _HOST: Final = "agent.host.cli"
 _NEEDS: Final = ("agent", "wasmtime", "httptools")
 _END_S: Final = 30
+_ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 class DevHost:
@@ -72,6 +76,36 @@ class DevHost:
             self._process.wait()
 
 
+def check_port(port: int) -> None:
+    """Raise `Fault` where nothing can listen on this port of the loopback address; before a long build, not after."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+            sock.listen()
+        except OSError as error:
+            raise Fault(
+                f"cannot listen on port {port} of this machine", reason(error), "choose another --port, or 0 for any"
+            ) from None
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    for each in _ENDS:
+        signal.signal(each, signal.SIG_IGN)  # the host is being ended already
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within the block, a closed terminal or a plain kill ends it as an error does: nothing is left over."""
+    before = {each: signal.signal(each, _leave) for each in _ENDS if signal.getsignal(each) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 @contextmanager
 def started(port: int) -> Iterator[DevHost]:
     """Start this machine's host on a port of the loopback address, 0 for any free one; end it with the block.
@@ -83,7 +117,7 @@ def started(port: int) -> Iterator[DevHost]:
         raise Fault(
             "there is no host on this machine", "it comes with wasmfleet[agent]", "pip install 'wasmfleet[agent,cli]'"
         )
-    with tempfile.TemporaryDirectory(prefix="fleet-component-") as directory:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="fleet-component-") as directory:
         Path(directory).chmod(0o755)  # as root, workers are other users
         command = [sys.executable, "-P", "-m", _HOST, "dev", "--directory", directory]
         process = subprocess.Popen(

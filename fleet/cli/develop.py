@@ -1,5 +1,6 @@
 """`fleet component new`, `build`, `run` and `test`: an author's loop on this machine, without a fleet."""
 
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def new(options: Options, *, name: str, language: str, trigger: str, target: Pat
         options,
         {"directory": str(directory), "files": [str(each) for each in files]},
         f"Made {directory} with {len(files)} files. Next:\n\n"
-        f"    cd {directory}\n    fleet component build\n    fleet component test\n    fleet component run",
+        f"    cd {shlex.quote(str(directory))}\n"
+        f"    fleet component build\n    fleet component test\n    fleet component run",
     )
     return Exit.OK
 
@@ -108,12 +110,14 @@ def run(options: Options, *, place: Path, port: int, watch: bool, pairs: Sequenc
     """
     found = _project(place)
     values, hidden = config_values(pairs) or {}, _secret_values(secrets)
+    dev_host.check_port(port)
     _built(options, found)
     with tempfile.TemporaryDirectory() as directory, dev_host.started(port) as host:
         scratch = Path(directory)
         host.run(_request(found, scratch, values, hidden))
         seen = project.stamp(found)
         serves = False
+        look_s = time.monotonic() + _LOOK_S
         try:
             while True:
                 event = host.next(_LOOK_S if watch else None)
@@ -122,7 +126,10 @@ def run(options: Options, *, place: Path, port: int, watch: bool, pairs: Sequenc
                     serves = serves or isinstance(event, dev.Serving)
                     if isinstance(event, dev.Refused) and not serves and not watch:
                         return Exit.FAILED
-                elif (now := project.stamp(found)) != seen:
+                if not watch or time.monotonic() < look_s:  # a busy component has events without end
+                    continue
+                look_s = time.monotonic() + _LOOK_S
+                if (now := project.stamp(found)) != seen:
                     seen = now
                     _again(options, host, found, scratch, values, hidden)
         except KeyboardInterrupt:

@@ -140,8 +140,8 @@ def build(project: Project, *, quiet: bool = False) -> int:
         BadProjectError: a tool is missing, it failed, or it made no component.
     """
     if not project.command:
-        return project.output.stat().st_size
-    program = shutil.which(project.command[0])
+        return _size(project.output)
+    program = _program(project)
     if program is None:
         raise BadProjectError(f"{project.command[0]} is not on PATH", toolchains.install(project.command[0]))
     line = " ".join(project.command)
@@ -157,7 +157,20 @@ def build(project: Project, *, quiet: bool = False) -> int:
         raise BadProjectError(f"{line} failed with {how}", "its own words stand above")
     if not project.output.is_file():
         raise BadProjectError(f"{line} made no {project.output}", "build.output must name the file that it writes")
-    return project.output.stat().st_size
+    return _size(project.output)
+
+
+def _program(project: Project) -> str | None:
+    """Find the command's program; one with a slash lies in the project, where the command runs."""
+    name = project.command[0]
+    return shutil.which(project.directory.resolve() / name if "/" in name else name)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:  # gone meanwhile
+        raise BadProjectError(f"cannot read {file}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _written_at(file: Path) -> int | None:
@@ -186,10 +199,17 @@ _SKIPPED: Final = frozenset({"target", "node_modules", "__pycache__", ".git", "d
 def _files(place: Path) -> Iterator[Path]:
     if place.is_file():
         yield place
-    elif place.is_dir() and place.name not in _SKIPPED:
-        for each in sorted(place.iterdir()):
-            if not each.name.startswith(".") and not each.is_symlink():
+    elif place.is_dir():
+        for each in _children(place):
+            if not each.name.startswith(".") and not each.is_symlink() and each.name not in _SKIPPED:
                 yield from _files(each)
+
+
+def _children(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:  # gone meanwhile, or not ours to read
+        return []
 
 
 def new(directory: Path, *, name: str, language: str, trigger: str) -> tuple[Path, ...]:

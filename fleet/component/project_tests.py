@@ -3,6 +3,7 @@
 An answer is compared as a whole (`body`), or has a part (`contains`); `docs/components.md` lists every field.
 """
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from fleet.protocol.manifest import BadManifestError
 
 _WITHIN_MS: Final = 30_000
 _STATUS: Final = 200
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # as methods and names of headers are written
+_PATH: Final = re.compile(r"/[!-~]*")
+_VALUE: Final = re.compile(r"[\t -~\u00a0-\u00ff]*")
 
 
 class BadTestsError(Exception):
@@ -81,7 +85,11 @@ def _request(table: Table) -> RequestTest:
     path = table.text("path", "/")
     if not path.startswith("/"):
         raise BadManifestError(f"component.toml: {table.at('path')}: begin it with a slash")
+    if not _PATH.fullmatch(path):
+        raise BadManifestError(f"component.toml: {table.at('path')}: write blanks and other letters as %20 and so on")
     method = table.text("method", "GET").upper()
+    if not _TOKEN.fullmatch(method):
+        raise BadManifestError(f"component.toml: {table.at('method')}: {method[:40]!r} is no method, such as POST")
     status = table.whole("status", _STATUS)
     body = table.text("body", "\0")
     test = RequestTest(
@@ -105,6 +113,9 @@ def _headers(table: Table, key: str) -> dict[str, str]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise table.wrong(key, "a table of texts", found)
+    for name, value in found.items():
+        if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise BadManifestError(f"component.toml: {table.at(key)}: {name[:40]!r}: HTTP has no such name or value")
     return {name.lower(): value for name, value in found.items()}
 
 

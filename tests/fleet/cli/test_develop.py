@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -151,6 +153,10 @@ def test_a_build_that_cannot_be_is_named_by_its_field(made, build, sentence):
         ("[[requests]]\n", "requests: unknown"),
         ("[[request]]\nbodys = ''\n", "request[1].bodys: unknown field; did you mean body?"),
         ("[[request", "is not TOML"),
+        ("[[request]]\nmethod = 'GET X'\n", "request[1].method: 'GET X' is no method"),
+        ("[[request]]\npath = '/a b'\n", "request[1].path: write blanks"),
+        ('[[request]]\nheaders = { x = "a\\nb" }\n', "request[1].headers: 'x': HTTP has no such"),
+        ("[[request]]\nheaders = { 'x y' = 'b' }\n", "request[1].headers: 'x y': HTTP has no such"),
     ],
 )
 def test_tests_that_cannot_be_read_are_named_by_their_field(made, text, sentence):
@@ -183,6 +189,57 @@ def test_a_running_component_is_swapped_when_its_source_changes(made):
         assert process.wait(60) == 0
         keys = {key.rstrip("?") for key in ANSWERS["component run"]}
         assert set(serving) <= keys
+
+
+def test_a_busy_component_is_watched_and_a_plain_kill_leaves_nothing(tmp_path):
+    """The file named has no build: it goes and comes back, while the component has something to say at each look."""
+    part = tmp_path / "part.wasm"
+    part.write_bytes(wat2wasm((GUESTS / "task.wat").read_text()))
+    (tmp_path / "part.toml").write_text('name = "part"\ntrigger = { type = "schedule", every = "100ms" }\n')
+    command = [*FLEET, "component", "run", "part.wasm", "--watch", "--json", "--port", "0"]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        subprocess.Popen(  # a socket's path is short
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": scratch},
+        ) as process,
+    ):
+        events = map(json.loads, process.stdout)
+        next(event for event in events if event["type"] == "calls")
+        part.unlink()
+        assert "cannot read part.wasm" in next(process.stderr)
+        part.write_bytes(wat2wasm((GUESTS / "task-fails.wat").read_text()))
+        assert next(event for event in events if event["type"] == "serving")["swapped"]
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not list(Path(scratch).iterdir())
+
+
+def test_a_port_in_use_is_said_before_the_build(made):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("component", "run", "--port", port, cwd=made)
+    assert (done.returncode, f"cannot listen on port {port}" in done.stderr) == (2, True), done.stderr
+    assert not (made / "made.wasm").exists()
+
+
+def test_a_program_of_the_project_builds_it_from_anywhere_and_a_directory_named_build_is_watched(made):
+    place = made.rename(made.with_name("build"))
+    (place / "make.sh").write_text("#!/bin/sh\ncp source.wasm made.wasm\n")
+    (place / "make.sh").chmod(0o755)
+    (place / "component.toml").write_text('name = "x"\n[build]\ncommand = ["./make.sh"]\noutput = "made.wasm"\n')
+    done = run("component", "build", "build", cwd=place.parent)
+    assert done.returncode == 0, done.stderr
+    assert place / "source.wasm" in project.stamp(project.load(place))
+
+
+def test_the_next_steps_of_a_new_project_can_be_pasted(tmp_path):
+    done = run("component", "new", "part", "--lang", "rust", "--output", "two words", cwd=tmp_path)
+    assert "    cd 'two words'\n" in done.stdout
 
 
 def test_check_inspect_and_push_take_the_directory_of_a_project(made):
