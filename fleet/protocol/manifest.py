@@ -15,7 +15,7 @@ with commas. When both days are restricted, either fits. Times are naive: wall-c
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -806,7 +806,7 @@ def data_conflict(found: Manifest) -> str:
         return ": a data package reads no other"
     if len(found.data) > bounds.DATA_USES_MAX:
         return f": {len(found.data)} packages, at most {bounds.DATA_USES_MAX} are allowed"
-    taken = {"data": "/data", **{name: use.path for name, use in found.data.items()}}  # the instance's own directory
+    mounts = found.grants.mounts
     for name, use in found.data.items():
         try:
             names.check_label(name, "data package")
@@ -814,12 +814,20 @@ def data_conflict(found: Manifest) -> str:
             data_packages.check_range(use.version)
         except ValueError as error:
             return f".{name[:80]}: {error}"
-        others = [path for other, path in taken.items() if other != name or name == "data"]
-        if use.path == "/data" or any(f"{path}/".startswith(f"{use.path}/") for path in others if path != use.path):
-            return f".{name}: path: a directory of the component is at {use.path}"
-        if sum(each.path == use.path for each in found.data.values()) > 1:
-            return f".{name}: path: another package is at {use.path}"
+        others = ["/data", *mounts, *(each.path for other, each in found.data.items() if other != name)]
+        if wrong := _place_conflict(use.path, others, mounts):
+            return f".{name}: path: {wrong}"
     return ""
+
+
+def _place_conflict(path: str, others: Sequence[str], mounts: Collection[str]) -> str:
+    """Say why a package has no place beside other paths, `mounts` those of directories; empty where it has one."""
+    if path == "/data" or path in mounts or any(each.startswith(f"{path}/") for each in others):
+        return f"a directory of the component is at {path}"
+    if path in others:
+        return f"another package is at {path}"
+    parent = path.rpartition("/")[0]
+    return f"the device's directory that is granted at {parent} would be hidden" if parent in mounts else ""
 
 
 def convert(value: object) -> Manifest:
