@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import BinaryIO, Final
 
 PACKET_MAX_BYTES: Final = 160 * 1024
-FDS_MAX: Final = 36
+FDS_MAX: Final = 48
+"""Descriptors of one packet: a worker with everything that can be granted gets 41 (`worker_api.Setup`)."""
 
 
 class GoneError(Exception):
