@@ -16,6 +16,9 @@ _FIRST_PRINTABLE: Final = 0x20
 _DELETE: Final = 0x7F
 _LAST_CONTROL: Final = 0x9F
 _SURROGATES: Final = range(0xD800, 0xE000)
+_NO_CHARACTERS: Final = range(0xFDD0, 0xFDF0)
+_IN_PLANE: Final = 0xFFFF
+_LAST_OF_PLANE: Final = (0xFFFE, 0xFFFF)
 
 
 class BadMessageTopicError(ValueError):
@@ -27,6 +30,8 @@ def check_topic(text: str) -> str:
     for level in _levels(text):
         if "+" in level or "#" in level:
             raise BadMessageTopicError(f"{_shown(text)} has a wildcard (+ or #), which only a filter may have")
+    if any(map(_is_no_character, text)):
+        raise BadMessageTopicError(f"{_shown(text)} is no topic: one of its code points is no character")
     return text
 
 
@@ -86,6 +91,12 @@ def _levels(text: str) -> list[str]:
 def _is_odd(character: str) -> bool:
     code = ord(character)
     return code < _FIRST_PRINTABLE or _DELETE <= code <= _LAST_CONTROL or code in _SURROGATES
+
+
+def _is_no_character(character: str) -> bool:
+    """Tell whether brokers end the connection of whoever publishes on a topic with it."""
+    code = ord(character)
+    return code in _NO_CHARACTERS or code & _IN_PLANE in _LAST_OF_PLANE
 
 
 def _shown(text: str) -> str:

@@ -102,6 +102,8 @@ class ConsumerHandlers:
             filters = tuple(dict.fromkeys(map(message_topics.check_filter, wanted.topics)))
         except (BadRequestError, message_topics.BadMessageTopicError) as error:
             raise Refusal(400, "bad-request", str(error)) from error
+        if any(each.endswith(" ") for each in filters):
+            raise Refusal(400, "bad-request", "the broker's access list has no topic that ends with a space")
         if not filters or len(filters) > message_topics.FILTERS_MAX:
             most = message_topics.FILTERS_MAX
             raise Refusal(400, "bad-request", f"a consumer has 1 to {most} topics")
@@ -284,6 +286,17 @@ class MessageRelay:
         return [
             (topics.consumed(group, row.device, row.instance, row.topic), row)
             for row in rows
+            if _is_addressable(row)
             for group in groups[row.device]
             if any(message_topics.any_matches(filters, row.topic) for filters in wanted.get(group, ()))
         ]
+
+
+def _is_addressable(row: ReadingRow) -> bool:
+    """Tell whether the broker has a topic for a message: devices are not believed to send such alone."""
+    try:
+        names.check_label(row.instance, "instance")
+        message_topics.check_topic(row.topic)
+    except ValueError:
+        return False
+    return True

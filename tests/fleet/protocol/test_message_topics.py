@@ -69,3 +69,10 @@ def test_a_covered_filter_matches_nothing_beyond(wide, narrow, topic):
 )
 def test_covering(narrow, wide, is_covered):
     assert message_topics.covered(narrow, (wide,)) is is_covered
+
+
+@pytest.mark.parametrize("text", ["a/\uffff", "\ufffe/a", "\ufdd0", "\ufdef", "a\U0010ffff"])
+def test_what_brokers_take_for_no_character_is_in_no_topic(text):
+    with pytest.raises(BadMessageTopicError, match="no character"):
+        message_topics.check_topic(text)
+    assert message_topics.check_topic("a/\ufdcf\ufdf0\ufffd")

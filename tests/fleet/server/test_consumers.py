@@ -39,9 +39,9 @@ async def grant(fleet, name="historian", group="edge", topics=("plant/#",)):
     return key, await fleet.operator.send(ConsumerReply, "POST", "/v1/consumers", wanted)
 
 
-def bring(fleet, device, *topics, first=1):
+def bring(fleet, device, *topics, first=1, instance="meter"):
     readings = tuple(
-        Reading(position=each, instance="meter", sequence=each, at=NOW, topic=topic, data=topic.encode())
+        Reading(position=each, instance=instance, sequence=each, at=NOW, topic=topic, data=topic.encode())
         for each, topic in enumerate(topics, first)
     )
     batch = Readings(device=device.id, epoch="e", readings=readings)
@@ -189,6 +189,25 @@ async def test_revocation_ends_the_live_connection_and_what_comes_back_reads_not
 
 
 @pytest.mark.asyncio
+async def test_a_message_that_no_broker_takes_holds_up_no_other(new_fleet, tmp_path):
+    # a device that is no longer its owner's says what it likes: wildcards, no characters, levels in an instance's name
+    odd = ("+", "a/#", "a/+/b", "a//b", "/a", "$SYS/a", "a\0b", "a\nuser x", "a/\uffff", "a/\ufdd0", "a/\U0002fffe")
+    async with new_fleet("mosquitto") as fleet:
+        mine = await fleet.device("mine")
+        async with reader(tmp_path, fleet, topics=("#",)) as one:
+            lost, plain = [], fleet.server._bus._disconnected
+            fleet.server._bus._client.on_disconnect = lambda *said: (lost.append(said), plain(*said))
+            for first, topic in enumerate(odd, 1):
+                bring(fleet, mine, topic, first=first)
+            bring(fleet, mine, "plant/1", first=50, instance="m/x")
+            bring(fleet, mine, "plant/1", first=51, instance="+")
+            bring(fleet, mine, "plant/1", first=52)
+            topic, said = await one.hear()
+            assert (topic, said["sequence"]) == (f"fleet/v1/messages/edge/{mine.id}/meter/plant/1", 52)
+            assert not lost
+
+
+@pytest.mark.asyncio
 async def test_what_no_consumer_may_be(new_fleet):
     async with new_fleet("mosquitto") as fleet:
         await fleet.device("mine")
@@ -201,6 +220,7 @@ async def test_what_no_consumer_may_be(new_fleet):
 
         assert (await refused(group="nowhere"))[0] == 404
         assert (await refused(topics=("a/#/b",)))[0] == 400
+        assert (await refused(topics=("a ",)))[0] == 400  # an access list ends its lines before a space
         assert (await refused(topics=()))[0] == 400
         assert (await refused(topics=tuple(map(str, range(17)))))[0] == 400
         assert (await refused(request="no request"))[0] == 400
