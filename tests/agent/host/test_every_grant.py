@@ -11,7 +11,7 @@ from fleet.protocol.hardware import EACH_MAX, GpioLine, Hardware, SerialPort
 from fleet.protocol.manifest import Grants
 from tests.agent.host import pairs_guest, support
 from tests.agent.host.gpio_chips import Chips
-from tests.agent.host.test_serial import Peer
+from tests.agent.host.serial_peer import Peer
 
 LINES = tuple(
     GpioLine(name=f"line-{at}", chip="gpiochip0", line=at, direction="output" if at else "input")
