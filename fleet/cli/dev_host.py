@@ -71,8 +71,9 @@ class DevHost:
             self._process.stdin.close()
         try:
             self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second interrupt: without waiting for a compile
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its compiler and its host too
             self._process.wait()
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from wasmtime import wat2wasm
 
+from fleet.cli import dev_host
 from fleet.cli.answers import ANSWERS
+from fleet.cli.base import Fault
 from fleet.component import project, toolchains
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -217,6 +219,17 @@ def test_a_busy_component_is_watched_and_a_plain_kill_leaves_nothing(tmp_path):
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
         assert not list(Path(scratch).iterdir())
+
+
+def test_a_host_that_does_not_end_takes_its_own_processes_along(monkeypatch):
+    monkeypatch.setattr(dev_host, "_END_S", 0)
+    with subprocess.Popen(
+        ["sh", "-c", "sleep 50 & wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        host = dev_host.DevHost(process)
+        host.end()
+        with pytest.raises(Fault, match="host ended"):  # its output has an end: nobody holds it any more
+            host.next(20)
 
 
 def test_a_port_in_use_is_said_before_the_build(made):
