@@ -38,10 +38,15 @@ class _FailedError(Exception):
 
 
 class Ports:
-    """Serial ports of one worker's instance, with the descriptor of each."""
+    """Serial ports of one worker's instance, with the descriptor of each.
+
+    Attributes:
+        sent_bytes: bytes written so far, which the kernel counts as if to files.
+    """
 
     def __init__(self, ports: tuple[SerialPort, ...], fds: tuple[int, ...], limits: Limits) -> None:
         self.names = [port.name for port in ports]
+        self.sent_bytes = 0
         self._fds = fds
         self._wait_s = limits.idle_ms / 1000 * _MARGIN
         self._open = 0
@@ -83,10 +88,13 @@ class Ports:
             raise _FailedError("other", f"{len(data)} bytes in one call, {DATA_MAX_BYTES} are allowed")
         while done < len(data):
             try:
-                done += os.write(self._fds[at], data[done:])
+                took = os.write(self._fds[at], data[done:])
             except BlockingIOError:
                 if not self._ready(at, select.POLLOUT, until_s):
                     break
+                continue
+            done += took
+            self.sent_bytes += took
         return done
 
     def discard(self, at: int) -> None:

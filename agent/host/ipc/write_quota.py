@@ -213,7 +213,7 @@ class WriteMeter:
         return self._seen if found is None else found
 
     def look(self, *, answered: int = 0) -> bool:
-        """Count the bytes written since the last call, except `answered` bytes, which went to a client.
+        """Count the bytes written since the last call, except `answered` bytes, which went to a client or a device.
 
         Returns:
             True if the quota was reached since the last call.

@@ -23,7 +23,7 @@ from agent.host.engine.codec import Answer
 from agent.host.engine.guest import CancelledCallError, ChannelGuest, Guest, Turn, start
 from agent.host.engine.host_interface import Served
 from agent.host.engine.runtime import COMMAND, RECEIVER, STATE, TASK, EngineError, GuestError, Image
-from agent.host.interfaces import messaging, registry
+from agent.host.interfaces import messaging, registry, serial
 from agent.host.ipc import worker_api
 from agent.host.ipc.stats_page import StatsPage
 from agent.host.ipc.worker_api import TokenBucket
@@ -112,6 +112,7 @@ class GuestRunner:
         self._way: SlotResponse | None = None
         self._answered = 0
         self._sent_bytes = 0
+        self._to_ports = 0
         self.last_returned = 0
         """Number of the last call of the channel from which its guest is known to have returned."""
         self._clock = self._had_ns = 0
@@ -423,10 +424,12 @@ class GuestRunner:
         if self._writes is None:
             return
         with self._counting:
-            # Bytes that went through the pipe in place of standard output, or to the channel.
+            # Bytes that went through the pipe in place of standard output, to the channel, or to serial ports.
             answered = self._sent_bytes if self._way is None else self._way.read_bytes
-            too_much = self._writes.look(answered=answered - self._answered)
-            self._answered = answered
+            ports = self._parts.get(serial.NAME)
+            to_ports = 0 if ports is None else ports.sent_bytes
+            too_much = self._writes.look(answered=answered - self._answered + to_ports - self._to_ports)
+            self._answered, self._to_ports = answered, to_ports
         if too_much:
             self._page.denied()
             self.say(worker_api.Line(text=f"host: {self._writes.why()}"))

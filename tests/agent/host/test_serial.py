@@ -188,3 +188,18 @@ def test_two_instances_cannot_have_one_port(host, start, peer):
     host.ask(host_api.Stop, instance="web")
     assert not peer.is_exclusive(), "other programs may open it again, also where one has it open"
     assert isinstance(start(peer.node, METER, instance="other"), int)
+
+
+def test_bytes_for_a_port_are_no_writes_to_files(host, peer):
+    port = support.free_port()
+    grants = Grants(interfaces=("wasi:filesystem", "wasi:io", "wasmfleet:serial"), hardware=Hardware(serial=(METER,)))
+    limits = Limits(daily_written_bytes=4096)
+    run = support.a_run("web", 1, port=port, grants=grants, limits=limits, serial={"meter": peer.node})
+    assert isinstance(host.start("serial", run), host_api.Started)
+    for _ in range(3):
+        answering = peer.answer(3000, b"ok")
+        assert ask(port, data=b"x" * 3000) == (200, b"ok")
+        answering.join()
+    health = host.health("web")
+    assert health.written_bytes < 3000
+    assert health.denials == 0
