@@ -96,9 +96,12 @@ class Queue:
         self._topics, self._granted = trigger.topics, run.grants.subscribes
         self._most_bytes, self._most_messages = run.limits.queue_bytes, run.limits.queue_messages
         self._drops_oldest, self.is_stalled, self._note = trigger.full == "drop-oldest", False, note
-        for each in [each for each in self._waiting if not self.takes(each.message.topic)]:
-            self._waiting.remove(each)
-            self._drop(each)
+        before, self._waiting = self._waiting, deque()
+        for each in before:
+            if self.takes(each.message.topic):
+                self._waiting.append(each)
+            else:
+                self._drop(each)
 
     # The senders' side
 
