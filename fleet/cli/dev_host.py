@@ -73,7 +73,7 @@ class DevHost:
             self._process.wait(_END_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second interrupt: without waiting for a compile
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # its compiler and its host too
+                os.killpg(self._process.pid, signal.SIGKILL)  # compiler and inner host too
             self._process.wait()
 
 
