@@ -57,7 +57,8 @@ class SmallDisk:
 
     def remount(self, mode):
         """Make it read-only (`ro`), as a kernel does after errors, or writable again (`rw`)."""
-        command = [*self.prefix, "mount", "-o", f"remount,{mode}", str(self._directory)]
+        # With its source, no other option is given again: in a namespace of a user's, its own uid would be refused.
+        command = [*self.prefix, "mount", "-o", f"remount,{mode}", "tmpfs", str(self._directory)]
         # busy for as long as the host writes a line of its log
         eventually(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0, f"it is {mode}")
 
