@@ -123,13 +123,13 @@ def _described(file: Path, data: bytes, found: Path | None, *, shown: bool) -> _
     except reader.NotAComponentError as error:
         raise Fault(str(error)) from None
     except component_toml.NeedsTomlError as error:
-        return _Described(shape, None, error.suggestion, str(error))
+        return _Described(shape, None, error.suggestion + component_toml.build_table(text), str(error))
     except BadManifestError as error:
         if not shown or found is not None:
             raise Fault(str(error).replace(FILE_NAME, str(found or FILE_NAME), 1)) from None
         return _Described(shape, None, "", str(error))  # a library, or one to compose
     rendered = component_toml.render(manifest, leave_out_version=component_toml.DEV_VERSION)
-    return _Described(shape, manifest, rendered, "")
+    return _Described(shape, manifest, rendered + component_toml.build_table(text), "")
 
 
 def _is_output(path: Path) -> bool:

@@ -1,12 +1,10 @@
 """Host of this machine for an author: `fleet-host dev` as a child process, its events in a queue."""
 
-import importlib.util
 import os
 import queue
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,11 +15,10 @@ from typing import IO, Final, NoReturn
 
 import msgspec
 
+from fleet.cli import host_check
 from fleet.cli.base import Fault, reason
 from fleet.protocol import dev, wire
 
-_HOST: Final = "agent.host.cli"
-_NEEDS: Final = ("agent", "wasmtime", "httptools")
 _END_S: Final = 30
 _ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 
@@ -114,15 +111,14 @@ def started(port: int) -> Iterator[DevHost]:
     Raises:
         Fault: it is not installed.
     """
-    if any(importlib.util.find_spec(name) is None for name in _NEEDS):
+    if not host_check.is_host_installed():
         raise Fault(
             "there is no host on this machine", "it comes with wasmfleet[agent]", "pip install 'wasmfleet[agent,cli]'"
         )
     with _ended_in_order(), tempfile.TemporaryDirectory(prefix="fleet-component-") as directory:
         Path(directory).chmod(0o755)  # as root, workers are other users
-        command = [sys.executable, "-P", "-m", _HOST, "dev", "--directory", directory]
         process = subprocess.Popen(
-            [*command, "--ingress", f"127.0.0.1:{port}"],
+            host_check.host_command("dev", "--directory", directory, "--ingress", f"127.0.0.1:{port}"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONSAFEPATH": "1"},

@@ -321,7 +321,7 @@ def _check_given(manifest: Manifest, values: dict[str, str], secrets: dict[str, 
             )
     missing = sorted(
         [f"--config {key}=VALUE" for key, each in manifest.config.items() if each.default is None and key not in values]
-        + [f"--secret {key}=FILE" for key in manifest.secrets if key not in secrets]
+        + [f"--secret {key}=FILE" for key, each in manifest.secrets.items() if each.required and key not in secrets]
     )
     if missing:
         raise Fault("the component needs values that are not given", "", f"add {' '.join(missing)}")
@@ -364,9 +364,7 @@ def _show(options: Options, event: dev.Event) -> None:
             click.echo(printable(f"{_now()}  {line}"))
         case dev.Called(calls=calls, p99_us=p99_us):
             counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(calls.items()))
-            output.say(
-                options, f"{datetime.now().astimezone():%H:%M:%S}  calls: {counted} (p99 {p99_us / 1000:.1f} ms)"
-            )
+            output.say(options, f"{_now()}  calls: {counted} (p99 {p99_us / 1000:.1f} ms)")
         case dev.Fault(code=code, message=message):
             output.note(f"{code}: {printable(message, lines=True)}")
         case dev.HostSaid(line=line):

@@ -27,7 +27,6 @@ from fleet.protocol.files import create_exclusive
 from fleet.protocol.manifest import BadManifestError, Grants, Manifest
 from fleet.protocol.operator_api import DeviceRow, Excluded
 
-_HOST: Final = "agent.host.cli"
 _NEEDS: Final = ("agent", "wasmtime", "httptools")
 _HOST_S: Final = 900
 TABLE: Final = "the table of interfaces that devices serve"
@@ -138,15 +137,24 @@ def _as_file(file: Path, adapted: bytes | None) -> Iterator[Path]:
         yield other
 
 
+def is_host_installed() -> bool:
+    """Tell whether this machine has the host of devices: it comes with `wasmfleet[agent]`."""
+    return all(importlib.util.find_spec(name) is not None for name in _NEEDS)
+
+
+def host_command(*arguments: str) -> list[str]:
+    """Return the command line of this machine's host."""
+    return [sys.executable, "-P", "-m", "agent.host.cli", *arguments]
+
+
 def _ask_host(file: Path, name: str, manifest: Manifest | None) -> tuple[ComponentCheckReply | None, str]:
     """Return what this machine's host says, or None and why it cannot be asked."""
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
+    if not is_host_installed():
         return None, "wasmfleet[agent] is not installed here, so types, memory and start were not tried"
     request = ComponentCheckRequest(file=str(file.resolve()), manifest=manifest, name=name)
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", _HOST, "check-component"],
+            host_command("check-component"),
             input=msgspec.json.encode(request) + b"\n",
             capture_output=True,
             check=False,

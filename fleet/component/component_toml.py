@@ -764,6 +764,16 @@ def _data_lines(name: str, use: DataUse) -> list[str]:
     return ["", f"[data.{name}]", f"path = {text(use.path)}", *version]
 
 
+def build_table(source: str | None) -> str:
+    """Render the `[build]` of an author's text, empty for none: `render` has only what is signed."""
+    raw = tomllib.loads(source or "")
+    if "build" not in raw:
+        return ""
+    command, output, watch = project.read_build(raw["build"])
+    watched = [f"watch = {texts(watch)}"] if watch else []
+    return "\n".join(["", "[build]", f"command = {texts(command)}", f"output = {text(output)}", *watched, ""])
+
+
 def text(value: str) -> str:
     """Quote a basic string; TOML 1.0, section "String"."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

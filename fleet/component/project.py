@@ -28,7 +28,7 @@ TESTS: Final = "tests.toml"
 HERE: Final = Path(__file__).resolve().parent
 _TEMPLATES: Final = (HERE / "templates", HERE.parents[1] / "components" / "templates")
 _WIT: Final = (HERE / "wit", HERE.parents[1] / "components" / "adapter" / "wit" / "deps")
-_WIT_PACKAGES: Final = {"http": ("http", "io", "clocks"), "run": ()}
+_HTTP_PACKAGES: Final = ("http", "io")
 _RELEASE: Final = re.compile(r"@(0\.2\.\d+)")
 _OUR_RELEASE: Final = "@0.2.12"
 
@@ -134,7 +134,9 @@ def _text_of(file: Path) -> str:
 
 
 def build(project: Project, *, quiet: bool = False) -> int:
-    """Run the project's command, whose words go to this process's standard error; return the component's size.
+    """Run the project's command, whose words go where this process's own go; return the component's size.
+
+    `quiet`: without what it writes to standard output.
 
     Raises:
         BadProjectError: a tool is missing, it failed, or it made no component.
@@ -278,11 +280,10 @@ def _vendored(world: str, text: str) -> dict[Path, str]:
     """Return the WIT that a world names, in the release that it names: each toolchain knows its own."""
     release = _RELEASE.search(text)
     assert release is not None, "a template names a release of WASI"
-    deps = _first(_WIT)
     if world == "run":
         return {Path("wit/deps/cli/run.wit"): f"package wasi:cli@{release[1]};\n\n{_RUN}"}
-    found = {}
-    for package in _WIT_PACKAGES[world]:
+    deps, found = _first(_WIT), {}
+    for package in _HTTP_PACKAGES:
         for file in sorted((deps / package).glob("*.wit")):
             text = file.read_text(encoding="utf-8").replace(_OUR_RELEASE, f"@{release[1]}")
             found[Path("wit/deps") / package / file.name] = text

@@ -283,3 +283,23 @@ def test_every_template_says_how_its_tool_is_had():
         for file in (ROOT / "components/templates" / language).rglob("component.toml"):
             program = re.search(r'^command = \["([^"]+)"', file.read_text(), re.MULTILINE)[1]
             assert program in toolchains.TOOLS
+
+
+def test_a_manifest_that_is_written_anew_keeps_how_the_component_is_made(made):
+    assert run("component", "build", cwd=made).returncode == 0
+    (made / "component.toml").write_text(TOML.replace("name =", "# mine\nname ="))
+    refused = run("component", "inspect", ".", "--write", cwd=made)
+    assert (refused.returncode, "says something else" in refused.stderr or "exists" in refused.stderr) == (2, True)
+    done = run("component", "inspect", ".", "--write", "--force", cwd=made)
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads((made / "component.toml").read_text())["build"] == tomllib.loads(TOML)["build"]
+    assert run("component", "build", cwd=made).returncode == 0
+
+
+def test_a_secret_that_need_not_be_there_is_not_asked_for(made):
+    (made / "component.toml").write_text(
+        TOML + '\n[grants]\ninterfaces = ["wasi:config/store"]\n[secrets.token]\nrequired = false\n'
+    )
+    (made / "source.wasm").write_bytes(wat2wasm((GUESTS / "secret.wat").read_text()))
+    done = run("component", "test", cwd=made)
+    assert "--secret" not in done.stderr
