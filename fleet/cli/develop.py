@@ -305,7 +305,7 @@ def _request(found: Project, scratch: Path, values: dict[str, str], secrets: dic
         shape = reader.read(source.data, file_name=file.name)
         manifest = component_toml.describe(shape, text, file_name=file.name)
     except component_toml.NeedsTomlError as error:
-        raise Fault(str(error), extra=error.suggestion) from None
+        raise Fault(str(error), extra=error.suggestion + component_toml.build_table(text)) from None
     except (BadManifestError, reader.NotAComponentError) as error:
         raise Fault(str(error)) from None
     _check_given(manifest, values, secrets)

@@ -113,7 +113,9 @@ def prepare(file: Path, *, manifest_file: Path | None = None, name: str = "", ve
         if name:
             names.check_label(name, "component")
     except component_toml.NeedsTomlError as error:
-        raise Fault(str(error), code=Exit.USAGE, extra=_to_save(file, error.suggestion)) from None
+        raise Fault(
+            str(error), code=Exit.USAGE, extra=_to_save(file, error.suggestion + component_toml.build_table(text))
+        ) from None
     except BadManifestError as error:
         raise Fault(_named(str(error), found)) from None
     except (reader.NotAComponentError, names.BadNameError) as error:

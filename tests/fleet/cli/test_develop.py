@@ -297,9 +297,13 @@ def test_a_manifest_that_is_written_anew_keeps_how_the_component_is_made(made):
 
 
 def test_a_secret_that_need_not_be_there_is_not_asked_for(made):
-    (made / "component.toml").write_text(
-        TOML + '\n[grants]\ninterfaces = ["wasi:config/store"]\n[secrets.token]\nrequired = false\n'
-    )
     (made / "source.wasm").write_bytes(wat2wasm((GUESTS / "secret.wat").read_text()))
+    (made / "tests.toml").write_text("[[request]]\nstatus = 404\n")
+    (made / "component.toml").write_text(TOML + "\n[secrets.token]\nrequired = false\n")
+    refused = run("component", "test", cwd=made)
+    assert refused.returncode == 2
+    suggested = refused.stdout[refused.stdout.index("name =") :]
+    assert tomllib.loads(suggested)["build"] == tomllib.loads(TOML)["build"]
+    (made / "component.toml").write_text(suggested)
     done = run("component", "test", cwd=made)
-    assert "--secret" not in done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "1 of 1 passed."), done.stderr
