@@ -19,6 +19,7 @@ from fleet.cli.push import (
     offer_options,
     publish_with_bar,
     rollout_request,
+    show_published,
 )
 from fleet.cli.trust_store import TrustStore
 from fleet.component import component_toml
@@ -80,21 +81,7 @@ def publish(options: Options, *, file: Path, name: str, version: str, dry: bool)
                 output.say(options, f"{target} {said} ({output.size(size)}). Nothing was changed.")
             return
         published = publish_with_bar(who, client, payload, options)
-    release = published.release
-    if options.json:
-        output.show_json(
-            {
-                "target": release.name.path,
-                "length": release.length,
-                "sha256": release.sha256,
-                "manifest_sha256": release.manifest_sha256,
-                "new": published.new,
-            }
-        )
-    elif options.quiet:
-        click.echo(str(release.name))
-    else:
-        click.echo(f"Deploy it with 'fleet deploy {release.name.name}@{release.name.version} --group GROUP'.")
+    show_published(options, published)
 
 
 @command(

@@ -295,6 +295,11 @@ def publish(
     who = load_operator(options)
     with who.client() as client:
         published = publish_with_bar(who, client, prepared, options)
+    show_published(options, published, evidence=list(published.release.evidence))
+
+
+def show_published(options: Options, published: Publication, **more: object) -> None:
+    """Print what was published, and how it is deployed; `more` goes into the JSON beside it."""
     release = published.release
     if options.json:
         output.show_json(
@@ -303,7 +308,7 @@ def publish(
                 "length": release.length,
                 "sha256": release.sha256,
                 "manifest_sha256": release.manifest_sha256,
-                "evidence": list(release.evidence),
+                **more,
                 "new": published.new,
             }
         )
