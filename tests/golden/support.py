@@ -48,16 +48,16 @@ class Golden:
         self.check(name, pretty(value))
 
 
-def pretty(value: Any) -> str:
-    """JSON with a line to each value, and short objects of scalars in one line."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-
-    def joined(found: re.Match[str]) -> str:
-        line = re.sub(r"\s*\n\s*", " ", found[0])
-        return line if len(line) <= 100 else found[0]
-
-    # innermost objects and lists whose strings have no brackets
-    return re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", joined, text)
+def pretty(value: Any, depth: int = 0) -> str:
+    """JSON with a line to each value, and what fits in one line in one."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value or (len(line) <= 100 and depth):
+        return line
+    inner = "\n" + " " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key, ensure_ascii=False)}: {pretty(each, depth + 1)}" for key, each in value.items()]
+        return f"{{{inner}{f',{inner}'.join(parts)}{inner[:-1]}}}"
+    return f"[{inner}{f',{inner}'.join(pretty(each, depth + 1) for each in value)}{inner[:-1]}]"
 
 
 # Examples -------------------------------------------------------------------------------------------------------------
