@@ -146,6 +146,8 @@ class RequestParser:
     def _refuse(self) -> None:
         self.refused = True
         self.within = False
+        # Nothing is read any more, and the connection lingers: without what came of the head.
+        self._parser, self._target, self._fields, self._trailers = None, b"", [], []
         self._sink.refused(self._status or 400)
 
     def _feed(self, data: bytes) -> bytes:

@@ -7,16 +7,13 @@ each other run (`tests/rotation.py`).
 """
 
 import socket
-import threading
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import support
-from echo_guest import ECHO
 from host_processes import forks, lanes_of
 from native_guests import handler
+from neighbour import GROWTH_MAX_BYTES, Neighbour, private_bytes
 from support import Grants, Health, Limits
 
 from agent.host.ipc import host_api
@@ -25,7 +22,6 @@ from tests.eventually import eventually
 from tests.rotation import rotated
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-GROWTH_MAX_BYTES = 16 << 20  # of the host's own processes, by what allocators and caches keep
 WASI = """
   (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
   (alias export $error "error" (type $e))
@@ -417,48 +413,6 @@ def host(tmp_path_factory):
         yield host
 
 
-class Neighbour:
-    """A good instance, asked all the while: what it answers has to be what was sent."""
-
-    def __init__(self, host):
-        self.port = support.free_port()
-        assert isinstance(host.start(ECHO, support.a_run("neighbour", 1, port=self.port)), host_api.Started)
-        self.wrong, self.took_s = [], []
-        self._stop = threading.Event()
-        self._asked = threading.Event()
-        self._client = threading.Thread(target=self._ask)
-        self._client.start()
-        self.asked()
-
-    def _ask(self):
-        number = 0
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as kept:
-            while not self._stop.wait(0.005):
-                number += 1
-                body = b"%d " % number * 20
-                began = time.monotonic()
-                try:
-                    head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
-                    status, _, came = support.http(self.port, head + body, sock=kept)
-                except OSError as error:
-                    self.wrong.append(repr(error))
-                    return
-                finally:
-                    self._asked.set()
-                self.took_s.append(time.monotonic() - began)
-                if (status, came) != (200, body):
-                    self.wrong.append((status, came))
-
-    def asked(self):
-        """Wait for its next answer."""
-        self._asked.clear()
-        assert self._asked.wait(60)
-
-    def close(self):
-        self._stop.set()
-        self._client.join()
-
-
 @pytest.fixture(autouse=True)
 def _nobody_bad_is_left(host):
     yield
@@ -471,12 +425,6 @@ def beside(host):
     neighbour = Neighbour(host)
     yield neighbour
     neighbour.close()
-
-
-def private_bytes(pids):
-    """Return the anonymous memory of processes, which the kernel tells every user."""
-    lines = (line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def ask(host, port, kind):
